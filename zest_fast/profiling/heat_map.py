@@ -171,7 +171,7 @@ def _frame_largest(axes: Any, profile: LayerProfile, metric: str, groups: dict[s
                 _cell(axes, row, column, facecolor="none", edgecolor=FRAME, linewidth=1.8, zorder=3, clip_on=False)
 
 
-def _cell(axes: Any, row: int, column: int, **style: object) -> None:
+def _cell(axes: Any, row: int, column: int, **style: Any) -> None:
     from matplotlib.patches import Rectangle
 
     axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **style))

@@ -38,7 +38,7 @@ def test_models_of_one_layer_or_none(model):
 
 
 def test_plain_model_whose_last_layer_is_no_linear():
-    with pytest.raises(ValueError, match="cannot tell .*Conv2d, not an nn.Linear; pass head="):
+    with pytest.raises(ValueError, match=r"cannot tell .*Conv2d, not an nn\.Linear; pass head="):
         find_head(nn.Sequential(nn.Linear(2, 2), nn.Conv2d(1, 1, 1)))
 
 

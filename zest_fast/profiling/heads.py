@@ -24,9 +24,10 @@ def find_head(model: nn.Module) -> str | None:
     if head is None and _is_transformers(inner):
         if not _is_classifier(inner):
             raise _cannot_tell(model, "it is no classifier and has no output embeddings")
-        head = _last_linear(inner, inner.config.num_labels)
+        labels: int = inner.config.num_labels  # type: ignore[assignment, union-attr]
+        head = _last_linear(inner, labels)
         if head is None:
-            raise _cannot_tell(model, f"no nn.Linear has its config.num_labels = {inner.config.num_labels} outputs")
+            raise _cannot_tell(model, f"no nn.Linear has its config.num_labels = {labels} outputs")
     elif head is None:
         owners = list(_weighted(inner))
         if not owners:

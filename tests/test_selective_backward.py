@@ -304,6 +304,7 @@ def quantised():
         (Mlp, {"layers": ["a"], "checkpoint": True}, NotImplementedError, "checkpoint=True"),
         (lambda: Mlp().to("meta"), {"layers": ["a"]}, ValueError, "'a' is on the meta device"),
         (lambda: torch.compile(Mlp()), {"layers": ["a"]}, RuntimeError, "wrap it first, then compile"),
+        (lambda: nn.DataParallel(Mlp()), {"layers": ["a"]}, RuntimeError, r"in a DataParallel.*wrap model\.module"),
     ],
 )
 def test_refusals_leave_the_model_untouched(make, arguments, error, message):

@@ -5,9 +5,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_models import Mlp, Recurrent, assert_same, conv_net, images, llama, snapshot, step
 from torch import nn
 
-from tests.small_models import Mlp, Recurrent, assert_same, conv_net, images, llama, snapshot, step
 from zest_fast.finetuning.delta import hash_tensors
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 

@@ -4,11 +4,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from profiles import make_profile
+from small_models import Mlp, Recurrent, assert_same, conv_net, images, llama, snapshot, step
 from torch import nn
 
-from tests.profiles import make_profile
-from tests.small_models import Mlp, Recurrent, assert_same, conv_net, images, llama, snapshot, step
 from zest_fast.finetuning.selective_backward import SelectiveBackward
+from zest_fast.profiling.layers import find_layers
+from zest_fast.profiling.profile import profile
 from zest_fast.ranking.ranking import rank
 
 
@@ -378,6 +380,51 @@ def test_compiling_after_wrapping():
     compiled = torch.compile(model, backend="eager")
     assert torch.allclose(compiled(x), model(x))
     assert model[1].num_batches_tracked == 0 and tuned.cut == "3"
+
+
+def gpt_oss():
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "vocab_size": 40,
+    }
+    config = transformers.GptOssConfig(**sizes, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1)
+    return transformers.GptOssForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [Recurrent, conv_net, gpt_oss, lambda: nn.MultiheadAttention(4, 2, kdim=3, vdim=2)])
+def test_every_layer_that_profile_knows_can_be_chosen(make):
+    model = make()
+    for layer in find_layers(model):
+        with SelectiveBackward(model, [layer.name], head=None) as tuned:
+            biases = [name for name in tuned.trainable_names if name != layer.parameter_name]
+            assert len(biases) < len(tuned.trainable_names) <= 2
+            assert all("bias" in name and name.startswith(layer.module_name) for name in biases)
+
+
+def test_fused_experts_train_with_the_bias_of_the_same_name():
+    experts = "model.layers.0.mlp.experts"
+    tuned = SelectiveBackward(gpt_oss(), [f"{experts}.down_proj"])
+    assert tuned.trainable_names == (f"{experts}.down_proj", f"{experts}.down_proj_bias")
+
+
+def test_from_profile_to_delta(tmp_path):
+    model, ids = llama(), torch.arange(12).reshape(2, 6)
+    fresh, batch = copy.deepcopy(model), {"input_ids": ids, "labels": ids}
+    layers = rank(profile(model, batch, backend="reference"), by="snip").top(3)
+    with SelectiveBackward(model, layers) as tuned:
+        losses = []
+        for _ in range(3):
+            losses.append(model(**batch).loss)
+            step(tuned.parameters(), losses[-1])
+        path = tuned.save(tmp_path / "delta.safetensors")
+    assert "lm_head" not in layers and losses[-1] < losses[0]
+    with SelectiveBackward(fresh, layers) as tuned:
+        tuned.load(path)
+    assert torch.equal(fresh(**batch).loss, model(**batch).loss)
 
 
 def test_numpy_strings_are_names():

@@ -1,5 +1,6 @@
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -118,6 +119,18 @@ def test_cut_of_a_module_that_is_never_called():
     )
     model(torch.randn(2, 3, 4))
     assert tuned.cut == "first.out_proj"
+
+
+def test_a_cut_that_gradient_checkpointing_undoes_is_warned_of():
+    model, ids = llama().train(), torch.arange(12).reshape(2, 6)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layer = "model.layers.2.mlp.up_proj"
+    with SelectiveBackward(model, [layer]), pytest.warns(UserWarning, match=rf"below '{layer}'.*disable_input_require"):
+        model(input_ids=ids, labels=ids)
+    model.disable_input_require_grads()
+    with SelectiveBackward(model, [layer]), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="backward will run on")
+        model(input_ids=ids, labels=ids).loss.backward()
 
 
 def test_language_model_trains_no_head_unless_named():

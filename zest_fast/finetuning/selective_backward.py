@@ -35,8 +35,8 @@ class SelectiveBackward:
 
     While wrapped, batch norm whose parameters are frozen runs in eval mode, also after `model.train()`. The `.grad` of
     what is frozen is neither read nor cleared. Choosing a layer that shares its weight with an embedding makes backward
-    run down to the embedding. Beware of `gradient_checkpointing_enable()` of transformers: it makes the embedding's
-    output require a gradient, and backward runs to the embedding again, until `disable_input_require_grads()`.
+    run down to the embedding. So does `gradient_checkpointing_enable()` of transformers, which makes the embedding's
+    output require a gradient, until `disable_input_require_grads()`: the first forward pass warns of it.
 
     Raises ValueError for a layer that does not exist or cannot train, RuntimeError for a model that is wrapped,
     compiled or in DistributedDataParallel already; the model is then untouched.

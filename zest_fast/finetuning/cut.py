@@ -49,7 +49,7 @@ class CutFinder:
         if self.owner in self._passes_on:
             warnings.warn(
                 f"backward will run on below {self.owner!r}, where it should end, because the input of that module "
-                "requires a gradient; after gradient_checkpointing_enable() of transformers, call disable_input_require_grads()",
+                "requires a gradient; after gradient_checkpointing_enable(), call disable_input_require_grads()",
                 stacklevel=2,
             )
 

@@ -1,0 +1,74 @@
+"""What the user points at by a string: `module:function` references, and the nearest valid name for a wrong one."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+_REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def is_reference(source: str) -> bool:
+    """Whether `source` reads as `module:function` (and is no path that exists)."""
+    return _REFERENCE.fullmatch(source) is not None and not Path(source).exists()
+
+
+def nearest(value: str, candidates: Iterable[str]) -> str:
+    """The end of an error message: the candidate closest to `value`, and what else there is."""
+    names = sorted(set(candidates))
+    if not names:
+        return "there is none to choose from"
+    closest = difflib.get_close_matches(value, names, n=1, cutoff=0.0)
+    shown = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
+    return f"did you mean {(closest or names)[0]!r}? There is: {shown}"
+
+
+def nearest_path(path: Path, candidates: Iterable[Path] | None = None) -> str:
+    """Like `nearest`, for a path that does not exist: among `candidates`, or what its first existing parent holds."""
+    parent = path.parent
+    while not parent.is_dir():
+        parent = parent.parent
+    wrong = path.relative_to(parent).parts[0]
+    there = parent.iterdir() if candidates is None else candidates
+    return f"in {parent}: {nearest(wrong, (entry.name for entry in there if not entry.name.startswith('.')))}"
+
+
+def load_function(reference: str) -> Callable[[], Any]:
+    """The function that `module:function` names; the current folder is importable, as with `python -m`.
+
+    Raises ValueError where there is no such module or function, TypeError where it cannot be called. What the
+    module itself raises while it is imported passes through unchanged.
+    """
+    module_name, _, name = reference.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, but one of its own imports is not
+        raise ValueError(
+            f"{reference!r}: no module named {error.name!r}; {nearest(error.name, _siblings(error.name))}"
+        ) from None
+    if not hasattr(module, name):
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(f"{reference!r}: {module_name} has no function {name!r}; {nearest(name, functions)}")
+    function = getattr(module, name)
+    if not callable(function):
+        raise TypeError(f"{reference!r} is a {type(function).__name__}; it has to be a function without arguments")
+    return function
+
+
+def _siblings(module_name: str) -> list[str]:
+    """Names that could stand in the place of `module_name`: in its package, or in the current folder."""
+    package, _, _ = module_name.rpartition(".")
+    if package:
+        search = getattr(sys.modules.get(package), "__path__", [])
+        return [f"{package}.{entry.name}" for entry in pkgutil.iter_modules(search)]
+    return [entry.name for entry in pkgutil.iter_modules([str(Path.cwd())])]

@@ -247,7 +247,8 @@ def _check_writable(path: Path | None, endings: set[str]) -> None:
     """Fails before the work rather than after it."""
     if path is None:
         return
-    from zest_fast.integrations.references import nearest, nearest_path
+    from zest_fast.integrations.references import nearest_path
+    from zest_fast.profiling.nearest import nearest
 
     if path.suffix not in endings:
         raise ValueError(f"{path}: the ending {path.suffix!r} is unknown here; {nearest(path.suffix, endings)}")

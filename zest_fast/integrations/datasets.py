@@ -16,8 +16,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from zest_fast.integrations.models import LoadedModel
-from zest_fast.integrations.references import is_reference, load_function, nearest, nearest_path
+from zest_fast.integrations.references import is_reference, load_function, nearest_path
 from zest_fast.integrations.tables import Table, read_table
+from zest_fast.profiling.nearest import nearest
 
 # The usual channel statistics of ImageNet, for images scaled to 0..1.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

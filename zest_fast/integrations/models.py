@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from zest_fast.integrations.references import is_reference, load_function, nearest, nearest_path
+from zest_fast.integrations.references import is_reference, load_function, nearest_path
+from zest_fast.profiling.nearest import nearest
 
 # task -> (its Auto class, how the architectures of a checkpoint for it are called)
 _AUTO_CLASSES = {
@@ -94,8 +95,11 @@ def _head(trained: list[str], wanted: Sequence[str] | None) -> tuple[dict[str, A
 
     The trained head stays if it knows every class by name, or if the classes are the integers of its outputs.
     """
-    if wanted is None or set(wanted) <= set(trained):
-        return {}, tuple(trained) or None
+    unnamed = trained == [f"LABEL_{index}" for index in range(len(trained))]  # what transformers fills in
+    if wanted is None:
+        return {}, None if unnamed else tuple(trained)
+    if set(wanted) <= set(trained):
+        return {}, tuple(trained)
     if list(wanted) == [str(index) for index in range(len(trained))]:
         return {}, tuple(wanted)
     if len(wanted) < 2:

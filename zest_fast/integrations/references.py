@@ -1,8 +1,7 @@
-"""What the user points at by a string: `module:function` references, and the nearest valid name for a wrong one."""
+"""What the user points at by a string: `module:function` references and paths."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 import re
@@ -11,22 +10,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from zest_fast.profiling.nearest import nearest
+
 _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def is_reference(source: str) -> bool:
     """Whether `source` reads as `module:function` (and is no path that exists)."""
     return _REFERENCE.fullmatch(source) is not None and not Path(source).exists()
-
-
-def nearest(value: str, candidates: Iterable[str]) -> str:
-    """The end of an error message: the candidate closest to `value`, and what else there is."""
-    names = sorted(set(candidates))
-    if not names:
-        return "there is none to choose from"
-    closest = difflib.get_close_matches(value, names, n=1, cutoff=0.0)
-    shown = ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
-    return f"did you mean {(closest or names)[0]!r}? There is: {shown}"
 
 
 def nearest_path(path: Path, candidates: Iterable[Path] | None = None) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zest_fast.integrations.references import nearest
+from zest_fast.profiling.nearest import nearest
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Tiny checkpoints and data in folders, as a user would have them. No network."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -69,13 +70,16 @@ def save_resnet(folder: Path, *, processor: bool = True, **settings) -> Path:
 
 def save_digits(folder: Path, classes: int = 3, each: int = 4) -> Path:
     """MNIST digits 0 .. classes - 1 as PNG files, one sub-folder a digit."""
-    pixels, digits = mnist_data()
+    pixels, digits = _mnist()
     for digit in range(classes):
         (folder / str(digit)).mkdir(parents=True)
         for number, row in enumerate(pixels[digits == digit][:each]):
             image = Image.fromarray(row.reshape(28, 28).astype("uint8"))
             image.save(folder / str(digit) / f"{number}.png")
     return folder
+
+
+_mnist = functools.cache(mnist_data)  # it parses a text file for a second
 
 
 def save_jsonl(path: Path, texts: list[str], labels: list | None = None) -> Path:

@@ -4,6 +4,7 @@ import csv
 import pandas
 import pytest
 import torch
+import transformers
 from checkpoints import TEXTS, save_bert, save_digits, save_jsonl, save_llama, save_resnet
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -246,6 +247,22 @@ def test_a_row_without_a_value_is_named(tmp_path, bert):
     refuses(file, "line 2", "column 'label' is empty", data=open_data(str(file)), **common)
     file = write_parquet(tmp_path / "films.parquet", ["good", None], ["pos", "neg"])
     refuses(file, "row 2", "column 'text' is empty", data=open_data(str(file)), **common)
+
+
+def test_more_tokens_than_positions(tmp_path, bert):
+    data = open_data(str(save_jsonl(tmp_path / "films.jsonl", TEXTS, LABELS)))
+    common = {"call": make_loaders, "data": data, "loaded": bert, "batch_size": 2, "label_column": "label"}
+    refuses("max length 17", "16 tokens at most", max_length=17, **common)
+
+
+def test_images_that_the_processor_leaves_unequal(tmp_path):
+    folder = save_resnet(tmp_path / "resnet", processor=False)
+    transformers.ConvNextImageProcessor(do_resize=False).save_pretrained(folder)
+    for name, size in (("a", (8, 8)), ("b", (9, 7))):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", size).save(tmp_path / "images" / name / "one.png")
+    loaders = make_loaders(open_data(str(tmp_path / "images")), load_model(str(folder)), batch_size=2)
+    refuses(folder, "cannot stack", "pass image_size", call=lambda: next(iter(loaders.train)))
 
 
 def test_fractions_are_no_classes():

@@ -15,7 +15,8 @@ from typer.core import TyperGroup
 
 from zest_fast.cli import show
 
-USER_ERRORS = (ValueError, TypeError, KeyError, OSError, ImportError, RuntimeError)
+# IndexError is what torch raises for a label beyond the outputs and a token beyond the vocabulary.
+USER_ERRORS = (ValueError, TypeError, KeyError, IndexError, OSError, ImportError, RuntimeError)
 
 
 class _OneLineErrors(TyperGroup):
@@ -104,6 +105,7 @@ def profile(
     """Measure every metric of every layer in one forward and one backward pass over one batch."""
     _check_writable(out, {".json", ".parquet"})
     _check_writable(plot, {".png", ".svg", ".pdf"})
+    pattern, wanted = _pattern(layers), _names(metrics)
     with _work() as console:
         with console.status("loading model and data"):
             from zest_fast.cli.job import open_job
@@ -124,10 +126,8 @@ def profile(
         with console.status("profiling one batch"):
             import zest_fast
 
-            wanted = _names(metrics)
-            result = zest_fast.profile(
-                job.model, job.first_batch(), layers=_pattern(layers), metrics=wanted, backend=backend
-            )
+            batch = job.first_batch()
+            result = zest_fast.profile(job.model, batch, layers=pattern, metrics=wanted, backend=backend)
         if out is not None:
             result.save(out)
         if plot is not None:
@@ -228,10 +228,11 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Run the whole job on real packaged weights and data, beside head only, random layers and all layers."""
+    results = Console(file=sys.stdout)
     with _work() as console:
         from zest_fast.demo import run_demo
 
-        document = run_demo(task, out, seed=seed, console=console)
+        document = run_demo(task, out, seed=seed, console=console if as_json else results)
     if as_json:
         show.json_document(document)
 

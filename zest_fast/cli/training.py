@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from zest_fast.cli.job import to_device
-
-IGNORED = -100
+from zest_fast.integrations.datasets import IGNORED
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def evaluate(model: torch.nn.Module, loader: DataLoader[Any], device: torch.devi
 
 def train(
     model: torch.nn.Module,
-    parameters: Iterator[torch.nn.Parameter],
+    parameters: Sequence[torch.nn.Parameter],
     loader: DataLoader[Any],
     *,
     epochs: int,
@@ -80,10 +79,10 @@ def train(
 
     Raises RuntimeError when the loss is not finite.
     """
-    optimizer = torch.optim.AdamW(list(parameters), lr=lr)
+    optimizer = torch.optim.AdamW(parameters, lr=lr)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    rounds = itertools.repeat(loader) if steps is not None else itertools.repeat(loader, epochs)
+    rounds = itertools.repeat(loader, epochs) if steps is None else itertools.repeat(loader)
     batches = itertools.islice(itertools.chain.from_iterable(rounds), steps)
     losses: list[float] = []
     seconds: list[float] = []

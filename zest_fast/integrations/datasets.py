@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from zest_fast.integrations.models import LoadedModel
 from zest_fast.integrations.references import is_reference, load_function, nearest_path
@@ -149,7 +149,7 @@ def _open_images(path: Path) -> ImageFolder:
     return ImageFolder(path, files, labels)
 
 
-def _split(examples: list[Any], share: float, seed: int) -> tuple[Dataset[Any], Dataset[Any]]:
+def _split(examples: list[Any], share: float, seed: int) -> tuple[Subset[Any], Subset[Any]]:
     if not 0.0 <= share < 1.0:
         raise ValueError(f"validation share {share}: it has to be at least 0 and below 1")
     held_out = round(len(examples) * share)
@@ -169,11 +169,14 @@ def _text_collate(loaded: LoadedModel, max_length: int | None, *, labelled: bool
             f"texts need a tokenizer and {loaded.source!r} has none; use a folder with one, or data as module:function"
         )
     accepted = inspect.signature(loaded.model.forward).parameters
-    longest = max_length or _longest(loaded)
+    longest = _longest(loaded)
+    if max_length is not None and max_length > longest:
+        raise ValueError(f"max length {max_length}: {loaded.source!r} takes {longest} tokens at most")
+    limit = max_length or longest
 
     def collate(examples: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
         texts, labels = zip(*examples, strict=True)
-        encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
         batch = {name: tensor for name, tensor in encoded.items() if name in accepted}
         if labelled:
             batch["labels"] = torch.tensor(labels)
@@ -206,11 +209,21 @@ def _image_collate(loaded: LoadedModel, image_size: int | None) -> Collate:
     def collate(examples: list[tuple[Path, int]]) -> Any:
         files, labels = zip(*examples, strict=True)
         images = [_read_image(file, image_module) for file in files]
-        pixels = processor(images=images, return_tensors="pt")["pixel_values"] if processor else simple(images)
+        pixels = _processed(images, processor, loaded.source) if processor else simple(images)
         targets = torch.tensor(labels)
         return (pixels, targets) if loaded.task is None else {"pixel_values": pixels, "labels": targets}
 
     return collate
+
+
+def _processed(images: list[Any], processor: Any, source: str) -> torch.Tensor:
+    try:
+        return processor(images=images, return_tensors="pt")["pixel_values"]
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"the image processor of {source!r} cannot stack these images ({reason}); pass image_size"
+        ) from error
 
 
 def _pillow() -> Any:

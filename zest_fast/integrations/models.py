@@ -188,8 +188,9 @@ def _processor(source: str, task: str, model: torch.nn.Module) -> Any | None:
     tokenizer = _load(transformers.AutoTokenizer, source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = tokenizer.pad_token_id  # classifiers of decoders look for the last token before it
+    config: Any = model.config
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id  # classifiers of decoders look for the last token before it
     return tokenizer
 
 

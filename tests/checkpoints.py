@@ -38,6 +38,7 @@ def save_bert(folder: Path, kind: type = transformers.BertForSequenceClassificat
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=16,
+        initializer_range=0.2,  # so that the output depends on the words, as after training
         **settings,
     )
     kind(config).save_pretrained(folder)

@@ -41,9 +41,9 @@ def mislabelled():
     from torch.utils.data import DataLoader, TensorDataset
     return DataLoader(TensorDataset(torch.randn(4, 3, 2, 2), torch.full((4,), 9)), batch_size=4)
 
-def huge_batches():
+def infinite_batches():
     from torch.utils.data import DataLoader, TensorDataset
-    return DataLoader(TensorDataset(torch.full((4, 3, 2, 2), 1e38), torch.arange(4) % 3), batch_size=4)
+    return DataLoader(TensorDataset(torch.full((4, 3, 2, 2), torch.inf), torch.arange(4) % 3), batch_size=4)
 
 def bug():
     return {}.attribute
@@ -120,21 +120,22 @@ def test_version(run, monkeypatch):
 def test_profile_of_a_bert_folder_as_json(run):
     found = document(run("profile", "bert", "films.jsonl", "--batch-size", 6, "--json"))
     by_name = {row["name"]: row for row in found["layers"]}
-    assert found["loss"] == pytest.approx(np.log(2), rel=0.2)
     assert by_name["classifier"]["info"]["head"] and not by_name["bert.pooler.dense"]["info"]["head"]
     assert len(by_name) == 2 * 6 + 2
     assert all(row["metrics"]["snip"] > 0 for row in found["layers"])
 
 
 def test_profile_measures_the_batch_that_the_seed_draws(run, home):
-    """The snip of the command against autograd on the same batch."""
+    """The loss and the snip of the command against autograd on the same batch."""
     from zest_fast.integrations.datasets import make_loaders, open_data
 
     found = document(run("profile", "bert", "films.jsonl", "--batch-size", 6, "--seed", 3, "--json"))
     torch.manual_seed(3)  # of the fresh head
     loaded = load_model("bert", class_names=["neg", "pos"])
     loaders = make_loaders(open_data("films.jsonl"), loaded, batch_size=6, seed=3, label_column="label")
-    loaded.model(**next(iter(loaders.train))).loss.backward()
+    loss = loaded.model(**next(iter(loaders.train))).loss
+    loss.backward()
+    assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
     weight = loaded.model.bert.pooler.dense.weight
     row = next(row for row in found["layers"] if row["name"] == "bert.pooler.dense")
     assert row["metrics"]["snip"] == pytest.approx((weight * weight.grad).abs().sum().item(), rel=1e-4)
@@ -149,7 +150,7 @@ def test_profile_selects_layers_and_metrics_and_saves(run, home, tmp_path):
     assert "model.layers.1.self_attn.q_proj" in result.stdout and "grad_norm" in result.stdout
     saved = LayerProfile.load(tmp_path / "p.parquet")
     assert saved.names == [f"model.layers.{block}.self_attn.q_proj" for block in (0, 1)]
-    assert list(saved.metrics) == ["snip", "grad_norm"]
+    assert set(saved.metrics) == {"snip", "grad_norm"}
     assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -204,10 +205,10 @@ def test_rank_needs_no_torch(tmp_path):
 
 def test_finetune_trains_the_chosen_layers_and_saves_them(run, tmp_path):
     out = tmp_path / "delta.safetensors"
-    words = ("finetune", "bert", "films.jsonl", "--top", 2, "--epochs", 20, "--lr", 0.02, "--batch-size", 8)
+    words = ("finetune", "bert", "films.jsonl", "--top", 2, "--epochs", 60, "--lr", 0.01, "--batch-size", 8)
     found = document(run(*words, "--validation-share", 0.25, "--out", out, "--json"))
     assert len(found["layers"]) == 2 and "classifier" not in found["layers"]
-    assert found["steps"] == len(found["training_loss"]) == 20 * 3
+    assert found["steps"] == len(found["training_loss"]) == 60 * 3
     assert found["after"]["loss"] < found["before"]["loss"] / 2
     assert found["after"]["accuracy"] == 1.0 and found["after"]["predictions"] == 6
     original = dict(load_model("bert").model.named_parameters())
@@ -224,7 +225,7 @@ def test_finetune_of_a_language_model_with_named_layers(run, tmp_path):
     layer = "model.layers.1.mlp.up_proj"
     words = ("finetune", "llama", "films.jsonl", "--layers", layer, "--steps", 3)
     found = document(run(*words, *saving(tmp_path), "--json"))
-    assert found["layers"] == [layer] and found["trainable"] == [f"{layer}.weight"]
+    assert found["by"] is None and found["layers"] == [layer] and found["trainable"] == [f"{layer}.weight"]
     assert found["steps"] == 3
     assert 0 <= found["before"]["accuracy"] <= 1 and found["before"]["predictions"] > 2
 
@@ -352,7 +353,7 @@ def test_more_classes_than_outputs(run, home, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(run, tmp_path):
-    words = ("finetune", "zest_cli_user:net", "zest_cli_user:huge_batches", "--layers", "1", "--steps", 2)
+    words = ("finetune", "zest_cli_user:net", "zest_cli_user:infinite_batches", "--layers", "1", "--steps", 2)
     refused(run(*words, *saving(tmp_path)), "at step 1", "--lr")
 
 

@@ -135,7 +135,7 @@ def profile(
     if as_json:
         show.json_document(show.profile_document(result))
     else:
-        show.profile_table(Console(), result, wanted)
+        show.profile_table(result, wanted)
 
 
 @app.command()
@@ -160,7 +160,7 @@ def rank(
             {"by": by, "names": list(ranking.names), "scores": list(ranking.scores), "top": list(chosen)}
         )
     else:
-        show.ranking_table(Console(), ranking, saved, by, chosen)
+        show.ranking_table(ranking, saved, by, chosen)
 
 
 @app.command()
@@ -217,7 +217,7 @@ def finetune(
     if as_json:
         show.json_document(document)
     else:
-        show.finetuning_table(Console(), document)
+        show.finetuning_table(document)
 
 
 @app.command()
@@ -228,7 +228,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Run the whole job on real packaged weights and data, beside head only, random layers and all layers."""
-    results = Console(file=sys.stdout)
+    results = show.results()
     with _work() as console:
         from zest_fast.demo import run_demo
 

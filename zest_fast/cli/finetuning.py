@@ -29,31 +29,33 @@ def finetune_job(
     console: Console,
 ) -> dict[str, Any]:
     """Trains `layers` (None = the `top` ones by metric `by`) and the head; returns the report, ready for JSON."""
+    chosen_by = by if layers is None else None
     if layers is None:
         with console.status("profiling one batch"):
             layers = rank(profile(job.model, job.first_batch(), metrics=[by]), by=by).top(top)
-    tuned = SelectiveBackward(job.model, layers)
-    parameters = list(tuned.parameters())
-    before = _score(job)
-    total_steps = steps if steps is not None else epochs * len(job.loaders.train)
-    with _progress(console, total_steps) as report:
-        training = train(
-            job.model,
-            parameters,
-            job.loaders.train,
-            epochs=epochs,
-            steps=steps,
-            lr=lr,
-            device=job.device,
-            report=report,
-        )
-    after = _score(job)
-    tuned.save(out)
+    with SelectiveBackward(job.model, layers) as tuned:
+        parameters = list(tuned.parameters())
+        before = _score(job)
+        total_steps = steps if steps is not None else epochs * len(job.loaders.train)
+        with _progress(console, total_steps) as report:
+            training = train(
+                job.model,
+                parameters,
+                job.loaders.train,
+                epochs=epochs,
+                steps=steps,
+                lr=lr,
+                device=job.device,
+                report=report,
+            )
+        after = _score(job)
+        tuned.save(out)
+        cut = tuned.cut
     return {
         "layers": list(layers),
-        "by": by,
+        "by": chosen_by,
         "trainable": list(tuned.trainable_names),
-        "cut": tuned.cut,
+        "cut": cut,
         "trainable_parameters": sum(parameter.numel() for parameter in parameters),
         "parameters": sum(parameter.numel() for parameter in job.model.parameters()),
         "steps": len(training.losses),
@@ -84,7 +86,7 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[int, float], N
         TextColumn("{task.fields[speed]:.2f} steps/s"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("training", total=total, loss=float("nan"), speed=0.0)
 
         def report(step: int, loss: float) -> None:

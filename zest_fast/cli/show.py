@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from zest_fast.integrations.models import LoadedModel
@@ -17,6 +19,12 @@ if TYPE_CHECKING:
 
 # Columns of the table where --metrics chose none: 15 do not fit into a terminal.
 _SHOWN = ("snip", "grad_norm", "fisher", "rgn")
+
+
+def results() -> Console:
+    """A console on stdout, as wide as a layer name needs where no terminal limits it."""
+    wide = None if sys.stdout.isatty() else 160
+    return Console(file=sys.stdout, width=wide)
 
 
 def json_document(document: Any) -> None:
@@ -36,33 +44,40 @@ def profile_document(profile: LayerProfile) -> dict[str, Any]:
     return {"loss": profile.loss, "backend": profile.backend, "layers": rows, "uncovered": profile.uncovered}
 
 
-def profile_table(console: Console, profile: LayerProfile, metrics: Sequence[str] | None) -> None:
+def _name_column() -> Column:
+    return Column("layer", overflow="fold")  # a shortened name could not be copied
+
+
+def profile_table(profile: LayerProfile, metrics: Sequence[str] | None) -> None:
     shown = [name for name in metrics or _SHOWN if name in profile.metrics]
-    table = Table("layer", "kind", title=f"loss {profile.loss:.4f}, backend {profile.backend}")
+    table = Table(_name_column(), "kind", box=SIMPLE_HEAD, title=f"loss {profile.loss:.4f}, backend {profile.backend}")
     for name in ("weights", *shown):
         table.add_column(name, justify="right")
     for name in profile.names:
         info = profile.info[name]
         values = (f"{profile[name][metric]:.3g}" for metric in shown)
         table.add_row(_marked(name, info), info["kind"], f"{info['numel']:,}", *values)
+    console = results()
     console.print(table)
     for name, reason in profile.uncovered.items():
         console.print(f"not covered: {name} ({reason})", highlight=False, markup=False)
 
 
-def ranking_table(console: Console, ranking: Ranking, profile: LayerProfile, by: str, chosen: Sequence[str]) -> None:
-    table = Table("rank", "layer", "kind", title=f"by {by}: the {len(chosen)} layers to train")
+def ranking_table(ranking: Ranking, profile: LayerProfile, by: str, chosen: Sequence[str]) -> None:
+    table = Table("rank", _name_column(), "kind", box=SIMPLE_HEAD, title=f"by {by}: the {len(chosen)} layers to train")
     for name in ("depth", "weights", by):
         table.add_column(name, justify="right")
     scores = dict(zip(ranking.names, ranking.scores, strict=True))
     for place, name in enumerate(chosen, start=1):
         info = profile.info[name]
         table.add_row(str(place), name, info["kind"], str(info["depth"]), f"{info['numel']:,}", f"{scores[name]:.4g}")
-    console.print(table)
+    results().print(table)
 
 
-def finetuning_table(console: Console, report: Mapping[str, Any]) -> None:
-    table = Table("", "value", show_header=False, title=f"{report['steps']} steps on {report['device']}")
+def finetuning_table(report: Mapping[str, Any]) -> None:
+    table = Table(
+        "", Column(overflow="fold"), show_header=False, title=f"{report['steps']} steps on {report['device']}"
+    )
     share = report["trainable_parameters"] / report["parameters"]
     peak = report["peak_memory_bytes"]
     rows = {
@@ -72,12 +87,14 @@ def finetuning_table(console: Console, report: Mapping[str, Any]) -> None:
         "validation before": _score(report["before"]),
         "validation after": _score(report["after"]),
         "seconds per step": f"{report['seconds_per_step']:.3f}",
-        "peak memory": "unknown" if peak is None else f"{peak / 2**20:,.0f} MiB",
+        "peak memory" if "cuda" in report["device"] else "peak memory of the process": "unknown"
+        if peak is None
+        else f"{peak / 2**20:,.0f} MiB",
         "saved": report["delta"],
     }
     for label, value in rows.items():
         table.add_row(label, value)
-    console.print(table)
+    results().print(table)
 
 
 def notes(console: Console, loaded: LoadedModel) -> None:

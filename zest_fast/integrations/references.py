@@ -27,7 +27,7 @@ def nearest_path(path: Path, candidates: Iterable[Path] | None = None) -> str:
         parent = parent.parent
     wrong = path.relative_to(parent).parts[0]
     there = parent.iterdir() if candidates is None else candidates
-    return f"in {parent}: {nearest(wrong, (entry.name for entry in there if not entry.name.startswith('.')))}"
+    return f"{nearest(wrong, (entry.name for entry in there if not entry.name.startswith('.')))} in {str(parent)!r}"
 
 
 def load_function(reference: str) -> Callable[[], Any]:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import zest_fast.cli.show as show
+import zest_fast.demo
 from zest_fast.cli import app
 from zest_fast.integrations.models import load_model
 from zest_fast.profiling.layer_profile import LayerProfile
@@ -251,7 +252,6 @@ def test_finetune_without_validation_data_says_so(run, tmp_path):
 
 
 def test_demo_runs_the_task_and_prints_its_result(run, tmp_path, monkeypatch):
-    demo = pytest.importorskip("zest_fast.demo")
     calls = []
 
     def run_demo(task, out, *, seed, console):
@@ -259,7 +259,7 @@ def test_demo_runs_the_task_and_prints_its_result(run, tmp_path, monkeypatch):
         console.print("working")
         return {"accuracy": float("nan")}
 
-    monkeypatch.setattr(demo, "run_demo", run_demo, raising=False)
+    monkeypatch.setattr(zest_fast.demo, "run_demo", run_demo, raising=False)
     result = run("demo", "--task", "minilm", "--out", tmp_path, "--seed", 4, "--json")
     assert document(result) == {"accuracy": None}
     assert calls == [("minilm", tmp_path, 4)]

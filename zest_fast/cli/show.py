@@ -75,9 +75,8 @@ def ranking_table(ranking: Ranking, profile: LayerProfile, by: str, chosen: Sequ
 
 
 def finetuning_table(report: Mapping[str, Any]) -> None:
-    table = Table(
-        "", Column(overflow="fold"), show_header=False, title=f"{report['steps']} steps on {report['device']}"
-    )
+    title = f"{report['steps']} steps on {report['device']}"
+    table = Table("", Column(overflow="fold"), box=SIMPLE_HEAD, show_header=False, title=title)
     share = report["trainable_parameters"] / report["parameters"]
     peak = report["peak_memory_bytes"]
     rows = {

@@ -5,7 +5,18 @@ import sys
 import numpy as np
 import pytest
 import torch
-from checkpoints import TEXTS, minilm, save_bert, save_digits, save_jsonl, save_lite0, save_llama, save_resnet
+import transformers
+from checkpoints import (
+    TEXTS,
+    minilm,
+    save_bert,
+    save_digits,
+    save_jsonl,
+    save_lite0,
+    save_llama,
+    save_resnet,
+    save_tokenizer,
+)
 from profiles import make_profile
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -62,6 +73,15 @@ def home(tmp_path_factory):
     save_jsonl(folder / "films.jsonl", TEXTS * 4, LABELS * 4)
     (folder / "zest_cli_user.py").write_text(USER_MODULE)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A second thread only makes models this small wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -231,6 +251,22 @@ def test_finetune_of_a_language_model_with_named_layers(run, tmp_path):
     assert 0 <= found["before"]["accuracy"] <= 1 and found["before"]["predictions"] > 2
 
 
+def test_finetune_trains_every_layer_that_the_checkpoint_does_not_hold(run, tmp_path):
+    """The classifier of DistilBERT has two layers; a frozen random one would be in the way of what is learnt."""
+    config = transformers.DistilBertConfig(vocab_size=16, dim=16, n_layers=2, n_heads=2, hidden_dim=32)
+    transformers.DistilBertModel(config).save_pretrained(tmp_path / "distilbert")
+    save_tokenizer(tmp_path / "distilbert")
+    words = ("finetune", tmp_path / "distilbert", "films.jsonl", "--label-column", "label", "--steps", 1, "--json")
+    layer = "transformer.layer.1.ffn.lin2"
+    found = document(run(*words, *saving(tmp_path), "--layers", f"distilbert.{layer}"))
+    owners = {name.rpartition(".")[0] for name in found["trainable"]}
+    assert owners == {f"distilbert.{layer}", "pre_classifier", "classifier"}
+    found = document(run(*words, *saving(tmp_path), "--layers", "pre_classifier", "--head", "none"))
+    assert found["trainable"] == ["pre_classifier.weight", "pre_classifier.bias"]
+    found = document(run(*words, *saving(tmp_path), "--layers", "pre_classifier", "--head", "classifier"))
+    assert len(found["trainable"]) == 4
+
+
 def test_finetune_is_repeatable(run, tmp_path):
     words = ("finetune", "bert", "films.jsonl", "--top", 1, "--steps", 2, *saving(tmp_path), "--json")
     first, second = document(run(*words)), document(run(*words))
@@ -275,6 +311,7 @@ def test_json_is_strict(capsys):
     ("words", "parts"),
     [
         (("profile", "./bertt", "films.jsonl"), ["'./bertt' does not exist", "nearest: 'bert'"]),
+        (("profile", "digits/bert", "films.jsonl"), ["'digits/bert' does not exist", "in 'digits'"]),
         (("profile", "bertt", "films.jsonl"), ["'bertt' is no folder here", "nearest: 'bert'"]),
         (("profile", "zest_cli_users:net", "digits"), ["no module named 'zest_cli_users'", "nearest: 'zest_cli_user'"]),
         (("profile", "zest_cli_user:nett", "digits"), ["has no function 'nett'", "nearest: 'net'"]),
@@ -317,6 +354,7 @@ def test_what_profile_refuses_is_one_line(run, words, parts):
         (("--by", "snipp"), ["snipp", "'snip'"]),
         (("--top", "99"), ["99"]),
         (("--layers", "bert.pooler.dens"), ["bert.pooler.dens", "'bert.pooler.dense'"]),
+        (("--head", "clasifier"), ["clasifier", "'classifier'"]),
         (("--validation-share", "0.01"), ["24 examples are too few for a validation share of 0.01"]),
     ],
 )

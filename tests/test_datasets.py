@@ -216,6 +216,7 @@ def test_unknown_ending_names_the_nearest(tmp_path):
         ("a.csv", "text,label\ngood,1\nbad,0,0\n", ["line 3", "3 fields where the header has 2"]),
         ("a.csv", 'text,label\n"two\nlines",1\nbad\n', ["line 4", "1 fields"]),
         ("a.csv", 'text,label\ngood,1\n"cut off', ["line 3", "torn row"]),
+        ("a.csv", "text,text\na,b\n", ["line 1", "two columns have the same name"]),
         ("a.csv", "text,label\n", ["has no rows"]),
         ("a.csv", "", ["has no rows"]),
         ("a.csv", b"text,label\ngood,1\n\xff\xfe,2\n", ["line 3", "not UTF-8"]),
@@ -253,6 +254,16 @@ def test_more_tokens_than_positions(tmp_path, bert):
     data = open_data(str(save_jsonl(tmp_path / "films.jsonl", TEXTS, LABELS)))
     common = {"call": make_loaders, "data": data, "loaded": bert, "batch_size": 2, "label_column": "label"}
     refuses("max length 17", "16 tokens at most", max_length=17, **common)
+
+
+def test_a_tokenizer_with_more_words_than_the_model(tmp_path):
+    folder = save_bert(tmp_path / "bert")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["sequel"])
+    tokenizer.save_pretrained(folder)
+    data = open_data(str(save_jsonl(tmp_path / "films.jsonl", ["the sequel"], ["pos"])))
+    loaders = make_loaders(data, load_model(str(folder)), batch_size=1, label_column="label")
+    refuses("token 'sequel' is beyond the 16", call=lambda: next(iter(loaders.train)))
 
 
 def test_images_that_the_processor_leaves_unequal(tmp_path):

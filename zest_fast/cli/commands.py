@@ -175,6 +175,9 @@ def finetune(
     layers: Annotated[
         str | None, typer.Option(help="Exact layer names, separated by commas, instead of --by and --top.")
     ] = None,
+    head: Annotated[
+        str, typer.Option(help="auto (the output layer of a classifier), none, or exact names, separated by commas.")
+    ] = "auto",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps; counts before --epochs.")] = None,
     lr: Annotated[float, typer.Option(min=0.0, help="Learning rate of AdamW.")] = 1e-4,
@@ -212,7 +215,16 @@ def finetune(
         from zest_fast.cli.finetuning import finetune_job
 
         document = finetune_job(
-            job, layers=_names(layers), by=by, top=top, epochs=epochs, steps=steps, lr=lr, out=out, console=console
+            job,
+            layers=_names(layers),
+            head=head,
+            by=by,
+            top=top,
+            epochs=epochs,
+            steps=steps,
+            lr=lr,
+            out=out,
+            console=console,
         )
     if as_json:
         show.json_document(document)

@@ -14,12 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from zest_fast import SelectiveBackward, profile, rank
 from zest_fast.cli.job import Job
 from zest_fast.cli.training import evaluate, train
+from zest_fast.profiling.heads import find_head, is_language_model
 
 
 def finetune_job(
     job: Job,
     *,
     layers: Sequence[str] | None,
+    head: str,
     by: str,
     top: int,
     epochs: int,
@@ -28,12 +30,15 @@ def finetune_job(
     out: Path,
     console: Console,
 ) -> dict[str, Any]:
-    """Trains `layers` (None = the `top` ones by metric `by`) and the head; returns the report, ready for JSON."""
+    """Trains `layers` (None = the `top` ones by metric `by`) and the head; returns the report, ready for JSON.
+
+    head: "auto", "none", or the names of modules, separated by commas.
+    """
     chosen_by = by if layers is None else None
     if layers is None:
         with console.status("profiling one batch"):
             layers = rank(profile(job.model, job.first_batch(), metrics=[by]), by=by).top(top)
-    with SelectiveBackward(job.model, layers) as tuned:
+    with SelectiveBackward(job.model, layers, head=_head(job, head, layers)) as tuned:
         parameters = list(tuned.parameters())
         before = _score(job)
         total_steps = steps if steps is not None else epochs * len(job.loaders.train)
@@ -67,6 +72,19 @@ def finetune_job(
         "device": str(job.device),
         "delta": str(out),
     }
+
+
+def _head(job: Job, head: str, layers: Sequence[str]) -> str | list[str] | None:
+    """ "auto" and, with it, whatever the checkpoint did not hold: layers that are drawn at random have to train."""
+    if head == "none":
+        return None
+    if head != "auto":
+        return [name.strip() for name in head.split(",")]
+    fresh = {name.rpartition(".")[0] for name in job.loaded.fresh} - set(layers)
+    if not fresh:
+        return "auto"
+    found = None if is_language_model(job.model) else find_head(job.model)
+    return sorted(fresh if found is None else fresh | {found})
 
 
 def _score(job: Job) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ Reading (`open_data`) comes before the model is loaded, since a fresh head needs
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +170,8 @@ def _text_collate(loaded: LoadedModel, max_length: int | None, *, labelled: bool
             f"texts need a tokenizer and {loaded.source!r} has none; use a folder with one, or data as module:function"
         )
     accepted = inspect.signature(loaded.model.forward).parameters
+    embedding = loaded.model.get_input_embeddings()  # type: ignore[operator]
+    vocabulary = getattr(embedding, "num_embeddings", math.inf)
     longest = _longest(loaded)
     if max_length is not None and max_length > longest:
         raise ValueError(f"max length {max_length}: {loaded.source!r} takes {longest} tokens at most")
@@ -177,6 +180,11 @@ def _text_collate(loaded: LoadedModel, max_length: int | None, *, labelled: bool
     def collate(examples: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
         texts, labels = zip(*examples, strict=True)
         encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        if encoded["input_ids"].max() >= vocabulary:
+            unknown = tokenizer.convert_ids_to_tokens(int(encoded["input_ids"].max()))
+            raise ValueError(
+                f"token {unknown!r} is beyond the {vocabulary} that {loaded.source!r} embeds; wrong tokenizer?"
+            )
         batch = {name: tensor for name, tensor in encoded.items() if name in accepted}
         if labelled:
             batch["labels"] = torch.tensor(labels)

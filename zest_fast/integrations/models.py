@@ -144,7 +144,7 @@ def _config(source: str) -> Any:
         _check_json(folder / "config.json", "configuration")
     elif folder.exists():
         raise ValueError(f"model {source!r} is a file; give the folder that holds config.json and the weights")
-    elif source.startswith((".", "~", "/")) or source.count("/") > 1:
+    elif _is_path(source):
         raise ValueError(f"model folder {source!r} does not exist; {nearest_path(folder, _folders_beside(folder))}")
     try:
         with _quiet(transformers):
@@ -156,6 +156,12 @@ def _config(source: str) -> Any:
             f"model {source!r} is no folder here, no module:function, and the hub did not give it "
             f"({_first_line(error)}); {nearest_path(folder, _folders_beside(folder))}"
         ) from error
+
+
+def _is_path(source: str) -> bool:
+    """Whether a missing `source` can only be a folder; `name` and `owner/name` may be on the hub."""
+    inside_a_folder = "/" in source and Path(source).parent.is_dir()
+    return inside_a_folder or source.startswith((".", "~", "/")) or source.count("/") > 1
 
 
 def _from_pretrained(source: str, task: str, changes: dict[str, Any]) -> tuple[torch.nn.Module, tuple[str, ...]]:

@@ -64,6 +64,8 @@ def _read_csv(path: Path) -> Table:
     rows, places, start = [], [], 1
     try:
         header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path}, line 1: two columns have the same name: {header}")
         start = reader.line_num + 1
         for row in reader:
             if row and len(row) != len(header):

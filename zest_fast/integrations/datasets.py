@@ -66,7 +66,7 @@ def class_names(labels: Sequence[Any]) -> tuple[str, ...]:
     """
     names = {_label_name(label) for label in labels}
     integers = all(name.removeprefix("-").isdecimal() for name in names)
-    return tuple(sorted(names, key=int if integers else str))
+    return tuple(sorted(names, key=lambda name: (int(name) if integers else 0, name)))  # "01" before "1", always
 
 
 def make_loaders(

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["LayerProfile", "Ranking", "SelectiveBackward", "kernels", "profile", "rank"]
 
 # Where the public names live. Each is imported at its first use: `zest-fast --help` and whoever only reads profiles
-# and ranks layers do not wait for torch.
+# and ranks layers do not wait for torch. (zest_fast.kernels imports torch before the extension: whichever comes first
+# decides which OpenMP runtime both use.)
 _HOMES = {
     "LayerProfile": "zest_fast.profiling.layer_profile",
     "Ranking": "zest_fast.ranking.ranking",

@@ -234,7 +234,7 @@ class _Pass:
         if not loss.is_floating_point():
             raise TypeError(f"the loss is {loss.dtype}; a floating-point scalar is needed")
         if not bool(torch.isfinite(loss)):
-            raise ValueError(f"the loss is {float(loss)}: {self._explain_not_finite(statistics, compute_loss)}")
+            raise ValueError(f"the loss is {float(loss.detach())}: {self._explain_not_finite(statistics, compute_loss)}")
         if not loss.requires_grad:
             raise ValueError(
                 "the loss does not depend on the model's layers: it has no graph (was it detached, or computed under "

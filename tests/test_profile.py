@@ -81,13 +81,15 @@ def test_batches_made_in_inference_mode_and_inputs_that_require_gradients() -> N
     assert x.grad is None
 
 
-def test_gradients_of_tensors_outside_of_the_model_are_not_our_business_but_its_own_are_kept() -> None:
-    model, (x, y) = mlp(), batch()
-    F.cross_entropy(model(x), y).backward()
-    grads = [p.grad for p in model.parameters()]
+def test_gradients_that_are_there_stay_the_models_own_and_those_of_others() -> None:
+    model, other, (x, y) = mlp(), nn.Linear(8, 8), batch()
+    x.requires_grad_(True)
+    F.cross_entropy(model(other(x)), y).backward()
+    tensors = [*model.parameters(), *other.parameters(), x]
+    grads = [p.grad for p in tensors]
     copies = [g.clone() for g in grads]
-    zest_fast.profile(model, (x, y))
-    assert all(p.grad is g and torch.equal(g, c) for p, g, c in zip(model.parameters(), grads, copies, strict=True))
+    zest_fast.profile(model, closure=lambda: F.cross_entropy(model(other(x)), y))
+    assert all(p.grad is g and torch.equal(g, c) for p, g, c in zip(tensors, grads, copies, strict=True))
 
 
 def test_loss_scale_divides_what_the_loss_already_carries() -> None:

@@ -111,9 +111,9 @@ class _Pass:
         self._every_layer = find_layers(model)
         self._chosen = select_layers(self._every_layer, selection)
         self._trainable_before = {layer: layer.weight.parameter.requires_grad for layer in self._chosen}
-        modules = dict(model.named_modules())
-        self._embeddings = [m for m in modules.values() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
-        self._parents = {parent for layer in self._chosen for parent in ancestors(layer, modules)[:1]}
+        self._modules = dict(model.named_modules())
+        self._embeddings = [m for m in self._modules.values() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+        self._parents = {parent for layer in self._chosen for parent in ancestors(layer, self._modules)[:1]}
         self._needed = statistics_needed(metrics)
         self._backward = bool(self._needed & BACKWARD)
         self._weight_gradients = bool(self._needed & (BACKWARD - {FISHER}))
@@ -126,7 +126,7 @@ class _Pass:
         with torch.enable_grad(), _eager(), ModelState(self._model, trainable) as state:
             while True:
                 statistics = Statistics(self._needed, self._backend)
-                taps, loss = self._once(compute_loss, routes, statistics)
+                taps, loss = self._once(compute_loss, routes, statistics, state)
                 revised = taps.revised() if self._backward else None
                 if revised is None:
                     break
@@ -137,6 +137,7 @@ class _Pass:
             reached = self._reached(taps, loss)
         return build_profile(
             self._model,
+            self._modules,
             self._every_layer,
             self._chosen,
             reached,
@@ -148,7 +149,9 @@ class _Pass:
             loss_scale=loss_scale,
         )
 
-    def _once(self, compute_loss: Callable[[], Tensor], routes: Routes, statistics: Statistics) -> tuple[Taps, Tensor]:
+    def _once(
+        self, compute_loss: Callable[[], Tensor], routes: Routes, statistics: Statistics, state: ModelState
+    ) -> tuple[Taps, Tensor]:
         taps = Taps(
             self._chosen,
             self._embeddings,
@@ -165,7 +168,7 @@ class _Pass:
                 loss = compute_loss()
             check_loss(loss, self._model, compute_loss)
             if self._backward:
-                with _gradients_of_others(loss, self._model):
+                with _gradients_of_others(loss, state.parameters):
                     taps.backward(loss)
         return taps, loss
 
@@ -239,9 +242,9 @@ def _saving_nothing() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _gradients_of_others(loss: Tensor, model: nn.Module) -> Iterator[None]:
+def _gradients_of_others(loss: Tensor, parameters: list[Tensor]) -> Iterator[None]:
     """Tensors that a closure brings along (inputs, another model's weights) keep the .grad that they have."""
-    own = {id(p) for p in model.parameters()}
+    own = {id(p) for p in parameters}
     others = [(leaf, leaf.grad) for key, leaf in _leaves_of(loss)[0].items() if key not in own]
     for leaf, _ in others:
         leaf.grad = None

@@ -16,6 +16,7 @@ from zest_fast.profiling.taps import Taps
 
 def build_profile(
     model: nn.Module,
+    modules: dict[str, nn.Module],
     every_layer: list[Layer],
     chosen: list[Layer],
     reached: list[Layer],
@@ -28,7 +29,7 @@ def build_profile(
     loss_scale: float,
 ) -> LayerProfile:
     """The table of one pass; ``reached`` are the rows, ``trainable`` the flags as they were handed over."""
-    depth = _depth(model, every_layer, reached, taps)
+    depth = _depth(modules, every_layer, reached, taps)
     rows = sorted(reached, key=depth.__getitem__)
     head = _head_or_none(model)
     values = np.empty((len(rows), len(metrics)))
@@ -68,10 +69,9 @@ def ancestors(layer: Layer, modules: dict[str, nn.Module]) -> list[nn.Module]:
     return [modules[".".join(parts[:n])] for n in range(len(parts) - 1, -1, -1)]
 
 
-def _depth(model: nn.Module, every_layer: list[Layer], rows: list[Layer], taps: Taps) -> dict[Layer, int]:
+def _depth(modules: dict[str, nn.Module], every_layer: list[Layer], rows: list[Layer], taps: Taps) -> dict[Layer, int]:
     """Position in the order of first use; a module that is never called itself counts with its parent."""
     position = {layer: i for i, layer in enumerate(every_layer)}
-    modules = dict(model.named_modules())
 
     def key(layer: Layer) -> tuple[int, int]:
         candidates = [layer.called_module, *ancestors(layer, modules)]

@@ -360,6 +360,45 @@ def parameter_of_a_module_with_one_output() -> Built:
     return nn.Sequential(Scale(), nn.Tanh(), nn.Linear(8, 3)), mean_square, (torch.randn(4, 5, 8),)
 
 
+@entry()
+def parameter_list_and_layer_norm_over_two_dimensions() -> Built:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factors = nn.ParameterList(torch.randn(8, 8) / 3 for _ in range(2))
+            self.single = nn.ParameterDict({"mix": torch.randn(8, 4)})
+            self.norm = nn.LayerNorm((5, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for factor in self.factors:
+                x = torch.tanh(x @ factor)
+            return self.norm(x) @ self.single["mix"]
+
+    return Model(), lambda m, x: m(x).cos().mean(), (torch.randn(3, 5, 8),)
+
+
+@entry()
+def strided_weights() -> Built:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+    model[0].weight = nn.Parameter(torch.randn(8, 6).t() / 3)
+    model[2].weight = nn.Parameter(torch.randn(3, 12)[:, ::2] / 3)
+    return model, mean_square, (torch.randn(5, 2, 8),)
+
+
+@entry()
+def integer_parameter() -> Built:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.codes = nn.Parameter(torch.randint(-8, 8, (6, 8), dtype=torch.int8), requires_grad=False)
+            self.out = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(x @ self.codes.to(x.dtype).t() / 16)
+
+    return Model(), mean_square, (torch.randn(5, 8),)
+
+
 # Reuse, functional use, views and in-place operations
 
 
@@ -612,19 +651,28 @@ def keyword_arguments() -> Built:
 
 
 @entry()
-def input_is_overwritten() -> Built:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.frozen_view, self.out = nn.Linear(8, 8), nn.Linear(8, 3)
+def two_passes_through_the_model() -> Built:
+    def loss(model: nn.Module, a: Tensor, b: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = model(b)
+        return (model(a) - model(b)).square().mean() + (model(a + b) - target).square().mean()
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = x.clone()
-            y = self.frozen_view(x.clone())
-            x.zero_()
-            return self.out(y + x)
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
+    return model, loss, (torch.randn(5, 8), torch.randn(5, 8))
 
-    return Model(), mean_square, (torch.randn(5, 8),)
+
+@entry()
+def input_requires_grad() -> Built:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+    return model, lambda m, x: m(x.clone().requires_grad_()).square().mean(), (torch.randn(5, 2, 8),)
+
+
+@entry()
+def backward_hooks_of_the_user() -> Built:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    model[2].register_full_backward_pre_hook(lambda module, grad_output: (2 * grad_output[0],))
+    model[4].register_full_backward_hook(lambda module, grad_input, grad_output: None)
+    return model, mean_square, (torch.randn(5, 2, 8),)
 
 
 @entry()
@@ -840,6 +888,17 @@ def autocast_with_checkpoint() -> Built:
     return Checkpointed(in_place_blocks(), nn.Linear(8, 3), reentrant=False), loss, (torch.randn(5, 4, 8),)
 
 
+@entry(rounded=True)
+def autocast_reused_linear() -> Built:
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):  # keeps the rounded weight from one call to the next
+            for _ in range(3):
+                x = torch.tanh(model[0](x))
+            return model[1](x).float_power(2).mean()
+
+    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), loss, (torch.randn(20, 8),)
+
+
 def in_precision(dtype: torch.dtype) -> Built:
     model = nn.Sequential(nn.Conv1d(5, 5, 3), nn.GELU(), nn.Linear(10, 16), nn.ReLU(inplace=True), nn.Linear(16, 4))
     return model.to(dtype), mean_square, (torch.randn(6, 5, 12).to(dtype),)
@@ -963,6 +1022,19 @@ def experts_of_which_one_gets_no_token() -> Built:
                 if len(rows):
                     y = y.index_add(0, rows, torch.tanh(expert(x[rows])) * weights[rows, None])
             return self.out(y)
+
+    return Mixture(), mean_square, (torch.randn(9, 8),)
+
+
+@entry()
+def expert_called_without_tokens() -> Built:
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts, self.out = nn.ModuleList(nn.Linear(8, 8) for _ in range(2)), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.cat([torch.tanh(self.experts[0](x)), self.experts[1](x[:0])]))
 
     return Mixture(), mean_square, (torch.randn(9, 8),)
 

@@ -1,11 +1,12 @@
 """The independent judge of `zest_fast.profile()`: every metric of every layer from its definition, by plain autograd.
 
-Nothing here is fast, clever or taken from the library. A weight's gradient is what autograd leaves in `.grad`; a layer's
-output Y is cloned by a forward hook before anybody can overwrite it; G arrives at an alias of the output that the hook puts
-in its place. All statistics are formed in float64 from these tensors.
+Nothing here is fast, clever or taken from the library. A weight's gradient is what autograd leaves in `.grad`; a
+layer's output Y is cloned by a forward hook before anybody can overwrite it; G arrives at an alias of the output that
+the hook puts in its place. All statistics are formed in float64 from these tensors.
 
-The specification is `measure` on a float64 copy of the model. `measure` on the model as it is gives the accuracy that plain
-autograd itself reaches in that precision: cells where it misses the specification are not held against the library.
+The specification is `measure` on a float64 copy of the model. `measure` on the model as it is gives the accuracy that
+plain autograd itself reaches in that precision: cells where it misses the specification are not held against the
+library.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ Values = dict[str, dict[str, float]]  # row -> metric -> value
 class Outputs:
     """What one module returned and which gradients came back to it.
 
-    values: Y of every call of the forward pass; products: S = sum over positions of Y * G, [samples, channels], of every
-    call that the loss reached; single: False once a call returned anything but one floating tensor.
+    values: Y of every call of the forward pass; products: S = sum over positions of Y * G, [samples, channels], of
+    every call that the loss reached; single: False once a call returned anything but one floating tensor.
     """
 
     channel_dim: int | None  # None: the last one
@@ -119,8 +120,9 @@ def layer_with_output(model: nn.Module, name: str, owner: nn.Module) -> nn.Modul
 def recorded(layers: Iterable[nn.Module]) -> Iterator[tuple[dict[nn.Module, Outputs], Callable[[], None]]]:
     """Hooks that collect the `Outputs` of each layer, and a function that starts the collection of gradients.
 
-    Gradients count from that start on: a gradient penalty differentiates inside the closure, and what arrives then is not
-    the gradient of the loss. Outputs count outside of a backward pass only: checkpointing calls modules again in there.
+    Gradients count from that start on: a gradient penalty differentiates inside the closure, and what arrives then is
+    not the gradient of the loss. Outputs count outside of a backward pass only: checkpointing calls modules again in
+    there.
     """
     outputs = {layer: Outputs(1 if isinstance(layer, _ConvNd) else None) for layer in layers}
     counting = False
@@ -133,6 +135,8 @@ def recorded(layers: Iterable[nn.Module]) -> Iterator[tuple[dict[nn.Module, Outp
         record = outputs[module]
         if not isinstance(output, Tensor) or not output.is_floating_point():
             record.single = False
+            return None
+        if output.numel() == 0:  # an expert that was called without tokens
             return None
         y = output.detach().clone()
         if torch._C._current_graph_task_id() == -1:
@@ -168,7 +172,7 @@ def channel_sums(y: Tensor, g: Tensor, module: nn.Module, channel_dim: int | Non
 
 
 def measure(model: nn.Module, closure: Callable[[], Tensor], layers: Iterable[str] | None = None) -> Measurement:
-    """Runs `closure` and its backward once and tabulates every metric. Leaves gradients and flags of `model` changed."""
+    """Runs `closure` and its backward once and tabulates every metric. Leaves gradients and flags changed."""
     rows = list(rows_of(model, layers))
     for parameter in model.parameters():
         parameter.grad = None
@@ -230,7 +234,7 @@ def fisher(products: list[Tensor]) -> Tensor | float:
 
 @dataclass
 class Verdict:
-    """misses: one readable line per wrong cell; left_out: cells that plain autograd cannot reach; cells: all of them."""
+    """misses: a readable line per wrong cell; left_out: cells that plain autograd cannot reach; cells: their number."""
 
     misses: list[str]
     left_out: list[str]
@@ -241,8 +245,8 @@ class Verdict:
 def compare(got: Mapping[str, Mapping[str, float]], spec: Measurement, own: Measurement) -> Verdict:
     """Holds the table `got` against the specification, cell by cell.
 
-    Errors are relative to the value; of means relative to the standard deviation of the same quantity; of `plain` relative
-    to snip / n. Rows that only one side has are misses.
+    Errors are relative to the value; of means relative to the standard deviation of the same quantity; of `plain`
+    relative to snip / n. Rows that only one side has are misses.
     """
     misses = [f"row {name!r} is missing" for name in spec.values if name not in got]
     misses += [f"row {name!r} should not be there" for name in got if name not in spec.values]
@@ -282,7 +286,7 @@ def compare_rounded(got: Mapping[str, Mapping[str, float]], spec: Measurement, o
 
 
 def relative_error(metric: str, value: float, expected: Mapping[str, float], numel: int) -> float:
-    """The error of one cell in the unit that metrics.md prescribes; NaN where and only where NaN is expected is right."""
+    """The error of one cell in its unit (see `compare`); NaN is right where, and only where, NaN is expected."""
     target = expected[metric]
     if math.isnan(target) or math.isnan(value):
         return 0.0 if math.isnan(target) and math.isnan(value) else math.inf

@@ -367,12 +367,12 @@ def parameter_list_and_layer_norm_over_two_dimensions() -> Built:
             super().__init__()
             self.factors = nn.ParameterList(torch.randn(8, 8) / 3 for _ in range(2))
             self.single = nn.ParameterDict({"mix": torch.randn(8, 4)})
-            self.norm = nn.LayerNorm((5, 8))
+            self.norm, self.out = nn.LayerNorm((5, 8)), nn.Linear(4, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             for factor in self.factors:
                 x = torch.tanh(x @ factor)
-            return self.norm(x) @ self.single["mix"]
+            return self.out(self.norm(x) @ self.single["mix"])
 
     return Model(), lambda m, x: m(x).cos().mean(), (torch.randn(3, 5, 8),)
 

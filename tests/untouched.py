@@ -1,4 +1,4 @@
-"""What a model, its hooks and the random state look like, so that a test can name everything that a call has changed."""
+"""What a model, its hooks and the random state look like: a test can then name everything that a call changed."""
 
 from __future__ import annotations
 

@@ -386,6 +386,27 @@ def strided_weights() -> Built:
 
 
 @entry()
+def empty_parameter() -> Built:
+    # As DINOv3 without register tokens.
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.registers, self.out = nn.Parameter(torch.zeros(1, 0, 8)), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.cat([self.registers.expand(len(x), -1, -1), x], 1))
+
+    return Model(), mean_square, (torch.randn(2, 5, 8),)
+
+
+@entry()
+def zero_weights() -> Built:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+    nn.init.zeros_(model[2].weight)
+    return model, mean_square, (torch.randn(5, 8),)
+
+
+@entry()
 def integer_parameter() -> Built:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -880,6 +901,26 @@ def autocast_bfloat16() -> Built:
 
 
 @entry(rounded=True)
+def autocast_in_place() -> Built:
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x).float_power(2).mean()
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 3))
+    return model, loss, (torch.randn(5, 4, 8),)
+
+
+@entry(rounded=True)
+def autocast_convolution_in_place() -> Built:
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x).float_power(2).mean()
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.ReLU(inplace=True))
+    return model, loss, (images(),)
+
+
+@entry(rounded=True)
 def autocast_with_checkpoint() -> Built:
     def loss(model: nn.Module, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -987,6 +1028,15 @@ def llama_lora() -> Built:
     import peft
 
     config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2, lora_dropout=0.1, init_lora_weights=False)
+    return peft.get_peft_model(llama_model(), config), language_model, (tokens(),)
+
+
+@entry()
+def llama_fresh_lora() -> Built:
+    # Half of a fresh adapter is zero: a gradient without a weight to measure it by, and none at all for its partner.
+    import peft
+
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2)
     return peft.get_peft_model(llama_model(), config), language_model, (tokens(),)
 
 

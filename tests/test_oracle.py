@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from model_zoo import build
-from oracle import METRICS, TOLERANCE, Measurement, compare, compare_rounded, measure, relative_error, rows_of
+from oracle import FAMILIES, METRICS, TOLERANCE, Measurement, compare, compare_rounded, measure, relative_error, rows_of
 from torch import Tensor, nn
 
 # Without kinks, and without the casts to float32 that many language models carry in their norms and losses.
@@ -176,6 +176,10 @@ def test_rows_follow_the_naming_rule() -> None:
 def table(**changes: float) -> Measurement:
     values = dict.fromkeys(METRICS, 1.0) | {"snip": 8.0} | changes
     return Measurement({"layer": values}, {"layer": 4}, {"layer": "layer.weight"}, set(), 0.0)
+
+
+def test_families_cover_every_metric() -> None:
+    assert tuple(sorted(FAMILIES)) == tuple(sorted(METRICS))
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -16,13 +16,14 @@ from untouched import changes, state_of
 
 import zest_fast
 
-HANDFUL = [
+HANDFUL = (
     "albert",
     "bart",
     "bert",
     "convnext",
     "deberta-v2",
     "distilbert",
+    "efficientnet",
     "gemma",
     "gpt2",
     "gpt_neox",
@@ -31,20 +32,18 @@ HANDFUL = [
     "longformer",
     "mamba",
     "mixtral",
-    "mobilenet_v1",
     "mobilenet_v2",
     "opt",
     "qwen3",
     "qwen3_moe",
     "resnet",
     "roberta",
-    "segformer",
     "swin",
     "t5",
     "vit",
     "wav2vec2",
     "whisper",
-]
+)
 BUILT_AT_LEAST = 245
 LEFT_OUT_AT_MOST = 0.02
 

@@ -27,73 +27,83 @@ LARGEST = 8_000_000  # parameters; beyond, the table below has missed a name
 WIDTH, HEADS, HEAD_WIDTH, DEPTH = 32, 4, 8, 2
 SPREAD = 0.15  # of fresh weights: the usual 0.02 lets the signal of narrow layers die
 SIZES = (
-    (WIDTH, "hidden_size d_model n_embd embed_dim dim emb_dim hidden_dim encoder_hidden_size decoder_hidden_size"),
     (
         WIDTH,
-        "projection_dim embedding_size out_hidden_size output_hidden_size embedding_dim text_hidden_size qk_head_dim",
+        """
+        hidden_size d_model n_embd embed_dim dim emb_dim hidden_dim encoder_hidden_size decoder_hidden_size
+        projection_dim embedding_size out_hidden_size output_hidden_size embedding_dim text_hidden_size qk_head_dim
+        pooler_hidden_size pooler_output_size image_text_hidden_size decoder_embed_dim hidden_channels d_embed
+        fusion_hidden_size encoder_hidden_dim fpn_hidden_size d_latents auxiliary_channels feature_size latent_dim
+        hidden_size_per_layer_input mask_feature_size feature_projection_input_dim codevector_dim
+        proj_codevector_dim memory_attention_hidden_size memory_encoder_hidden_size classifier_proj_size
+        xvector_output_dim lm_head_dim attention_hidden_size width lru_width codebook_dim
+        vector_quantization_hidden_dimension mamba_d_state projector_hidden_size adapter_hidden_size
+        multimodal_projector_hidden_size vision_hidden_size abstractor_dim
+        """,
     ),
-    (WIDTH, "pooler_hidden_size pooler_output_size image_text_hidden_size decoder_embed_dim hidden_channels d_embed"),
-    (
-        WIDTH,
-        "fusion_hidden_size encoder_hidden_dim fpn_hidden_size d_latents auxiliary_channels feature_size latent_dim",
-    ),
-    (
-        WIDTH,
-        "hidden_size_per_layer_input mask_feature_size feature_projection_input_dim codevector_dim proj_codevector_dim",
-    ),
-    (
-        WIDTH,
-        "memory_attention_hidden_size memory_encoder_hidden_size classifier_proj_size xvector_output_dim lm_head_dim",
-    ),
-    (WIDTH, "attention_hidden_size width lru_width codebook_dim vector_quantization_hidden_dimension mamba_d_state"),
-    (
-        WIDTH,
-        "projector_hidden_size adapter_hidden_size multimodal_projector_hidden_size vision_hidden_size abstractor_dim",
-    ),
-    (2 * WIDTH, "intermediate_size moe_intermediate_size encoder_ffn_dim decoder_ffn_dim d_ff ffn_dim mlp_dim n_inner"),
     (
         2 * WIDTH,
-        "ffn_hidden_size shared_expert_intermediate_size d_inner decoder_intermediate_size ffn_intermediate_size",
+        """
+        intermediate_size moe_intermediate_size encoder_ffn_dim decoder_ffn_dim d_ff ffn_dim mlp_dim n_inner
+        ffn_hidden_size shared_expert_intermediate_size d_inner decoder_intermediate_size ffn_intermediate_size
+        shared_intermediate_size memory_fuser_intermediate_dim memory_attention_feed_forward_hidden_size
+        dim_feedforward encoder_intermediate_size moe_shared_expert_intermediate_size block_ff_dim mlp_hidden_size
+        intermediate_size_mlp dense_intermediate_size expert_ffn_hidden_size ffn_dim_encoder ffn_dim_decoder
+        """,
     ),
-    (2 * WIDTH, "shared_intermediate_size memory_fuser_intermediate_dim memory_attention_feed_forward_hidden_size"),
-    (
-        2 * WIDTH,
-        "dim_feedforward encoder_intermediate_size moe_shared_expert_intermediate_size block_ff_dim mlp_hidden_size",
-    ),
-    (2 * WIDTH, "intermediate_size_mlp dense_intermediate_size expert_ffn_hidden_size ffn_dim_encoder ffn_dim_decoder"),
-    (HEADS, "num_attention_heads n_head num_heads encoder_attention_heads decoder_attention_heads n_heads"),
     (
         HEADS,
-        "num_key_value_heads swa_num_attention_heads swa_num_key_value_heads decoder_num_attention_heads attention_heads",
+        """
+        num_attention_heads n_head num_heads encoder_attention_heads decoder_attention_heads n_heads
+        num_key_value_heads swa_num_attention_heads swa_num_key_value_heads decoder_num_attention_heads
+        attention_heads linear_num_key_heads linear_num_value_heads linear_num_heads index_n_heads
+        num_cross_attention_heads encoder_num_attention_heads num_decoder_heads n_head_kv decoder_num_heads
+        num_self_attention_heads encoder_num_key_value_heads decoder_num_key_value_heads num_kv_heads
+        """,
     ),
-    (HEADS, "linear_num_key_heads linear_num_value_heads linear_num_heads index_n_heads num_cross_attention_heads"),
-    (HEADS, "encoder_num_attention_heads num_decoder_heads n_head_kv decoder_num_heads num_self_attention_heads"),
-    (HEADS, "encoder_num_key_value_heads decoder_num_key_value_heads num_kv_heads"),
     (
         HEAD_WIDTH,
-        "head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim swa_head_dim rotary_dim linear_key_head_dim d_kv d_head",
+        """
+        head_dim v_head_dim qk_nope_head_dim qk_rope_head_dim swa_head_dim rotary_dim linear_key_head_dim d_kv
+        d_head linear_value_head_dim linear_head_dim index_head_dim kv_channels global_head_dim attention_head_dim
+        """,
     ),
-    (HEAD_WIDTH, "linear_value_head_dim linear_head_dim index_head_dim kv_channels global_head_dim attention_head_dim"),
     (2 * HEAD_WIDTH, "kv_lora_rank q_lora_rank o_lora_rank"),
-    (DEPTH, "num_hidden_layers n_layer num_layers encoder_layers decoder_layers n_layers num_encoder_layers depth"),
-    (DEPTH, "num_decoder_layers decoder_num_hidden_layers encoder_num_hidden_layers decoder_num_layers num_blocks"),
-    (DEPTH, "decoder_depth num_encoder_hidden_layers memory_attention_num_layers num_blocks_per_stage"),
-    (DEPTH, "x_layers l_layers r_layers encoder_num_layers speech_decoder_prenet_layers num_detection_layers"),
+    (
+        DEPTH,
+        """
+        num_hidden_layers n_layer num_layers encoder_layers decoder_layers n_layers num_encoder_layers depth
+        num_decoder_layers decoder_num_hidden_layers encoder_num_hidden_layers decoder_num_layers num_blocks
+        decoder_depth num_encoder_hidden_layers memory_attention_num_layers num_blocks_per_stage x_layers l_layers
+        r_layers encoder_num_layers speech_decoder_prenet_layers num_detection_layers
+        """,
+    ),
     (4, "n_routed_experts num_experts num_local_experts moe_num_experts n_group num_expert_group"),
     (
         2,
-        "num_experts_per_tok num_experts_per_token moe_k moe_topk topk_group experts_per_token top_k n_experts_per_tok",
+        """
+        num_experts_per_tok num_experts_per_token moe_k moe_topk topk_group experts_per_token top_k
+        n_experts_per_tok
+        """,
     ),
     (
         VOCABULARY,
-        "vocab_size codebook_size vocab_size_per_layer_input unpadded_vocab_size entity_vocab_size head_out_channels",
+        """
+        vocab_size codebook_size vocab_size_per_layer_input unpadded_vocab_size entity_vocab_size head_out_channels
+        """,
     ),
-    (64, "max_position_embeddings n_positions max_source_positions max_target_positions model_max_length max_seq_len"),
+    (
+        64,
+        """
+        max_position_embeddings n_positions max_source_positions max_target_positions model_max_length max_seq_len
+        """,
+    ),
     (8, "patch_size"),
     (32, "image_size pretrain_image_size"),
     (10, "num_queries num_denoising num_query_tokens"),
 )
-WIDTHS = [
+SIZE_OF = {name: size for size, names in SIZES for name in names.split()}
+WIDTHS = {"hidden_sizes", "embed_dims", "encoder_hidden_sizes", "conv_dim", "decoder_hidden_sizes", "embed_dim"}
     "hidden_sizes",
     "embed_dims",
     "encoder_hidden_sizes",
@@ -101,12 +111,9 @@ WIDTHS = [
     "decoder_hidden_sizes",
     "embed_dim",
     "tdnn_dim",
-    "neck_hidden_sizes",
-]
-DEPTHS = ("depths", "layer_depths", "num_blocks", "encoder_depths")
-SIZE_OF = {name: size for size, names in SIZES for name in names.split()}
-
-TASKS = [
+}
+DEPTHS = {"depths", "layer_depths", "num_blocks", "encoder_depths"}
+TASKS = (
     "CAUSAL_LM",
     "SEQ_TO_SEQ_CAUSAL_LM",
     "MASKED_LM",
@@ -124,7 +131,7 @@ TASKS = [
     "ZERO_SHOT_IMAGE_CLASSIFICATION",
     "PRETRAINING",
     "BACKBONE",
-]
+)
 
 
 class NotBuilt(Exception):
@@ -281,6 +288,9 @@ def runnable(model_class: type, config: transformers.PreTrainedConfig) -> Tiny:
         raise NotBuilt(f"still {size:,} parameters when shrunk")
     torch.manual_seed(1)
     model = model_class(config).float().train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()  # normalised over two samples, a feature is hardly more than its sign
     reasons = []
     for arguments in candidate_arguments(model):
         tiny = Tiny(model, arguments)

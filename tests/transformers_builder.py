@@ -104,14 +104,6 @@ SIZES = (
 )
 SIZE_OF = {name: size for size, names in SIZES for name in names.split()}
 WIDTHS = {"hidden_sizes", "embed_dims", "encoder_hidden_sizes", "conv_dim", "decoder_hidden_sizes", "embed_dim"}
-    "hidden_sizes",
-    "embed_dims",
-    "encoder_hidden_sizes",
-    "conv_dim",
-    "decoder_hidden_sizes",
-    "embed_dim",
-    "tdnn_dim",
-}
 DEPTHS = {"depths", "layer_depths", "num_blocks", "encoder_depths"}
 TASKS = (
     "CAUSAL_LM",

@@ -289,6 +289,22 @@ def weight_norm_old() -> Built:
 
 
 @entry()
+def pruned() -> Built:
+    from torch.nn.utils import prune
+
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+    prune.random_unstructured(model[0], "weight", amount=0.3)
+    return model, mean_square, (torch.randn(5, 8),)
+
+
+@entry()
+def spectral_norm_old_in_train_mode() -> Built:
+    # Each forward pass takes one step of the power iteration in two buffers.
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(8, 6)), nn.Tanh(), nn.Linear(6, 3))
+    return model.train(), mean_square, (torch.randn(5, 8),)
+
+
+@entry()
 def weight_parametrised() -> Built:
     class Skew(nn.Module):
         def forward(self, w: Tensor) -> Tensor:
@@ -312,6 +328,11 @@ def tied_embedding() -> Built:
             return self.head(torch.tanh(self.body(self.embed(ids))))
 
     return Model(), lambda m, i: F.cross_entropy(m(i).flatten(0, 1), i.flatten()), (tokens(2, 5, 20),)
+
+
+@entry(layers=("embed", "head"))
+def tied_embedding_by_name() -> Built:
+    return tied_embedding()
 
 
 @entry()
@@ -404,6 +425,20 @@ def zero_weights() -> Built:
     model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
     nn.init.zeros_(model[2].weight)
     return model, mean_square, (torch.randn(5, 8),)
+
+
+@entry()
+def complex_parameter() -> Built:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.filter = nn.Parameter(torch.randn(5, 8, dtype=torch.complex64))
+            self.out = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.fft.ifft(torch.fft.fft(x) * self.filter).real)
+
+    return Model(), mean_square, (torch.randn(2, 5, 8),)
 
 
 @entry()
@@ -697,6 +732,117 @@ def backward_hooks_of_the_user() -> Built:
 
 
 @entry()
+def tensor_hook_of_the_user() -> Built:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.out = nn.Linear(8, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.inner(x)
+            y.register_hook(lambda g: 2 * g)
+            return self.out(torch.tanh(y))
+
+    return Model(), mean_square, (torch.randn(5, 2, 8),)
+
+
+@entry()
+def parameter_hook_of_the_user() -> Built:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+    model[0].weight.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
+    return model, mean_square, (torch.randn(5, 2, 8),)
+
+
+@entry()
+def adversarial_input() -> Built:
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).square().mean(), x)
+        return model((x + 0.1 * slope.sign()).detach()).square().mean()
+
+    return nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)), loss, (torch.randn(5, 2, 8),)
+
+
+@entry()
+def regularised_loss() -> Built:
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        penalty = sum(p.square().sum() for p in model.parameters() if p.dim() > 1)
+        return model(x).square().mean() + 0.01 * penalty
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.once, self.twice, self.never = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.twice(torch.tanh(self.twice(self.once(x))))
+
+    return Model(), loss, (torch.randn(5, 2, 8),)
+
+
+@entry()
+def functional_call_with_changed_weights() -> Built:
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        weights = {name: 1.5 * p for name, p in model.named_parameters()}
+        return torch.func.functional_call(model, weights, (x,)).square().mean()
+
+    return nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)), loss, (torch.randn(5, 2, 8),)
+
+
+@entry()
+def inference_mode_inside() -> Built:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.out = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                teacher = self.body(2 * x)
+            return self.out(torch.tanh(self.body(x)) - teacher.clone())
+
+    return Model(), mean_square, (torch.randn(5, 2, 8),)
+
+
+@entry()
+def forward_called_directly() -> Built:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.out = nn.Linear(8, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.tanh(self.inner.forward(x)))  # no hook fires
+
+    return Model(), mean_square, (torch.randn(5, 2, 8),)
+
+
+@entry()
+def activations_kept_on_the_host() -> Built:
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return model(x).square().mean()
+
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
+    return model, loss, (torch.randn(5, 2, 8),)
+
+
+@entry()
+def buffer_is_replaced() -> Built:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(8, 3)
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.steps = self.steps + 1
+            return self.out(x) * self.steps
+
+    return Model(), mean_square, (torch.randn(5, 8),)
+
+
+@entry()
 def frozen_layers() -> Built:
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
     model[0].requires_grad_(False)
@@ -773,6 +919,31 @@ def checkpoint_reentrant_behind_a_frozen_embedding() -> Built:
     front.weight.requires_grad_(False)
     model = Checkpointed(in_place_blocks(), nn.Linear(8, 3), reentrant=True, front=front)
     return model, mean_square, (tokens(2, 5, 20),)
+
+
+@entry()
+def checkpoint_within_checkpoint() -> Built:
+    inner = Checkpointed(in_place_blocks(), nn.ReLU(inplace=True), reentrant=False)
+    model = Checkpointed([inner, nn.Linear(8, 8)], nn.Linear(8, 3), reentrant=False, front=nn.Linear(6, 8))
+    return model, mean_square, (torch.randn(5, 4, 6),)
+
+
+@entry()
+def checkpoint_selective() -> Built:
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts as contexts
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.Dropout(0.2))
+            self.out = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept = [torch.ops.aten.addmm.default]
+            x = checkpoint(self.block, x, use_reentrant=False, context_fn=lambda: contexts(kept))
+            return self.out(x)
+
+    return Model(), mean_square, (torch.randn(5, 4, 8),)
 
 
 @entry()

@@ -159,7 +159,7 @@ def recorded(layers: Iterable[nn.Module]) -> Iterator[tuple[dict[nn.Module, Outp
                 record.products.append(channel_sums(y, g.detach(), module, record.channel_dim))
 
         alias.register_hook(arrived)
-        return alias
+        return alias * 1.0  # a hook that the user puts on this one acts first
 
     # Before the user's own hooks: Y is what the layer computed, not what a hook made of it.
     handles = [layer.register_forward_hook(hook, prepend=True) for layer in outputs]

@@ -105,6 +105,21 @@ SIZES = (
 SIZE_OF = {name: size for size, names in SIZES for name in names.split()}
 WIDTHS = {"hidden_sizes", "embed_dims", "encoder_hidden_sizes", "conv_dim", "decoder_hidden_sizes", "embed_dim"}
 DEPTHS = {"depths", "layer_depths", "num_blocks", "encoder_depths"}
+# What the names above cannot say: options that default to None, or that have to agree with each other.
+OVERRIDES: dict[str, dict[str, object]] = {
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "attn_layer_indices": [1]},
+    "bit": {"num_groups": 8},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320},
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1, "mask_token_id": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16},
+    "hunyuan_v1_dense": {"head_dim": HEAD_WIDTH},
+    "ministral": {"head_dim": HEAD_WIDTH},
+    "mistral4": {"qk_head_dim": 2 * HEAD_WIDTH},
+    "roc_bert": {"pronunciation_vocab_size": VOCABULARY, "shape_vocab_size": VOCABULARY, "shape_embed_dim": WIDTH},
+    "xmod": {"default_language": "en_XX"},
+}
 TASKS = (
     "CAUSAL_LM",
     "SEQ_TO_SEQ_CAUSAL_LM",
@@ -235,7 +250,7 @@ def tiny_config(config_class: type) -> transformers.PreTrainedConfig:
             if small != value:
                 changed[name] = small
     changed.pop("layer_types", None)
-    config = config_class(**changed)
+    config = config_class(**changed | OVERRIDES.get(config_class.model_type, {}))
     for name, value in (("use_cache", False), ("num_labels", 3)):
         if hasattr(config, name):
             setattr(config, name, value)

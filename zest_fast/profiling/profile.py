@@ -147,7 +147,7 @@ class _Statistics:
             self._products.setdefault(layer, []).append(layer_rules.output_products(layer, y(), g, self._backend))
 
     def finish(self) -> None:
-        """S of several uses is summed first; where uses differ in the number of samples, fisher is the sum over them."""
+        """S of several uses is summed first; where they differ in the number of samples, fisher is summed over uses."""
         for layer, products in self._products.items():
             if len({s.shape for s in products}) == 1:
                 products = [torch.stack(products).sum(0)]

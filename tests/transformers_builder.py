@@ -147,8 +147,9 @@ class NotBuilt(Exception):
 
 @dataclass
 class Tiny:
-    """A model in train mode and the arguments of its forward."""
+    """A model in train mode, the arguments of its forward, and how to make the same model again."""
 
+    make: Callable[[], nn.Module]
     model: nn.Module
     arguments: dict[str, object]
 
@@ -158,15 +159,15 @@ class Tiny:
         return loss_of(self.model(**self.arguments))
 
     def again(self) -> Tiny:
-        """A copy of the model, with the same data."""
-        return Tiny(copy.deepcopy(self.model), self.arguments)
+        """The same model anew, with the same data."""
+        return Tiny(self.make, self.make(), self.arguments)
 
     def in_double(self) -> Tiny:
-        """A float64 copy of model and data."""
-        model = copy.deepcopy(self.model).double()
+        """The same model anew, and its data, in float64."""
+        model = self.make().double()
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # the grouped product of experts knows no float64
-        return Tiny(model, {name: doubled(value) for name, value in self.arguments.items()})
+        return Tiny(self.make, model, {name: doubled(value) for name, value in self.arguments.items()})
 
 
 def doubled(value: object) -> object:
@@ -293,14 +294,19 @@ def runnable(model_class: type, config: transformers.PreTrainedConfig) -> Tiny:
         size = sum(parameter.numel() for parameter in model_class(copy.deepcopy(config)).parameters())
     if size > LARGEST:
         raise NotBuilt(f"still {size:,} parameters when shrunk")
-    torch.manual_seed(1)
-    model = model_class(config).float().train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()  # normalised over two samples, a feature is hardly more than its sign
+
+    def make() -> nn.Module:
+        torch.manual_seed(1)
+        model = model_class(copy.deepcopy(config)).float().train()
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()  # normalised over two samples, a feature is hardly more than its sign
+        return model
+
+    model = make()
     reasons = []
     for arguments in candidate_arguments(model):
-        tiny = Tiny(model, arguments)
+        tiny = Tiny(make, model, arguments)
         try:
             loss = tiny.closure()
             loss.backward()
@@ -309,8 +315,7 @@ def runnable(model_class: type, config: transformers.PreTrainedConfig) -> Tiny:
         except Exception as error:
             reasons.append(described(error))
         else:
-            model.zero_grad()
-            return tiny
+            return tiny.again()
     raise NotBuilt(" | ".join(dict.fromkeys(reasons)))
 
 

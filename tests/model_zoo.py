@@ -193,6 +193,12 @@ def conv2d_in_place() -> Built:
 
 
 @entry()
+def conv_without_a_batch() -> Built:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3))
+    return model, mean_square, (torch.randn(3, 8, 8),)
+
+
+@entry()
 def conv_groups_dilated_depthwise() -> Built:
     model = nn.Sequential(
         nn.Conv2d(4, 8, 3, groups=2, stride=2),
@@ -627,6 +633,64 @@ def unused_outputs() -> Built:
             return used
 
     return Model(), mean_square, (torch.randn(5, 8),)
+
+
+@entry()
+def outputs_that_do_not_depend_on_the_weight() -> Built:
+    class Skipped(nn.Module):
+        def __init__(self, *, scale: float | None) -> None:
+            super().__init__()
+            self.weight, self.scale = nn.Parameter(torch.randn(8, 8)), scale
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x if self.scale is None else self.scale * x
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.out = nn.Linear(8, 8), nn.Linear(8, 3)
+            self.skipped, self.scaled = Skipped(scale=None), Skipped(scale=0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.body(x)
+            return self.out(self.skipped(y) * self.scaled(y))
+
+    return Model(), mean_square, (torch.randn(5, 8),)
+
+
+@entry()
+def output_is_a_part_of_what_was_computed() -> Built:
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * self.weight)[:, 1:4].transpose(1, 2)
+
+    model = nn.Sequential(Narrow(), nn.ReLU(inplace=True), nn.Linear(3, 3))
+    return model, mean_square, (torch.randn(4, 5, 8),)
+
+
+@entry()
+def output_is_the_weight_itself() -> Built:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 8))
+
+        def forward(self) -> Tensor:
+            return self.weight
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.constant, self.out = Constant(), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(x * self.constant())
+
+    return Model(), mean_square, (torch.randn(4, 5, 8),)
 
 
 @entry()

@@ -207,7 +207,7 @@ def measure(model: nn.Module, closure: Callable[[], Tensor], layers: Iterable[st
 
 
 def metrics_of(row: Row, outputs: Outputs | None) -> dict[str, float]:
-    """The table of metrics.md, line by line."""
+    """The table of metrics in the README, line by line."""
     w = row.weight.detach().double()
     dw = row.weight.grad.to_dense().double()
     values = {

@@ -58,8 +58,8 @@ class Outcome:
 
     @property
     def judged(self) -> bool:
-        """Whether enough of the table is within reach of plain autograd to say anything."""
-        return self.left_out <= max(2, LEFT_OUT_AT_MOST * self.cells)
+        """Whether most of the table is within reach of plain autograd."""
+        return self.left_out <= 0.5 * self.cells
 
 
 def measured(tiny: Tiny) -> Measurement:
@@ -79,6 +79,7 @@ def specification(tiny: Tiny, own: Measurement) -> Measurement:
 def outcome(tiny: Tiny) -> Outcome:
     own = measured(tiny.again())
     spec = specification(tiny, own)
+    tiny.closure()  # many models complete themselves in their first forward pass
     before = state_of(tiny.model)
     try:
         profile = zest_fast.profile(tiny.model, closure=tiny.closure)
@@ -94,7 +95,7 @@ def outcome(tiny: Tiny) -> Outcome:
 def test_exact(model_type: str) -> None:
     result = outcome(build(model_type))
     assert result.wrong == []
-    assert result.judged
+    assert result.left_out <= LEFT_OUT_AT_MOST * result.cells
 
 
 @pytest.mark.slow
@@ -109,13 +110,18 @@ def test_every_architecture_that_can_be_built() -> None:
         else:
             results[model_type] = outcome(tiny)
     unjudged = [name for name, result in results.items() if not result.judged]
+    judged = [result for result in results.values() if result.judged]
+    left_out, cells = sum(result.left_out for result in judged), sum(result.cells for result in judged)
     wrong = {name: result.wrong for name, result in results.items() if result.wrong}
-    print(f"\n{len(results)} architectures of {len(results) + len(not_built)} built")
+    print(
+        f"\n{len(results)} architectures of {len(results) + len(not_built)} built; {left_out} of {cells} cells left out"
+    )
     print_list("Not built", not_built)
-    print_list("Beyond plain float32 autograd in more than 2 % of the cells", dict.fromkeys(unjudged, ""))
+    print_list("Beyond plain float32 autograd in most of the cells", dict.fromkeys(unjudged, ""))
     print_list("Not exact", {name: "; ".join(misses[:3]) for name, misses in wrong.items()})
     assert len(results) >= BUILT_AT_LEAST
-    assert len(wrong) + len(unjudged) <= 0.05 * len(results)
+    assert left_out <= LEFT_OUT_AT_MOST * cells
+    assert len(set(wrong) | set(unjudged)) <= 0.05 * len(results)
 
 
 def print_list(title: str, reasons: dict[str, str]) -> None:

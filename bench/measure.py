@@ -1,11 +1,13 @@
-"""What every benchmark shares: interleaved timing, ratios with an interval, peak memory, and a JSON that says where it was run.
+"""What every benchmark shares: interleaved timing, ratios with an interval, peak memory, and a JSON that says where it
+was run.
 
-Timing: a shared machine drifts by tens of percent within a minute, so candidates run in rounds (A B C, C A B, ...), each round in
-another order, and a ratio is taken inside a round before the median is taken over rounds.
+Timing: a shared machine drifts by tens of percent within a minute, so candidates run in rounds (A B C, C A B, ...),
+each round in another order, and a ratio is taken inside a round before the median is taken over rounds.
 
-Memory: the running sum of the CPU allocator's own events (torch.profiler, profile_memory=True). That sees what a TorchDispatchMode
-over the outputs of operators cannot: scratch inside an operator and inside C++ autograd nodes. tests/test_bench.py holds the two
-against each other. Neither sees what bypasses the allocator (oneDNN and MKL packing buffers, NumPy arrays); a plain pass has these too.
+Memory: the running sum of the CPU allocator's own events (torch.profiler, profile_memory=True). That sees what a
+TorchDispatchMode over the outputs of operators cannot: scratch inside an operator and inside C++ autograd nodes.
+tests/test_bench.py holds the two against each other. Neither sees what bypasses the allocator (oneDNN and MKL packing
+buffers, NumPy arrays); a plain pass has these too.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each candidate, one entry a round; the order is shuffled anew for every round with a fixed seed.
 
-    limits: candidates that run in the first so many rounds only (the slow ones), with no warm-up of their own beyond the first candidate's.
-    Garbage is collected before each run and the collector is off during it.
+    limits: candidates that run in the first so many rounds only (the slow ones), with no warm-up of their own beyond
+    the first candidate's. Garbage is collected before each run and the collector is off during it.
     """
     limits = limits or {}
     for name, run in candidates.items():
@@ -90,7 +92,8 @@ class Median:
 
 
 def median(values: list[float], confidence: float = 0.95) -> Median:
-    """Median and the narrowest [x_(k), x_(n+1-k)] that covers the true median with `confidence` (all of them if n is too small).
+    """Median and the narrowest [x_(k), x_(n+1-k)] that covers the true median with `confidence` (all of them if n is
+    too small).
 
     P(x_(k) <= m <= x_(n+1-k)) = 1 - 2 * Binomial(n, 1/2).cdf(k - 1): five runs give 93.75 %, six 96.9 %, at best.
     """
@@ -113,7 +116,9 @@ def ratio(times: Mapping[str, list[float]], name: str, baseline: str) -> Median:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Largest number of bytes that `run` held at once beyond what was alive before it (CPU allocator, scratch included)."""
+    """Largest number of bytes that `run` held at once beyond what was alive before it (CPU allocator, scratch
+    included).
+    """
     gc.collect()
     with torch_profiler(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded:
         run()

@@ -1,7 +1,7 @@
 """The models of `bench.profile`: architectures of transformers with random weights and random data.
 
-All are in train mode (batch norm uses the batch) with dropout set to zero and no tf-style padding: the cheapest plain pass, hence
-the hardest denominator for a ratio.
+All are in train mode (batch norm uses the batch) with dropout set to zero and no tf-style padding: the cheapest plain
+pass, hence the hardest denominator for a ratio.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def bert(batch: int, tokens: int, **config: object) -> tuple[nn.Module, Batch]:
 
 
 def llama(batch: int, tokens: int, **config: object) -> tuple[nn.Module, Batch]:
-    """LLaMA with 6 blocks of width 1024, 16 heads on 4 key-value heads, the 32,000 tokens of LLaMA; input_ids [batch, tokens]."""
+    """LLaMA with 6 blocks of width 1024, 16 heads on 4 key-value heads, the 32,000 tokens of LLaMA; input_ids [batch,
+    tokens].
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

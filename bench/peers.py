@@ -1,8 +1,10 @@
-"""What zest_fast.profile() is compared with: functions (model, batch) -> {layer: {metric: value}}, plain PyTorch throughout.
+"""What zest_fast.profile() is compared with: functions (model, batch) -> {layer: {metric: value}}, plain PyTorch
+throughout.
 
-Written for the models of bench/models.py, where every profiled weight is used once and no in-place operation follows a layer; the
-general case is the library's job. Layers are all modules with a weight of two or more dimensions but embeddings, as in profile().
-Index letters: n samples, p positions, k output channels; Y and G = dL/dY are [n, p.., k] for Linear, [n, k, p..] for convolutions.
+Written for the models of bench/models.py, where every profiled weight is used once and no in-place operation follows a
+layer; the general case is the library's job. Layers are all modules with a weight of two or more dimensions but
+embeddings, as in profile(). Index letters: n samples, p positions, k output channels; Y and G = dL/dY are [n, p.., k]
+for Linear, [n, k, p..] for convolutions.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ Table = dict[str, dict[str, float]]
 
 def profiled_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that profile() has a row for, by name."""
-    owners = {name: module for name, module in model.named_modules() if isinstance(getattr(module, "weight", None), Tensor)}
+    owners = {
+        name: module for name, module in model.named_modules() if isinstance(getattr(module, "weight", None), Tensor)
+    }
     return {n: m for n, m in owners.items() if m.weight.dim() >= 2 and not isinstance(m, nn.Embedding)}
 
 
@@ -104,12 +108,14 @@ def _over_positions(module: nn.Module, product: Tensor) -> Tensor:
 
 
 def hook_reductions(model: nn.Module, batch: Batch, *, fisher: bool = True) -> Table:
-    """A post-accumulate hook reduces each gradient with separate torch reductions and drops it at once; act and fisher in output hooks.
+    """A post-accumulate hook reduces each gradient with separate torch reductions and drops it at once; act and fisher
+    in output hooks.
 
-    At its best: unprofiled parameters are frozen, every metric is derived from sums that are shared (about half of the passes over
-    memory of one expression per metric), the sums are those that torch vectorises best (dot and sum run at the speed of memory,
-    var_mean does not), temporaries live in two reused buffers, and scalars leave torch once, at the end. foreach does not apply: one
-    gradient is alive at a time, and on a CPU _foreach_norm is the same loop. The price of Σx² - (Σx)²/n: digits on offset data.
+    At its best: unprofiled parameters are frozen, every metric is derived from sums that are shared (about half of the
+    passes over memory of one expression per metric), the sums are those that torch vectorises best (dot and sum run at
+    the speed of memory, var_mean does not), temporaries live in two reused buffers, and scalars leave torch once, at
+    the end. foreach does not apply: one gradient is alive at a time, and on a CPU _foreach_norm is the same loop. The
+    price of Σx² - (Σx)²/n: digits on offset data.
     """
     layers = profiled_layers(model)
     sums: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
@@ -118,7 +124,10 @@ def hook_reductions(model: nn.Module, batch: Batch, *, fisher: bool = True) -> T
         for name, module in layers.items():
             on_output = partial(_reduce_output, sums[name], scratch, fisher)
             on_gradient = partial(_reduce_gradient, sums[name], scratch)
-            hooks += [module.register_forward_hook(on_output), module.weight.register_post_accumulate_grad_hook(on_gradient)]
+            hooks += [
+                module.register_forward_hook(on_output),
+                module.weight.register_post_accumulate_grad_hook(on_gradient),
+            ]
         model(**batch).loss.backward()
     numel = {name: {"act": sums[name].pop("act_numel"), "weight": m.weight.numel()} for name, m in layers.items()}
     flat = iter(torch.stack([value for row in sums.values() for value in row.values()]).tolist())
@@ -185,7 +194,9 @@ def _mean_std(n: int, total: float, square: float) -> tuple[float, float]:
 
 
 def zero_cost_nas(model: nn.Module, batch: Batch) -> Table:
-    """snip, grad_norm, plain and fisher, each with a pass of its own (plain divided by numel, fisher over the channels of Linear)."""
+    """snip, grad_norm, plain and fisher, each with a pass of its own (plain divided by numel, fisher over the channels
+    of Linear).
+    """
     table: Table = {name: {} for name in profiled_layers(model)}
     for metric, measure in (("snip", _snip), ("grad_norm", _grad_norm), ("plain", _plain), ("fisher", _fisher)):
         for name, value in measure(model, batch).items():

@@ -43,6 +43,7 @@ def interleave(
     limits: Mapping[str, int] | None = None,
     warmup: int = 1,
     seed: int = 0,
+    collect: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each candidate, one entry a round; the order is shuffled anew for every round with a fixed seed.
@@ -60,12 +61,13 @@ def interleave(
         order = [name for name in candidates if index < limits.get(name, rounds)]
         shuffler.shuffle(order)
         for name in order:
-            times[name].append(_timed(candidates[name], clock))
+            times[name].append(_timed(candidates[name], clock, collect))
     return times
 
 
-def _timed(run: Callable[[], object], clock: Callable[[], float]) -> float:
-    gc.collect()
+def _timed(run: Callable[[], object], clock: Callable[[], float], collect: bool) -> float:
+    if collect:
+        gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -79,7 +81,7 @@ def _timed(run: Callable[[], object], clock: Callable[[], float]) -> float:
 
 @dataclass(frozen=True)
 class Median:
-    """A median with a distribution-free interval of order statistics; `coverage` is that interval's exact confidence."""
+    """A median with an interval of order statistics; `coverage` is that interval's exact confidence."""
 
     median: float
     low: float

@@ -1,8 +1,8 @@
 """Peak memory of profile() beside the honest peer: all weights trainable, each gradient dropped as soon as it exists.
 
 The claim (with the first row as reference): profile without fisher <= that peer + 16 MiB, with and without gradient
-checkpointing; fisher adds at most the bytes of the outputs Y that nothing else keeps. Figures are bytes beyond the model
-and the batch, counted by bench.measure.peak_bytes.
+checkpointing; fisher adds at most the bytes of the outputs Y that nothing else keeps. Figures are bytes beyond the
+model and the batch, counted by bench.measure.peak_bytes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from zest_fast.profiling.metrics import METRIC_NAMES
 
 import zest_fast
 from bench import peers
 from bench.measure import peak_bytes
 from bench.models import Batch, Case
-from zest_fast.profiling.metrics import METRIC_NAMES
 
 WITHOUT_FISHER = [name for name in METRIC_NAMES if name != "fisher"]
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.models import Batch
+from bench.reductions import Scratch, lean_gradient_moments, lean_moments
 
 Table = dict[str, dict[str, float]]
 
@@ -57,7 +58,7 @@ def _drop(parameter: Tensor) -> None:
 
 
 def reductions_after_backward(model: nn.Module, batch: Batch) -> Table:
-    """Keep every output and every gradient, then reduce with one torch expression per metric: the straightforward way."""
+    """Keep every output and gradient, then reduce with one torch expression per metric: the straightforward way."""
     outputs: dict[str, Tensor] = {}
     layers = profiled_layers(model)
     with _hooks() as hooks:
@@ -119,7 +120,7 @@ def hook_reductions(model: nn.Module, batch: Batch, *, fisher: bool = True) -> T
     """
     layers = profiled_layers(model)
     sums: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
-    scratch = _Scratch()
+    scratch = Scratch()
     with _trainable(model, [m.weight for m in layers.values()]), _hooks() as hooks:
         for name, module in layers.items():
             on_output = partial(_reduce_output, sums[name], scratch, fisher)
@@ -134,42 +135,24 @@ def hook_reductions(model: nn.Module, batch: Batch, *, fisher: bool = True) -> T
     return {name: _derive({key: next(flat) for key in row}, numel[name]) for name, row in sums.items()}
 
 
-class _Scratch:
-    """Two buffers that grow to the largest tensor and are reused: fresh pages cost more than the arithmetic."""
-
-    def __init__(self) -> None:
-        self._buffers: list[Tensor] = [torch.empty(0), torch.empty(0)]
-
-    def like(self, x: Tensor, which: int = 0) -> Tensor:
-        if self._buffers[which].numel() < x.numel() or self._buffers[which].dtype != x.dtype:
-            self._buffers[which] = x.new_empty(x.numel())
-        return self._buffers[which][: x.numel()].view(x.shape)
-
-
 def _reduce_output(
-    sums: dict, scratch: _Scratch, fisher: bool, module: nn.Module, inputs: tuple, output: Tensor
+    sums: dict, scratch: Scratch, fisher: bool, module: nn.Module, inputs: tuple, output: Tensor
 ) -> None:
     y = output.detach()
-    flat = y.reshape(-1)
-    sums["act_numel"] = flat.numel()
-    sums["act_sum"], sums["act_square"] = flat.sum(), torch.dot(flat, flat)
-    sums["act_abs"] = torch.abs(flat, out=scratch.like(flat)).sum()
+    sums["act_numel"] = y.numel()
+    sums |= {f"act_{key}": value for key, value in lean_moments(y, scratch).items()}
     if fisher:
         output.register_hook(partial(_reduce_fisher, sums, scratch, module, y))
 
 
-def _reduce_fisher(sums: dict, scratch: _Scratch, module: nn.Module, y: Tensor, dy: Tensor) -> None:
-    per_channel = _over_positions(module, torch.mul(y, dy, out=scratch.like(y)))
-    sums["fisher"] = torch.linalg.vector_norm(per_channel).square() / (2 * len(y))
+def _reduce_fisher(sums: dict, scratch: Scratch, module: nn.Module, y: Tensor, dy: Tensor) -> None:
+    product = torch.mul(y, dy, out=scratch.like(y))
+    sums["fisher"] = torch.linalg.vector_norm(_over_positions(module, product)).square() / (2 * len(y))
 
 
-def _reduce_gradient(sums: dict, scratch: _Scratch, weight: Tensor) -> None:
-    w, dw = weight.detach().reshape(-1), weight.grad.reshape(-1)
-    weight.grad = None
-    abs_w, abs_dw = torch.abs(w, out=scratch.like(w)), torch.abs(dw, out=scratch.like(dw, 1))
-    sums["weight_sum"], sums["weight_square"] = w.sum(), torch.dot(w, w)
-    sums["grad_sum"], sums["grad_square"], sums["grad_abs"] = dw.sum(), torch.dot(dw, dw), abs_dw.sum()
-    sums["product"], sums["product_abs"] = torch.dot(w, dw), torch.dot(abs_w, abs_dw)
+def _reduce_gradient(sums: dict, scratch: Scratch, weight: Tensor) -> None:
+    dw, weight.grad = weight.grad, None
+    sums |= lean_gradient_moments(dw, weight.detach(), scratch)
 
 
 def _derive(sums: dict[str, float], numel: dict[str, int]) -> dict[str, float]:

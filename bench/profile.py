@@ -90,7 +90,7 @@ def measure(case: Case, rounds: int, *, thorough: bool) -> dict[str, object]:
 
 
 def _library_candidates(model: nn.Module, batch: Batch) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """Libraries that run on this model, and why the others do not. Whatever they raise is the finding, so all is caught."""
+    """Libraries that run on this model, and why the others do not: whatever they raise is the finding."""
     working, failed = {}, {}
     for name, prepare in libraries.LIBRARIES.items():
         try:

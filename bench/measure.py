@@ -1,5 +1,4 @@
-"""What every benchmark shares: interleaved timing, ratios with an interval, peak memory, and a JSON that says where it
-was run.
+"""What the benchmarks share: interleaved timing, ratios with an interval, peak memory, a JSON that says where it ran.
 
 Timing: a shared machine drifts by tens of percent within a minute, so candidates run in rounds (A B C, C A B, ...),
 each round in another order, and a ratio is taken inside a round before the median is taken over rounds.
@@ -46,7 +45,10 @@ def interleave(
     collect: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate, one entry a round; the order is shuffled anew for every round with a fixed seed.
+    """Seconds of each candidate, one entry a round, in an order that changes with every round.
+
+    The order is shuffled with a fixed seed and reversed in the following round, so that of two candidates each comes
+    first equally often.
 
     limits: candidates that run in the first so many rounds only (the slow ones), with no warm-up of their own beyond
     the first candidate's. Garbage is collected before each run and the collector is off during it.
@@ -56,12 +58,12 @@ def interleave(
         for _ in range(warmup if name not in limits else 0):
             run()
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    shuffler = random.Random(seed)
+    order, shuffler = list(candidates), random.Random(seed)
     for index in range(rounds):
-        order = [name for name in candidates if index < limits.get(name, rounds)]
-        shuffler.shuffle(order)
+        order.reverse() if index % 2 else shuffler.shuffle(order)
         for name in order:
-            times[name].append(_timed(candidates[name], clock, collect))
+            if index < limits.get(name, rounds):
+                times[name].append(_timed(candidates[name], clock, collect))
     return times
 
 
@@ -118,10 +120,9 @@ def ratio(times: Mapping[str, list[float]], name: str, baseline: str) -> Median:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Largest number of bytes that `run` held at once beyond what was alive before it (CPU allocator, scratch
-    included).
-    """
+    """Most bytes that `run` held at once beyond what was alive before it (CPU allocator, scratch included)."""
     gc.collect()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it logs every start and stop
     with torch_profiler(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded:
         run()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]

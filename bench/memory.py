@@ -12,12 +12,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from zest_fast.profiling.metrics import METRIC_NAMES
 
 import zest_fast
 from bench import peers
 from bench.measure import peak_bytes
 from bench.models import Batch, Case
+from zest_fast.profiling.metrics import METRIC_NAMES
 
 WITHOUT_FISHER = [name for name in METRIC_NAMES if name != "fisher"]
 
@@ -28,9 +28,17 @@ def measure_peaks(case: Case) -> dict[str, dict[str, int]]:
     peaks = {"stored": _peaks(_candidates(model, batch) | _hook_candidates(model, batch))}
     peaks["stored"]["outputs_nobody_keeps"] = outputs_nobody_keeps(model, batch)
     if case.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint(model)
         peaks["checkpointed"] = _peaks(_candidates(model, batch))
     return peaks
+
+
+def _checkpoint(model: nn.Module) -> None:
+    kwargs = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5 renamed it
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
 def _candidates(model: nn.Module, batch: Batch) -> dict[str, Callable[[], object]]:

@@ -34,7 +34,7 @@ def bert(batch: int, tokens: int, **config: object) -> tuple[nn.Module, Batch]:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    config = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **config}
+    config = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "use_cache": False, **config}
     model = BertForSequenceClassification(BertConfig(**config)).train()
     ids = torch.randint(model.config.vocab_size, (batch, tokens))
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.randint(2, (batch,))}

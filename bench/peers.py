@@ -1,5 +1,4 @@
-"""What zest_fast.profile() is compared with: functions (model, batch) -> {layer: {metric: value}}, plain PyTorch
-throughout.
+"""What zest_fast.profile() is compared with, in plain PyTorch: functions (model, batch) -> {layer: {metric: value}}.
 
 Written for the models of bench/models.py, where every profiled weight is used once and no in-place operation follows a
 layer; the general case is the library's job. Layers are all modules with a weight of two or more dimensions but
@@ -109,8 +108,7 @@ def _over_positions(module: nn.Module, product: Tensor) -> Tensor:
 
 
 def hook_reductions(model: nn.Module, batch: Batch, *, fisher: bool = True) -> Table:
-    """A post-accumulate hook reduces each gradient with separate torch reductions and drops it at once; act and fisher
-    in output hooks.
+    """Hooks reduce each gradient with separate torch reductions and drop it at once, and each output on the way.
 
     At its best: unprofiled parameters are frozen, every metric is derived from sums that are shared (about half of the
     passes over memory of one expression per metric), the sums are those that torch vectorises best (dot and sum run at

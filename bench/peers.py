@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.models import Batch
-from bench.reductions import Scratch, lean_gradient_moments, lean_moments
+from bench.reductions import Scratch, lean_channel_products, lean_gradient_moments, lean_moments
 
 Table = dict[str, dict[str, float]]
 
@@ -98,10 +98,13 @@ def _written_out(module: nn.Module, output: Tensor) -> dict[str, float]:
 
 def _over_positions(module: nn.Module, product: Tensor) -> Tensor:
     """Sum Y ⊙ G over its positions: [n, k]."""
-    if product.dim() == 2:
-        return product
-    channel = product.dim() - 1 if isinstance(module, nn.Linear) else 1
-    return product.sum([d for d in range(1, product.dim()) if d != channel])
+    positions = _positions(module, product)
+    return product.sum(positions) if positions else product  # to torch.sum an empty list means every dimension
+
+
+def _positions(module: nn.Module, y: Tensor) -> list[int]:
+    channel = y.dim() - 1 if isinstance(module, nn.Linear) else 1
+    return [d for d in range(1, y.dim()) if d != channel]
 
 
 # (b) the strongest peer
@@ -110,11 +113,11 @@ def _over_positions(module: nn.Module, product: Tensor) -> Tensor:
 def hook_reductions(model: nn.Module, batch: Batch, *, fisher: bool = True) -> Table:
     """Hooks reduce each gradient with separate torch reductions and drop it at once, and each output on the way.
 
-    At its best: unprofiled parameters are frozen, every metric is derived from sums that are shared (about half of the
-    passes over memory of one expression per metric), the sums are those that torch vectorises best (dot and sum run at
-    the speed of memory, var_mean does not), temporaries live in two reused buffers, and scalars leave torch once, at
-    the end. foreach does not apply: one gradient is alive at a time, and on a CPU _foreach_norm is the same loop. The
-    price of Σx² - (Σx)²/n: digits on offset data.
+    At its best: unprofiled parameters are frozen, every metric is derived from shared sums, the sums are those that
+    torch vectorises best (dot and sum run at the speed of memory, var_mean does not) and are taken over blocks that
+    stay in the cache, temporaries live in two reused buffers, and scalars leave torch once, at the end. foreach does
+    not apply: one gradient is alive at a time, and on a CPU _foreach_norm is the same loop. The price of Σx² - (Σx)²/n:
+    digits on offset data.
     """
     layers = profiled_layers(model)
     sums: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
@@ -144,8 +147,9 @@ def _reduce_output(
 
 
 def _reduce_fisher(sums: dict, scratch: Scratch, module: nn.Module, y: Tensor, dy: Tensor) -> None:
-    product = torch.mul(y, dy, out=scratch.like(y))
-    sums["fisher"] = torch.linalg.vector_norm(_over_positions(module, product)).square() / (2 * len(y))
+    positions = _positions(module, y)
+    per_channel = lean_channel_products(y, dy, positions, scratch) if positions else y * dy
+    sums["fisher"] = torch.linalg.vector_norm(per_channel).square() / (2 * len(y))
 
 
 def _reduce_gradient(sums: dict, scratch: Scratch, weight: Tensor) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 Sums = dict[str, Tensor]
+BLOCK = 1 << 16  # entries: four blocks of float32 fit a second-level cache of 1 MiB, and 2 µs a call do not matter yet
 
 
 class Scratch:
@@ -56,25 +57,35 @@ def separate_gradient_moments(dw: Tensor, w: Tensor) -> Sums:
 
 
 def lean_moments(x: Tensor, scratch: Scratch) -> Sums:
-    """Σx, Σx² and Σ|x|: 5 passes over memory (1 + 1 + 3) instead of the 13 or so of separate_moments."""
-    flat = x.reshape(-1)
-    absolute = torch.abs(flat, out=scratch.like(flat))
-    return {"sum": flat.sum(), "square": _square(flat), "abs": absolute.sum()}
+    """Σx, Σx² and Σ|x|."""
+    rows = [_block_moments(block, scratch) for block in x.reshape(-1).split(BLOCK)]
+    return _total(("sum", "square", "abs"), rows)
+
+
+def _block_moments(x: Tensor, scratch: Scratch) -> tuple[Tensor, ...]:
+    return x.sum(), _square(x), torch.abs(x, out=scratch.like(x)).sum()
 
 
 def lean_gradient_moments(dw: Tensor, w: Tensor, scratch: Scratch) -> Sums:
     """Σ and Σ² of dW and W, Σ|dW|, ΣW⊙dW, and Σ|W⊙dW| as the dot product of |W| and |dW|."""
-    dw, w = dw.reshape(-1), w.reshape(-1)
+    blocks = zip(dw.reshape(-1).split(BLOCK), w.reshape(-1).split(BLOCK), strict=True)
+    rows = [_block_gradient_moments(dw_block, w_block, scratch) for dw_block, w_block in blocks]
+    names = ("grad_sum", "grad_square", "grad_abs", "weight_sum", "weight_square", "product_abs", "product")
+    return _total(names, rows)
+
+
+def _block_gradient_moments(dw: Tensor, w: Tensor, scratch: Scratch) -> tuple[Tensor, ...]:
     abs_w, abs_dw = torch.abs(w, out=scratch.like(w)), torch.abs(dw, out=scratch.like(dw, 1))
-    return {
-        "grad_sum": dw.sum(),
-        "grad_square": _square(dw),
-        "grad_abs": abs_dw.sum(),
-        "weight_sum": w.sum(),
-        "weight_square": _square(w),
-        "product_abs": _dot(abs_w, abs_dw, out=abs_w),
-        "product": _dot(w, dw, out=abs_w),
-    }
+    of_dw = dw.sum(), _square(dw), abs_dw.sum()
+    return (*of_dw, w.sum(), _square(w), _dot(abs_w, abs_dw, out=abs_w), _dot(w, dw, out=abs_w))
+
+
+def _total(names: tuple[str, ...], rows: list[tuple[Tensor, ...]]) -> Sums:
+    """The sums of all blocks; a single block needs no adding up."""
+    if len(rows) == 1:
+        return dict(zip(names, rows[0], strict=True))
+    flat = torch.stack([value for row in rows for value in row])
+    return dict(zip(names, flat.view(len(rows), -1).sum(0), strict=True))
 
 
 def _square(x: Tensor) -> Tensor:
@@ -93,8 +104,9 @@ def separate_channel_products(y: Tensor, g: Tensor, positions: list[int]) -> Ten
 
 
 def lean_channel_products(y: Tensor, g: Tensor, positions: list[int], scratch: Scratch) -> Tensor:
-    """The same with the product in a reused buffer (einsum, vecdot and bmm were slower)."""
-    return torch.mul(y, g, out=scratch.like(y)).sum(positions)
+    """The same sample by sample with the product in a reused buffer (einsum, vecdot and bmm were slower)."""
+    inner = [position - 1 for position in positions]
+    return torch.stack([torch.mul(a, b, out=scratch.like(a)).sum(inner) for a, b in zip(y, g, strict=True)])
 
 
 def compiled_moments() -> Callable[[Tensor], Tensor]:

@@ -28,7 +28,8 @@ from bench.measure import interleave, median, ratio, write_result
 from bench.memory import measure_peaks
 from bench.models import LARGE, STANDARD, TINY, Batch, Case
 
-SLOW_ROUNDS = 3
+SLOW_ROUNDS = 3  # of candidates that take several passes or answer another question
+LARGE_ROUNDS = 6  # of the larger batches
 MIB = 2**20
 
 
@@ -43,7 +44,8 @@ def main() -> None:
     for case, thorough in cases:
         if case.model in options.models:
             console.print(f"[bold]{case}[/]")
-            results.append(measure(case, options.rounds, thorough=thorough))
+            rounds = options.rounds if thorough else min(LARGE_ROUNDS, options.rounds)
+            results.append(measure(case, rounds, thorough=thorough))
             console.print(_table(results[-1]))
     settings = {"rounds": options.rounds, "quick": options.quick, "library_quantity": libraries.QUANTITY}
     console.print(f"wrote {write_result('profile', settings, results, options.out)}")

@@ -176,14 +176,14 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 
 LEGENDS = {
     "profile": "Multiples of the plain pass, with the interval of the median. (a): keep all gradients, then one torch "
-    "expression per metric. (b): hooks that reduce each gradient with the fastest separate torch reductions and drop it "
-    "at once. (c): four of the fifteen metrics, a pass each, as published. (d): the norm of each sample's gradient, "
+    "expression per metric. (b): hooks that reduce each gradient with the fastest separate torch reductions and drop "
+    "it at once. (c): four of the fifteen metrics, a pass each, as published. (d): the norm of each sample's gradient, "
     "another quantity, for orientation.",
     "memory": "Beyond model and batch, from the allocator's own events. *Gradients dropped*: all parameters trainable, "
     "each gradient dropped in a post-accumulate hook. The claim: without fisher at most 16 MiB more than that; fisher "
     "adds at most the outputs that nobody else keeps.",
-    "kernels": "All threads. The read bandwidth is that of the fastest of three read-only torch passes over as many bytes "
-    "in the same rounds. *Lean torch*: shared sums over cache-sized blocks; it and torch.compile lose digits on offset "
+    "kernels": "All threads. The read bandwidth is that of the fastest of three read-only torch passes over as many "
+    "bytes in the same rounds. *Lean torch*: shared sums over cache-sized blocks; it and torch.compile lose digits on offset "
     "data, the kernels do not.",
 }
 BLOCKS: dict[str, tuple[str, str, Callable[[dict], str]]] = {

@@ -50,8 +50,9 @@ def interleave(
     The order is shuffled with a fixed seed and reversed in the following round, so that of two candidates each comes
     first equally often.
 
-    limits: candidates that run in the first so many rounds only (the slow ones), with no warm-up of their own beyond
-    the first candidate's. Garbage is collected before each run and the collector is off during it.
+    limits: candidates that run in the first so many rounds only (the slow ones), without a warm-up.
+    collect: collect garbage before each run, so that what one candidate leaves in cycles does not burden the next (tens
+    of ms: not for kernels). The collector is off during a run in any case.
     """
     limits = limits or {}
     for name, run in candidates.items():

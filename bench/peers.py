@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -259,10 +259,3 @@ def _hooks() -> Iterator[list]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-PEERS: dict[str, Callable[[nn.Module, Batch], object]] = {
-    "after_backward": reductions_after_backward,
-    "hook_and_drop": hook_reductions,
-    "zero_cost_nas": zero_cost_nas,
-}

@@ -183,8 +183,8 @@ LEGENDS = {
     "each gradient dropped in a post-accumulate hook. The claim: without fisher at most 16 MiB more than that; fisher "
     "adds at most the outputs that nobody else keeps.",
     "kernels": "All threads. The read bandwidth is that of the fastest of three read-only torch passes over as many "
-    "bytes in the same rounds. *Lean torch*: shared sums over cache-sized blocks; it and torch.compile lose digits on offset "
-    "data, the kernels do not.",
+    "bytes in the same rounds. *Lean torch*: shared sums over cache-sized blocks; it and torch.compile lose digits on "
+    "offset data, the kernels do not.",
 }
 BLOCKS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "profile": ("profile.json", "python -m bench.profile", profile_table),

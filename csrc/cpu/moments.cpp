@@ -1,11 +1,12 @@
 // Moments of a tensor, and of a gradient with its weight, in one pass over memory.
 //
-// Blocks of 2,048 elements stay in the first-level cache and are read there twice: plain sums give a centre near the
-// mean, then deviations from that centre give mean and squares without cancellation, whatever the offset or outliers.
-// Lanes are float32 (float64 for float64 input); a block's result is float64 and blocks merge by Chan's formula. Bytes
-// moved: those of the inputs, once (two inputs: 8 B per float32 pair). At most 128 additions per lane keep float32 sums
-// within 1e-6; a block whose values are too large or too small for float32 squares is done again in float64. Blocks belong to at most 256 chunks whose borders depend on the length
-// only, and chunks merge in order, so the thread count never shows in the result.
+// Blocks of 2,048 elements are summed in vector lanes of float32 (float64 for float64 input): x, |x| and x^2, which are
+// a handful of instructions per vector and keep up with memory. Where a block's mean outweighs its deviation, so that
+// sum x^2 - (sum x)^2 / n would lose digits, the block, still in the first-level cache, is read again about its mean;
+// where its values are too large or too small for float32 squares, in float64. A block's result is float64, and blocks
+// merge by Chan's formula. At most 128 additions per lane keep float32 sums within 1e-6. Bytes moved: those of the
+// inputs, once. Blocks belong to at most 256 chunks whose borders depend on the length only, and chunks merge in order,
+// so the thread count never shows in the result.
 #include <cmath>
 #include <limits>
 
@@ -43,6 +44,12 @@ ZEST_INLINE typename Lanes<C>::vector load(const C* p) {
     typename Lanes<C>::vector v;
     std::memcpy(&v, p, 64);
     return v;
+}
+
+// Keeps memory busy while a block is being finished. An address beyond the end is harmless.
+template <class C>
+ZEST_INLINE void prefetch_next_block(const C* p) {
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + block_size * sizeof(C));
 }
 
 template <class C>
@@ -101,10 +108,56 @@ GradientMoments careful_gradient_moments(const C* dw, const C* w, int64_t n) {
     return r;
 }
 
-// From sums of deviations d = x - c about a centre c near the mean: the mean itself and the squares about it.
-ZEST_INLINE void recentre(double n, double c, double sum_d, double sum_dd, double& mean, double& m2) {
-    mean = c + sum_d / n;
-    m2 = std::fmax(sum_dd - sum_d * sum_d / n, 0.0);
+// Sums over one block: of d = x - centre, and of its square. From them the mean and the squares about the mean.
+struct Sums {
+    double centre = 0, d = 0, dd = 0;
+
+    double squares_about_mean(double n) const { return std::fmax(dd - d * d / n, 0.0); }
+
+    // Whether dd - d^2 / n keeps its digits: it loses as many as the mean's square exceeds the variance.
+    bool cancels(double n) const { return d * d / n > (1 - 1.0 / most_cancellation) * dd; }
+    static constexpr double most_cancellation = 16;
+
+    void finish(double n, double& mean, double& m2) const {
+        mean = centre + d / n;
+        m2 = squares_about_mean(n);
+    }
+};
+
+template <class C, bool absolute>
+ZEST_INLINE typename Lanes<C>::vector value(typename Lanes<C>::vector x) {
+    return absolute ? magnitude<C>(x) : x;
+}
+
+// The sums of x (or of |x|) about a centre near their mean: for blocks whose sums about zero cancel.
+template <class C, bool absolute>
+ZEST_INLINE Sums centred_sums(const C* x, int64_t n, double near_mean) {
+    using V = typename Lanes<C>::vector;
+    constexpr int64_t step = Lanes<C>::width;
+    const int64_t whole = n - n % step;
+    const C c = C(near_mean);
+    V d = {}, q = {};
+    const V zero = {};
+    for (int64_t i = 0; i < whole; i += step) {
+        const V u = value<C, absolute>(load(x + i)) - c;
+        d += u, q += u * u;
+    }
+    Sums s = {double(c), sum_lanes<C>(d, zero), sum_lanes<C>(q, zero)};
+    for (int64_t i = whole; i < n; ++i) {
+        const double u = (absolute ? std::fabs(double(x[i])) : double(x[i])) - double(c);
+        s.d += u, s.dd += u * u;
+    }
+    return s;
+}
+
+// Means and squares from sums about zero where those are good enough, else from another look at the block.
+// False where float32 cannot hold the squares.
+template <class C, bool absolute>
+ZEST_INLINE bool settle(const C* x, int64_t n, double sum, double square, double& mean, double& m2) {
+    Sums s = {0, sum, square};
+    if (s.cancels(double(n))) s = centred_sums<C, absolute>(x, n, sum / double(n));
+    s.finish(double(n), mean, m2);
+    return trusted<C>(s.dd);
 }
 
 template <class C>
@@ -112,38 +165,25 @@ ZEST_INLINE Moments block_moments(const C* x, int64_t n) {
     using V = typename Lanes<C>::vector;
     constexpr int64_t step = 2 * Lanes<C>::width;
     const int64_t whole = n - n % step;
-
-    V s0 = {}, s1 = {}, a0 = {}, a1 = {};
+    V s0 = {}, s1 = {}, a0 = {}, a1 = {}, q0 = {}, q1 = {};
     for (int64_t i = 0; i < whole; i += step) {
         const V u = load(x + i), v = load(x + i + step / 2);
+        prefetch_next_block(x + i), prefetch_next_block(x + i + step / 2);
         s0 += u, s1 += v;
         a0 += magnitude<C>(u), a1 += magnitude<C>(v);
+        q0 += u * u, q1 += v * v;
     }
-    double sum = sum_lanes<C>(s0, s1), abs_sum = sum_lanes<C>(a0, a1);
-    for (int64_t i = whole; i < n; ++i) sum += double(x[i]), abs_sum += std::fabs(double(x[i]));
-
+    double sum = sum_lanes<C>(s0, s1), abs_sum = sum_lanes<C>(a0, a1), square = sum_lanes<C>(q0, q1);
+    for (int64_t i = whole; i < n; ++i) {
+        const double u = double(x[i]);
+        sum += u, abs_sum += std::fabs(u), square += u * u;
+    }
     Moments m;
     m.count = double(n);
     if (abs_sum == 0) return m;  // all zero
-
-    const C c = C(sum / m.count), ca = C(abs_sum / m.count);
-    V d0 = {}, d1 = {}, q0 = {}, q1 = {}, e0 = {}, e1 = {}, p0 = {}, p1 = {};
-    for (int64_t i = 0; i < whole; i += step) {
-        const V u = load(x + i), v = load(x + i + step / 2);
-        const V du = u - c, dv = v - c, eu = magnitude<C>(u) - ca, ev = magnitude<C>(v) - ca;
-        d0 += du, d1 += dv, q0 += du * du, q1 += dv * dv;
-        e0 += eu, e1 += ev, p0 += eu * eu, p1 += ev * ev;
-    }
-    double d = sum_lanes<C>(d0, d1), square = sum_lanes<C>(q0, q1);
-    double e = sum_lanes<C>(e0, e1), abs_square = sum_lanes<C>(p0, p1);
-    for (int64_t i = whole; i < n; ++i) {
-        const double du = double(x[i]) - c, eu = std::fabs(double(x[i])) - ca;
-        d += du, square += du * du, e += eu, abs_square += eu * eu;
-    }
-    if (!(trusted<C>(square) && trusted<C>(abs_square))) return careful_moments(x, n);
-    recentre(m.count, double(c), d, square, m.mean, m.m2);
-    recentre(m.count, double(ca), e, abs_square, m.abs_mean, m.abs_m2);
-    return m;
+    const bool fits = settle<C, false>(x, n, sum, square, m.mean, m.m2) &&
+                      settle<C, true>(x, n, abs_sum, square, m.abs_mean, m.abs_m2);
+    return fits ? m : careful_moments(x, n);
 }
 
 template <class C>
@@ -151,46 +191,33 @@ ZEST_INLINE GradientMoments block_gradient_moments(const C* dw, const C* w, int6
     using V = typename Lanes<C>::vector;
     constexpr int64_t step = Lanes<C>::width;
     const int64_t whole = n - n % step;
-
-    V s = {}, a = {}, t = {}, p = {}, pa = {};
+    V s = {}, a = {}, q = {}, t = {}, qw = {}, p = {}, pa = {};
     const V zero = {};
     for (int64_t i = 0; i < whole; i += step) {
         const V g = load(dw + i), u = load(w + i), product = g * u;
-        s += g, a += magnitude<C>(g), t += u;
+        prefetch_next_block(dw + i), prefetch_next_block(w + i);
+        s += g, a += magnitude<C>(g), q += g * g;
+        t += u, qw += u * u;
         p += product, pa += magnitude<C>(product);
     }
-    double sum = sum_lanes<C>(s, zero), abs_sum = sum_lanes<C>(a, zero), weight_sum = sum_lanes<C>(t, zero);
+    double sum = sum_lanes<C>(s, zero), abs_sum = sum_lanes<C>(a, zero), square = sum_lanes<C>(q, zero);
+    double weight_sum = sum_lanes<C>(t, zero), weight_square = sum_lanes<C>(qw, zero);
     GradientMoments r;
     r.gradient.count = double(n);
     r.product_sum = sum_lanes<C>(p, zero), r.product_abs_sum = sum_lanes<C>(pa, zero);
     for (int64_t i = whole; i < n; ++i) {
-        const double product = double(dw[i]) * double(w[i]);
-        sum += double(dw[i]), abs_sum += std::fabs(double(dw[i])), weight_sum += double(w[i]);
+        const double g = double(dw[i]), u = double(w[i]), product = g * u;
+        sum += g, abs_sum += std::fabs(g), square += g * g;
+        weight_sum += u, weight_square += u * u;
         r.product_sum += product, r.product_abs_sum += std::fabs(product);
     }
-
-    const double count = double(n);
-    const C c = C(sum / count), ca = C(abs_sum / count), cw = C(weight_sum / count);
-    V d = {}, q = {}, e = {}, qa = {}, f = {}, qw = {};
-    for (int64_t i = 0; i < whole; i += step) {
-        const V g = load(dw + i), du = g - c, eu = magnitude<C>(g) - ca, fu = load(w + i) - cw;
-        d += du, q += du * du, e += eu, qa += eu * eu, f += fu, qw += fu * fu;
-    }
-    double sum_d = sum_lanes<C>(d, zero), square = sum_lanes<C>(q, zero);
-    double sum_e = sum_lanes<C>(e, zero), abs_square = sum_lanes<C>(qa, zero);
-    double sum_f = sum_lanes<C>(f, zero), weight_square = sum_lanes<C>(qw, zero);
-    for (int64_t i = whole; i < n; ++i) {
-        const double du = double(dw[i]) - c, eu = std::fabs(double(dw[i])) - ca, fu = double(w[i]) - cw;
-        sum_d += du, square += du * du, sum_e += eu, abs_square += eu * eu, sum_f += fu, weight_square += fu * fu;
-    }
+    Moments& d = r.gradient;
     const bool no_gradient = abs_sum == 0 && r.product_abs_sum == 0;  // exact zeros need no care
-    if (!(trusted<C>(weight_square) && (no_gradient || (trusted<C>(square) && trusted<C>(abs_square) &&
-                                                        trusted<C>(r.product_abs_sum)))))
-        return careful_gradient_moments(dw, w, n);
-    recentre(count, double(c), sum_d, square, r.gradient.mean, r.gradient.m2);
-    recentre(count, double(ca), sum_e, abs_square, r.gradient.abs_mean, r.gradient.abs_m2);
-    recentre(count, double(cw), sum_f, weight_square, r.weight_mean, r.weight_m2);
-    return r;
+    const bool fits = settle<C, false>(w, n, weight_sum, weight_square, r.weight_mean, r.weight_m2) &&
+                      (no_gradient || (settle<C, false>(dw, n, sum, square, d.mean, d.m2) &&
+                                       settle<C, true>(dw, n, abs_sum, square, d.abs_mean, d.abs_m2) &&
+                                       trusted<C>(r.product_abs_sum)));
+    return fits ? r : careful_gradient_moments(dw, w, n);
 }
 
 // One clone per instruction set; everything above is inlined into these.

@@ -349,6 +349,9 @@ def test_gradients_that_are_not_finite_under_a_finite_loss_are_counted(value: fl
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
+X, Y = batch()
+
+
 def broken(change) -> nn.Module:
     model = mlp()
     with torch.no_grad():
@@ -376,11 +379,16 @@ def lazy() -> nn.Module:
     return nn.Sequential(nn.LazyLinear(3))
 
 
+def traced() -> nn.Module:
+    model = mlp()
+    model[0] = torch.jit.trace(model[0], X)
+    return model
+
+
 def overflowing() -> nn.Module:
     return broken(lambda m: m[2].weight.fill_(1e38))
 
 
-X, Y = batch()
 ERRORS = {
     "no labels": (Picky, {"batch": {"x": X}}, ValueError, "no labels"),
     "labels the model ignores": (Picky, {"batch": {"x": X, "labels": Y}}, ValueError, "returned no loss"),
@@ -424,6 +432,8 @@ ERRORS = {
     "NaN input": (mlp, {"batch": (X * math.nan, Y)}, ValueError, "outputs are not finite.*: 0"),
     "NaN loss": (mlp, {"batch": (X, Y), "loss_fn": lambda o, y: o.sum() * math.nan}, ValueError, "in the loss itself"),
     "no weights": (lambda: nn.ReLU(), {"batch": (X, Y)}, ValueError, "no weight"),
+    "scripted": (lambda: torch.jit.script(mlp()), {"batch": (X, Y)}, NotImplementedError, "the model is TorchScript"),
+    "traced inside": (traced, {"batch": (X, Y)}, NotImplementedError, "module '0' is TorchScript"),
     "not a module": (lambda: "model", {"batch": (X, Y)}, TypeError, "model is a str"),
     "the user's own error": (mlp, {"batch": (X[:, :3], Y)}, RuntimeError, "mat1 and mat2"),
 }

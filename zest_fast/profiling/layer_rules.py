@@ -119,9 +119,11 @@ def fisher_of_one_use(layer: Layer, y: Tensor, g: Tensor, backend: str) -> float
     return 0.5 * total / samples if samples else 0.0
 
 
-def output_again(module: nn.Module, x: Tensor) -> Tensor:
-    """Y from X, for a layer whose output was overwritten in place after it was computed."""
-    with torch.no_grad():
+def output_again(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Y from X, for a layer whose output of this dtype was overwritten in place after it was computed."""
+    weight = _weight(module)
+    autocast = torch.autocast(x.device.type, dtype, enabled=dtype != weight.dtype)
+    with torch.no_grad(), autocast:
         return type(module).forward(module, x.detach())
 
 

@@ -56,7 +56,8 @@ def _metric(*needs: str) -> Callable[[Callable[[LayerStatistics], float]], Metri
 
 
 def _ratio(a: float, b: float) -> float:
-    return a / b if b else (math.inf if a > 0 else NAN)
+    """a / b as IEEE has it, for b >= 0."""
+    return a / b if b else a * math.inf
 
 
 METRICS: dict[str, Metric] = {
@@ -71,7 +72,7 @@ METRICS: dict[str, Metric] = {
     "grad_abs_mean": _metric(GRADIENT_ABS)(lambda s: s.gradient.abs_mean),
     "grad_abs_std": _metric(GRADIENT_ABS)(lambda s: s.gradient.abs_std),
     "grad_norm": _metric(GRADIENT)(lambda s: s.gradient.norm),
-    "plain": _metric(PRODUCT)(lambda s: s.product_sum / s.count),
+    "plain": _metric(PRODUCT)(lambda s: _ratio(s.product_sum, s.count)),
     "snip": _metric(PRODUCT_ABS)(lambda s: s.product_abs_sum),
     "fisher": _metric(FISHER)(lambda s: s.fisher),
     "rgn": _metric(GRADIENT, WEIGHT)(lambda s: _ratio(s.gradient.norm, s.weight_norm)),

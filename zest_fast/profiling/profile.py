@@ -87,6 +87,7 @@ def profile(
     if torch.is_inference_mode_enabled():
         raise RuntimeError("profile needs gradients and cannot run inside torch.inference_mode(); leave it first")
     model = _without_wrappers(model, closure)
+    _require_hooks(model)
     _require_own_data(model)
     kernels.pick_backend(backend, _first_device(model))
     job = _Pass(model, layers, names, backend)
@@ -202,6 +203,13 @@ def _without_wrappers(model: nn.Module, closure: Callable[[], Tensor] | None) ->
         model = model.module
     original = getattr(model, "_orig_mod", None)
     return original if isinstance(original, nn.Module) else model
+
+
+def _require_hooks(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            where = f"module {name!r}" if name else "the model"
+            raise NotImplementedError(f"{where} is TorchScript, which takes no hooks; pass the module it was made from")
 
 
 def _require_own_data(model: nn.Module) -> None:

@@ -230,7 +230,9 @@ class Taps(AbstractContextManager["Taps"]):
 
     def reached(self, layer: Layer) -> bool:
         """Whether the loss depends on the layer, as far as this pass could see."""
-        return self._counts[layer.weight].reached or bool(self._output_firings.get(layer))
+        if self._gradients:
+            return self._counts[layer.weight].reached
+        return bool(self._output_firings.get(layer))
 
     def revised(self) -> Routes | None:
         """How the pass has to be run again, or None where its result stands."""
@@ -306,7 +308,8 @@ class Taps(AbstractContextManager["Taps"]):
         if any(layer in self._routes.copied for layer in layers):
             y = result = y.clone()
         if not y.requires_grad:
-            y = result = kept = _Anchor.apply(y.detach(), self._anchor)
+            # .data and not .detach(): a version number of its own, since others may keep y and watch over its number.
+            y = result = kept = _Anchor.apply(y.data, self._anchor)
         elif y.grad_fn is None:  # the module returns its own parameter
             y = result = y.view_as(y)
         shape, source = y.shape, y
@@ -353,7 +356,7 @@ class Taps(AbstractContextManager["Taps"]):
                     raise
                 module = layers[0].output_module
                 assert module is not None
-                return output_again(module, x if x is not None else held_x.get()).to(g.dtype)
+                return output_again(module, x if x is not None else held_x.get(), g.dtype)
 
         try:
             x = held_x.get() if held_x is not None and tiled is not None else None

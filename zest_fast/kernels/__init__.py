@@ -1,0 +1,175 @@
+"""The reductions of zest_fast as functions of their own: torch tensors in, named float64 statistics out.
+
+For those who benchmark kernels or build on them. Every backend and the float64 reference answer the same calls; this
+file validates the tensors and makes the one choice of backend, each backend is one file beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from zest_fast.kernels.statistics import GradientMoments, Moments
+
+__all__ = [
+    "BACKENDS",
+    "GradientMoments",
+    "Moments",
+    "channel_products",
+    "gradient_moments",
+    "linear_gradient_moments",
+    "moments",
+    "pick_backend",
+]
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def moments(tensors: Sequence[Tensor], *, backend: str = "auto") -> list[Moments]:
+    """Mean, deviation and sum of x and of |x| for each tensor.
+
+    Args:
+        tensors: any shapes, strides (channels_last, expanded, empty) and devices; float32, float64, bfloat16 or
+            float16.
+        backend: "auto" picks by device; see ``BACKENDS``.
+
+    Raises:
+        TypeError: not a sequence of floating-point tensors.
+        ValueError: a tensor that is sparse, quantised or on the meta device, or a backend that cannot run on its
+            device.
+        NotImplementedError: a backend that is not built yet.
+    """
+    if isinstance(tensors, Tensor):
+        raise TypeError("tensors: found one tensor; pass a list, moments([x])")
+    for i, x in enumerate(tensors):
+        _require_dense_float(x, f"tensors[{i}]")
+    return [_implementation(backend, x.device).moments(x) for x in tensors]
+
+
+def gradient_moments(dw: Tensor, w: Tensor, *, backend: str = "auto") -> GradientMoments:
+    """Moments of a gradient ``dw``, of its weight ``w`` (same shape), and Σ W⊙dW and Σ|W⊙dW|, in one pass over both.
+
+    Raises as ``moments`` does, and ValueError where shapes or devices differ.
+    """
+    _require_dense_float(dw, "dw")
+    _require_dense_float(w, "w")
+    if dw.shape != w.shape:
+        raise ValueError(f"dw has shape {tuple(dw.shape)}, w {tuple(w.shape)}; they must be equal")
+    _require_one_device(dw=dw, w=w)
+    return _implementation(backend, w.device).gradient_moments(dw, w)
+
+
+def linear_gradient_moments(x: Tensor, g: Tensor, w: Tensor, *, backend: str = "auto") -> GradientMoments:
+    """``gradient_moments`` of dW = gᵀx, the weight gradient of a linear layer, without ever storing dW.
+
+    Args:
+        x: input [T, I]; any T, also 0.
+        g: gradient of the loss with respect to the output [T, O], of x's dtype.
+        w: weight [O, I].
+
+    Raises as ``gradient_moments`` does.
+    """
+    for name, tensor in (("x", x), ("g", g), ("w", w)):
+        _require_dense_float(tensor, name)
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; a matrix is needed")
+    if x.shape[0] != g.shape[0] or w.shape != (g.shape[1], x.shape[1]):
+        raise ValueError(
+            f"x {tuple(x.shape)}, g {tuple(g.shape)} and w {tuple(w.shape)} do not fit: "
+            "[T, I], [T, O] and [O, I] are needed"
+        )
+    if x.dtype != g.dtype:
+        raise ValueError(f"x is {x.dtype}, g is {g.dtype}; they must be equal")
+    _require_one_device(x=x, g=g, w=w)
+    return _implementation(backend, w.device).linear_gradient_moments(x, g, w)
+
+
+def channel_products(y: Tensor, g: Tensor, *, channel_dim: int | None = None, backend: str = "auto") -> Tensor:
+    """S [N, K] = Σ_p Y⊙G per sample and output channel, in float64: what fisher is made of, in one read of Y and G.
+
+    Args:
+        y: output of a layer, samples first.
+        g: gradient of the loss with respect to y, same shape.
+        channel_dim: dimension of the K channels; None = 1 for four and more dimensions (convolutions), else the last.
+
+    Raises as ``gradient_moments`` does.
+    """
+    _require_dense_float(y, "y")
+    _require_dense_float(g, "g")
+    if y.shape != g.shape:
+        raise ValueError(f"y has shape {tuple(y.shape)}, g {tuple(g.shape)}; they must be equal")
+    if y.dim() < 2:
+        raise ValueError(f"y has shape {tuple(y.shape)}; [samples, ..., channels] is needed")
+    _require_one_device(y=y, g=g)
+    if channel_dim is None:
+        channel_dim = 1 if y.dim() >= 4 else -1
+    if not -y.dim() <= channel_dim < y.dim() or channel_dim % y.dim() == 0:
+        raise ValueError(f"channel_dim is {channel_dim}; one of 1..{y.dim() - 1} is needed (dimension 0 is the sample)")
+    return _implementation(backend, y.device).channel_products(
+        _samples_positions_channels(y, channel_dim), _samples_positions_channels(g, channel_dim)
+    )
+
+
+def pick_backend(backend: str, device: torch.device) -> str:
+    """The backend that runs on ``device`` when ``backend`` was asked for.
+
+    Raises:
+        ValueError: unknown name, or a backend that does not run on this device.
+        NotImplementedError: "triton" and "cuda", which are not built yet.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; one of {', '.join(BACKENDS)} is needed")
+    if backend in ("triton", "cuda"):
+        raise NotImplementedError(f"backend {backend!r} is not built yet; 'auto', 'cpu' and 'reference' are")
+    if backend == "auto":
+        return "cpu" if device.type == "cpu" else "reference"
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend 'cpu' was asked for a tensor on {device}; use 'auto' or 'reference'")
+    return backend
+
+
+def _implementation(backend: str, device: torch.device) -> ModuleType:
+    if pick_backend(backend, device) == "cpu":
+        from zest_fast.kernels import cpu
+
+        return cpu
+    from zest_fast.kernels import reference
+
+    return reference
+
+
+def _require_dense_float(x: Tensor, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is a {type(x).__name__}; a torch tensor is needed")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} is {x.dtype}; float32, float64, bfloat16 or float16 is needed")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name} has layout {x.layout}; call .to_dense() first")
+    if x.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device and has no data")
+
+
+def _require_one_device(**tensors: Tensor) -> None:
+    if len({x.device for x in tensors.values()}) > 1:
+        raise ValueError("tensors on different devices: " + ", ".join(f"{k} on {x.device}" for k, x in tensors.items()))
+
+
+def _samples_positions_channels(x: Tensor, channel_dim: int) -> Tensor:
+    """x seen as [N, P, K]; copied only where its positions do not lie on one stride."""
+    x = x.detach().movedim(channel_dim, -1)
+    if x.dim() == 2:
+        return x.unsqueeze(1)
+    sizes, strides = x.shape[1:-1], x.stride()[1:-1]
+    for i in range(len(sizes) - 1):
+        if sizes[i] != 1 and strides[i] != strides[i + 1] * sizes[i + 1]:
+            return x.flatten(1, -2)
+    positions = 1
+    for size in sizes:
+        positions *= size
+    return x.as_strided(
+        (x.shape[0], positions, x.shape[-1]), (x.stride(0), strides[-1], x.stride(-1)), x.storage_offset()
+    )

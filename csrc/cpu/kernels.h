@@ -1,0 +1,20 @@
+// The CPU kernels. They allocate nothing, keep no state and give the same bits for any number of threads.
+#pragma once
+
+#include "layout.h"
+#include "moments.h"
+
+namespace zest::cpu {
+
+Moments moments(const Layout<1>& layout, const Operand& x, int threads);
+
+GradientMoments gradient_moments(const Layout<2>& layout, const Operand& dw, const Operand& w, int threads);
+
+// y and g are [samples, positions, channels] with these strides (elements); out [samples, channels], contiguous.
+struct Strides3 {
+    int64_t sample, position, channel;
+};
+void channel_products(int64_t samples, int64_t positions, int64_t channels, const Operand& y, Strides3 y_strides,
+                      const Operand& g, Strides3 g_strides, double* out, int threads);
+
+}  // namespace zest::cpu

@@ -1,0 +1,73 @@
+"""CPU backend: hands addresses, sizes, strides and dtypes to the compiled kernels (csrc/cpu)."""
+
+from __future__ import annotations
+
+import torch  # before the extension: whichever comes first decides which OpenMP runtime both use
+from torch import Tensor
+
+from zest_fast import _native
+from zest_fast.kernels.statistics import GradientMoments, Moments
+
+_DTYPE_NUMBER = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/layout.h
+
+# dW is formed in blocks of whole rows of about this many bytes: small enough to be reduced from the cache, large enough
+# for the matrix product to run at full speed.
+_TILE_BYTES = 4 << 20
+
+
+def moments(x: Tensor) -> Moments:
+    """Moments of all entries of ``x`` (any shape and strides)."""
+    found = _native.moments(x.data_ptr(), _DTYPE_NUMBER[x.dtype], x.shape, x.stride(), torch.get_num_threads())
+    return Moments.checked(*found)
+
+
+def gradient_moments(dw: Tensor, w: Tensor) -> GradientMoments:
+    """Moments of the gradient ``dw`` and the weight ``w`` (same shape, any strides) and of their product."""
+    found = _native.gradient_moments(
+        dw.data_ptr(),
+        _DTYPE_NUMBER[dw.dtype],
+        dw.stride(),
+        w.data_ptr(),
+        _DTYPE_NUMBER[w.dtype],
+        w.stride(),
+        w.shape,
+        torch.get_num_threads(),
+    )
+    return GradientMoments.checked(Moments.checked(*found[:6]), *found[6:])
+
+
+def linear_gradient_moments(x: Tensor, g: Tensor, w: Tensor) -> GradientMoments:
+    """``gradient_moments`` of dW = gᵀx for x [T, I], g [T, O], w [O, I]; dW exists one block of rows at a time."""
+    x, g = _blas_ready(x), _blas_ready(g)
+    rows, columns = w.shape
+    tile = max(1, min(rows, _TILE_BYTES // max(1, columns * x.element_size())))
+    scratch = x.new_empty(tile, columns)
+    total = None
+    for first in range(0, rows, tile):
+        count = min(tile, rows - first)
+        dw = torch.mm(g[:, first : first + count].t(), x, out=scratch[:count])
+        part = gradient_moments(dw, w[first : first + count])
+        total = part if total is None else total.merge(part)
+    return gradient_moments(scratch, w) if total is None else total
+
+
+def channel_products(y: Tensor, g: Tensor) -> Tensor:
+    """S [N, K] = Σ_p y ⊙ g in float64 for y, g [N, P, K] of any strides."""
+    out = torch.empty(y.shape[0], y.shape[2], dtype=torch.float64)
+    _native.channel_products(
+        y.data_ptr(),
+        _DTYPE_NUMBER[y.dtype],
+        y.stride(),
+        g.data_ptr(),
+        _DTYPE_NUMBER[g.dtype],
+        g.stride(),
+        y.shape,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _blas_ready(x: Tensor) -> Tensor:
+    """A matrix that torch.mm reads in place; an expanded one would be copied again for every tile."""
+    return x if 1 in x.stride() and 0 not in x.stride() else x.contiguous()

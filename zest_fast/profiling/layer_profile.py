@@ -1,0 +1,177 @@
+"""The table that one profile yields: a row for each layer, a column for each metric. NumPy only.
+
+pandas, pyarrow and matplotlib are imported by the methods that need them, torch by none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zest_fast.profiling.nearest import nearest
+from zest_fast.profiling.text_table import number, shorten, text_table
+
+if TYPE_CHECKING:
+    import pandas
+
+LEADING_METRICS = ("snip", "fisher", "rgn", "grad_norm")  # what repr shows where it is there
+
+
+class LayerRow(Mapping[str, float]):
+    """The metrics of one layer, read-only: metric -> float."""
+
+    def __init__(self, layer: str, metrics: Sequence[str], values: np.ndarray) -> None:
+        self._layer = layer
+        self._values = dict(zip(metrics, values.tolist(), strict=True))
+
+    def __getitem__(self, metric: str) -> float:
+        try:
+            return self._values[metric]
+        except (KeyError, TypeError):
+            raise KeyError(f"layer {self._layer!r} has no metric {metric!r}; {nearest(metric, self._values)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        return f"{self._layer}: " + ", ".join(f"{metric} {number(value)}" for metric, value in self._values.items())
+
+
+class LayerProfile:
+    """Metrics of every layer of a model for one mini-batch (definitions: `zest_fast.profiling.metrics`).
+
+    Looks up like a mapping from layer name to row: `profile["layer"]["snip"]`, `len(profile)`, `for name in profile`.
+
+    names: layers, one a row. metrics: columns. values: float64 [layers, metrics], read-only here.
+    info: for each layer what is no metric: numel, kind, depth, uses, shape, head, ...
+    loss: of the batch. backend: the kernels that computed the values. uncovered: parameter name -> why it has no row.
+    Raises ValueError where these do not fit together.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        metrics: Sequence[str],
+        values: np.ndarray,
+        *,
+        info: Mapping[str, Mapping[str, Any]],
+        loss: float,
+        backend: str,
+        uncovered: Mapping[str, str],
+    ) -> None:
+        self.names = _unique("names", names)
+        self.metrics = _unique("metrics", metrics)
+        self.values = np.array(values, dtype=np.float64)  # a copy: what the caller does to its own must not reach us
+        if self.values.shape != (len(self.names), len(self.metrics)):
+            raise ValueError(
+                f"values has shape {list(self.values.shape)}, but there are {len(self.names)} names "
+                f"and {len(self.metrics)} metrics"
+            )
+        self.values.setflags(write=False)
+        if set(info) != set(self.names):
+            odd = sorted(set(info) ^ set(self.names))
+            raise ValueError(f"info needs one entry for each layer of names and no other; differing: {odd[:5]}")
+        self.info = {name: dict(info[name]) for name in self.names}
+        self.loss = float(loss)
+        self.backend = str(backend)
+        self.uncovered = dict(uncovered)
+        self._row = {name: row for row, name in enumerate(self.names)}
+
+    def __getitem__(self, layer: str) -> LayerRow:
+        if layer not in self:
+            raise KeyError(f"the profile has no layer {layer!r}; {nearest(layer, self.names)}")
+        return LayerRow(layer, self.metrics, self.values[self._row[layer]])
+
+    def __contains__(self, layer: object) -> bool:
+        return isinstance(layer, str) and layer in self._row
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def column(self, metric: str) -> np.ndarray:
+        """One metric of all layers, float64 [layers], read-only, in the order of `names`."""
+        if metric not in self.metrics:
+            raise KeyError(f"the profile has no metric {metric!r}; {nearest(metric, self.metrics)}")
+        return self.values[:, self.metrics.index(metric)]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A row for each layer (the index, named "layer"): the metrics, then every column of `info`."""
+        import pandas
+
+        index = pandas.Index(self.names, name="layer")
+        columns: dict[str, Any] = {metric: self.values[:, i] for i, metric in enumerate(self.metrics)}
+        for key in dict.fromkeys(key for row in self.info.values() for key in row):
+            columns[key] = pandas.Series([self.info[name].get(key) for name in self.names], index=index)
+        return pandas.DataFrame(columns, index=index)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write JSON (`.json`) or Parquet (`.parquet`), exact to the bit; an existing file is replaced at once or kept.
+
+        Returns the path. Raises ValueError for another suffix and for info that JSON cannot hold.
+        """
+        from zest_fast.profiling.profile_files import save_profile
+
+        return save_profile(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LayerProfile:
+        """Read what `save` wrote. Raises ValueError, naming the file, if it is torn, foreign or of a newer format."""
+        from zest_fast.profiling.profile_files import load_profile
+
+        return load_profile(path)
+
+    def plot(self, path: str | os.PathLike[str], metrics: Sequence[str] | None = None) -> Path:
+        """Draw a heat map into `path` (.png, .svg, .pdf): a panel for each metric, layer type x depth.
+
+        metrics: some of them, in this order; None = all. Returns the path. Needs `pip install 'zest_fast[plot]'`.
+        """
+        from zest_fast.profiling.heat_map import draw
+
+        return draw(self, path, metrics)
+
+    def __repr__(self) -> str:
+        head = f"LayerProfile: {len(self)} layers x {len(self.metrics)} metrics"
+        head += f", loss {number(self.loss)}, backend {self.backend}"
+        if self.uncovered:
+            head += f", {len(self.uncovered)} uncovered"
+        if not self.names:
+            return head
+        shown = [metric for metric in LEADING_METRICS if metric in self.metrics] or self.metrics[:4]
+        rows = list(range(len(self)))
+        if len(rows) > 10:
+            rows = [*rows[:5], -1, *rows[-3:]]
+        table = text_table(["layer", "kind", *shown], [self._cells(row, shown) for row in rows], left=2)
+        rest = len(self.metrics) - len(shown)
+        return f"{head}\n{table}" + (f"\n(+ {rest} more metrics: .metrics, .to_pandas())" if rest else "")
+
+    def _cells(self, row: int, metrics: Sequence[str]) -> list[str]:
+        if row < 0:
+            return ["…", *[""] * (1 + len(metrics))]
+        name = self.names[row]
+        return [
+            shorten(name),
+            str(self.info[name].get("kind", "")),
+            *(number(self[name][metric]) for metric in metrics),
+        ]
+
+
+def _unique(argument: str, names: Sequence[str]) -> list[str]:
+    if isinstance(names, str):
+        raise TypeError(f"{argument} must be a sequence of strings, not one string: {names!r}")
+    names = list(names)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{argument} must hold strings only")
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{argument} holds {twice!r} more than once")
+    return names

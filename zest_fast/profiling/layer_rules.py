@@ -1,0 +1,134 @@
+"""X, Y, G of a layer -> statistics. Pure functions: they know no hook and no model.
+
+T is the number of rows of X [T, I] and G [T, O] (tokens, all leading dimensions together), N the number of samples.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from zest_fast import kernels
+from zest_fast.kernels import GradientMoments, Moments
+from zest_fast.profiling.layers import Layer, channel_dim, is_transformers_conv1d
+
+_PLAIN_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+_GRAM_ROWS = 64  # rows of X and G that are turned to float64 at once
+_PRODUCT_ENTRIES = 1 << 18  # entries of S [N, K] that exist at once (2 MiB)
+
+
+def has_tile_rule(module: nn.Module) -> bool:
+    """Whether dW = GᵀX (or XᵀG) is exact for this module: plain Linear or transformers' Conv1D, forward as shipped."""
+    if "forward" in vars(module) or "weight" not in module._parameters:
+        return False
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward
+    return is_transformers_conv1d(module) and type(module).__name__ == "Conv1D"
+
+
+def has_output_rule(layer: Layer) -> bool:
+    """Whether Y can be had again from X alone (``output_again``): plain linear layers and convolutions."""
+    module = layer.output_module
+    if module is not layer.module or module is None or "forward" in vars(module):
+        return False
+    return type(module).forward in _PLAIN_FORWARDS or has_tile_rule(module)
+
+
+def rows(x: Tensor) -> Tensor:
+    """[..., I] -> [T, I]."""
+    return x.detach().reshape(-1, x.shape[-1])
+
+
+def linear_gradient_moments(module: nn.Module, x: Tensor, g: Tensor, backend: str) -> GradientMoments:
+    """Every statistic of dW and W of a linear layer, dW formed tile by tile; x [..., I], g [..., O]."""
+    x, g, weight = rows(x).to(g.dtype), rows(g), module.weight.detach()
+    if is_transformers_conv1d(module):  # W is [I, O], so dW = XᵀG: the roles of X and G change places
+        x, g = g, x
+    return kernels.linear_gradient_moments(x, g, weight, backend=backend)
+
+
+def linear_gradient(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
+    """dW itself, for a weight whose uses have to be added up first."""
+    x, g = rows(x).to(g.dtype), rows(g)
+    return (x.t() @ g if is_transformers_conv1d(module) else g.t() @ x).to(module.weight.dtype)
+
+
+def linear_gradient_moments_without_tiles(module: nn.Module, x: Tensor, g: Tensor, y: Tensor | None) -> GradientMoments:
+    """The statistics of dW that have closed forms; those of |dW| and |W⊙dW| are NaN.
+
+    ΣdW = Σ_t (Σ_i X_ti)(Σ_k G_tk), ‖dW‖² = Σ_ts (x_t·x_s)(g_t·g_s), ΣW⊙dW = Σ Y⊙G − Σ b·db (only where y is given).
+    Float64 throughout, since the sums may cancel.
+    """
+    x, g, weight = rows(x), rows(g), module.weight.detach()
+    count = float(weight.numel())
+    total = square = product = 0.0
+    for start in range(0, len(x), _GRAM_ROWS):
+        xs, gs = x[start : start + _GRAM_ROWS].double(), g[start : start + _GRAM_ROWS].double()
+        total += float(xs.sum(1) @ gs.sum(1))
+        if y is not None:
+            ys = rows(y)[start : start + _GRAM_ROWS].double()
+            if module.bias is not None:
+                ys -= module.bias.detach()
+            product += float((ys * gs).sum())
+        for other in range(0, start + 1, _GRAM_ROWS):
+            xo, go = x[other : other + _GRAM_ROWS].double(), g[other : other + _GRAM_ROWS].double()
+            part = float(((xs @ xo.t()) * (gs @ go.t())).sum())
+            square += part if other == start else 2 * part
+    mean = total / count
+    finite = math.isfinite(total + square)
+    gradient = Moments.checked(
+        count, mean, max(square - count * mean**2, 0.0), math.nan, math.nan, 0.0 if finite else 1.0
+    )
+    w = kernels.moments([weight])[0]
+    return GradientMoments.checked(
+        gradient, w.mean, w.m2, w.nonfinite, product if y is not None else math.nan, math.nan
+    )
+
+
+def weight_gradient_moments(dw: Tensor, weight: Tensor, backend: str) -> GradientMoments:
+    """Every statistic of a gradient that exists as a whole; any layer."""
+    if dw.layout != torch.strided:  # nn.Embedding(sparse=True)
+        dw = dw.coalesce().to_dense()
+    return kernels.gradient_moments(dw, weight.detach(), backend=backend)
+
+
+def output_products(layer: Layer, y: Tensor, g: Tensor, backend: str) -> Tensor:
+    """S [N, K] = Σ_p Y⊙G in float64."""
+    y, g, channel = _batched(layer, y, g)
+    return kernels.channel_products(y, g, channel_dim=channel, backend=backend)
+
+
+def fisher_of_products(s: Tensor) -> float:
+    """Σ_k ½ mean_n S_nk² for S [N, K] (Theis et al. 2018)."""
+    return 0.5 * float(s.square().sum()) / s.shape[0] if s.shape[0] else 0.0
+
+
+def fisher_of_one_use(layer: Layer, y: Tensor, g: Tensor, backend: str) -> float:
+    """``fisher_of_products`` of one use, a few samples at a time, so that S is never as large as Y."""
+    y, g, channel = _batched(layer, y, g)
+    samples = y.shape[0]
+    step = max(1, _PRODUCT_ENTRIES // max(1, y.shape[channel]))
+    total = 0.0
+    for start in range(0, samples, step):
+        s = kernels.channel_products(
+            y[start : start + step], g[start : start + step], channel_dim=channel, backend=backend
+        )
+        total += float(s.square().sum())
+    return 0.5 * total / samples if samples else 0.0
+
+
+def output_again(module: nn.Module, x: Tensor) -> Tensor:
+    """Y from X, for a layer whose output was overwritten in place after it was computed."""
+    with torch.no_grad():
+        return type(module).forward(module, x.detach())
+
+
+def _batched(layer: Layer, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor, int]:
+    """y and g with a sample dimension, and their channel dimension counted from the end."""
+    y, g, channel = y.detach(), g.detach(), channel_dim(layer, y)
+    if y.dim() <= -channel:  # an input without a batch dimension: one sample
+        missing = 1 - channel - y.dim()
+        y, g = y.reshape((1,) * missing + y.shape), g.reshape((1,) * missing + g.shape)
+    return y, g.to(y.dtype), channel

@@ -1,0 +1,109 @@
+"""Statistics of a layer -> named metrics. A new metric is one line here if the statistics have it.
+
+Definitions and sources: the table of metrics in the README; the paper is "ZEST: zero-shot sparse fine-tuning".
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from zest_fast.kernels import Moments
+
+NAN = math.nan
+
+
+@dataclass
+class LayerStatistics:
+    """What one pass knows of a layer; NaN where it does not know. Gradients are those of the unscaled loss."""
+
+    count: float = NAN
+    """Entries of the weight W."""
+    weight_mean: float = NAN
+    weight_std: float = NAN
+    weight_norm: float = NAN
+    output: Moments = Moments(NAN, NAN, NAN, NAN, NAN)
+    """Of the output Y before any non-linearity, all uses."""
+    gradient: Moments = Moments(NAN, NAN, NAN, NAN, NAN)
+    """Of dW = ∂L/∂W, all uses of the weight together."""
+    product_sum: float = NAN
+    """Σ W⊙dW."""
+    product_abs_sum: float = NAN
+    """Σ |W⊙dW|."""
+    fisher: float = NAN
+    """Σ_k ½ mean_n S_nk² with S = Σ_p Y⊙G (Theis et al. 2018)."""
+
+
+WEIGHT, OUTPUT, GRADIENT, GRADIENT_ABS, PRODUCT, PRODUCT_ABS, FISHER = (
+    "weight", "output", "gradient", "gradient_abs", "product", "product_abs", "fisher",
+)  # fmt: skip
+BACKWARD = frozenset({GRADIENT, GRADIENT_ABS, PRODUCT, PRODUCT_ABS, FISHER})
+NEEDS_TILES = frozenset({GRADIENT_ABS, PRODUCT_ABS})
+"""The rest of a linear layer's gradient statistics have closed forms in its input and output gradient."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    value: Callable[[LayerStatistics], float]
+    needs: frozenset[str]
+
+
+def _metric(*needs: str) -> Callable[[Callable[[LayerStatistics], float]], Metric]:
+    return lambda value: Metric(value, frozenset(needs))
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else (math.inf if a > 0 else NAN)
+
+
+METRICS: dict[str, Metric] = {
+    "weight_mean": _metric(WEIGHT)(lambda s: s.weight_mean),
+    "weight_std": _metric(WEIGHT)(lambda s: s.weight_std),
+    "act_mean": _metric(OUTPUT)(lambda s: s.output.mean),
+    "act_std": _metric(OUTPUT)(lambda s: s.output.std),
+    "act_abs_mean": _metric(OUTPUT)(lambda s: s.output.abs_mean),
+    "act_abs_std": _metric(OUTPUT)(lambda s: s.output.abs_std),
+    "grad_mean": _metric(GRADIENT)(lambda s: s.gradient.mean),
+    "grad_std": _metric(GRADIENT)(lambda s: s.gradient.std),
+    "grad_abs_mean": _metric(GRADIENT_ABS)(lambda s: s.gradient.abs_mean),
+    "grad_abs_std": _metric(GRADIENT_ABS)(lambda s: s.gradient.abs_std),
+    "grad_norm": _metric(GRADIENT)(lambda s: s.gradient.norm),
+    "plain": _metric(PRODUCT)(lambda s: s.product_sum / s.count),
+    "snip": _metric(PRODUCT_ABS)(lambda s: s.product_abs_sum),
+    "fisher": _metric(FISHER)(lambda s: s.fisher),
+    "rgn": _metric(GRADIENT, WEIGHT)(lambda s: _ratio(s.gradient.norm, s.weight_norm)),
+}
+METRIC_NAMES = tuple(METRICS)
+LATER = ("grasp", "synflow", "agree_dot", "agree_sign", "agree_cos")
+
+
+def select_metrics(metrics: Iterable[str] | None) -> list[str]:
+    """The names that were asked for, in the order of METRIC_NAMES; None = all of them.
+
+    Raises:
+        TypeError: not an iterable of names.
+        ValueError: an unknown name (the nearest is suggested) or none at all.
+        NotImplementedError: a metric that needs more than one pass.
+    """
+    if metrics is None:
+        return list(METRIC_NAMES)
+    if isinstance(metrics, str):
+        raise TypeError(f"metrics is a string; pass a list, [{metrics!r}]")
+    metrics = list(metrics)
+    if not metrics:
+        raise ValueError("metrics is empty; pass None for all that one pass yields")
+    for name in metrics:
+        if name in LATER:
+            raise NotImplementedError(f"metrics: {name!r} is not built yet; available: {', '.join(METRIC_NAMES)}")
+        if name not in METRICS:
+            near = difflib.get_close_matches(str(name), METRIC_NAMES, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; available: {', '.join(METRIC_NAMES)}"
+            raise ValueError(f"metrics: unknown name {name!r}{hint}")
+    return [name for name in METRIC_NAMES if name in metrics]
+
+
+def statistics_needed(metrics: Iterable[str]) -> frozenset[str]:
+    """The kinds of statistics that these metrics are computed from."""
+    return frozenset().union(*(METRICS[name].needs for name in metrics))

@@ -1,0 +1,151 @@
+"""Layers in the order in which they are worth fine-tuning. NumPy only."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+
+from zest_fast.profiling.layer_profile import LayerProfile
+from zest_fast.profiling.nearest import nearest
+from zest_fast.profiling.text_table import number, shorten, text_table
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@runtime_checkable
+class Ranker(Protocol):
+    """What can score the layers of a profile."""
+
+    def predict(self, profile: LayerProfile) -> np.ndarray:
+        """Scores, float64 [layers], in the order of `profile.names`; larger is better."""
+
+
+def rank(profile: LayerProfile, by: str | Ranker | None = None) -> Ranking:
+    """Order the layers of `profile`, best first.
+
+    by: the name of a metric of the profile (larger is better), an object with `.predict(profile)` that returns a score
+    for each row, or None = the shipped Ranker, of which there is none yet (NotImplementedError).
+    Raises ValueError for a metric that the profile does not hold and for scores of another shape.
+    """
+    if not isinstance(profile, LayerProfile):
+        raise TypeError(f"profile must be a LayerProfile, not {type(profile).__name__}")
+    if by is None:
+        raise NotImplementedError(
+            "no Ranker ships with this version yet; pass by= with a metric of the profile: "
+            + ", ".join(profile.metrics)
+        )
+    if isinstance(by, str):
+        if by not in profile.metrics:
+            raise ValueError(f"by={by!r} is no metric of this profile; {nearest(by, profile.metrics)}")
+        return Ranking(profile, profile.column(by), by=by)
+    if not isinstance(by, Ranker):
+        raise TypeError(f"by must be a metric name or have .predict(profile), not {type(by).__name__}")
+    return Ranking(profile, by.predict(profile), by=type(by).__name__)
+
+
+class Ranking:
+    """Layers, best first: largest score first, NaN last, equal scores by depth.
+
+    names: every row of the profile, the head included. scores: float64 [layers] in the order of `names`.
+    intervals: float64 [layers, 2], the lower and the upper end of each score; NaN where nothing estimates them, as for
+    a single metric of one batch. by: the metric or the Ranker that gave the scores.
+    """
+
+    def __init__(self, profile: LayerProfile, scores: np.ndarray, *, by: str) -> None:
+        """scores: float [layers], in the order of `profile.names`. Raises ValueError for another shape."""
+        scores = np.asarray(scores, dtype=np.float64)
+        if scores.shape != (len(profile),):
+            raise ValueError(
+                f"by={by}: scores must have shape [{len(profile)}], a score a layer, not {list(scores.shape)}"
+            )
+        depths = [profile.info[name].get("depth", row) for row, name in enumerate(profile.names)]
+        order = np.lexsort((depths, -scores, np.isnan(scores)))  # the last key decides first
+        self.by = by
+        self.names = [profile.names[row] for row in order]
+        self.scores = scores[order]
+        self.intervals = np.full((len(order), 2), np.nan)
+        self._info = [profile.info[name] for name in self.names]
+        for array in (self.scores, self.intervals):
+            array.setflags(write=False)
+
+    def top(self, n: int) -> tuple[str, ...]:
+        """The `n` best layers, best first. The head is never among them: it is tuned anyway.
+
+        Raises ValueError when `n` is below 1, or when fewer layers have a score (a NaN is no score).
+        """
+        n = operator.index(n)
+        candidates = [(name, score) for name, score, info in self._rows() if not info.get("head")]
+        scored = [name for name, score in candidates if not np.isnan(score)]
+        if n < 1:
+            raise ValueError(f"n must be at least 1, not {n}")
+        if n > len(candidates):
+            raise ValueError(f"n={n}, but there are only {len(candidates)} layers beside the head")
+        if n > len(scored):
+            unscored = [name for name, score in candidates if np.isnan(score)]
+            raise ValueError(
+                f"n={n}, but {self.by} is NaN for {len(unscored)} of the {len(candidates)} layers (such as "
+                f"{unscored[0]!r}; profile.info says why): ask for at most {len(scored)}, or rank by another metric"
+            )
+        return tuple(scored[:n])
+
+    def explain(self) -> pandas.DataFrame:
+        """Where each layer stands, in the order of `names` (the index, named "layer").
+
+        rank: 1 = best. percentile: how many of the other scored layers it beats, in percent (half of a tie). z_score:
+        distance from the mean score in standard deviations. depth, kind, numel and head: as in the profile.
+        """
+        import pandas
+
+        defined = self.scores[np.isfinite(self.scores)]
+        deviation = defined.std() if len(defined) else np.nan
+        with np.errstate(invalid="ignore", divide="ignore"):  # equal scores: 0 / 0, there is no distance to speak of
+            z_scores = (self.scores - defined.mean()) / deviation if len(defined) else np.full(len(self), np.nan)
+        columns: dict[str, object] = {
+            "score": self.scores,
+            "rank": np.arange(1, len(self) + 1),
+            "percentile": _percentiles(self.scores),
+            "z_score": z_scores,
+        }
+        for key in ("depth", "kind", "numel", "head"):
+            columns[key] = [info.get(key) for info in self._info]
+        return pandas.DataFrame(columns, index=pandas.Index(self.names, name="layer"))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __repr__(self) -> str:
+        head = f"Ranking of {len(self)} layers by {self.by}"
+        missing = int(np.isnan(self.scores).sum())
+        head += f", {missing} of them without a score" if missing else ""
+        if not self.names:
+            return head
+        shown = list(self._rows())[:10]
+        rows = [
+            [
+                str(place),
+                shorten(name) + (" (head)" if info.get("head") else ""),
+                str(info.get("kind", "")),
+                number(score),
+            ]
+            for place, (name, score, info) in enumerate(shown, start=1)
+        ]
+        rest = f"\n… and {len(self) - len(shown)} more" if len(self) > len(shown) else ""
+        return f"{head}\n{text_table(['', 'layer', 'kind', 'score'], rows, left=3)}{rest}"
+
+    def _rows(self) -> Iterator[tuple[str, float, dict]]:
+        return zip(self.names, self.scores.tolist(), self._info, strict=True)
+
+
+def _percentiles(scores: np.ndarray) -> np.ndarray:
+    """[layers] -> percent of the other defined scores that each one beats, a tie counting half; NaN stays NaN."""
+    defined = np.sort(scores[~np.isnan(scores)])
+    below, upto = np.searchsorted(defined, scores, "left"), np.searchsorted(defined, scores, "right")
+    beaten = (below + upto - 1) / 2
+    return np.where(np.isnan(scores), np.nan, 100 * beaten / max(1, len(defined) - 1))

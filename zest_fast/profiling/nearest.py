@@ -9,19 +9,23 @@ from collections.abc import Iterable
 def nearest(wanted: object, names: Iterable[str], count: int = 3) -> str:
     """The end of an error message: the `names` most like `wanted`, else the first few of them.
 
-    Layer names are long and share their beginning, so a name that ends with `wanted` (or the reverse: a prefix that
-    a wrapper added) comes before one that merely has many letters in common.
+    Layer names are long and share their beginning, so a name that goes on where `wanted` ends, or lacks a prefix that a
+    wrapper added, comes before one that merely has many letters in common.
     """
     names = list(dict.fromkeys(names))
     if not names:
         return "there are none"
     text = str(wanted)
-    ends = [name for name in names if text and (name.endswith("." + text) or text.endswith("." + name))]
-    found = list(dict.fromkeys(ends + difflib.get_close_matches(text, names, n=count, cutoff=0.6)))[:count]
+    related = [name for name in names if text and name and (_extends(name, text) or _extends(text, name))]
+    found = list(dict.fromkeys(related + difflib.get_close_matches(text, names, n=count, cutoff=0.6)))[:count]
     if found:
         return f"nearest: {_quoted(found)}"
     rest = f" and {len(names) - 2 * count} more" if len(names) > 2 * count else ""
     return f"there are: {_quoted(names[: 2 * count])}{rest}"
+
+
+def _extends(longer: str, shorter: str) -> bool:
+    return longer.startswith(shorter + ".") or longer.endswith("." + shorter)
 
 
 def _quoted(names: list[str]) -> str:

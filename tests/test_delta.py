@@ -1,0 +1,224 @@
+import copy
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tests.small_models import Mlp, Recurrent, assert_same, conv_net, images, llama, snapshot, step
+from zest_fast.finetuning.delta import hash_tensors
+from zest_fast.finetuning.selective_backward import SelectiveBackward
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def tuned_mlp(path):
+    """A fresh model, and the file of a delta trained on a copy of it."""
+    fresh = Mlp()
+    model = copy.deepcopy(fresh)
+    tuned = SelectiveBackward(model, ["a", "b"])
+    step(tuned.parameters(), model(torch.randn(8, 4)).square().sum())
+    assert tuned.save(path) == path
+    return fresh, model
+
+
+@pytest.mark.parametrize(
+    ("make", "layers", "inputs"),
+    [
+        (Mlp, ["a"], lambda: torch.randn(8, 4)),
+        (Recurrent, ["rnn.weight_hh_l0", "rnn.weight_ih_l1"], lambda: torch.randn(2, 5, 3)),
+        (conv_net, ["3"], images),
+        (lambda: Mlp().bfloat16(), ["c"], lambda: torch.randn(8, 4, dtype=torch.bfloat16)),
+    ],
+)
+def test_round_trip_onto_a_fresh_copy_is_exact(make, layers, inputs, tmp_path):
+    fresh, x = make(), inputs()
+    model = copy.deepcopy(fresh)
+    tuned = SelectiveBackward(model, layers)
+    for _ in range(3):
+        step(tuned.parameters(), model(x).square().mean())
+    path = tuned.save(tmp_path / "delta.safetensors")
+    assert set(load_file(path)) == set(tuned.trainable_names)  # nothing that is frozen
+    loaded = SelectiveBackward(fresh, layers)
+    assert loaded.load(path) is loaded
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name]), name
+    assert torch.equal(model(x), fresh(x))
+
+
+def test_saving_and_loading_after_remove(tmp_path):
+    fresh = Mlp()
+    model = copy.deepcopy(fresh)
+    with SelectiveBackward(model, ["a"]) as tuned:
+        step(tuned.parameters(), model(torch.randn(8, 4)).square().sum())
+    path = tuned.save(tmp_path / "delta.safetensors")
+    with SelectiveBackward(fresh, ["a"]) as again:
+        pass
+    again.load(path)
+    assert torch.equal(fresh.a.weight, model.a.weight)
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    fresh, ids = llama(tie_word_embeddings=True), torch.arange(12).reshape(2, 6)
+    model = copy.deepcopy(fresh)
+    tuned = SelectiveBackward(model, ["lm_head"])
+    step(tuned.parameters(), model(input_ids=ids, labels=ids).loss)
+    SelectiveBackward(fresh, ["lm_head"]).load(tuned.save(tmp_path / "delta.safetensors"))
+    assert fresh.lm_head.weight is fresh.model.embed_tokens.weight
+    assert torch.equal(fresh.lm_head.weight, model.lm_head.weight)
+
+
+def test_changed_buffers_travel_and_others_do_not(tmp_path):
+    def make():
+        torch.manual_seed(1)
+        trunk = [nn.Linear(4, 4), nn.BatchNorm1d(4)]  # frozen, its statistics rest
+        return nn.Sequential(*trunk, nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)))
+
+    model, fresh = make(), make()
+    tuned = SelectiveBackward(model, [], head="2")
+    step(tuned.parameters(), model(torch.randn(6, 4)).square().sum())
+    path = tuned.save(tmp_path / "delta.safetensors")
+    with safe_open(path, "pt") as file:
+        changed = json.loads(file.metadata()["buffers"])
+    assert changed == ["2.0.running_mean", "2.0.running_var", "2.0.num_batches_tracked"]
+    SelectiveBackward(fresh, [], head="2").load(path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, fresh.state_dict()[name]), name
+
+
+def test_metadata(tmp_path):
+    tuned_mlp(tmp_path / "delta.safetensors")
+    with safe_open(tmp_path / "delta.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["layers"]) == ["a", "b"] and json.loads(metadata["head"]) == ["head"]
+    assert metadata["torch"] == torch.__version__ and metadata["zest_fast"]
+    assert len(metadata["base"]) == 64
+
+
+def other_base(model):
+    with torch.no_grad():
+        model.c.bias[0] += 1e-7
+    return model
+
+
+def renamed(model):
+    model.extra = nn.Linear(1, 1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "layers", "message"),
+    [
+        (other_base, ["a", "b"], "frozen parameters of this model differ"),
+        (renamed, ["a", "b"], "frozen parameters of this model differ"),
+        (lambda model: model, ["a"], r"saved with layers=\['a', 'b'\], this model is wrapped with \['a'\]"),
+        (
+            lambda model: model.double(),
+            ["b", "a"],
+            r"'a\.bias' has dtype torch\.float32 in the delta and torch\.float64",
+        ),
+    ],
+)
+def test_a_delta_that_does_not_fit_changes_nothing(change, layers, message, tmp_path):
+    path = tmp_path / "delta.safetensors"
+    fresh, _ = tuned_mlp(path)
+    tuned = SelectiveBackward(change(fresh), layers, head="head")
+    before = snapshot(fresh)
+    with pytest.raises(ValueError, match=rf"delta\.safetensors' does not fit: .*{message}"):
+        tuned.load(path)
+    assert_same(before, snapshot(fresh))
+
+
+def test_another_head_is_refused(tmp_path):
+    fresh, _ = tuned_mlp(tmp_path / "delta.safetensors")
+    with pytest.raises(ValueError, match=r"saved with head=\['head'\], this model is wrapped with \[\]"):
+        SelectiveBackward(fresh, ["a", "b"], head=None).load(tmp_path / "delta.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda tensors: tensors.pop("b.bias"), r"lacks the parameter 'b\.bias'"),
+        (
+            lambda tensors: tensors.update({"b.bias": torch.zeros(5)}),
+            r"'b\.bias' has shape \[5\] in the delta and \[4\]",
+        ),
+        (lambda tensors: tensors.update({"z": torch.zeros(5)}), r"has a parameter 'z', the model has none"),
+    ],
+)
+def test_edited_tensors_are_refused(edit, message, tmp_path):
+    path = tmp_path / "delta.safetensors"
+    fresh, _ = tuned_mlp(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata)
+    tuned = SelectiveBackward(fresh, ["a", "b"])
+    before = snapshot(fresh)
+    with pytest.raises(ValueError, match=message):
+        tuned.load(path)
+    assert_same(before, snapshot(fresh))
+
+
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.99])
+def test_torn_file(part, tmp_path):
+    path = tmp_path / "delta.safetensors"
+    fresh, _ = tuned_mlp(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * part)])
+    tuned = SelectiveBackward(fresh, ["a", "b"])
+    before = snapshot(fresh)
+    with pytest.raises(ValueError, match=r"delta\.safetensors' is no delta that can be read .*torn"):
+        tuned.load(path)
+    assert_same(before, snapshot(fresh))
+
+
+def test_foreign_newer_and_missing_files(tmp_path):
+    tuned = SelectiveBackward(Mlp(), ["a", "b"])
+    path = tmp_path / "delta.safetensors"
+    save_file({"a.weight": torch.zeros(4, 4)}, path)
+    with pytest.raises(ValueError, match=r"its format is None, not 'zest_fast\.delta'"):
+        tuned.load(path)
+    save_file({"a.weight": torch.zeros(4, 4)}, path, {"format": "zest_fast.delta", "version": "2"})
+    with pytest.raises(ValueError, match=r"format version 2, .*upgrade zest_fast"):
+        tuned.load(path)
+    with pytest.raises(FileNotFoundError):
+        tuned.load(tmp_path / "missing.safetensors")
+
+
+def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "delta.safetensors"
+    _, model = tuned_mlp(path)
+    before = path.read_bytes()
+
+    def full(tensors, temporary, metadata):
+        temporary.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("zest_fast.finetuning.delta.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        SelectiveBackward(copy.deepcopy(model).requires_grad_(True), ["a"]).save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_hash_tells_names_shapes_dtypes_and_bytes_apart():
+    tensor = torch.arange(4.0)
+    same = [("a", tensor), ("a", torch.arange(8.0)[::2] / 2)]  # strides do not matter
+    others = [
+        ("b", tensor),
+        ("a", tensor.view(2, 2)),
+        ("a", tensor.view(torch.int32)),
+        ("a", -tensor),
+        ("a", tensor[:0]),
+    ]
+    assert len({hash_tensors([pair]) for pair in same}) == 1
+    assert len({hash_tensors([pair]) for pair in same + others}) == 6
+    assert hash_tensors([("a", torch.tensor(True)), ("b", torch.ones(1, dtype=torch.bfloat16))])
+    with pytest.raises(ValueError, match="'a' is on the meta device"):
+        hash_tensors([("a", torch.ones(1, device="meta"))])

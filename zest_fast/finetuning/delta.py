@@ -1,0 +1,113 @@
+"""What fine-tuning changed, as one safetensors file that fits only the model it was made from.
+
+The tensors are the trained parameters (whole, not differences: loading is exact to the bit) and the buffers that
+changed, under their names in the model. The metadata tells which layers trained and holds a hash of everything frozen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from zest_fast.profiling.replacing import replacing
+
+FORMAT = "zest_fast.delta"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Delta:
+    """layers and head: the names that trained. base: hash of the frozen parameters. tensors: by name in the model."""
+
+    layers: tuple[str, ...]
+    head: tuple[str, ...]
+    base: str
+    parameters: Mapping[str, torch.Tensor]
+    buffers: Mapping[str, torch.Tensor]
+
+
+def write_delta(path: str | os.PathLike[str], delta: Delta) -> Path:
+    """Write `delta` completely or not at all."""
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "layers": json.dumps(delta.layers),
+        "head": json.dumps(delta.head),
+        "base": delta.base,
+        "buffers": json.dumps(list(delta.buffers)),
+        "torch": torch.__version__,
+        "zest_fast": _own_version(),
+    }
+    # Copies, because safetensors refuses tensors that share memory, as the weights of a flattened LSTM do.
+    tensors = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in (*delta.parameters.items(), *delta.buffers.items())
+    }
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata)
+    return Path(path)
+
+
+def read_delta(path: str | os.PathLike[str]) -> Delta:
+    """Read what `write_delta` wrote. Raises ValueError, naming the file, if torn, foreign or of a newer format."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
+            version = int(metadata["version"])
+            if version <= VERSION:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                buffers = {name: tensors.pop(name) for name in json.loads(metadata["buffers"])}
+                layers, head = tuple(json.loads(metadata["layers"])), tuple(json.loads(metadata["head"]))
+                return Delta(layers, head, metadata["base"], tensors, buffers)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{os.fspath(path)!r} is no delta that can be read ({type(error).__name__}: {error}): torn, or written by "
+            "something else; save it again, or name a file that SelectiveBackward.save wrote"
+        ) from error
+    raise ValueError(
+        f"{os.fspath(path)!r} has format version {version}, this zest_fast reads up to {VERSION}: upgrade zest_fast"
+    )
+
+
+def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """blake2b over names, dtypes, shapes and bytes: about a second for each GB."""
+    state = hashlib.blake2b(digest_size=32)
+    for name, tensor in tensors:
+        state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name!r} is on the meta device (offloaded): a delta cannot vouch for its base; load it first"
+            )
+        if tensor.numel():
+            state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+def check_tensors(kind: str, saved: Mapping[str, torch.Tensor], there: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError unless every saved tensor has its place: same name, shape and dtype."""
+    for name, tensor in saved.items():
+        if name not in there:
+            raise ValueError(f"the delta has a {kind} {name!r}, the model has none")
+        for what in ("shape", "dtype"):
+            ours, theirs = getattr(there[name], what), getattr(tensor, what)
+            if ours != theirs:
+                ours, theirs = (list(x) if what == "shape" else x for x in (ours, theirs))
+                raise ValueError(f"{kind} {name!r} has {what} {theirs} in the delta and {ours} in the model")
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("zest_fast")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return "unknown"

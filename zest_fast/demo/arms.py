@@ -135,7 +135,7 @@ def validate(task: Task) -> tuple[float, float]:
     return losses.mean().item(), hits.mean().item()
 
 
-def test_hits(task: Task, run: Run) -> Tensor:
+def hits_on_test(task: Task, run: Run) -> Tensor:
     """Right (1) or wrong (0) for each test sample [samples], with the run's trained tensors in place."""
     parameters = dict(task.model.named_parameters())
     start = {name: parameters[name].detach().clone() for name in run.trained}

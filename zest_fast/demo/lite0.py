@@ -16,12 +16,13 @@ BUDGET = Budget(
     train=1500,
     validation=600,
     test=2400,
-    steps=64,
+    steps=48,
     batch_size=32,
     profile_batch=128,
     scales=(3e-3, 1e-2, 3e-2),
-    full_scales=(1e-3, 3e-3, 1e-2),
-    metrics=("rgn", "snip", "grad_norm"),
+    head_scales=(3e-2, 1e-1, 3e-1),
+    full_scales=(3e-4, 1e-3, 3e-3),
+    metrics=("grad_mean", "rgn", "snip"),
 )
 
 

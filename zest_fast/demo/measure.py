@@ -63,7 +63,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 def measure_steps(task: Task, arms: list[Arm], full: Arm, *, seed: int) -> dict[str, Cost]:
-    """Cost of each arm by name. Each round times one step of every arm, so that all see the same load of the machine."""
+    """Cost of each arm by name. Each round times one step of each, so that all see the same load."""
     inputs, labels = next(batches(task.splits["train"], task.budget.batch_size, 1, seed))
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
     peaks: dict[str, int] = {}

@@ -20,8 +20,9 @@ BUDGET = Budget(
     batch_size=16,
     profile_batch=128,
     scales=(3e-3, 1e-2, 3e-2),
-    full_scales=(1e-3, 3e-3, 1e-2),
-    metrics=("rgn", "snip", "grad_norm"),
+    head_scales=(3e-2, 1e-1, 3e-1),
+    full_scales=(3e-4, 1e-3, 3e-3),
+    metrics=("grad_mean", "rgn", "snip"),
 )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zest_fast.demo import lite0, minilm, report, smollm2
-from zest_fast.demo.arms import Arm, Run, test_hits, train, validate
+from zest_fast.demo.arms import Arm, Run, hits_on_test, train, validate
 from zest_fast.demo.measure import COUNTS, measure_steps
 from zest_fast.demo.results import ArmResult, finding
 from zest_fast.demo.task import Budget, Task
@@ -23,8 +23,8 @@ from zest_fast.ranking.ranking import rank
 
 TASKS = {"lite0": lite0, "minilm": minilm, "smollm2": smollm2}
 NOTES = (
-    "every arm starts from the same warm head, sees the same batches in the same order, and takes the same steps (Adam, "
-    "linear decay); the learning rate of each arm and the metric are chosen on the validation split",
+    "every arm starts from the same warm head, sees the same batches in the same order, and takes the same steps "
+    "(Adam, linear decay); the learning rate of each arm and the metric are chosen on the validation split",
     "normalisation layers use their stored statistics and dropout is off in every arm (eval mode)",
     "standard errors cover the sampling of test samples and of random layers, not the randomness of training",
     COUNTS,
@@ -136,7 +136,7 @@ class Demo:
         full = Arm("all layers", None, self.budget.full_scales)
         trained = {chosen.name: [chosen], f"random {self.budget.chosen}": drawn, full.name: [full]}
         if self.task.head is not None:
-            trained = {"head only": [Arm("head only", (), self.budget.scales)]} | trained
+            trained = {"head only": [Arm("head only", (), self.budget.head_scales)]} | trained
         tuned = {name: self._tune(arms) for name, arms in trained.items()}
         self._say("measuring steps")
         costs = measure_steps(self.task, [arm for arms in trained.values() for arm in arms], full, seed=self.seed)
@@ -174,7 +174,7 @@ class Demo:
         self.progress.advance(self.bar)
 
     def _test(self, runs: list[Run]) -> Tensor:
-        return torch.stack([test_hits(self.task, run) for run in runs])
+        return torch.stack([hits_on_test(self.task, run) for run in runs])
 
     def _untrained(self) -> ArmResult:
         """The model as it comes: the baseline where there is no head to train."""
@@ -183,7 +183,7 @@ class Demo:
 
     def _total_steps(self) -> int:
         """Training steps of all runs, for the progress bar."""
-        scales = len(self.budget.scales)
-        runs = len(self.budget.metrics) + (scales - 1) + scales * self.budget.draws + len(self.budget.full_scales)
-        runs += scales if self.task.head is not None else 0
-        return runs * self.budget.steps
+        budget, scales = self.budget, len(self.budget.scales)
+        runs = len(budget.metrics) + (scales - 1) + scales * budget.draws + len(budget.full_scales)
+        runs += len(budget.head_scales) if self.task.head is not None else 0
+        return runs * budget.steps

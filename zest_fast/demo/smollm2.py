@@ -22,6 +22,7 @@ BUDGET = Budget(
     batch_size=8,
     profile_batch=16,
     scales=(1e-2, 3e-2),
+    head_scales=(),
     full_scales=(1e-3, 3e-3),
     metrics=("rgn",),
     draws=2,
@@ -65,7 +66,7 @@ def load(budget: Budget = BUDGET, seed: int = 0) -> Task:
         splits=draw_splits(ids[short, :TOKENS], torch.tensor(labels)[short], budget, seed),
         budget=budget,
         notes=(
-            "a causal LM has no classifier to warm: the baseline is the model as it comes, and only chosen layers train",
+            "a causal LM has no classifier to warm: the baseline is the model as it comes; only chosen layers train",
             f"weights are de-quantised from 4 bits; prompts of more than {TOKENS} tokens are left out",
             f"the test split has only {budget.test} questions, to keep to five minutes",
         ),

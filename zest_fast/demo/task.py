@@ -22,6 +22,7 @@ class Budget:
     batch_size: int
     profile_batch: int  # samples of the one batch that is profiled
     scales: tuple[float, ...]  # learning rates tried for the arms that train chosen layers (see arms.learning_rate)
+    head_scales: tuple[float, ...]  # the same for head only, which wants larger ones
     full_scales: tuple[float, ...]  # the same for full fine-tuning, which wants smaller ones
     metrics: tuple[str, ...]  # metrics whose top layers are tried on the validation split
     chosen: int = 5  # layers to fine-tune

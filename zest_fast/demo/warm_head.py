@@ -44,7 +44,7 @@ def head_inputs(model: nn.Module, head: nn.Module, split: Split, batch_size: int
 
 
 def fit(head: nn.Linear, features: Tensor, labels: Tensor, strength: float) -> None:
-    """Minimise mean cross-entropy + strength / 2 x ||W||^2 from W = 0, so that the result depends on no random start."""
+    """Minimise mean cross-entropy + strength / 2 x ||W||^2 from W = 0: no random start."""
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=ITERATIONS, line_search_fn="strong_wolfe")

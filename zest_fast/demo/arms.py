@@ -1,6 +1,6 @@
 """The arms that the demo compares, and how each is trained: same start, same batches, same number of steps."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -90,13 +90,17 @@ def batches(split: Split, batch_size: int, steps: int, seed: int) -> Iterator[tu
         yield split.batch(rows)
 
 
-def train(task: Task, arm: Arm, scale: float, *, seed: int, on_step) -> Run:
-    """Train one arm from the common start, with linear decay; the model is as before afterwards."""
-    budget, run = task.budget, Run(arm, scale)
+def train(
+    task: Task, arm: Arm, scale: float, *, start: tuple[float, float], seed: int, on_step: Callable[[], None]
+) -> Run:
+    """Train one arm from the common start, with linear decay; the model is as before afterwards.
+
+    start: validation loss and accuracy before training, the same for every arm.
+    """
+    budget, run = task.budget, Run(arm, scale, [(0, *start)])
     check_at = {round(budget.steps * (i + 1) / budget.checks) for i in range(budget.checks)}
-    run.curve.append((0, *validate(task)))
     with trainable(task, arm.layers) as parameters:
-        start = {name: p.detach().clone() for name, p in parameters.items()}
+        before = {name: p.detach().clone() for name, p in parameters.items()}
         optimizer = optimizer_for(task, parameters, scale)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / budget.steps)
         data = batches(task.splits["train"], budget.batch_size, budget.steps, seed)
@@ -107,7 +111,7 @@ def train(task: Task, arm: Arm, scale: float, *, seed: int, on_step) -> Run:
             if step in check_at:
                 run.curve.append((step, *validate(task)))
         run.trained = {name: p.detach().clone() for name, p in parameters.items()}
-        put(parameters, start)
+        put(parameters, before)
     return run
 
 
@@ -138,9 +142,9 @@ def validate(task: Task) -> tuple[float, float]:
 def hits_on_test(task: Task, run: Run) -> Tensor:
     """Right (1) or wrong (0) for each test sample [samples], with the run's trained tensors in place."""
     parameters = dict(task.model.named_parameters())
-    start = {name: parameters[name].detach().clone() for name in run.trained}
+    before = {name: parameters[name].detach().clone() for name in run.trained}
     put(parameters, run.trained)
     try:
         return losses_and_hits(task, task.splits["test"])[1]
     finally:
-        put(parameters, start)
+        put(parameters, before)

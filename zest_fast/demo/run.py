@@ -72,6 +72,7 @@ class Demo:
 
     def run(self, out: Path) -> tuple[dict, list[ArmResult]]:
         strength = self._warm_head()
+        self.start = validate(self.task)
         layer_profile, profile_seconds = self._profile()
         layer_profile.plot(out / "heatmap.png")
         chosen, candidates = self._choose_metric(layer_profile)
@@ -167,7 +168,9 @@ class Demo:
         """Train, unless the choice of the metric has already done this very run."""
         if (arm.name, scale) not in self.runs:
             self._say(arm.name)
-            self.runs[arm.name, scale] = train(self.task, arm, scale, seed=self.seed, on_step=self._advance)
+            self.runs[arm.name, scale] = train(
+                self.task, arm, scale, start=self.start, seed=self.seed, on_step=self._advance
+            )
         return self.runs[arm.name, scale]
 
     def _advance(self) -> None:
@@ -178,7 +181,7 @@ class Demo:
 
     def _untrained(self) -> ArmResult:
         """The model as it comes: the baseline where there is no head to train."""
-        run = Run(Arm("as it comes", (), ()), scale=0.0, curve=[(0, *validate(self.task))])
+        run = Run(Arm("as it comes", (), ()), scale=0.0, curve=[(0, *self.start)])
         return ArmResult("as it comes", [run], [], self._test([run]), costs=[])
 
     def _total_steps(self) -> int:

@@ -5,9 +5,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_models import Mlp, Recurrent, assert_same, conv_net, images, llama, snapshot, step
 from torch import nn
 
-from tests.small_models import Mlp, Recurrent, assert_same, conv_net, images, llama, snapshot, step
 from zest_fast.finetuning.delta import hash_tensors
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 
@@ -190,6 +190,16 @@ def test_foreign_newer_and_missing_files(tmp_path):
         tuned.load(path)
     with pytest.raises(FileNotFoundError):
         tuned.load(tmp_path / "missing.safetensors")
+
+
+def test_a_file_has_the_usual_permissions(tmp_path):
+    path = tmp_path / "delta.safetensors"
+    tuned_mlp(path)
+    (tmp_path / "usual").touch()
+    assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
+    path.chmod(0o640)
+    tuned_mlp(path)
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):

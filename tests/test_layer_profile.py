@@ -3,8 +3,8 @@ import json
 
 import numpy as np
 import pytest
+from profiles import make_profile
 
-from tests.profiles import make_profile
 from zest_fast.profiling.heat_map import layer_types
 from zest_fast.profiling.layer_profile import LayerProfile
 
@@ -154,9 +154,9 @@ def test_newer_version_asks_for_an_upgrade(profile, tmp_path):
 
 
 def test_paths(profile, tmp_path):
-    with pytest.raises(ValueError, match=r"\.json or \.parquet, not '\.pkl'"):
+    with pytest.raises(ValueError, match=r"ends in '\.pkl'; a profile is a \.json or a \.parquet"):
         profile.save(tmp_path / "profile.pkl")
-    with pytest.raises(ValueError, match="without a suffix"):
+    with pytest.raises(ValueError, match="ends in ''"):
         LayerProfile.load(tmp_path / "profile")
     with pytest.raises(FileNotFoundError):
         LayerProfile.load(tmp_path / "missing.json")

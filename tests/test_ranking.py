@@ -3,8 +3,8 @@ import inspect
 
 import numpy as np
 import pytest
+from profiles import make_profile
 
-from tests.profiles import make_profile
 from zest_fast.profiling import heat_map, layer_profile, profile_files
 from zest_fast.ranking import ranking as module
 from zest_fast.ranking.ranking import rank

@@ -1,14 +1,17 @@
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from profiles import make_profile
+from small_models import Mlp, Recurrent, assert_same, conv_net, images, llama, snapshot, step
 from torch import nn
 
-from tests.profiles import make_profile
-from tests.small_models import Mlp, Recurrent, assert_same, conv_net, images, llama, snapshot, step
 from zest_fast.finetuning.selective_backward import SelectiveBackward
+from zest_fast.profiling.layers import find_layers
+from zest_fast.profiling.profile import profile
 from zest_fast.ranking.ranking import rank
 
 
@@ -116,6 +119,18 @@ def test_cut_of_a_module_that_is_never_called():
     )
     model(torch.randn(2, 3, 4))
     assert tuned.cut == "first.out_proj"
+
+
+def test_a_cut_that_gradient_checkpointing_undoes_is_warned_of():
+    model, ids = llama().train(), torch.arange(12).reshape(2, 6)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layer = "model.layers.2.mlp.up_proj"
+    with SelectiveBackward(model, [layer]), pytest.warns(UserWarning, match=rf"below '{layer}'.*disable_input_require"):
+        model(input_ids=ids, labels=ids)
+    model.disable_input_require_grads()
+    with SelectiveBackward(model, [layer]), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="backward will run on")
+        model(input_ids=ids, labels=ids).loss.backward()
 
 
 def test_language_model_trains_no_head_unless_named():
@@ -304,6 +319,7 @@ def quantised():
         (Mlp, {"layers": ["a"], "checkpoint": True}, NotImplementedError, "checkpoint=True"),
         (lambda: Mlp().to("meta"), {"layers": ["a"]}, ValueError, "'a' is on the meta device"),
         (lambda: torch.compile(Mlp()), {"layers": ["a"]}, RuntimeError, "wrap it first, then compile"),
+        (lambda: nn.DataParallel(Mlp()), {"layers": ["a"]}, RuntimeError, r"in a DataParallel.*wrap model\.module"),
     ],
 )
 def test_refusals_leave_the_model_untouched(make, arguments, error, message):
@@ -377,6 +393,51 @@ def test_compiling_after_wrapping():
     compiled = torch.compile(model, backend="eager")
     assert torch.allclose(compiled(x), model(x))
     assert model[1].num_batches_tracked == 0 and tuned.cut == "3"
+
+
+def gpt_oss():
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "vocab_size": 40,
+    }
+    config = transformers.GptOssConfig(**sizes, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1)
+    return transformers.GptOssForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [Recurrent, conv_net, gpt_oss, lambda: nn.MultiheadAttention(4, 2, kdim=3, vdim=2)])
+def test_every_layer_that_profile_knows_can_be_chosen(make):
+    model = make()
+    for layer in find_layers(model):
+        with SelectiveBackward(model, [layer.name], head=None) as tuned:
+            biases = [name for name in tuned.trainable_names if name != layer.parameter_name]
+            assert len(biases) < len(tuned.trainable_names) <= 2
+            assert all("bias" in name and name.startswith(layer.module_name) for name in biases)
+
+
+def test_fused_experts_train_with_the_bias_of_the_same_name():
+    experts = "model.layers.0.mlp.experts"
+    tuned = SelectiveBackward(gpt_oss(), [f"{experts}.down_proj"])
+    assert tuned.trainable_names == (f"{experts}.down_proj", f"{experts}.down_proj_bias")
+
+
+def test_from_profile_to_delta(tmp_path):
+    model, ids = llama(), torch.arange(12).reshape(2, 6)
+    fresh, batch = copy.deepcopy(model), {"input_ids": ids, "labels": ids}
+    layers = rank(profile(model, batch, backend="reference"), by="snip").top(3)
+    with SelectiveBackward(model, layers) as tuned:
+        losses = []
+        for _ in range(3):
+            losses.append(model(**batch).loss)
+            step(tuned.parameters(), losses[-1])
+        path = tuned.save(tmp_path / "delta.safetensors")
+    assert "lm_head" not in layers and losses[-1] < losses[0]
+    with SelectiveBackward(fresh, layers) as tuned:
+        tuned.load(path)
+    assert torch.equal(fresh(**batch).loss, model(**batch).loss)
 
 
 def test_numpy_strings_are_names():

@@ -16,7 +16,7 @@ from zest_fast.finetuning.cut import CutFinder
 from zest_fast.finetuning.delta import Delta, check_tensors, hash_tensors, read_delta, write_delta
 from zest_fast.finetuning.frozen_norms import keep_frozen_norms_in_eval
 from zest_fast.finetuning.summary import Summary
-from zest_fast.finetuning.trainable_layers import Layer, select_head, select_layers
+from zest_fast.finetuning.trainable_layers import Part, chosen_layers, head_layers
 
 _wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every module of every wrapped model
 
@@ -27,7 +27,7 @@ class SelectiveBackward:
     Use the model as before; give `.parameters()` to the optimizer. `.remove()`, or the end of a `with` block, gives the
     model back as found, with its tuned weights.
 
-    model: any nn.Module that is not wrapped yet; compile it afterwards, not before.
+    model: any nn.Module that is not wrapped yet; torch.compile and DistributedDataParallel come afterwards.
     layers: names as in a profile, such as `ranking.top(5)`.
     head: "auto" = the last layer of a classifier, nothing for a language model (ValueError where that cannot be told);
         a name or names of modules, each with all its parameters; None.
@@ -35,11 +35,11 @@ class SelectiveBackward:
 
     While wrapped, batch norm whose parameters are frozen runs in eval mode, also after `model.train()`. The `.grad` of
     what is frozen is neither read nor cleared. Choosing a layer that shares its weight with an embedding makes backward
-    run down to the embedding. Beware of `gradient_checkpointing_enable()` of transformers: it makes the embedding's
-    output require a gradient, and backward runs to the embedding again, until `disable_input_require_grads()`.
+    run down to the embedding. So does `gradient_checkpointing_enable()` of transformers, which makes the embedding's
+    output require a gradient, until `disable_input_require_grads()`: the first forward pass warns of it.
 
-    Raises ValueError for a layer that does not exist or cannot train, RuntimeError for a model that is wrapped or
-    compiled already; the model is then untouched.
+    Raises ValueError for a layer that does not exist or cannot train, RuntimeError for a model that is wrapped,
+    compiled or in DistributedDataParallel already; the model is then untouched.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class SelectiveBackward:
         frozen: object = None,
     ) -> None:
         _refuse_what_is_not_built(checkpoint=checkpoint, frozen=frozen)
-        _refuse_wrapped_or_compiled(model)
-        self._layers = select_layers(model, layers)
-        self._head = select_head(model, head)
+        _refuse_wrapped(model)
+        self._layers = chosen_layers(model, layers)
+        self._head = head_layers(model, head)
         if not self._layers and not self._head:
             raise ValueError("nothing would train: layers is empty and there is no head; choose layers or pass head=")
         self.model = model
@@ -195,7 +195,7 @@ class SelectiveBackward:
         return owner, next(part.name for part in parts if any(id(parameter) in own for parameter in part.parameters))
 
 
-def _names(parts: tuple[Layer, ...]) -> tuple[str, ...]:
+def _names(parts: tuple[Part, ...]) -> tuple[str, ...]:
     return tuple(part.name for part in parts)
 
 
@@ -215,16 +215,21 @@ def _refuse_what_is_not_built(**arguments: object) -> None:
             raise NotImplementedError(f"{name}={value!r}: {name} is not built yet; leave it None")
 
 
-def _refuse_wrapped_or_compiled(model: nn.Module) -> None:
+def _refuse_wrapped(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        kind = type(model).__name__
+        raise RuntimeError(
+            f"the model is in a {kind}, which counts on its gradients: wrap model.module, then build {kind}"
+        )
     for module in model.modules():
         if module in _wrapped:
             raise RuntimeError(
                 f"{type(module).__name__} is wrapped by a SelectiveBackward already: call its .remove() "
                 "(or leave its with block) before wrapping again"
             )
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise RuntimeError(
                 "the model is compiled, and compiled code misses new hooks: wrap it first, then compile it"
             )

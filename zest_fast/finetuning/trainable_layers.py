@@ -1,7 +1,6 @@
 """From names to the parameters that are to train: the chosen layers and the head.
 
-A layer bears the name of its row in a profile: the module's own name, or the parameter's full name where a module has
-several parameters of two or more dimensions (LSTM, fused experts) and in the root module. Nothing here changes a model.
+A layer bears the name of its row in a profile. Nothing here changes a model.
 """
 
 from __future__ import annotations
@@ -10,17 +9,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from zest_fast.profiling.heads import find_head, is_language_model
 from zest_fast.profiling.layer_profile import LayerProfile
+from zest_fast.profiling.layers import Layer, find_layers
 from zest_fast.profiling.nearest import nearest
 from zest_fast.ranking.ranking import Ranking
 
-PARAMETRISED = ".parametrizations."  # torch keeps the parameters behind `conv.weight` in conv.parametrizations.weight
-
 
 @dataclass(frozen=True)
-class Layer:
+class Part:
     """What trains under one name: parameters (the weight first), and the modules that own them, by name."""
 
     name: str
@@ -28,7 +27,7 @@ class Layer:
     owners: tuple[str, ...]
 
 
-def select_layers(model: nn.Module, layers: Iterable[str]) -> tuple[Layer, ...]:
+def chosen_layers(model: nn.Module, layers: Iterable[str]) -> tuple[Part, ...]:
     """The layers of these names, each once, in the order given. Raises ValueError for a name that cannot train."""
     names = _names("layers", layers)
     rows = _rows(model)
@@ -39,7 +38,7 @@ def select_layers(model: nn.Module, layers: Iterable[str]) -> tuple[Layer, ...]:
     return tuple(rows[name] for name in names)
 
 
-def select_head(model: nn.Module, head: str | Iterable[str] | None) -> tuple[Layer, ...]:
+def head_layers(model: nn.Module, head: str | Iterable[str] | None) -> tuple[Part, ...]:
     """The head: "auto" = the classifier, nothing for a language model; or names of layers, or of modules with all of
     their parameters.
 
@@ -75,34 +74,31 @@ def _names(argument: str, names: Iterable[str]) -> list[str]:
     return names
 
 
-def _rows(model: nn.Module) -> dict[str, Layer]:
-    rows = {}
-    for owner, module in model.named_modules():
-        weights = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 1]
-        for weight in weights:
-            name = owner if owner and len(weights) == 1 else _join(owner, weight)
-            rows[name] = _layer(model, name, owner, module, weight)
-    return rows
+def _rows(model: nn.Module) -> dict[str, Part]:
+    return {layer.name: _part(model, layer) for layer in find_layers(model)}
 
 
-def _layer(model: nn.Module, name: str, owner: str, module: nn.Module, weight: str) -> Layer:
-    owners = [owner]
-    biases = _biases(module, weight)
-    if PARAMETRISED in owner:
-        outer, _, parametrised = owner.partition(PARAMETRISED)
-        biases = _biases(model.get_submodule(outer), parametrised)
-        owners += [outer] if biases else []
-    return Layer(name, (module.get_parameter(weight), *biases), tuple(owners))
+def _part(model: nn.Module, layer: Layer) -> Part:
+    weight = layer.parameter_name.rpartition(".")[2]
+    owners = [layer.module_name]
+    biases = _biases(layer.module, weight)
+    if isinstance(
+        layer.module, ParametrizationList
+    ):  # torch keeps the parameters of conv.weight in a module of its own
+        outer, _, parametrised = layer.module_name.rpartition("parametrizations.")
+        biases = _biases(model.get_submodule(outer.rstrip(".")), parametrised)
+        owners += [outer.rstrip(".")] if biases else []
+    return Part(layer.name, (layer.weight.parameter, *biases), tuple(owners))
 
 
 def _biases(module: nn.Module, weight: str) -> list[nn.Parameter]:
-    """The biases of a weight: those named after it, and those that are named after no weight of the module."""
+    """The biases of a weight: what is named after it, and vectors that are named after no weight of the module."""
     parameters = dict(module.named_parameters(recurse=False))
-    biases = {name: parameter for name, parameter in parameters.items() if "bias" in name and name != weight}
+    named = {bias: name for name in parameters for bias in _bias_names(name) if bias != name}
     return [
         parameter
-        for name, parameter in biases.items()
-        if name in _bias_names(weight) or not any(name in _bias_names(other) for other in parameters if other != name)
+        for name, parameter in parameters.items()
+        if "bias" in name and (named.get(name) == weight or (name not in named and parameter.dim() < 2))
     ]
 
 
@@ -111,11 +107,11 @@ def _bias_names(weight: str) -> tuple[str, str]:
     return weight.replace("weight", "bias"), f"{weight}_bias"
 
 
-def _whole_module(model: nn.Module, name: str) -> Layer | None:
+def _whole_module(model: nn.Module, name: str) -> Part | None:
     below = {owner: module for owner, module in model.named_modules() if f"{owner}.".startswith(f"{name}.")}
     if name not in below or not (parameters := tuple(below[name].parameters())):
         return None
-    return Layer(name, parameters, tuple(below))
+    return Part(name, parameters, tuple(below))
 
 
 def _why_not(model: nn.Module, name: str) -> str:
@@ -127,18 +123,14 @@ def _why_not(model: nn.Module, name: str) -> str:
     return f"{name!r} ({type(module).__name__}) has no weight of two or more dimensions that could train"
 
 
-def _check_trainable(argument: str, layer: Layer) -> None:
-    for parameter in layer.parameters:
+def _check_trainable(argument: str, part: Part) -> None:
+    for parameter in part.parameters:
         if not (parameter.is_floating_point() or parameter.is_complex()):
             raise ValueError(
-                f"{argument}: {layer.name!r} is stored as {parameter.dtype}, and only floating-point weights have "
+                f"{argument}: {part.name!r} is stored as {parameter.dtype}, and only floating-point weights have "
                 "gradients; choose another layer or load the model without quantisation"
             )
         if parameter.is_meta:
             raise ValueError(
-                f"{argument}: {layer.name!r} is on the meta device (offloaded or not loaded); load it first"
+                f"{argument}: {part.name!r} is on the meta device (offloaded or not loaded); load it first"
             )
-
-
-def _join(*parts: str) -> str:
-    return ".".join(part for part in parts if part)

@@ -43,7 +43,7 @@ def rows(x: Tensor) -> Tensor:
 
 def linear_gradient_moments(module: nn.Module, x: Tensor, g: Tensor, backend: str) -> GradientMoments:
     """Every statistic of dW and W of a linear layer, dW formed tile by tile; x [..., I], g [..., O]."""
-    x, g, weight = rows(x).to(g.dtype), rows(g), module.weight.detach()
+    x, g, weight = rows(x).to(g.dtype), rows(g), _weight(module)
     if is_transformers_conv1d(module):  # W is [I, O], so dW = XᵀG: the roles of X and G change places
         x, g = g, x
     return kernels.linear_gradient_moments(x, g, weight, backend=backend)
@@ -52,7 +52,7 @@ def linear_gradient_moments(module: nn.Module, x: Tensor, g: Tensor, backend: st
 def linear_gradient(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     """dW itself, for a weight whose uses have to be added up first."""
     x, g = rows(x).to(g.dtype), rows(g)
-    return (x.t() @ g if is_transformers_conv1d(module) else g.t() @ x).to(module.weight.dtype)
+    return (x.t() @ g if is_transformers_conv1d(module) else g.t() @ x).to(_weight(module).dtype)
 
 
 def linear_gradient_moments_without_tiles(module: nn.Module, x: Tensor, g: Tensor, y: Tensor | None) -> GradientMoments:
@@ -61,7 +61,7 @@ def linear_gradient_moments_without_tiles(module: nn.Module, x: Tensor, g: Tenso
     ΣdW = Σ_t (Σ_i X_ti)(Σ_k G_tk), ‖dW‖² = Σ_ts (x_t·x_s)(g_t·g_s), ΣW⊙dW = Σ Y⊙G − Σ b·db (only where y is given).
     Float64 throughout, since the sums may cancel.
     """
-    x, g, weight = rows(x), rows(g), module.weight.detach()
+    x, g, weight, bias = rows(x), rows(g), _weight(module), module._parameters.get("bias")
     count = float(weight.numel())
     total = square = product = 0.0
     for start in range(0, len(x), _GRAM_ROWS):
@@ -69,8 +69,8 @@ def linear_gradient_moments_without_tiles(module: nn.Module, x: Tensor, g: Tenso
         total += float(xs.sum(1) @ gs.sum(1))
         if y is not None:
             ys = rows(y)[start : start + _GRAM_ROWS].double()
-            if module.bias is not None:
-                ys -= module.bias.detach()
+            if bias is not None:
+                ys -= bias.detach()
             product += float((ys * gs).sum())
         for other in range(0, start + 1, _GRAM_ROWS):
             xo, go = x[other : other + _GRAM_ROWS].double(), g[other : other + _GRAM_ROWS].double()
@@ -132,3 +132,9 @@ def _batched(layer: Layer, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor, int]:
         missing = 1 - channel - y.dim()
         y, g = y.reshape((1,) * missing + y.shape), g.reshape((1,) * missing + g.shape)
     return y, g.to(y.dtype), channel
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return weight.detach()

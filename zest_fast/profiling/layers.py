@@ -6,7 +6,6 @@ parameter's full name where the module owns several (LSTM, fused experts) or is 
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from zest_fast.kernels import DTYPES
+from zest_fast.profiling.nearest import nearest
 
 LayerSelection = str | re.Pattern[str] | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
@@ -153,8 +153,8 @@ def select_layers(layers: list[Layer], selection: LayerSelection) -> list[Layer]
         chosen = [layer for layer in layers if pattern.fullmatch(layer.name) or pattern.fullmatch(layer.module_name)]
         if not chosen:
             raise ValueError(
-                f"layers={pattern.pattern!r} matches no layer (the whole name must match)"
-                + _nearest(pattern.pattern, by_name)
+                f"layers={pattern.pattern!r} matches no layer (the whole name must match); "
+                + nearest(pattern.pattern, by_name)
             )
     elif callable(selection):
         chosen = [layer for layer in layers if selection(layer.module_name, layer.module)]
@@ -181,18 +181,13 @@ def _named(layers: list[Layer], by_name: dict[str, Layer], names: Iterable[str])
         ) from None
     if not names:
         raise ValueError("layers is empty; pass None for every layer")
-    wanted = set()
+    wanted: set[int] = set()
     for name in names:
         rows = [by_name[name]] if name in by_name else [layer for layer in layers if name and layer.module_name == name]
         if not rows:
-            raise ValueError(f"layers: no layer is named {name!r}" + _nearest(str(name), by_name))
+            raise ValueError(f"layers: no layer is named {name!r}; {nearest(name, by_name)}")
         for layer in rows:
             if reason := unsupported(layer.weight.parameter):
                 raise ValueError(f"layer {name!r} cannot be profiled: {reason}; leave it out")
         wanted.update(id(layer) for layer in rows)
     return [layer for layer in layers if id(layer) in wanted]
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.3)
-    return f"; nearest: {', '.join(near)}" if near else ""

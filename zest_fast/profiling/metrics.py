@@ -5,12 +5,12 @@ Definitions and sources: the table of metrics in the README; the paper is "ZEST:
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from zest_fast.kernels import Moments
+from zest_fast.profiling.nearest import nearest
 
 NAN = math.nan
 
@@ -98,9 +98,7 @@ def select_metrics(metrics: Iterable[str] | None) -> list[str]:
         if name in LATER:
             raise NotImplementedError(f"metrics: {name!r} is not built yet; available: {', '.join(METRIC_NAMES)}")
         if name not in METRICS:
-            near = difflib.get_close_matches(str(name), METRIC_NAMES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; available: {', '.join(METRIC_NAMES)}"
-            raise ValueError(f"metrics: unknown name {name!r}{hint}")
+            raise ValueError(f"metrics: unknown name {name!r}; {nearest(name, METRIC_NAMES)}")
     return [name for name in METRIC_NAMES if name in metrics]
 
 

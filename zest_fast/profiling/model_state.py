@@ -38,7 +38,7 @@ class ModelState(AbstractContextManager["ModelState"]):
             p.grad = None
             p.requires_grad_(id(p) in self._trainable)
             if p._post_accumulate_grad_hooks is not None:
-                p._post_accumulate_grad_hooks = None
+                p._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         return self
 
     def rewind(self) -> None:

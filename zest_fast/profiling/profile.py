@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zest_fast import kernels
 from zest_fast.kernels import GradientMoments, Moments
 from zest_fast.profiling import layer_rules
-from zest_fast.profiling.heads import find_head, unwrap
+from zest_fast.profiling.heads import find_head
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.layers import Layer, LayerSelection, Weight, find_layers, select_layers, unsupported
 from zest_fast.profiling.metrics import (
@@ -412,7 +412,8 @@ def _loss_of(
         criterion = loss_fn or nn.functional.cross_entropy
         return lambda: criterion(_logits(_call(model, inputs)), targets)
     raise TypeError(
-        f"batch is a {type(batch).__name__}; a mapping (model(**batch) returns a loss) or a pair (inputs, targets) is needed"
+        f"batch is a {type(batch).__name__}; a mapping (model(**batch) returns a loss) or a pair (inputs, targets) is "
+        "needed"
     )
 
 

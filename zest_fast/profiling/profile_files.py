@@ -52,9 +52,7 @@ class NewerVersionError(ValueError):
 def _suffix(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix not in (".json", ".parquet"):
-        raise ValueError(
-            f"{str(path)!r}: a profile is saved as .json or .parquet, not {path.suffix or 'without a suffix'!r}"
-        )
+        raise ValueError(f"{str(path)!r} ends in {path.suffix!r}; a profile is a .json or a .parquet file")
     return suffix
 
 

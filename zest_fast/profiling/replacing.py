@@ -23,7 +23,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         )
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
     try:
+        temporary.touch()
+        mode = (target if target.exists() else temporary).stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # some writers (safetensors) leave a file that nobody else can read
         with open(temporary, "rb+") as written:  # on disk before the name points to it, also after a power cut
             os.fsync(written.fileno())
         os.replace(temporary, target)

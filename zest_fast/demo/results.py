@@ -27,10 +27,10 @@ class ArmResult:
     def standard_error(self) -> float:
         return _standard_error(self.hits.mean(0), self.hits.mean(1))
 
-    @property
-    def best_run(self) -> int:
-        """The run that the validation split would pick."""
-        return min(range(len(self.runs)), key=lambda i: self.runs[i].loss)
+    def best_on_validation(self, name: str) -> "ArmResult":
+        """The one run that the validation split picks: the fair peer of an arm whose metric it picked, too."""
+        best = min(range(len(self.runs)), key=lambda number: self.runs[number].loss)
+        return ArmResult(name, [self.runs[best]], self.tried, self.hits[best : best + 1], self.costs[best : best + 1])
 
 
 def difference(a: ArmResult, b: ArmResult) -> tuple[float, float]:
@@ -46,14 +46,21 @@ def _standard_error(per_sample: Tensor, *per_run: Tensor) -> float:
     return math.sqrt(variance)
 
 
-def finding(chosen: ArmResult, others: list[ArmResult]) -> str:
-    """One sentence: the chosen layers against each other arm; a difference counts from two standard errors on."""
-    return f"{chosen.name} against " + "; ".join(f"{other.name}: {_verdict(chosen, other)}" for other in others) + "."
+def finding(chosen: ArmResult, others: list[ArmResult], full: ArmResult) -> str:
+    """Two sentences: the chosen layers against each other arm (a difference counts from two standard errors on), and
+    what they cost."""
+    verdicts = "; ".join(f"{other.name} {_verdict(chosen, other)}" for other in others)
+    (cost,), (whole,) = chosen.costs, full.costs
+    return (
+        f"{chosen.name}, test accuracy against: {verdicts}. It trains {cost.parameters / whole.parameters:.1%} of the "
+        f"parameters in {cost.relative:.2f} of the time and {cost.peak_bytes / whole.peak_bytes:.2f} of the memory of "
+        f"{full.name}."
+    )
 
 
 def _verdict(a: ArmResult, b: ArmResult) -> str:
     gap, error = difference(a, b)
     figures = f"{100 * gap:+.1f} ± {100 * error:.1f} points"
     if abs(gap) <= 2 * error:
-        return f"{figures}, no difference shown"
-    return f"{figures}, {'better' if gap > 0 else 'worse'}"
+        return f"{figures} (no difference shown)"
+    return f"{figures} ({'better' if gap > 0 else 'worse'})"

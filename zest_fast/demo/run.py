@@ -15,7 +15,7 @@ from zest_fast.demo import lite0, minilm, report, smollm2
 from zest_fast.demo.arms import Arm, Run, hits_on_test, train, validate
 from zest_fast.demo.measure import COUNTS, measure_steps
 from zest_fast.demo.results import ArmResult, finding
-from zest_fast.demo.task import Budget, Task
+from zest_fast.demo.task import Budget, Task, package_folder
 from zest_fast.demo.warm_head import warm_head
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.profile import profile
@@ -23,8 +23,9 @@ from zest_fast.ranking.ranking import rank
 
 TASKS = {"lite0": lite0, "minilm": minilm, "smollm2": smollm2}
 NOTES = (
-    "every arm starts from the same warm head, sees the same batches in the same order, and takes the same steps "
-    "(Adam, linear decay); the learning rate of each arm and the metric are chosen on the validation split",
+    "every arm starts from the same weights (the head warmed on its own split) and takes the same number of steps on "
+    "the same batches (Adam, linear decay)",
+    "the learning rate of each arm, and the metric, are chosen on the validation split",
     "normalisation layers use their stored statistics and dropout is off in every arm (eval mode)",
     "standard errors cover the sampling of test samples and of random layers, not the randomness of training",
     COUNTS,
@@ -42,8 +43,10 @@ def run_demo(
     if task not in TASKS:
         raise ValueError(f"unknown demo task {task!r}; choose one of {', '.join(TASKS)}")
     began, console = time.perf_counter(), console or Console()
+    package_folder("matplotlib", task=task, install="pip install 'zest_fast[plot]'")
     loaded = TASKS[task].load(budget or TASKS[task].BUDGET, seed)
     loaded.model.eval()
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     console.print(f"[bold]{loaded.title}[/bold]")
     with _progress(console) as progress:
@@ -65,6 +68,8 @@ def _progress(console: Console) -> Progress:
 class Demo:
     """One run of a task; `progress` counts training steps."""
 
+    start: tuple[float, float]  # validation loss and accuracy before training, the same for every arm
+
     def __init__(self, task: Task, seed: int, progress: Progress):
         self.task, self.budget, self.seed = task, task.budget, seed
         self.runs: dict[tuple[str, float], Run] = {}
@@ -78,13 +83,16 @@ class Demo:
         chosen, candidates = self._choose_metric(layer_profile)
         results = self._results(chosen, self._random_arms(layer_profile))
         by_name = {result.name: result for result in results}
-        top, rest = by_name[chosen.name], [result for result in results if result.name != chosen.name]
+        top, full = by_name[chosen.name], by_name["all layers"]
+        drawn = by_name[f"random {self.budget.chosen}"]
+        rest = [result for result in results if result is not top]
+        rest.append(drawn.best_on_validation(f"best of {self.budget.draws} random draws on validation"))
         content = {
             "task": self.task.name,
             "title": self.task.title,
             "seed": self.seed,
             "notes": [*self.task.notes, *NOTES],
-            "finding": finding(top, rest),
+            "finding": finding(top, rest, full),
             "profile": {
                 "samples": self.budget.profile_batch,
                 "layers": len(layer_profile.names),

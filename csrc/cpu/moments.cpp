@@ -1,10 +1,10 @@
 // Moments of a tensor, and of a gradient with its weight, in one pass over memory.
 //
-// Blocks of 2,048 elements stay in the first-level cache and are read there twice: sums about the block's first
-// element give the mean, then squares about that mean. Lanes are float32 (float64 for float64 input); a block's result
-// is float64 and blocks merge by Chan's formula. Bytes moved: those of the inputs, once (two inputs: 8 B per float32
-// pair). 64 additions per lane keep float32 sums within 1e-6; a block whose values are too large or too small for
-// float32 squares is done again in float64. Blocks belong to at most 256 chunks whose borders depend on the length
+// Blocks of 2,048 elements stay in the first-level cache and are read there twice: plain sums give a centre near the
+// mean, then deviations from that centre give mean and squares without cancellation, whatever the offset or outliers.
+// Lanes are float32 (float64 for float64 input); a block's result is float64 and blocks merge by Chan's formula. Bytes
+// moved: those of the inputs, once (two inputs: 8 B per float32 pair). At most 128 additions per lane keep float32 sums
+// within 1e-6; a block whose values are too large or too small for float32 squares is done again in float64. Blocks belong to at most 256 chunks whose borders depend on the length
 // only, and chunks merge in order, so the thread count never shows in the result.
 #include <cmath>
 #include <limits>
@@ -101,11 +101,10 @@ GradientMoments careful_gradient_moments(const C* dw, const C* w, int64_t n) {
     return r;
 }
 
-// sum (x - c)^2 about c = C(mean) becomes the sum about the mean itself.
-template <class C>
-ZEST_INLINE double recentre(double sum, double n, double mean) {
-    const double shift = mean - double(C(mean));
-    return std::fmax(sum - n * shift * shift, 0.0);
+// From sums of deviations d = x - c about a centre c near the mean: the mean itself and the squares about it.
+ZEST_INLINE void recentre(double n, double c, double sum_d, double sum_dd, double& mean, double& m2) {
+    mean = c + sum_d / n;
+    m2 = std::fmax(sum_dd - sum_d * sum_d / n, 0.0);
 }
 
 template <class C>
@@ -113,39 +112,37 @@ ZEST_INLINE Moments block_moments(const C* x, int64_t n) {
     using V = typename Lanes<C>::vector;
     constexpr int64_t step = 2 * Lanes<C>::width;
     const int64_t whole = n - n % step;
-    const C x0 = x[0], a0 = std::fabs(x[0]);
 
-    V s0 = {}, s1 = {}, a_0 = {}, a_1 = {};
+    V s0 = {}, s1 = {}, a0 = {}, a1 = {};
     for (int64_t i = 0; i < whole; i += step) {
         const V u = load(x + i), v = load(x + i + step / 2);
-        s0 += u - x0, s1 += v - x0;
-        a_0 += magnitude<C>(u) - a0, a_1 += magnitude<C>(v) - a0;
+        s0 += u, s1 += v;
+        a0 += magnitude<C>(u), a1 += magnitude<C>(v);
     }
-    double sum = sum_lanes<C>(s0, s1), abs_sum = sum_lanes<C>(a_0, a_1);
-    for (int64_t i = whole; i < n; ++i) sum += double(x[i]) - x0, abs_sum += std::fabs(double(x[i])) - a0;
+    double sum = sum_lanes<C>(s0, s1), abs_sum = sum_lanes<C>(a0, a1);
+    for (int64_t i = whole; i < n; ++i) sum += double(x[i]), abs_sum += std::fabs(double(x[i]));
 
     Moments m;
     m.count = double(n);
-    m.mean = double(x0) + sum / m.count;
-    m.abs_mean = double(a0) + abs_sum / m.count;
-    if (m.abs_mean == 0) return m;  // all zero
+    if (abs_sum == 0) return m;  // all zero
 
-    const C c = C(m.mean), ca = C(m.abs_mean);
-    V q0 = {}, q1 = {}, p0 = {}, p1 = {};
+    const C c = C(sum / m.count), ca = C(abs_sum / m.count);
+    V d0 = {}, d1 = {}, q0 = {}, q1 = {}, e0 = {}, e1 = {}, p0 = {}, p1 = {};
     for (int64_t i = 0; i < whole; i += step) {
         const V u = load(x + i), v = load(x + i + step / 2);
         const V du = u - c, dv = v - c, eu = magnitude<C>(u) - ca, ev = magnitude<C>(v) - ca;
-        q0 += du * du, q1 += dv * dv;
-        p0 += eu * eu, p1 += ev * ev;
+        d0 += du, d1 += dv, q0 += du * du, q1 += dv * dv;
+        e0 += eu, e1 += ev, p0 += eu * eu, p1 += ev * ev;
     }
-    double square = sum_lanes<C>(q0, q1), abs_square = sum_lanes<C>(p0, p1);
+    double d = sum_lanes<C>(d0, d1), square = sum_lanes<C>(q0, q1);
+    double e = sum_lanes<C>(e0, e1), abs_square = sum_lanes<C>(p0, p1);
     for (int64_t i = whole; i < n; ++i) {
-        const double d = double(x[i]) - c, e = std::fabs(double(x[i])) - ca;
-        square += d * d, abs_square += e * e;
+        const double du = double(x[i]) - c, eu = std::fabs(double(x[i])) - ca;
+        d += du, square += du * du, e += eu, abs_square += eu * eu;
     }
     if (!(trusted<C>(square) && trusted<C>(abs_square))) return careful_moments(x, n);
-    m.m2 = recentre<C>(square, m.count, m.mean);
-    m.abs_m2 = recentre<C>(abs_square, m.count, m.abs_mean);
+    recentre(m.count, double(c), d, square, m.mean, m.m2);
+    recentre(m.count, double(ca), e, abs_square, m.abs_mean, m.abs_m2);
     return m;
 }
 
@@ -154,48 +151,45 @@ ZEST_INLINE GradientMoments block_gradient_moments(const C* dw, const C* w, int6
     using V = typename Lanes<C>::vector;
     constexpr int64_t step = Lanes<C>::width;
     const int64_t whole = n - n % step;
-    const C d0 = dw[0], a0 = std::fabs(dw[0]), w0 = w[0];
 
     V s = {}, a = {}, t = {}, p = {}, pa = {};
     const V zero = {};
     for (int64_t i = 0; i < whole; i += step) {
-        const V d = load(dw + i), u = load(w + i), product = d * u;
-        s += d - d0, a += magnitude<C>(d) - a0, t += u - w0;
+        const V g = load(dw + i), u = load(w + i), product = g * u;
+        s += g, a += magnitude<C>(g), t += u;
         p += product, pa += magnitude<C>(product);
     }
     double sum = sum_lanes<C>(s, zero), abs_sum = sum_lanes<C>(a, zero), weight_sum = sum_lanes<C>(t, zero);
-    double product_sum = sum_lanes<C>(p, zero), product_abs_sum = sum_lanes<C>(pa, zero);
-    for (int64_t i = whole; i < n; ++i) {
-        const double product = double(dw[i]) * double(w[i]);
-        sum += double(dw[i]) - d0, abs_sum += std::fabs(double(dw[i])) - a0, weight_sum += double(w[i]) - w0;
-        product_sum += product, product_abs_sum += std::fabs(product);
-    }
-
     GradientMoments r;
     r.gradient.count = double(n);
-    r.gradient.mean = double(d0) + sum / double(n);
-    r.gradient.abs_mean = double(a0) + abs_sum / double(n);
-    r.weight_mean = double(w0) + weight_sum / double(n);
-    r.product_sum = product_sum, r.product_abs_sum = product_abs_sum;
-
-    const C c = C(r.gradient.mean), ca = C(r.gradient.abs_mean), cw = C(r.weight_mean);
-    V q = {}, qa = {}, qw = {};
-    for (int64_t i = 0; i < whole; i += step) {
-        const V d = load(dw + i), u = load(w + i), e = d - c, f = magnitude<C>(d) - ca, h = u - cw;
-        q += e * e, qa += f * f, qw += h * h;
-    }
-    double square = sum_lanes<C>(q, zero), abs_square = sum_lanes<C>(qa, zero), weight_square = sum_lanes<C>(qw, zero);
+    r.product_sum = sum_lanes<C>(p, zero), r.product_abs_sum = sum_lanes<C>(pa, zero);
     for (int64_t i = whole; i < n; ++i) {
-        const double e = double(dw[i]) - c, f = std::fabs(double(dw[i])) - ca, h = double(w[i]) - cw;
-        square += e * e, abs_square += f * f, weight_square += h * h;
+        const double product = double(dw[i]) * double(w[i]);
+        sum += double(dw[i]), abs_sum += std::fabs(double(dw[i])), weight_sum += double(w[i]);
+        r.product_sum += product, r.product_abs_sum += std::fabs(product);
     }
-    const bool no_gradient = r.gradient.abs_mean == 0 && product_abs_sum == 0;  // exact zeros need no care
+
+    const double count = double(n);
+    const C c = C(sum / count), ca = C(abs_sum / count), cw = C(weight_sum / count);
+    V d = {}, q = {}, e = {}, qa = {}, f = {}, qw = {};
+    for (int64_t i = 0; i < whole; i += step) {
+        const V g = load(dw + i), du = g - c, eu = magnitude<C>(g) - ca, fu = load(w + i) - cw;
+        d += du, q += du * du, e += eu, qa += eu * eu, f += fu, qw += fu * fu;
+    }
+    double sum_d = sum_lanes<C>(d, zero), square = sum_lanes<C>(q, zero);
+    double sum_e = sum_lanes<C>(e, zero), abs_square = sum_lanes<C>(qa, zero);
+    double sum_f = sum_lanes<C>(f, zero), weight_square = sum_lanes<C>(qw, zero);
+    for (int64_t i = whole; i < n; ++i) {
+        const double du = double(dw[i]) - c, eu = std::fabs(double(dw[i])) - ca, fu = double(w[i]) - cw;
+        sum_d += du, square += du * du, sum_e += eu, abs_square += eu * eu, sum_f += fu, weight_square += fu * fu;
+    }
+    const bool no_gradient = abs_sum == 0 && r.product_abs_sum == 0;  // exact zeros need no care
     if (!(trusted<C>(weight_square) && (no_gradient || (trusted<C>(square) && trusted<C>(abs_square) &&
-                                                        trusted<C>(product_abs_sum)))))
+                                                        trusted<C>(r.product_abs_sum)))))
         return careful_gradient_moments(dw, w, n);
-    r.gradient.m2 = recentre<C>(square, double(n), r.gradient.mean);
-    r.gradient.abs_m2 = recentre<C>(abs_square, double(n), r.gradient.abs_mean);
-    r.weight_m2 = recentre<C>(weight_square, double(n), r.weight_mean);
+    recentre(count, double(c), sum_d, square, r.gradient.mean, r.gradient.m2);
+    recentre(count, double(ca), sum_e, abs_square, r.gradient.abs_mean, r.gradient.abs_m2);
+    recentre(count, double(cw), sum_f, weight_square, r.weight_mean, r.weight_m2);
     return r;
 }
 

@@ -49,6 +49,11 @@ class Layer:
     """Why act and fisher cannot be had, where they cannot."""
 
     @property
+    def called_module(self) -> nn.Module:
+        """The module whose calls are uses of the layer (not a parametrisation, but the module around it)."""
+        return self.output_module or self.module
+
+    @property
     def is_embedding(self) -> bool:
         return isinstance(self.module, _EMBEDDINGS)
 

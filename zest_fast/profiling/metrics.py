@@ -13,6 +13,7 @@ from zest_fast.kernels import Moments
 from zest_fast.profiling.nearest import nearest
 
 NAN = math.nan
+_UNKNOWN = Moments(NAN, NAN, NAN, NAN, NAN)
 
 
 @dataclass
@@ -24,9 +25,9 @@ class LayerStatistics:
     weight_mean: float = NAN
     weight_std: float = NAN
     weight_norm: float = NAN
-    output: Moments = Moments(NAN, NAN, NAN, NAN, NAN)
+    output: Moments = _UNKNOWN
     """Of the output Y before any non-linearity, all uses."""
-    gradient: Moments = Moments(NAN, NAN, NAN, NAN, NAN)
+    gradient: Moments = _UNKNOWN
     """Of dW = ∂L/∂W, all uses of the weight together."""
     product_sum: float = NAN
     """Σ W⊙dW."""

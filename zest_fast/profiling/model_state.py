@@ -22,11 +22,13 @@ class ModelState(AbstractContextManager["ModelState"]):
         self._trainable = {id(p) for p in trainable}
 
     def __enter__(self) -> ModelState:
-        parameters = list(self._model.parameters())
+        modules = list(self._model.modules())
+        unique = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
+        parameters = list(unique.values())
         self._parameters = [(p, p.requires_grad, p.grad, p._post_accumulate_grad_hooks) for p in parameters]
-        self._modes = [(module, module.training) for module in self._model.modules()]
+        self._modes = [(module, module.training) for module in modules]
         # The dictionaries, because a model may replace or add buffers; clones, because it may write into them.
-        self._registered = [(module, dict(module._buffers)) for module in self._model.modules() if module._buffers]
+        self._registered = [(module, dict(module._buffers)) for module in modules if module._buffers]
         self._contents = [
             (buffer, buffer.detach().clone())
             for buffer in {id(b): b for _, buffers in self._registered for b in buffers.values()}.values()
@@ -40,6 +42,11 @@ class ModelState(AbstractContextManager["ModelState"]):
             if p._post_accumulate_grad_hooks is not None:
                 p._post_accumulate_grad_hooks = None  # type: ignore[assignment]
         return self
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Every parameter of the model, once."""
+        return [p for p, *_ in self._parameters]
 
     def rewind(self) -> None:
         """Buffers, modes and random state as they were at first, for another pass over the same batch."""
@@ -60,7 +67,7 @@ class ModelState(AbstractContextManager["ModelState"]):
 
     def clear_gradients(self) -> None:
         """Drops what a pass may have left in ``.grad``."""
-        for p, *_ in self._parameters:
+        for p in self.parameters:
             p.grad = None
 
     def __exit__(self, *exception: Any) -> None:

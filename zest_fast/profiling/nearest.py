@@ -1,4 +1,4 @@
-"""Suggestions for names that do not exist."""
+"""Names in error messages: suggestions for those that do not exist, and lists that stay short."""
 
 from __future__ import annotations
 
@@ -30,3 +30,9 @@ def _extends(longer: str, shorter: str) -> bool:
 
 def _quoted(names: list[str]) -> str:
     return ", ".join(repr(name) for name in names)
+
+
+def some(names: Iterable[str], most: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

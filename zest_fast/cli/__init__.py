@@ -1,0 +1,5 @@
+"""The command `zest-fast`. torch and transformers are imported inside the commands, so that `--help` is quick."""
+
+from zest_fast.cli.commands import app
+
+__all__ = ["app"]

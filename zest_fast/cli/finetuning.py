@@ -1,0 +1,114 @@
+"""What `zest-fast finetune` does with an opened job: profile, rank, train, save, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from zest_fast import SelectiveBackward, profile, rank
+from zest_fast.cli.job import Job
+from zest_fast.cli.training import evaluate, train
+from zest_fast.profiling.heads import find_head, is_language_model
+
+
+def finetune_job(
+    job: Job,
+    *,
+    layers: Sequence[str] | None,
+    head: str,
+    by: str,
+    top: int,
+    epochs: int,
+    steps: int | None,
+    lr: float,
+    out: Path,
+    console: Console,
+) -> dict[str, Any]:
+    """Trains `layers` (None = the `top` ones by metric `by`) and the head; returns the report, ready for JSON.
+
+    head: "auto", "none", or the names of modules, separated by commas.
+    """
+    chosen_by = by if layers is None else None
+    if layers is None:
+        with console.status("profiling one batch"):
+            layers = rank(profile(job.model, job.first_batch(), metrics=[by]), by=by).top(top)
+    with SelectiveBackward(job.model, layers, head=_head(job, head, layers)) as tuned:
+        parameters = list(tuned.parameters())
+        before = _score(job)
+        total_steps = steps if steps is not None else epochs * len(job.loaders.train)
+        with _progress(console, total_steps) as report:
+            training = train(
+                job.model,
+                parameters,
+                job.loaders.train,
+                epochs=epochs,
+                steps=steps,
+                lr=lr,
+                device=job.device,
+                report=report,
+            )
+        after = _score(job)
+        tuned.save(out)
+        cut = tuned.cut
+    return {
+        "layers": list(layers),
+        "by": chosen_by,
+        "trainable": list(tuned.trainable_names),
+        "cut": cut,
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters),
+        "parameters": sum(parameter.numel() for parameter in job.model.parameters()),
+        "steps": len(training.losses),
+        "training_loss": training.losses,
+        "before": before,
+        "after": after,
+        "seconds_per_step": training.seconds_per_step,
+        "peak_memory_bytes": training.peak_memory,
+        "device": str(job.device),
+        "delta": str(out),
+    }
+
+
+def _head(job: Job, head: str, layers: Sequence[str]) -> str | list[str] | None:
+    """ "auto" and, with it, whatever the checkpoint did not hold: layers that are drawn at random have to train."""
+    if head == "none":
+        return None
+    if head != "auto":
+        return [name.strip() for name in head.split(",")]
+    fresh = {name.rpartition(".")[0] for name in job.loaded.fresh} - set(layers)
+    if not fresh:
+        return "auto"
+    found = None if is_language_model(job.model) else find_head(job.model)
+    return sorted(fresh if found is None else fresh | {found})
+
+
+def _score(job: Job) -> dict[str, Any] | None:
+    """None where there is no validation data."""
+    if job.loaders.validation is None:
+        return None
+    return asdict(evaluate(job.model, job.loaders.validation, job.device))
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[int, float], None]]:
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("{task.fields[speed]:.2f} steps/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("training", total=total, loss=float("nan"), speed=0.0)
+
+        def report(step: int, loss: float) -> None:
+            elapsed = progress.tasks[bar].elapsed or 1e-9
+            progress.update(bar, completed=step, loss=loss, speed=step / elapsed)
+
+        yield report

@@ -1,0 +1,111 @@
+"""Opens the model and the data that the command line names, in the order in which they need each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zest_fast.integrations.datasets import ImageFolder, Loaders, class_names, make_loaders, open_data
+from zest_fast.integrations.models import LoadedModel, find_task, load_model
+from zest_fast.integrations.tables import Table
+from zest_fast.profiling.heads import find_head
+
+DEFAULT_LABEL_COLUMN = "label"
+
+
+@dataclass(frozen=True)
+class Job:
+    loaded: LoadedModel
+    loaders: Loaders
+    device: torch.device
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.loaded.model
+
+    def first_batch(self) -> Any:
+        """The batch to profile: the first of the shuffled training data, on the model's device."""
+        batch = next(iter(self.loaders.train), None)
+        if batch is None:
+            raise ValueError("the data yields no batch")
+        return to_device(batch, self.device)
+
+
+def open_job(
+    model: str,
+    data: str,
+    *,
+    task: str | None,
+    label_column: str | None,
+    seed: int,
+    device: str,
+    **batching: Any,
+) -> Job:
+    """`batching`: the remaining keywords of make_loaders. A fresh head is drawn from `seed`."""
+    torch.manual_seed(seed)
+    opened = open_data(data)
+    if task is None:
+        task = _task_of(opened, label_column) or find_task(model)
+    if task == "text-classification":
+        label_column = label_column or DEFAULT_LABEL_COLUMN
+    elif task == "causal-lm":
+        label_column = None
+    names = None
+    if isinstance(opened, ImageFolder):
+        names = class_names(opened.labels)
+    elif isinstance(opened, Table) and label_column is not None:
+        names = class_names(opened.column(label_column))
+    loaded = load_model(model, task=task, class_names=names)
+    _check_kind(opened, data, task)
+    if names is not None and loaded.class_names is None:
+        _check_outputs(loaded, len(names))
+    loaders = make_loaders(opened, loaded, label_column=label_column, seed=seed, **batching)
+    target = pick_device(device)
+    loaded.model.to(target)
+    return Job(loaded, loaders, target)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The tensors of a mapping, a list or a tuple on `device`; everything else as it is."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return tuple(to_device(value, device) for value in batch)
+    return batch
+
+
+def _task_of(opened: Table | ImageFolder | Loaders, label_column: str | None) -> str | None:
+    if isinstance(opened, ImageFolder):
+        return "image-classification"
+    if isinstance(opened, Table) and label_column is not None:
+        return "text-classification"
+    return None
+
+
+def _check_kind(opened: Table | ImageFolder | Loaders, data: str, task: str | None) -> None:
+    if isinstance(opened, Table) and task == "image-classification":
+        raise ValueError(f"{data} is a table, and an image classifier needs a folder of images or module:function")
+    if isinstance(opened, ImageFolder) and task not in (None, "image-classification"):
+        raise ValueError(f"{data} is a folder of images, and {task} needs a table of texts or module:function")
+
+
+def _check_outputs(loaded: LoadedModel, classes: int) -> None:
+    """A model of the user has a head of its own: fewer outputs than classes would only fail in the loss."""
+    try:
+        name = find_head(loaded.model)
+    except ValueError:
+        return
+    outputs = getattr(loaded.model.get_submodule(name), "out_features", classes) if name else classes
+    if outputs < classes:
+        raise ValueError(f"the data has {classes} classes, and {loaded.source!r} {outputs} outputs (layer {name!r})")

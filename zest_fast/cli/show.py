@@ -1,0 +1,128 @@
+"""Results as tables for people and as one JSON document for machines. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Column, Table
+
+if TYPE_CHECKING:
+    from zest_fast.integrations.models import LoadedModel
+    from zest_fast.profiling.layer_profile import LayerProfile
+    from zest_fast.ranking.ranking import Ranking
+
+# Columns of the table where --metrics chose none: 15 do not fit into a terminal.
+_SHOWN = ("snip", "grad_norm", "fisher", "rgn")
+
+
+def results() -> Console:
+    """A console on stdout, as wide as a layer name needs where no terminal limits it."""
+    wide = None if sys.stdout.isatty() else 160
+    return Console(file=sys.stdout, width=wide)
+
+
+def json_document(document: Any) -> None:
+    """Prints strict JSON: NaN and infinities become null, NumPy scalars numbers."""
+    print(json.dumps(_plain(document), indent=2, allow_nan=False))
+
+
+def profile_document(profile: LayerProfile) -> dict[str, Any]:
+    rows = [
+        {
+            "name": name,
+            "metrics": dict(zip(profile.metrics, values, strict=True)),
+            "info": profile.info[name],
+        }
+        for name, values in zip(profile.names, profile.values.tolist(), strict=True)
+    ]
+    return {"loss": profile.loss, "backend": profile.backend, "layers": rows, "uncovered": profile.uncovered}
+
+
+def _name_column() -> Column:
+    return Column("layer", overflow="fold")  # a shortened name could not be copied
+
+
+def profile_table(profile: LayerProfile, metrics: Sequence[str] | None) -> None:
+    shown = [name for name in metrics or _SHOWN if name in profile.metrics]
+    table = Table(_name_column(), "kind", box=SIMPLE_HEAD, title=f"loss {profile.loss:.4f}, backend {profile.backend}")
+    for name in ("weights", *shown):
+        table.add_column(name, justify="right")
+    for name in profile.names:
+        info = profile.info[name]
+        values = (f"{profile[name][metric]:.3g}" for metric in shown)
+        table.add_row(_marked(name, info), info["kind"], f"{info['numel']:,}", *values)
+    console = results()
+    console.print(table)
+    for name, reason in profile.uncovered.items():
+        console.print(f"not covered: {name} ({reason})", highlight=False, markup=False)
+
+
+def ranking_table(ranking: Ranking, profile: LayerProfile, by: str, chosen: Sequence[str]) -> None:
+    table = Table("rank", _name_column(), "kind", box=SIMPLE_HEAD, title=f"by {by}: the {len(chosen)} layers to train")
+    for name in ("depth", "weights", by):
+        table.add_column(name, justify="right")
+    scores = dict(zip(ranking.names, ranking.scores, strict=True))
+    for place, name in enumerate(chosen, start=1):
+        info = profile.info[name]
+        table.add_row(str(place), name, info["kind"], str(info["depth"]), f"{info['numel']:,}", f"{scores[name]:.4g}")
+    results().print(table)
+
+
+def finetuning_table(report: Mapping[str, Any]) -> None:
+    title = f"{report['steps']} steps on {report['device']}"
+    table = Table("", Column(overflow="fold"), box=SIMPLE_HEAD, show_header=False, title=title)
+    share = report["trainable_parameters"] / report["parameters"]
+    peak = report["peak_memory_bytes"]
+    rows = {
+        "layers": "\n".join(report["layers"]),
+        "backward ends at": str(report["cut"]),
+        "trainable parameters": f"{report['trainable_parameters']:,} of {report['parameters']:,} ({share:.1%})",
+        "validation before": _score(report["before"]),
+        "validation after": _score(report["after"]),
+        "seconds per step": f"{report['seconds_per_step']:.3f}",
+        "peak memory" if "cuda" in report["device"] else "peak memory of the process": "unknown"
+        if peak is None
+        else f"{peak / 2**20:,.0f} MiB",
+        "saved": report["delta"],
+    }
+    for label, value in rows.items():
+        table.add_row(label, value)
+    results().print(table)
+
+
+def notes(console: Console, loaded: LoadedModel) -> None:
+    """What the user should know about the model before its figures."""
+    if loaded.fresh:
+        console.print(
+            f"note: {loaded.source} does not hold {', '.join(loaded.fresh)}; drawn at random",
+            highlight=False,
+            markup=False,
+        )
+
+
+def _marked(name: str, info: Mapping[str, Any]) -> str:
+    return f"{name} (head)" if info["head"] else name
+
+
+def _score(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return "no validation data"
+    return f"loss {score['loss']:.4f}, accuracy {score['accuracy']:.1%} of {score['predictions']:,}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,250 @@
+"""The user's data from a string: a table of texts, a folder of images, or `module:function` that makes DataLoaders.
+
+Reading (`open_data`) comes before the model is loaded, since a fresh head needs the class names; batches
+(`make_loaders`) come after it, since they need the model's tokenizer or image processor.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from zest_fast.integrations.models import LoadedModel
+from zest_fast.integrations.references import is_reference, load_function, nearest_path
+from zest_fast.integrations.tables import Table, read_table
+from zest_fast.profiling.nearest import nearest
+
+# The usual channel statistics of ImageNet, for images scaled to 0..1.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+DEFAULT_IMAGE_SIZE = 224
+
+_IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+IGNORED = -100  #: the target that cross-entropy leaves out
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    path: Path
+    files: list[Path]
+    labels: list[str]  #: the name of each file's sub-folder
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """Batches: mappings with "labels" for transformers models, pairs (inputs, targets) otherwise."""
+
+    train: DataLoader[Any]
+    validation: DataLoader[Any] | None  #: None: none was asked for, or the user's function returned none
+
+
+def open_data(source: str) -> Table | ImageFolder | Loaders:
+    """Reads what `source` names; ValueError or TypeError in one line with the nearest valid value.
+
+    source: a .jsonl, .ndjson, .csv, .tsv or .parquet file; a folder with one sub-folder of images for each class; or
+        `module:function`, whose function returns a DataLoader or a pair of them (training, validation).
+    """
+    if is_reference(source):
+        return _user_loaders(source, load_function(source)())
+    path = Path(source)
+    if not path.exists():
+        raise ValueError(f"data {source!r} does not exist; {nearest_path(path)}")
+    return _open_images(path) if path.is_dir() else read_table(path)
+
+
+def class_names(labels: Sequence[Any]) -> tuple[str, ...]:
+    """The classes among `labels`, sorted: integers (also written as text) by value, everything else as text.
+
+    ValueError where a label is a fraction: that is a target of regression, not a class.
+    """
+    names = {_label_name(label) for label in labels}
+    integers = all(name.removeprefix("-").isdecimal() for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name) if integers else 0, name)))  # "01" before "1", always
+
+
+def make_loaders(
+    data: Table | ImageFolder | Loaders,
+    loaded: LoadedModel,
+    *,
+    batch_size: int,
+    validation_share: float = 0.0,
+    seed: int = 0,
+    text_column: str = "text",
+    label_column: str | None = None,
+    max_length: int | None = None,
+    image_size: int | None = None,
+) -> Loaders:
+    """Batches of `data` for the model, shuffled and split by `seed`; DataLoaders of the user pass through as they are.
+
+    label_column: the classes of a table of texts; None = texts alone, for a causal LM (labels are the input_ids,
+        padding -100).
+    max_length: tokens kept of a text; None = what the tokenizer and the model's positions allow.
+    image_size: pixels of both sides of an image, then scaled to 0..1 and normalised with ImageNet's mean and deviation;
+        None = the model's image processor, or 224 where it has none.
+    """
+    if isinstance(data, Loaders):
+        return data
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size}: it has to be 1 or more")
+    if isinstance(data, ImageFolder):
+        examples: Any = list(zip(data.files, encode_labels(data.labels, loaded.class_names), strict=True))
+        collate = _image_collate(loaded, image_size)
+    else:
+        texts = [str(text) for text in data.column(text_column)]
+        collate = _text_collate(loaded, max_length, labelled=label_column is not None)
+        labels = [IGNORED] * len(texts)
+        if label_column is not None:
+            labels = encode_labels(data.column(label_column), loaded.class_names)
+        examples = list(zip(texts, labels, strict=True))
+    train, validation = _split(examples, validation_share, seed)
+    shuffle = torch.Generator().manual_seed(seed)
+    return Loaders(
+        DataLoader(train, batch_size, shuffle=True, generator=shuffle, collate_fn=collate),
+        DataLoader(validation, batch_size, collate_fn=collate) if len(validation) else None,
+    )
+
+
+def encode_labels(labels: Sequence[Any], names: Sequence[str] | None = None) -> list[int]:
+    """Class ids: the position of each label among `names` (None = the sorted classes of `labels` themselves)."""
+    ids = {name: index for index, name in enumerate(names or class_names(labels))}
+    for unknown in {_label_name(label) for label in labels} - set(ids):
+        raise ValueError(f"label {unknown!r} is none of the model's classes; {nearest(unknown, ids)}")
+    return [ids[_label_name(label)] for label in labels]
+
+
+def _label_name(label: Any) -> str:
+    if isinstance(label, float):
+        if not label.is_integer():
+            raise ValueError(f"label {label} is a fraction; classes are integers or strings")
+        label = int(label)  # Parquet files of pandas hold integers with gaps as floats
+    return str(label)
+
+
+def _user_loaders(source: str, made: Any) -> Loaders:
+    if isinstance(made, DataLoader):
+        return Loaders(made, None)
+    if isinstance(made, tuple) and len(made) == 2 and all(isinstance(loader, DataLoader) for loader in made):
+        return Loaders(*made)
+    raise TypeError(
+        f"{source!r} returned {type(made).__name__}; it has to return a DataLoader or a pair of DataLoaders"
+    )
+
+
+def _open_images(path: Path) -> ImageFolder:
+    files, labels = [], []
+    for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+        images = sorted(file for file in folder.iterdir() if file.suffix.lower() in _IMAGE_ENDINGS)
+        if not images:
+            raise ValueError(f"class folder {folder} holds no image ({', '.join(sorted(_IMAGE_ENDINGS))})")
+        files += images
+        labels += [folder.name] * len(images)
+    if not files:
+        raise ValueError(f"data folder {path} has no sub-folders; an image folder has one sub-folder for each class")
+    return ImageFolder(path, files, labels)
+
+
+def _split(examples: list[Any], share: float, seed: int) -> tuple[Subset[Any], Subset[Any]]:
+    if not 0.0 <= share < 1.0:
+        raise ValueError(f"validation share {share}: it has to be at least 0 and below 1")
+    held_out = round(len(examples) * share)
+    if share > 0 and not 0 < held_out < len(examples):
+        raise ValueError(f"{len(examples)} examples are too few for a validation share of {share}")
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Subset(examples, order[held_out:]), Subset(examples, order[:held_out])  # type: ignore[arg-type]
+
+
+Collate = Callable[[list[tuple[Any, int]]], Any]
+
+
+def _text_collate(loaded: LoadedModel, max_length: int | None, *, labelled: bool) -> Collate:
+    tokenizer = loaded.processor
+    if tokenizer is None or not callable(getattr(tokenizer, "tokenize", None)):
+        raise ValueError(
+            f"texts need a tokenizer and {loaded.source!r} has none; use a folder with one, or data as module:function"
+        )
+    accepted = inspect.signature(loaded.model.forward).parameters
+    embedding = loaded.model.get_input_embeddings()  # type: ignore[operator]
+    vocabulary = getattr(embedding, "num_embeddings", math.inf)
+    longest = _longest(loaded)
+    if max_length is not None and max_length > longest:
+        raise ValueError(f"max length {max_length}: {loaded.source!r} takes {longest} tokens at most")
+    limit = max_length or longest
+
+    def collate(examples: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
+        texts, labels = zip(*examples, strict=True)
+        encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        if encoded["input_ids"].max() >= vocabulary:
+            unknown = tokenizer.convert_ids_to_tokens(int(encoded["input_ids"].max()))
+            raise ValueError(
+                f"token {unknown!r} is beyond the {vocabulary} that {loaded.source!r} embeds; wrong tokenizer?"
+            )
+        batch = {name: tensor for name, tensor in encoded.items() if name in accepted}
+        if labelled:
+            batch["labels"] = torch.tensor(labels)
+        else:
+            batch["labels"] = batch["input_ids"].masked_fill(encoded["attention_mask"] == 0, IGNORED)
+        return batch
+
+    return collate
+
+
+def _longest(loaded: LoadedModel) -> int:
+    """Tokens that both tokenizer and positions can take (a tokenizer that knows no limit says 1e30)."""
+    positions = getattr(loaded.model.config, "max_position_embeddings", None) or 512
+    return min(loaded.processor.model_max_length, positions)  # type: ignore[union-attr]
+
+
+def _image_collate(loaded: LoadedModel, image_size: int | None) -> Collate:
+    image_module = _pillow()
+    processor = loaded.processor if image_size is None else None
+    size = image_size or DEFAULT_IMAGE_SIZE
+    mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+
+    def simple(images: list[Any]) -> torch.Tensor:
+        resized = [image.resize((size, size), image_module.Resampling.BILINEAR) for image in images]
+        pixels = [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image in resized]
+        scaled = torch.stack(pixels).view(-1, size, size, 3).permute(0, 3, 1, 2) / 255
+        return (scaled - mean) / std
+
+    def collate(examples: list[tuple[Path, int]]) -> Any:
+        files, labels = zip(*examples, strict=True)
+        images = [_read_image(file, image_module) for file in files]
+        pixels = _processed(images, processor, loaded.source) if processor else simple(images)
+        targets = torch.tensor(labels)
+        return (pixels, targets) if loaded.task is None else {"pixel_values": pixels, "labels": targets}
+
+    return collate
+
+
+def _processed(images: list[Any], processor: Any, source: str) -> torch.Tensor:
+    try:
+        return processor(images=images, return_tensors="pt")["pixel_values"]
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"the image processor of {source!r} cannot stack these images ({reason}); pass image_size"
+        ) from error
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("an image folder needs Pillow: pip install pillow") from error
+    return Image
+
+
+def _read_image(file: Path, image_module: Any) -> Any:
+    try:
+        with image_module.open(file) as image:
+            return image.convert("RGB")
+    except OSError as error:  # also what Pillow raises for a torn or unknown file
+        raise ValueError(f"image {file} cannot be read: {error}") from error

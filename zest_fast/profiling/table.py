@@ -1,0 +1,117 @@
+"""Statistics and what the taps counted -> the LayerProfile: rows in order of first use, and reasons for the rest."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import nn
+
+from zest_fast import kernels
+from zest_fast.profiling.heads import find_head
+from zest_fast.profiling.layer_profile import LayerProfile
+from zest_fast.profiling.layers import Layer, unsupported
+from zest_fast.profiling.metrics import FISHER, METRICS, OUTPUT
+from zest_fast.profiling.statistics import Statistics
+from zest_fast.profiling.taps import Taps
+
+
+def build_profile(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    every_layer: list[Layer],
+    chosen: list[Layer],
+    reached: list[Layer],
+    metrics: list[str],
+    statistics: Statistics,
+    taps: Taps,
+    *,
+    trainable: dict[Layer, bool],
+    loss: float,
+    loss_scale: float,
+) -> LayerProfile:
+    """The table of one pass; ``reached`` are the rows, ``trainable`` the flags as they were handed over."""
+    depth = _depth(modules, every_layer, reached, taps)
+    rows = sorted(reached, key=depth.__getitem__)
+    head = _head_or_none(model)
+    values = np.empty((len(rows), len(metrics)))
+    info = {}
+    for i, layer in enumerate(rows):
+        found, nonfinite = statistics.of(layer, loss_scale)
+        values[i] = [METRICS[name].value(found) for name in metrics]
+        info[layer.name] = {
+            "numel": layer.weight.parameter.numel(),
+            "kind": layer.kind,
+            "depth": depth[layer],
+            "uses": taps.uses.get(layer.called_module, 1),
+            "shape": list(layer.weight.parameter.shape),
+            "head": layer.module_name == head,
+            "trainable": trainable[layer],
+            "shared_with": [other.name for other in layer.weight.layers if other is not layer],
+            "parameter": layer.parameter_name,
+            "module": layer.module_name,
+            "nonfinite": nonfinite,
+            "note": layer.note or _missing_output(layer, statistics),
+        }
+    backends = {kernels.pick_backend(statistics.backend, layer.weight.parameter.device) for layer in rows}
+    return LayerProfile(
+        [layer.name for layer in rows],
+        metrics,
+        values,
+        info=info,
+        loss=loss,
+        backend="+".join(sorted(backends)),
+        uncovered=_uncovered(every_layer, chosen, rows, taps),
+    )
+
+
+def ancestors(layer: Layer, modules: dict[str, nn.Module]) -> list[nn.Module]:
+    """The modules around a layer's own, innermost first."""
+    parts = layer.module_name.split(".") if layer.module_name else []
+    return [modules[".".join(parts[:n])] for n in range(len(parts) - 1, -1, -1)]
+
+
+def _depth(modules: dict[str, nn.Module], every_layer: list[Layer], rows: list[Layer], taps: Taps) -> dict[Layer, int]:
+    """Position in the order of first use; a module that is never called itself counts with its parent."""
+    position = {layer: i for i, layer in enumerate(every_layer)}
+
+    def key(layer: Layer) -> tuple[int, int]:
+        candidates = [layer.called_module, *ancestors(layer, modules)]
+        return next((taps.order[m] for m in candidates if m in taps.order), len(taps.order)), position[layer]
+
+    return {layer: i for i, layer in enumerate(sorted(rows, key=key))}
+
+
+def _head_or_none(model: nn.Module) -> str | None:
+    try:
+        return find_head(model)
+    except ValueError:  # it cannot tell; fine-tuning asks, a table need not
+        return None
+
+
+def _missing_output(layer: Layer, statistics: Statistics) -> str:
+    pairs = (("act", OUTPUT, statistics.outputs), ("fisher", FISHER, statistics.fisher))
+    missing = [name for name, kind, found in pairs if kind in statistics.needed and layer not in found]
+    if not missing:
+        return ""
+    module = layer.called_module
+    return (
+        f"{' and '.join(missing)} undefined: {type(module).__name__} {layer.module_name!r} was not called as a module "
+        "or has no single output tensor"
+    )
+
+
+def _uncovered(every_layer: list[Layer], chosen: list[Layer], rows: list[Layer], taps: Taps) -> dict[str, str]:
+    covered = {id(layer.weight.parameter) for layer in rows}
+    was_chosen = set(chosen)
+    reasons: dict[str, str] = {}
+    for layer in every_layer:
+        if id(layer.weight.parameter) in covered or layer.weight.layers[0] is not layer:
+            continue
+        reason = unsupported(layer.weight.parameter)
+        if not reason and any(owner in was_chosen for owner in layer.weight.layers):
+            called = layer.called_module in taps.uses
+            reason = "no gradient reached it" + ("" if called else ": its module was not called")
+        elif not reason:
+            embedding = "an embedding; name it in layers= to profile it"
+            reason = embedding if layer.is_embedding else "not selected by layers="
+        reasons[layer.parameter_name] = reason
+    return reasons

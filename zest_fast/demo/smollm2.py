@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct (a LLaMA, 30 blocks, 210 layers) answers TREC questions with one of six label words."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ class LabelWords(nn.Module):
 
     The softmax of the logits is the likelihood of each label word, given that the model says one of them.
     """
+
+    lm: Any  # a LlamaForCausalLM
 
     def __init__(self, lm: nn.Module, words: list[int], pad_id: int):
         super().__init__()

@@ -16,7 +16,9 @@ def warm_head(task: Task) -> float:
 
     A head fitted on the samples that later train the layers would overfit them and leave no gradient to rank by.
     """
-    head = task.model.get_submodule(task.head)
+    head = task.model.get_submodule(task.head or "")
+    if not isinstance(head, nn.Linear):
+        raise TypeError(f"demo task {task.name!r}: head {task.head!r} must be an nn.Linear, not {type(head).__name__}")
     features, labels = head_inputs(task.model, head, task.splits["head"]), task.splits["head"].labels
     kept = round(len(labels) * (1 - HELD_OUT))
 

@@ -49,7 +49,6 @@ def _images() -> tuple[Tensor, Tensor]:
     grey = torch.from_numpy(pixels).float().view(-1, 1, 28, 28)
     # EfficientNet-Lite was trained on (pixel - 127) / 128
     enlarged = (F.interpolate(grey, size=(SIDE, SIDE), mode="bilinear", align_corners=False) - 127) / 128
-    # expanded, not copied: three equal channels cost the memory of one
     return enlarged.expand(-1, 3, -1, -1), torch.from_numpy(labels).long()
 
 

@@ -28,7 +28,6 @@ BUDGET = Budget(
     full_scales=(1e-3, 3e-3),
     metrics=("rgn",),
     draws=2,
-    checks=2,
     timing_rounds=3,
 )
 

@@ -27,8 +27,8 @@ class Budget:
     metrics: tuple[str, ...]  # metrics whose top layers are tried on the validation split
     chosen: int = 5  # layers to fine-tune
     draws: int = 3  # random choices to compare with
-    checks: int = 3  # points of each validation curve after its start
-    timing_rounds: int = 7
+    checks: int = 2  # points of each validation curve after its start
+    timing_rounds: int = 5
 
     def sizes(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in SPLITS}

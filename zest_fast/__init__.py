@@ -25,9 +25,11 @@ else:
         "rank": "zest_fast.ranking.ranking",
     }
 
+    _ROOMS = ("kernels", "profiling", "ranking", "finetuning", "integrations")
+
     def __getattr__(name):
-        if name == "kernels":
-            return importlib.import_module("zest_fast.kernels")
+        if name in _ROOMS:
+            return importlib.import_module(f"zest_fast.{name}")
         if name not in _HOMES:
             raise AttributeError(f"module 'zest_fast' has no attribute {name!r}")
         value = getattr(importlib.import_module(_HOMES[name]), name)

@@ -44,14 +44,14 @@ py::tuple gradient_moments(std::uintptr_t dw, int dw_dtype, const Dims& dw_strid
                           m.weight_nonfinite, m.product_sum, m.product_abs_sum);
 }
 
-void channel_products(std::uintptr_t y, int y_dtype, const Dims& y_strides, std::uintptr_t g, int g_dtype,
-                      const Dims& g_strides, const Dims& sizes, std::uintptr_t out, int threads) {
+double channel_products(std::uintptr_t y, int y_dtype, const Dims& y_strides, std::uintptr_t g, int g_dtype,
+                        const Dims& g_strides, const Dims& sizes, std::uintptr_t out, int threads) {
     const cpu::Strides3 ys = {y_strides.at(0), y_strides.at(1), y_strides.at(2)};
     const cpu::Strides3 gs = {g_strides.at(0), g_strides.at(1), g_strides.at(2)};
     const int64_t samples = sizes.at(0), positions = sizes.at(1), channels = sizes.at(2);
     py::gil_scoped_release nogil;
-    cpu::channel_products(samples, positions, channels, operand(y, y_dtype), ys, operand(g, g_dtype), gs,
-                          reinterpret_cast<double*>(out), threads);
+    return cpu::channel_products(samples, positions, channels, operand(y, y_dtype), ys, operand(g, g_dtype), gs,
+                                 reinterpret_cast<double*>(out), threads);
 }
 
 }  // namespace

@@ -243,6 +243,8 @@ def test_channel_products(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         found = kernels.channel_products(y, g, channel_dim=dim)
         assert found.shape == (n, k) and found.dtype == torch.float64
         assert bool(((found - expected).abs() <= 1e-6 * size).all())
+        squares = kernels.squared_channel_products(y, g, channel_dim=dim)
+        assert squares == pytest.approx(found.square().sum().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "expanded g", "mixed", "sliced"])
@@ -259,6 +261,15 @@ def test_channel_products_of_views(layout: str) -> None:
         y = torch.randn(3, 8, 7, 9)[:, :, 1:-1, 2:-1]
     found = kernels.channel_products(y, g)
     torch.testing.assert_close(found, (y.double() * g.double()).sum((2, 3)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+def test_channel_products_below_the_range_of_float32(dim: int) -> None:
+    torch.manual_seed(0)
+    y, g = torch.randn(3, 8, 5, 6) * 1e-20, torch.randn(3, 8, 5, 6) * 1e-22
+    found = kernels.channel_products(y, g, channel_dim=dim)
+    torch.testing.assert_close(found, kernels.channel_products(y, g, channel_dim=dim, backend="reference"))
+    assert bool((found != 0).all())
 
 
 def test_moments_of_parts_merge() -> None:

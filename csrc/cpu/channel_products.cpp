@@ -1,10 +1,10 @@
-// S[n, k] = sum over p of y[n, p, k] * g[n, p, k]: what fisher needs, in one read of y and g.
+// S[n, k] = sum over p of y[n, p, k] * g[n, p, k], and the sum of its squares, which is fisher: in one read of y and g.
 //
 // Two shapes of the loop, by which dimension is dense: channels (Linear, channels_last), where a tile of channels
 // accumulates in float32 over 32 positions before it moves to float64; or positions (convolutions), where each channel
 // is one dot product over blocks of 2,048. Any other stride is gathered into dense blocks first. Every (n, tile) is one
-// task of its own, so the result does not depend on the thread count. A task whose sums are so small that float32
-// products may have underflowed is done again in float64.
+// task; tasks belong to at most 256 chunks and chunks add up in order, so the result does not depend on the thread count.
+// A task whose sums are so small that float32 products may have underflowed is done again in float64.
 #include <cmath>
 
 #include "cpu/kernels.h"
@@ -16,7 +16,9 @@ namespace {
 constexpr int64_t channel_tile = 512;
 constexpr int64_t positions_per_flush = 32;
 constexpr int64_t dot_block = 2048;
+constexpr int64_t max_chunks = 256;
 constexpr int64_t serial_below = 65536;
+constexpr int64_t prefetch_ahead = 1024;  // elements
 constexpr double smallest_trusted_sum = 1e-28;
 
 template <class C>
@@ -25,16 +27,24 @@ ZEST_INLINE double dot(const C* y, const C* g, int64_t n) {
     constexpr int64_t width = 64 / sizeof(C);
     double sum = 0;
     int64_t i = 0;
-    if (n >= 2 * width) {
-        V a = {}, b = {};
+    if (n >= width) {
+        V a = {}, b = {}, y0, y1, g0, g1;
         for (; i + 2 * width <= n; i += 2 * width) {
-            V y0, y1, g0, g1;
             std::memcpy(&y0, y + i, 64), std::memcpy(&g0, g + i, 64);
             std::memcpy(&y1, y + i + width, 64), std::memcpy(&g1, g + i + width, 64);
+            // The next row usually lies ahead: keep memory busy while this one is being finished.
+            __builtin_prefetch(y + i + prefetch_ahead), __builtin_prefetch(y + i + prefetch_ahead + width);
+            __builtin_prefetch(g + i + prefetch_ahead), __builtin_prefetch(g + i + prefetch_ahead + width);
             a += y0 * g0, b += y1 * g1;
         }
+        if (i + width <= n) {
+            std::memcpy(&y0, y + i, 64), std::memcpy(&g0, g + i, 64);
+            a += y0 * g0, i += width;
+        }
+        typedef double Wide __attribute__((vector_size(8 * width)));
+        const Wide wide = __builtin_convertvector(a, Wide) + __builtin_convertvector(b, Wide);
         double lanes[width];
-        for (int64_t lane = 0; lane < width; ++lane) lanes[lane] = double(a[lane]) + double(b[lane]);
+        std::memcpy(lanes, &wide, sizeof(lanes));
         for (int64_t half = width / 2; half > 0; half /= 2)
             for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
         sum = lanes[0];
@@ -131,30 +141,47 @@ bool may_have_underflowed(const double* row, int64_t count) {
     return largest < smallest_trusted_sum;
 }
 
-template <class C>
-void products(const Problem& p, double* out, int threads) {
-    const int64_t tile =
-        p.channels_dense() ? channel_tile : std::max<int64_t>(1, 65536 / std::max<int64_t>(p.positions, 1));
-    const int64_t tiles = (p.channels + tile - 1) / tile;
-#pragma omp parallel for num_threads(threads) schedule(static) \
-    if (threads > 1 && p.samples * p.positions * p.channels >= serial_below)
-    for (int64_t task = 0; task < p.samples * tiles; ++task) {
-        const int64_t n = task / tiles, first = task % tiles * tile, count = std::min(tile, p.channels - first);
-        double* row = out + n * p.channels + first;
+// Calls use(offset into S, count, row of S) for every task of one chunk.
+template <class C, class Use>
+void for_each_task(const Problem& p, int64_t chunk, int64_t chunks, const Use& use) {
+    const int64_t tiles = (p.channels + channel_tile - 1) / channel_tile, tasks = p.samples * tiles;
+    for (int64_t task = chunk * tasks / chunks; task < (chunk + 1) * tasks / chunks; ++task) {
+        const int64_t n = task / tiles, first = task % tiles * channel_tile;
+        const int64_t count = std::min(channel_tile, p.channels - first);
+        double row[channel_tile];
         one_task<C>(p, n, first, count, row);
         if (sizeof(C) == 4 && may_have_underflowed(row, count)) one_task<double>(p, n, first, count, row);
+        use(n * p.channels + first, count, row);
     }
+}
+
+template <class C>
+double products(const Problem& p, double* out, int threads) {
+    const int64_t tasks = p.samples * ((p.channels + channel_tile - 1) / channel_tile);
+    const int64_t chunks = std::min(tasks, max_chunks);
+    double squares[max_chunks];
+#pragma omp parallel for num_threads(threads) schedule(static) \
+    if (threads > 1 && p.samples * p.positions * p.channels >= serial_below)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        double sum = 0;
+        for_each_task<C>(p, chunk, chunks, [&](int64_t at, int64_t count, const double* row) {
+            if (out != nullptr) std::copy(row, row + count, out + at);
+            for (int64_t k = 0; k < count; ++k) sum += row[k] * row[k];
+        });
+        squares[chunk] = sum;
+    }
+    double total = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) total += squares[chunk];
+    return total;
 }
 
 }  // namespace
 
-void channel_products(int64_t samples, int64_t positions, int64_t channels, const Operand& y, Strides3 y_strides,
-                      const Operand& g, Strides3 g_strides, double* out, int threads) {
+double channel_products(int64_t samples, int64_t positions, int64_t channels, const Operand& y, Strides3 y_strides,
+                        const Operand& g, Strides3 g_strides, double* out, int threads) {
     const Problem p = {samples, positions, channels, y, g, y_strides, g_strides};
-    if (y.dtype == DType::float64 || g.dtype == DType::float64)
-        products<double>(p, out, threads);
-    else
-        products<float>(p, out, threads);
+    return y.dtype == DType::float64 || g.dtype == DType::float64 ? products<double>(p, out, threads)
+                                                                  : products<float>(p, out, threads);
 }
 
 }  // namespace zest::cpu

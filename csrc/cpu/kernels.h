@@ -10,11 +10,12 @@ Moments moments(const Layout<1>& layout, const Operand& x, int threads);
 
 GradientMoments gradient_moments(const Layout<2>& layout, const Operand& dw, const Operand& w, int threads);
 
-// y and g are [samples, positions, channels] with these strides (elements); out [samples, channels], contiguous.
+// y and g are [samples, positions, channels] with these strides (elements); out [samples, channels], contiguous, or
+// null where only the sum of its squares, which is returned, is wanted.
 struct Strides3 {
     int64_t sample, position, channel;
 };
-void channel_products(int64_t samples, int64_t positions, int64_t channels, const Operand& y, Strides3 y_strides,
-                      const Operand& g, Strides3 g_strides, double* out, int threads);
+double channel_products(int64_t samples, int64_t positions, int64_t channels, const Operand& y, Strides3 y_strides,
+                        const Operand& g, Strides3 g_strides, double* out, int threads);
 
 }  // namespace zest::cpu

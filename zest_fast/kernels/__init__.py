@@ -6,6 +6,7 @@ file validates the tensors and makes the one choice of backend, each backend is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -22,7 +23,7 @@ __all__ = [
     "gradient_moments",
     "linear_gradient_moments",
     "moments",
-    "pick_backend",
+    "squared_channel_products",
 ]
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -47,7 +48,7 @@ def moments(tensors: Sequence[Tensor], *, backend: str = "auto") -> list[Moments
         raise TypeError("tensors: found one tensor; pass a list, moments([x])")
     for i, x in enumerate(tensors):
         _require_dense_float(x, f"tensors[{i}]")
-    return [_implementation(backend, x.device).moments(x) for x in tensors]
+    return [implementation(backend, x.device).moments(x) for x in tensors]
 
 
 def gradient_moments(dw: Tensor, w: Tensor, *, backend: str = "auto") -> GradientMoments:
@@ -60,7 +61,7 @@ def gradient_moments(dw: Tensor, w: Tensor, *, backend: str = "auto") -> Gradien
     if dw.shape != w.shape:
         raise ValueError(f"dw has shape {tuple(dw.shape)}, w {tuple(w.shape)}; they must be equal")
     _require_one_device(dw=dw, w=w)
-    return _implementation(backend, w.device).gradient_moments(dw, w)
+    return implementation(backend, w.device).gradient_moments(dw, w)
 
 
 def linear_gradient_moments(x: Tensor, g: Tensor, w: Tensor, *, backend: str = "auto") -> GradientMoments:
@@ -85,11 +86,11 @@ def linear_gradient_moments(x: Tensor, g: Tensor, w: Tensor, *, backend: str = "
     if x.dtype != g.dtype:
         raise ValueError(f"x is {x.dtype}, g is {g.dtype}; they must be equal")
     _require_one_device(x=x, g=g, w=w)
-    return _implementation(backend, w.device).linear_gradient_moments(x, g, w)
+    return implementation(backend, w.device).linear_gradient_moments(x, g, w)
 
 
 def channel_products(y: Tensor, g: Tensor, *, channel_dim: int | None = None, backend: str = "auto") -> Tensor:
-    """S [N, K] = Σ_p Y⊙G per sample and output channel, in float64: what fisher is made of, in one read of Y and G.
+    """S [N, K] = Σ_p Y⊙G per sample and output channel, in float64, in one read of Y and G.
 
     Args:
         y: output of a layer, samples first.
@@ -98,19 +99,15 @@ def channel_products(y: Tensor, g: Tensor, *, channel_dim: int | None = None, ba
 
     Raises as ``gradient_moments`` does.
     """
-    _require_dense_float(y, "y")
-    _require_dense_float(g, "g")
-    if y.shape != g.shape:
-        raise ValueError(f"y has shape {tuple(y.shape)}, g {tuple(g.shape)}; they must be equal")
-    if y.dim() < 2:
-        raise ValueError(f"y has shape {tuple(y.shape)}; [samples, ..., channels] is needed")
-    _require_one_device(y=y, g=g)
-    if channel_dim is None:
-        channel_dim = 1 if y.dim() >= 4 else -1
-    if not -y.dim() <= channel_dim < y.dim() or channel_dim % y.dim() == 0:
-        raise ValueError(f"channel_dim is {channel_dim}; one of 1..{y.dim() - 1} is needed (dimension 0 is the sample)")
-    return _implementation(backend, y.device).channel_products(
-        _samples_positions_channels(y, channel_dim), _samples_positions_channels(g, channel_dim)
+    channel_dim = _require_outputs(y, g, channel_dim)
+    return implementation(backend, y.device).channel_products(by_channel(y, channel_dim), by_channel(g, channel_dim))
+
+
+def squared_channel_products(y: Tensor, g: Tensor, *, channel_dim: int | None = None, backend: str = "auto") -> float:
+    """Σ_nk S_nk² of ``channel_products``, which is 2N times fisher; S is not formed."""
+    channel_dim = _require_outputs(y, g, channel_dim)
+    return implementation(backend, y.device).squared_channel_products(
+        by_channel(y, channel_dim), by_channel(g, channel_dim)
     )
 
 
@@ -132,7 +129,8 @@ def pick_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-def _implementation(backend: str, device: torch.device) -> ModuleType:
+def implementation(backend: str, device: torch.device) -> ModuleType:
+    """The backend itself, whose functions check nothing: for tensors that are known to fit."""
     if pick_backend(backend, device) == "cpu":
         from zest_fast.kernels import cpu
 
@@ -140,6 +138,36 @@ def _implementation(backend: str, device: torch.device) -> ModuleType:
     from zest_fast.kernels import reference
 
     return reference
+
+
+def by_channel(x: Tensor, channel_dim: int) -> Tensor:
+    """x seen as [N, P, K], samples first; copied only where its positions do not lie on one stride."""
+    x = x.detach()
+    if x.dim() == 2:
+        return x.unsqueeze(1)
+    channel_dim %= x.dim()
+    sizes, strides = list(x.shape), list(x.stride())
+    channels, channel_stride = sizes.pop(channel_dim), strides.pop(channel_dim)
+    for i in range(1, len(sizes) - 1):
+        if sizes[i] != 1 and strides[i] != strides[i + 1] * sizes[i + 1]:
+            return x.movedim(channel_dim, -1).flatten(1, -2)
+    shape = (sizes[0], math.prod(sizes[1:]), channels)
+    return x.as_strided(shape, (strides[0], strides[-1], channel_stride), x.storage_offset())
+
+
+def _require_outputs(y: Tensor, g: Tensor, channel_dim: int | None) -> int:
+    _require_dense_float(y, "y")
+    _require_dense_float(g, "g")
+    if y.shape != g.shape:
+        raise ValueError(f"y has shape {tuple(y.shape)}, g {tuple(g.shape)}; they must be equal")
+    if y.dim() < 2:
+        raise ValueError(f"y has shape {tuple(y.shape)}; [samples, ..., channels] is needed")
+    _require_one_device(y=y, g=g)
+    if channel_dim is None:
+        channel_dim = 1 if y.dim() >= 4 else -1
+    if not -y.dim() <= channel_dim < y.dim() or channel_dim % y.dim() == 0:
+        raise ValueError(f"channel_dim is {channel_dim}; one of 1..{y.dim() - 1} is needed (dimension 0 is the sample)")
+    return channel_dim
 
 
 def _require_dense_float(x: Tensor, name: str) -> None:
@@ -156,20 +184,3 @@ def _require_dense_float(x: Tensor, name: str) -> None:
 def _require_one_device(**tensors: Tensor) -> None:
     if len({x.device for x in tensors.values()}) > 1:
         raise ValueError("tensors on different devices: " + ", ".join(f"{k} on {x.device}" for k, x in tensors.items()))
-
-
-def _samples_positions_channels(x: Tensor, channel_dim: int) -> Tensor:
-    """x seen as [N, P, K]; copied only where its positions do not lie on one stride."""
-    x = x.detach().movedim(channel_dim, -1)
-    if x.dim() == 2:
-        return x.unsqueeze(1)
-    sizes, strides = x.shape[1:-1], x.stride()[1:-1]
-    for i in range(len(sizes) - 1):
-        if sizes[i] != 1 and strides[i] != strides[i + 1] * sizes[i + 1]:
-            return x.flatten(1, -2)
-    positions = 1
-    for size in sizes:
-        positions *= size
-    return x.as_strided(
-        (x.shape[0], positions, x.shape[-1]), (x.stride(0), strides[-1], x.stride(-1)), x.storage_offset()
-    )

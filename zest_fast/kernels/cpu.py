@@ -54,7 +54,17 @@ def linear_gradient_moments(x: Tensor, g: Tensor, w: Tensor) -> GradientMoments:
 def channel_products(y: Tensor, g: Tensor) -> Tensor:
     """S [N, K] = Σ_p y ⊙ g in float64 for y, g [N, P, K] of any strides."""
     out = torch.empty(y.shape[0], y.shape[2], dtype=torch.float64)
-    _native.channel_products(
+    _channel_products(y, g, out.data_ptr())
+    return out
+
+
+def squared_channel_products(y: Tensor, g: Tensor) -> float:
+    """Σ_nk S_nk² of ``channel_products``, without S."""
+    return _channel_products(y, g, 0)
+
+
+def _channel_products(y: Tensor, g: Tensor, out: int) -> float:
+    return _native.channel_products(
         y.data_ptr(),
         _DTYPE_NUMBER[y.dtype],
         y.stride(),
@@ -62,10 +72,9 @@ def channel_products(y: Tensor, g: Tensor) -> Tensor:
         _DTYPE_NUMBER[g.dtype],
         g.stride(),
         y.shape,
-        out.data_ptr(),
+        out,
         torch.get_num_threads(),
     )
-    return out
 
 
 def _blas_ready(x: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from zest_fast.profiling.layers import Layer, channel_dim, is_transformers_conv1
 
 _PLAIN_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 _GRAM_ROWS = 64  # rows of X and G that are turned to float64 at once
-_PRODUCT_ENTRIES = 1 << 18  # entries of S [N, K] that exist at once (2 MiB)
 
 
 def has_tile_rule(module: nn.Module) -> bool:
@@ -46,7 +45,7 @@ def linear_gradient_moments(module: nn.Module, x: Tensor, g: Tensor, backend: st
     x, g, weight = rows(x).to(g.dtype), rows(g), _weight(module)
     if is_transformers_conv1d(module):  # W is [I, O], so dW = XᵀG: the roles of X and G change places
         x, g = g, x
-    return kernels.linear_gradient_moments(x, g, weight, backend=backend)
+    return kernels.implementation(backend, x.device).linear_gradient_moments(x, g, weight)
 
 
 def linear_gradient(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
@@ -91,13 +90,13 @@ def weight_gradient_moments(dw: Tensor, weight: Tensor, backend: str) -> Gradien
     """Every statistic of a gradient that exists as a whole; any layer."""
     if dw.layout != torch.strided:  # nn.Embedding(sparse=True)
         dw = dw.coalesce().to_dense()
-    return kernels.gradient_moments(dw, weight.detach(), backend=backend)
+    return kernels.implementation(backend, dw.device).gradient_moments(dw, weight.detach())
 
 
 def output_products(layer: Layer, y: Tensor, g: Tensor, backend: str) -> Tensor:
     """S [N, K] = Σ_p Y⊙G in float64."""
-    y, g, channel = _batched(layer, y, g)
-    return kernels.channel_products(y, g, channel_dim=channel, backend=backend)
+    y, g = _by_channel(layer, y, g)
+    return kernels.implementation(backend, y.device).channel_products(y, g)
 
 
 def fisher_of_products(s: Tensor) -> float:
@@ -106,17 +105,10 @@ def fisher_of_products(s: Tensor) -> float:
 
 
 def fisher_of_one_use(layer: Layer, y: Tensor, g: Tensor, backend: str) -> float:
-    """``fisher_of_products`` of one use, a few samples at a time, so that S is never as large as Y."""
-    y, g, channel = _batched(layer, y, g)
-    samples = y.shape[0]
-    step = max(1, _PRODUCT_ENTRIES // max(1, y.shape[channel]))
-    total = 0.0
-    for start in range(0, samples, step):
-        s = kernels.channel_products(
-            y[start : start + step], g[start : start + step], channel_dim=channel, backend=backend
-        )
-        total += float(s.square().sum())
-    return 0.5 * total / samples if samples else 0.0
+    """``fisher_of_products`` of one use, without S."""
+    y, g = _by_channel(layer, y, g)
+    squares = kernels.implementation(backend, y.device).squared_channel_products(y, g)
+    return 0.5 * squares / y.shape[0] if y.shape[0] else 0.0
 
 
 def output_again(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -127,13 +119,15 @@ def output_again(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
         return type(module).forward(module, x.detach())
 
 
-def _batched(layer: Layer, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor, int]:
-    """y and g with a sample dimension, and their channel dimension counted from the end."""
-    y, g, channel = y.detach(), g.detach(), channel_dim(layer, y)
+def _by_channel(layer: Layer, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """y and g as [N, P, K]."""
+    channel = channel_dim(layer, y)
     if y.dim() <= -channel:  # an input without a batch dimension: one sample
         missing = 1 - channel - y.dim()
         y, g = y.reshape((1,) * missing + y.shape), g.reshape((1,) * missing + g.shape)
-    return y, g.to(y.dtype), channel
+    if g.dtype != y.dtype:
+        g = g.to(y.dtype)
+    return kernels.by_channel(y, channel), kernels.by_channel(g, channel)
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -411,7 +411,7 @@ def gpt_oss():
 @pytest.mark.parametrize("make", [Recurrent, conv_net, gpt_oss, lambda: nn.MultiheadAttention(4, 2, kdim=3, vdim=2)])
 def test_every_layer_that_profile_knows_can_be_chosen(make):
     model = make()
-    for layer in find_layers(model):
+    for layer in find_layers(dict(model.named_modules())):
         with SelectiveBackward(model, [layer.name], head=None) as tuned:
             biases = [name for name in tuned.trainable_names if name != layer.parameter_name]
             assert len(biases) < len(tuned.trainable_names) <= 2

@@ -75,7 +75,7 @@ def _names(argument: str, names: Iterable[str]) -> list[str]:
 
 
 def _rows(model: nn.Module) -> dict[str, Part]:
-    return {layer.name: _part(model, layer) for layer in find_layers(model)}
+    return {layer.name: _part(model, layer) for layer in find_layers(dict(model.named_modules()))}
 
 
 def _part(model: nn.Module, layer: Layer) -> Part:

@@ -85,13 +85,13 @@ def _weighted(model: nn.Module) -> Iterator[nn.Module]:
     added = {
         part
         for adapter in model.modules()
-        if isinstance(getattr(adapter, "base_layer", None), nn.Module)
+        if isinstance(adapter._modules.get("base_layer"), nn.Module)
         for part in set(adapter.modules()) - set(adapter.base_layer.modules())  # type: ignore[union-attr, operator]
     }
     for module in model.modules():
         if module in added or isinstance(module, nn.Embedding | nn.EmbeddingBag):
             continue
-        if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+        if any(p is not None and p.dim() > 1 for p in module._parameters.values()):
             yield module
 
 

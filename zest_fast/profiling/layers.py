@@ -58,9 +58,8 @@ class Layer:
         return isinstance(self.module, _EMBEDDINGS)
 
 
-def find_layers(model: nn.Module) -> list[Layer]:
-    """Every layer of ``model`` in the order of ``named_modules()``, weights of any dtype included."""
-    modules = dict(model.named_modules())
+def find_layers(modules: dict[str, nn.Module]) -> list[Layer]:
+    """Every layer among ``dict(model.named_modules())``, in that order, weights of any dtype included."""
     weights: dict[int, Weight] = {}
     layers = []
     for module_name, module in modules.items():

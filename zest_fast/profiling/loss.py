@@ -116,7 +116,9 @@ def _why_not_finite(model: nn.Module, compute_loss: Callable[[], Tensor]) -> str
 
         return hook
 
-    handles = [layer.module.register_forward_hook(note(layer.name)) for layer in find_layers(model)]
+    handles = [
+        layer.module.register_forward_hook(note(layer.name)) for layer in find_layers(dict(model.named_modules()))
+    ]
     try:
         with torch.no_grad():
             compute_loss()

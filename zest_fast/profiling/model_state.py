@@ -17,12 +17,12 @@ class ModelState(AbstractContextManager["ModelState"]):
     of the user (an optimizer in the backward pass, say) are set aside, since they would change the weights.
     """
 
-    def __init__(self, model: nn.Module, trainable: Iterable[Tensor]) -> None:
-        self._model = model
+    def __init__(self, modules: Iterable[nn.Module], trainable: Iterable[Tensor]) -> None:
+        self._modules = list(modules)
         self._trainable = {id(p) for p in trainable}
 
     def __enter__(self) -> ModelState:
-        modules = list(self._model.modules())
+        modules = self._modules
         unique = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
         parameters = list(unique.values())
         self._parameters = [(p, p.requires_grad, p.grad, p._post_accumulate_grad_hooks) for p in parameters]
@@ -51,7 +51,8 @@ class ModelState(AbstractContextManager["ModelState"]):
     def rewind(self) -> None:
         """Buffers, modes and random state as they were at first, for another pass over the same batch."""
         for module, training in self._modes:
-            module.training = training
+            if module.training != training:
+                module.training = training
         for module, buffers in self._registered:
             if any(module._buffers.get(name) is not b for name, b in buffers.items()) or len(module._buffers) != len(
                 buffers

@@ -87,34 +87,40 @@ def profile(
     if torch.is_inference_mode_enabled():
         raise RuntimeError("profile needs gradients and cannot run inside torch.inference_mode(); leave it first")
     model = _without_wrappers(model, closure)
-    _require_hooks(model)
-    _require_own_data(model)
+    modules = dict(model.named_modules())
+    _require_usable(modules)
     kernels.pick_backend(backend, _first_device(model))
-    job = _Pass(model, layers, names, backend)
+    job = _Pass(model, modules, layers, names, backend)
     compute_loss = loss_of(model, batch, loss_fn, closure)
-    modules = list(model.modules())
-    if any(module in _in_progress for module in modules):
+    if any(module in _in_progress for module in modules.values()):
         raise RuntimeError("profile was called inside a profile of the same model; finish one before the next")
-    _in_progress.update(modules)
+    _in_progress.update(modules.values())
     try:
         return job.run(compute_loss, float(loss_scale))
     finally:
-        _in_progress.difference_update(modules)
+        _in_progress.difference_update(modules.values())
 
 
 class _Pass:
     """One profile of one model: the pass, and again where its taps ask for it."""
 
-    def __init__(self, model: nn.Module, selection: LayerSelection, metrics: list[str], backend: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: dict[str, nn.Module],
+        selection: LayerSelection,
+        metrics: list[str],
+        backend: str,
+    ) -> None:
         self._model = model
+        self._modules = modules
         self._metrics = metrics
         self._backend = backend
-        self._every_layer = find_layers(model)
+        self._every_layer = find_layers(modules)
         self._chosen = select_layers(self._every_layer, selection)
         self._trainable_before = {layer: layer.weight.parameter.requires_grad for layer in self._chosen}
-        self._modules = dict(model.named_modules())
-        self._embeddings = [m for m in self._modules.values() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
-        self._parents = {parent for layer in self._chosen for parent in ancestors(layer, self._modules)[:1]}
+        self._embeddings = [m for m in modules.values() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+        self._parents = {parent for layer in self._chosen for parent in ancestors(layer, modules)[:1]}
         self._needed = statistics_needed(metrics)
         self._backward = bool(self._needed & BACKWARD)
         self._weight_gradients = bool(self._needed & (BACKWARD - {FISHER}))
@@ -124,7 +130,7 @@ class _Pass:
         takes_part = self._weight_gradients or not self._backward
         trainable = [layer.weight.parameter for layer in self._chosen] if takes_part else []
         routes = Routes()
-        with torch.enable_grad(), _eager(), ModelState(self._model, trainable) as state:
+        with torch.enable_grad(), _eager(), ModelState(self._modules.values(), trainable) as state:
             while True:
                 statistics = Statistics(self._needed, self._backend)
                 taps, loss = self._once(compute_loss, routes, statistics, state)
@@ -205,27 +211,27 @@ def _without_wrappers(model: nn.Module, closure: Callable[[], Tensor] | None) ->
     return original if isinstance(original, nn.Module) else model
 
 
-def _require_hooks(model: nn.Module) -> None:
-    for name, module in model.named_modules():
+def _require_usable(modules: dict[str, nn.Module]) -> None:
+    """Raises an error that names the module or parameter that takes no hooks or can have no gradient."""
+    for module_name, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):
-            where = f"module {name!r}" if name else "the model"
+            where = f"module {module_name!r}" if module_name else "the model"
             raise NotImplementedError(f"{where} is TorchScript, which takes no hooks; pass the module it was made from")
-
-
-def _require_own_data(model: nn.Module) -> None:
-    for name, p in model.named_parameters():
-        if isinstance(p, nn.parameter.UninitializedParameter):
-            raise ValueError(f"parameter {name!r} is not initialised yet; run one forward pass first")
-        if p.device.type == "meta":
-            owner = model.get_submodule(name.rpartition(".")[0])
-            if hasattr(owner, "_hf_hook"):
+        for own_name, p in module._parameters.items():
+            if p is None:
+                continue
+            name = f"{module_name}.{own_name}" if module_name else own_name
+            if isinstance(p, nn.parameter.UninitializedParameter):
+                raise ValueError(f"parameter {name!r} is not initialised yet; run one forward pass first")
+            if p.is_meta and hasattr(module, "_hf_hook"):
                 raise ValueError(
                     f"parameter {name!r} is offloaded (on the meta device between calls); load the model without "
                     "offloading, or leave out device_map"
                 )
-            raise ValueError(f"parameter {name!r} is on the meta device and has no data; load the weights first")
-        if p.is_inference():
-            raise ValueError(f"parameter {name!r} was made under torch.inference_mode and can have no gradient")
+            if p.is_meta:
+                raise ValueError(f"parameter {name!r} is on the meta device and has no data; load the weights first")
+            if p.is_inference():
+                raise ValueError(f"parameter {name!r} was made under torch.inference_mode and can have no gradient")
 
 
 def _first_device(model: nn.Module) -> torch.device:

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from zest_fast.kernels import DTYPES
 from zest_fast.profiling.layer_rules import has_output_rule, has_tile_rule, linear_gradient, output_again
 from zest_fast.profiling.layers import Layer, Weight
 
@@ -290,7 +291,7 @@ class Taps(AbstractContextManager["Taps"]):
                 counts.calls += 1
                 counts.calls_without_grad += not torch.is_grad_enabled()
                 self._calls[layer] = self._calls.get(layer, 0) + 1
-            if not isinstance(output, Tensor) or not output.is_floating_point():
+            if not isinstance(output, Tensor) or output.dtype not in DTYPES:
                 return None
             observed = [layer for layer in layers if layer.output_module is module]
             if self._outputs and not recomputing:
@@ -398,7 +399,7 @@ def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _is_dense(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.layout == torch.strided and x.is_floating_point() and x.dim() > 0
+    return isinstance(x, Tensor) and x.layout == torch.strided and x.dtype in DTYPES and x.dim() > 0
 
 
 def _is_reshaped(base: Tensor, y: Tensor) -> bool:

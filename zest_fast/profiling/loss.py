@@ -27,14 +27,15 @@ def loss_of(
         return closure
     if batch is None:
         raise ValueError("neither batch nor closure was given; pass one of them")
+    devices = {p.device for p in model.parameters()}
     if isinstance(batch, Mapping):
-        inputs, targets = _usable(dict(batch), model, "batch"), batch.get("labels")
+        inputs, targets = _usable(dict(batch), devices, "batch"), batch.get("labels")
         if loss_fn is None:
             return lambda: _own_loss(model(**inputs), inputs)
         arguments = {k: v for k, v in inputs.items() if k != "labels"}
         return lambda: loss_fn(_logits(model(**arguments)), inputs.get("labels", targets))
     if isinstance(batch, tuple | list) and len(batch) == 2:
-        inputs, targets = _usable(batch[0], model, "batch[0]"), _usable(batch[1], model, "batch[1]")
+        inputs, targets = _usable(batch[0], devices, "batch[0]"), _usable(batch[1], devices, "batch[1]")
         criterion = loss_fn or nn.functional.cross_entropy
         return lambda: criterion(_logits(_call(model, inputs)), targets)
     raise TypeError(
@@ -68,21 +69,20 @@ def _own_loss(output: Any, inputs: Mapping[str, Any]) -> Tensor:
     return loss
 
 
-def _usable(value: Any, model: nn.Module, name: str) -> Any:
+def _usable(value: Any, devices: set[torch.device], name: str) -> Any:
     """The batch with tensors that can take part in a graph and get no .grad; checks size and device."""
     if isinstance(value, Tensor):
         if value.dim() and value.shape[0] == 0:
             raise ValueError(f"{name} has shape {tuple(value.shape)}: an empty batch has no gradient")
-        devices = {p.device for p in model.parameters()}
         if value.device.type not in {device.type for device in devices} and devices:
             raise ValueError(
                 f"{name} is on {value.device}, the model on {' and '.join(sorted(map(str, devices)))}; move it there"
             )
         return value.clone() if value.is_inference() else value.detach()
     if isinstance(value, Mapping):
-        return {k: _usable(v, model, f"{name}[{k!r}]") for k, v in value.items()}
+        return {k: _usable(v, devices, f"{name}[{k!r}]") for k, v in value.items()}
     if isinstance(value, tuple | list) and type(value) in (tuple, list):
-        return type(value)(_usable(v, model, f"{name}[{i}]") for i, v in enumerate(value))
+        return type(value)(_usable(v, devices, f"{name}[{i}]") for i, v in enumerate(value))
     return value
 
 

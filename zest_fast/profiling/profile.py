@@ -140,7 +140,7 @@ class _Pass:
                 routes = revised
                 state.clear_gradients()
                 state.rewind()
-            statistics.finish()
+            statistics.finish(self._chosen)
             reached = self._reached(taps, loss)
         return build_profile(
             self._model,

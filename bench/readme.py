@@ -1,0 +1,198 @@
+"""`python -m bench.readme` writes the figures of bench/results into README.md; `--check` says whether they are there.
+
+The README holds a pair of markers for each block, <!-- bench:NAME:begin --> and <!-- bench:NAME:end -->; what lies
+between them is generated, so no figure in the README is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.measure import RESULTS, ROOT
+
+MIB = 2**20
+KERNEL_SIZES = (4 * MIB, 256 * MIB)  # of the four sizes measured: cache-resident, and far beyond
+
+
+def main() -> None:
+    """Parse the command line; exit status 1 where --check finds the README out of date."""
+    parser = argparse.ArgumentParser(prog="python -m bench.readme", description="figures of the README")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the README is out of date")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    found = options.readme.read_text(encoding="utf-8")
+    wanted = render(found, options.results)
+    if not options.check:
+        options.readme.write_text(wanted, encoding="utf-8")
+    elif found != wanted:
+        sys.exit(f"{options.readme.name} does not show the figures of bench/results: run python -m bench.readme")
+
+
+def render(readme: str, results: Path) -> str:
+    """The text of the README with every block as the results say.
+
+    Raises ValueError for a marker of an unknown block, or one without its end.
+    """
+    for name in re.findall(r"<!-- bench:(\w+):begin -->", readme):
+        if name not in BLOCKS:
+            raise ValueError(f"README marker bench:{name}: no such block; there are {', '.join(BLOCKS)}")
+        start, end = f"<!-- bench:{name}:begin -->", f"<!-- bench:{name}:end -->"
+        before, _, rest = readme.partition(start)
+        if end not in rest:
+            raise ValueError(f"README marker bench:{name}: {end} is missing after its begin")
+        _, _, after = rest.partition(end)
+        readme = f"{before}{start}\n{_block(name, results)}\n{end}{after}"
+    return readme
+
+
+def _block(name: str, results: Path) -> str:
+    file, command, table = BLOCKS[name]
+    path = results / file
+    if not path.exists():
+        return f"*Not measured yet: `{command}` writes `bench/results/{file}`.*"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return "\n\n".join(part for part in (table(document), LEGENDS.get(name), _origin(document, command)) if part)
+
+
+def _origin(document: dict, command: str) -> str:
+    machine, versions = document.get("machine", {}), document.get("versions", {})
+    where = [
+        machine.get("cpu", machine.get("platform", "")),
+        f"{machine.get('cores', '?')} cores, {machine.get('threads', machine.get('torch_threads', '?'))} threads",
+        f"{machine.get('cpu_capability', machine.get('vector', ''))}",
+        f"torch {versions.get('torch', '?')}",
+        document.get("date", ""),
+    ]
+    return f"*`{document.get('command', command)}` on {'; '.join(part for part in where if part)}.*"
+
+
+def profile_table(document: dict) -> str:
+    """Seconds of a plain pass and, as multiples of it, profile and its peers with their intervals."""
+    peers = {
+        "profile": "**profile**",
+        "hook_and_drop": "(b) hooks, best torch",
+        "after_backward": "(a) after backward",
+        "zero_cost_nas": "(c) zero-cost-nas, 4 metrics",
+        "backpack": "(d) BackPACK",
+        "opacus": "(d) Opacus",
+    }
+    rows = []
+    for result in document["results"]:
+        ratios = result["ratio_to_plain"]
+        cells = [_interval(ratios[name]) if name in ratios else _failure(result, name) for name in peers]
+        plain = f"{result['seconds']['plain']['median']:.2f}"
+        to_peer = _interval(result["profile_to_hook_and_drop"])
+        rows.append([f"{result['model']} {result['shape']}", plain, *cells, to_peer])
+    return _markdown(["model, batch", "plain, s", *peers.values(), "profile / (b)"], rows)
+
+
+def _failure(result: dict, name: str) -> str:
+    return "does not run" if name in result["failed"] else ""
+
+
+def _interval(value: dict) -> str:
+    return f"{value['median']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
+
+
+def memory_table(document: dict) -> str:
+    """Peak MiB beyond model and batch: the peer that drops each gradient, and profile relative to it."""
+    rows = []
+    for result in document["results"]:
+        for mode, peaks in result["peak_bytes"].items():
+            peer, fisher = peaks["drop_gradients"], peaks["profile"] - peaks["profile_without_fisher"]
+            rows.append(
+                [
+                    f"{result['model']} {result['shape']}" + (", checkpointed" if mode == "checkpointed" else ""),
+                    *(_mib(peaks[name]) for name in ("plain", "drop_gradients", "drop_gradients_profiled_only")),
+                    _mib(peaks["profile_without_fisher"]),
+                    f"{(peaks['profile_without_fisher'] - peer) / MIB:+.0f}",
+                    f"{fisher / MIB:+.0f}",
+                    _mib(peaks["outputs_nobody_keeps"]) if "outputs_nobody_keeps" in peaks else "",
+                ]
+            )
+    head = ["peak MiB", "plain", "gradients dropped", "same, profiled weights only", "profile without fisher"]
+    return _markdown([*head, "against dropped", "fisher adds", "outputs that nobody else keeps"], rows)
+
+
+def _mib(count: int) -> str:
+    return f"{count / MIB:.0f}"
+
+
+def kernels_table(document: dict) -> str:
+    """The kernels at two sizes, all threads: GB/s, share of the read bandwidth, and how much faster than torch."""
+    results = document["results"]
+    threads = max((r["threads"] for r in results), default=1)
+    rows = [_kernel_row(r) for r in results if r["threads"] == threads and _is_shown(r)]
+    head = ["kernel", "input", "dtype", "ms", "GB/s", "limit reached"]
+    return _markdown([*head, "x separate torch", "x lean torch", "x torch.compile"], rows)
+
+
+def _is_shown(result: dict) -> bool:
+    return "time_to_bare_mm" in result or any(0.9 < result["bytes"] / size <= 1 for size in KERNEL_SIZES)
+
+
+def _kernel_row(result: dict) -> list[str]:
+    if "time_to_bare_mm" in result:
+        limit = f"{_interval(result['time_to_bare_mm'])} x bare torch.mm"
+    else:
+        limit = f"{100 * result['share_of_read_bandwidth']['median']:.0f} % of {result['read_gb_per_s']:.0f} GB/s read"
+    speedups = [result["speedup"].get(f"torch_{peer}") for peer in ("separate", "lean", "compiled")]
+    return [
+        result["kernel"],
+        " x ".join(map(str, result["shape"])),
+        result["dtype"],
+        f"{result['seconds']['zest_fast']['median'] * 1e3:.2f}",
+        f"{result['gb_per_s']:.1f}",
+        limit,
+        *(f"{speedup['median']:.1f}" if speedup else "" for speedup in speedups),
+    ]
+
+
+def demo_table(document: dict) -> str:
+    """The arms of the demo: accuracy with its standard error, trained parameters, time and peak of a step."""
+    rows = []
+    for arm in document.get("arms", []):
+        error = arm.get("standard_error")
+        accuracy = f"{100 * arm['test_accuracy']:.1f}" + (f" ± {100 * error:.1f}" if error is not None else "")
+        cost = [arm.get(key) for key in ("trainable_parameters", "seconds_per_step", "relative_seconds", "peak_bytes")]
+        forms: list[Callable[[float], str]] = ["{:,.0f}".format, "{:.3f}".format, "{:.2f}".format, _mib]
+        cells = ["" if value is None else form(value) for form, value in zip(forms, cost, strict=True)]
+        rows.append([arm["name"], accuracy, *cells])
+    table = _markdown(["arm", "test accuracy, %", "trained parameters", "s / step", "x full", "peak MiB"], rows)
+    return "\n\n".join(part for part in (document.get("title"), table, document.get("finding")) if part)
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table whose first column is text and the others figures."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+LEGENDS = {
+    "profile": "Multiples of the plain pass, with the interval of the median. (a): keep all gradients, then one torch "
+    "expression per metric. (b): hooks that reduce each gradient with the fastest separate torch reductions and drop "
+    "it at once. (c): four of the fifteen metrics, a pass each, as published. (d): the norm of each sample's gradient, "
+    "another quantity, for orientation.",
+    "memory": "Beyond model and batch, from the allocator's own events. *Gradients dropped*: all parameters trainable, "
+    "each gradient dropped in a post-accumulate hook. The claim: without fisher at most 16 MiB more than that; fisher "
+    "adds at most the outputs that nobody else keeps.",
+    "kernels": "All threads. The read bandwidth is that of the fastest of three read-only torch passes over as many "
+    "bytes in the same rounds. *Lean torch*: shared sums over cache-sized blocks; it and torch.compile lose digits on "
+    "offset data, the kernels do not.",
+}
+BLOCKS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
+    "profile": ("profile.json", "python -m bench.profile", profile_table),
+    "memory": ("profile.json", "python -m bench.profile", memory_table),
+    "kernels": ("kernels.json", "python -m bench.kernels", kernels_table),
+    "demo": ("demo.json", "zest-fast demo", demo_table),
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""The benchmarks run from the checkout, and their harness measures what it says. No test here looks at a speed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import zest_fast
+from bench import libraries, measure, memory, models, peers, readme
+
+ROOT = Path(__file__).resolve().parent.parent
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_bench(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", f"bench.{name}", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def kernels_json(tmp_path_factory) -> Path:
+    """bench.kernels in its smallest form, once for all tests that look at its JSON."""
+    out = tmp_path_factory.mktemp("results")
+    done = run_bench("kernels", "--quick", "--rounds", "5", "--threads", "1", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    return out / "kernels.json"
+
+
+def test_kernels_benchmark_covers_every_public_kernel_and_says_where_it_ran(kernels_json):
+    document = json.loads(kernels_json.read_text())
+    assert {result["kernel"].split()[0] for result in document["results"]} == {
+        "moments",
+        "gradient_moments",
+        "channel_products",
+        "linear_gradient_moments",
+    }
+    assert {result["dtype"] for result in document["results"]} == {"float32", "bfloat16"}
+    for result in document["results"]:
+        spread = result["seconds"]["zest_fast"]
+        assert 0 < spread["low"] <= spread["median"] <= spread["high"] and spread["n"] == 5
+        assert {"torch_separate", "torch_lean"} <= set(result["speedup"])
+        assert result["gb_per_s"] == pytest.approx(result["bytes"] / spread["median"] / 1e9)
+        assert ("time_to_bare_mm" in result) != ("share_of_read_bandwidth" in result)
+    assert document["machine"]["cores"] >= 1 and document["versions"]["torch"] == torch.__version__
+    assert document["command"].startswith("python -m bench.kernels --quick")
+
+
+@pytest.mark.slow
+def test_profile_benchmark_measures_every_candidate(tmp_path):
+    done = run_bench(
+        "profile", "--quick", "--rounds", "2", "--threads", "1", "--models", "bert", "--out", str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads((tmp_path / "profile.json").read_text())["results"]
+    assert {"plain", "profile", "hook_and_drop", "after_backward", "zero_cost_nas"} <= set(result["seconds"])
+    assert set(result["seconds"]) | set(result["failed"]) >= set(libraries.LIBRARIES)
+    assert set(result["peak_bytes"]) == {"stored", "checkpointed"}
+
+
+def test_rounds_are_interleaved_and_slow_candidates_stop_early():
+    calls = []
+    candidates = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = measure.interleave(candidates, 6, limits={"c": 2}, warmup=1)
+    assert calls[:2] == ["a", "b"]  # the warm-up, not timed
+    rounds = [calls[2:5], calls[5:8]] + [calls[i : i + 2] for i in range(8, 16, 2)]
+    assert [sorted(order) for order in rounds] == [["a", "b", "c"]] * 2 + [["a", "b"]] * 4
+    assert all(rounds[i] == rounds[i + 1][::-1] for i in (0, 2, 4))  # of two candidates each is first equally often
+    assert {name: len(values) for name, values in times.items()} == {"a": 6, "b": 6, "c": 2}
+
+
+def test_a_ratio_is_taken_inside_rounds_so_that_drift_cancels():
+    drift = [1.0, 5.0, 2.0, 9.0, 3.0, 4.0]
+    times = {"plain": drift, "profile": [1.1 * t for t in drift]}
+    spread = measure.ratio(times, "profile", "plain")
+    assert (spread.median, spread.low, spread.high) == pytest.approx((1.1, 1.1, 1.1))
+
+
+@pytest.mark.parametrize(
+    ("n", "low", "high", "coverage"),
+    [(1, 0, 0, 0.0), (5, 0, 4, 0.9375), (6, 0, 5, 0.96875), (9, 1, 7, 1 - 20 / 512), (15, 3, 11, 1 - 2 * 576 / 2**15)],
+)
+def test_interval_of_the_median_is_that_of_the_binomial(n, low, high, coverage):
+    spread = measure.median([float(i) for i in reversed(range(n))])
+    assert (spread.low, spread.high, spread.n) == (low, high, n)
+    assert spread.coverage == pytest.approx(coverage)
+
+
+def test_median_of_nothing_is_an_error():
+    with pytest.raises(ValueError, match="at least one round"):
+        measure.median([])
+
+
+def test_peak_counts_what_is_alive_together_and_nothing_from_before():
+    before = torch.zeros(MIB)  # noqa: F841  alive all along
+
+    def run():
+        a = torch.empty(2 * MIB, dtype=torch.uint8)
+        b = torch.empty(3 * MIB, dtype=torch.uint8)
+        del a
+        torch.empty(MIB, dtype=torch.uint8)
+        return b
+
+    assert measure.peak_bytes(run) == pytest.approx(5 * MIB, abs=4096)
+
+
+def test_peak_sees_gradients_and_scratch_that_operators_do_not_return():
+    weight = torch.randn(512, 512, requires_grad=True)  # 1 MiB
+    x = torch.randn(4, 512)
+
+    def backward():
+        (x @ weight).sum().backward()
+        weight.grad = None
+
+    assert MIB <= measure.peak_bytes(backward) < MIB + 64 * 1024
+    # the two halves of x.sort(): values (float32) and indices (int64) are returned, the sorting buffers are not
+    assert measure.peak_bytes(lambda: torch.randn(MIB).median()) >= 2 * 4 * MIB
+
+
+class OutputsAlive(TorchDispatchMode):
+    """The other way to count: storages of every operator's outputs, from birth until they are collected."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.alive, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        import weakref
+
+        out = func(*args, **(kwargs or {}))
+        inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(out):
+            storage = x.untyped_storage() if isinstance(x, Tensor) else None
+            if storage is not None and storage._cdata not in inputs and storage._cdata not in self.known:
+                self.known[storage._cdata] = storage.nbytes()
+                self.alive += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata)
+        self.peak = max(self.peak, self.alive)
+        return out
+
+    def _freed(self, key):
+        self.alive -= self.known.pop(key)
+
+
+@pytest.mark.parametrize("case", models.TINY, ids=str)
+def test_allocator_peak_is_at_least_that_of_operator_outputs(case):
+    model, batch = case.build()
+    peers.drop_gradients(model, batch)
+    with OutputsAlive() as outputs:
+        peers.drop_gradients(model, batch)
+    counted = measure.peak_bytes(lambda: peers.drop_gradients(model, batch))
+    assert outputs.peak <= counted <= 2 * outputs.peak + MIB
+
+
+def _scale(metric: str, row: dict[str, float], numel: int) -> float:
+    """What an error is relative to: a mean's deviation, the mean |W⊙dW| for plain (both may be zero by symmetry)."""
+    if metric == "plain":
+        return row["snip"] / numel
+    return row[metric.replace("_mean", "_std")]
+
+
+@pytest.mark.parametrize("case", models.TINY, ids=str)
+def test_peers_and_profile_agree_in_float64(case):
+    model, batch = case.build()
+    model, batch = model.double(), {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    written_out = peers.reductions_after_backward(model, batch)
+    profile = zest_fast.profile(model, batch)
+    assert set(profile.names) == set(written_out)
+    for table in (peers.hook_reductions(model, batch), peers.zero_cost_nas(model, batch), profile):
+        for layer, row in written_out.items():
+            for metric in profile.metrics if table is profile else table[layer]:
+                scale = _scale(metric, row, model.get_submodule(layer).weight.numel())
+                assert table[layer][metric] == pytest.approx(row[metric], rel=0, abs=1e-6 * scale), (layer, metric)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("case", models.TINY, ids=str)
+def test_libraries_agree_on_the_norms_of_samples(case):
+    pytest.importorskip("backpack")
+    pytest.importorskip("opacus")
+    model, batch = case.build()
+    backpack, opacus = libraries.backpack_norms(model)(batch), libraries.opacus_norms(model)(batch)
+    for layer in peers.profiled_layers(model):
+        torch.testing.assert_close(backpack[layer], opacus[layer], rtol=1e-3, atol=0)
+
+
+def test_outputs_nobody_keeps_are_those_that_autograd_does_not_save():
+    first, second = torch.nn.Linear(4, 16), torch.nn.Linear(16, 8)
+
+    class Small(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = first, second
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x)) + 1  # the second layer saves the output of the first, nobody the second's
+
+    assert memory.outputs_nobody_keeps(Small(), {"x": torch.randn(3, 4)}) == 3 * 8 * 4
+
+
+MARKERS = "".join(f"<!-- bench:{name}:begin -->\n<!-- bench:{name}:end -->\nprose\n" for name in readme.BLOCKS)
+
+
+def test_readme_is_filled_once_and_drift_is_found(kernels_json, tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(MARKERS)
+    arguments = ("--readme", str(page), "--results", str(kernels_json.parent))
+    assert run_bench("readme", *arguments, "--check").returncode == 1
+    assert page.read_text() == MARKERS  # --check writes nothing
+    assert run_bench("readme", *arguments).returncode == 0
+    filled = page.read_text()
+    assert "linear_gradient_moments" in filled and "Not measured yet: `python -m bench.profile`" in filled
+    assert filled.count("prose") == len(readme.BLOCKS)
+    assert readme.render(filled, kernels_json.parent) == filled
+    assert run_bench("readme", *arguments, "--check").returncode == 0
+    page.write_text(filled.replace("float32", "float64"))
+    assert run_bench("readme", *arguments, "--check").returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- bench:speed:begin --><!-- bench:speed:end -->", "no such block"),
+        ("<!-- bench:demo:begin -->", "is missing"),
+    ],
+)
+def test_readme_markers_that_do_not_fit_are_errors(text, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        readme.render(text, tmp_path)
+
+
+def test_demo_block_takes_arms_with_and_without_costs():
+    cost = {"trainable_parameters": 12345, "seconds_per_step": 0.5, "relative_seconds": 0.25, "peak_bytes": 3 * MIB}
+    arms = [{"name": "as it comes", "test_accuracy": 0.5}]
+    arms.append({"name": "top 5", "test_accuracy": 0.875, "standard_error": 0.01, **cost})
+    table = readme.demo_table({"arms": arms, "finding": "top 5 is best."})
+    assert "| as it comes | 50.0 |  |  |  |  |" in table
+    assert "| top 5 | 87.5 ± 1.0 | 12,345 | 0.500 | 0.25 | 3 |" in table
+    assert table.endswith("top 5 is best.")

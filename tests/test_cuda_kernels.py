@@ -5,19 +5,23 @@ The emulator (cuda_emulator.h) needs g++ only; the compiler's report needs nvcc,
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_kernels import VIEWS, assert_close, assert_gradient_close
 from torch import Tensor
 
+from zest_fast import _native
 from zest_fast.kernels import GradientMoments, Moments, cuda, reference
 
 TESTS = Path(__file__).parent
@@ -412,6 +416,54 @@ def cuobjdump() -> str | None:
         triton = Path(torch.__file__).parent.parent / "triton" / "backends" / "nvidia" / "bin" / "cuobjdump"
         found = str(triton) if triton.is_file() else None
     return found
+
+
+def test_the_extension_loads_without_a_driver() -> None:
+    """Neither libcuda nor libcudart is linked: a wheel built with nvcc works on a machine that has no GPU."""
+    code = "from zest_fast import _native; print('libcuda' in open('/proc/self/maps').read(), _native.has_cuda)"
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split()[0] == "False"
+
+
+def test_cuda_reports_its_state_instead_of_raising() -> None:
+    if not _native.has_cuda:
+        pytest.skip(cuda.available())
+    problem = _native.cuda_status(0)
+    assert isinstance(problem, str) and (problem or _native.cuda_driver_version() > 0)
+    assert "ordinal" in _native.cuda_status(999) or problem
+    if problem:
+        with pytest.raises(RuntimeError, match=re.escape(problem)):
+            _native.cuda_moments((0, 0, 0, 0), 0, 1, 0, 0, 0, 0, 0)
+
+
+def test_why_the_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_native", SimpleNamespace(has_cuda=False))
+    assert cuda.available() == "zest_fast was built without nvcc (install it from source with nvcc on PATH)"
+
+    old_driver = SimpleNamespace(
+        has_cuda=True,
+        cuda_status=lambda index: "CUDA driver version is insufficient for CUDA runtime version",
+        cuda_driver_version=lambda: 12040,
+        cuda_build_version=lambda: 13000,
+    )
+    monkeypatch.setattr(cuda, "_native", old_driver)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert cuda.available() == f"PyTorch {torch.__version__} was built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "12.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda.available() == "PyTorch finds no usable CUDA device"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    monkeypatch.setattr(cuda, "_unusable", cuda._unusable.__wrapped__)  # without its memory
+    assert cuda.available(torch.device("cuda", 1)) == (
+        "CUDA driver version is insufficient for CUDA runtime version on NVIDIA A100 (sm_80): "
+        "the driver knows CUDA up to 12.4, the kernels were built with CUDA 13.0"
+    )
 
 
 BAD: dict[str, tuple[Callable[[], None], str]] = {

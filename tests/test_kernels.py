@@ -317,7 +317,16 @@ BAD = {
         "channel_dim is 0",
     ),
     "unknown backend": (lambda: kernels.moments([torch.ones(2)], backend="gpu"), ValueError, "'gpu'"),
-    "backend to come": (lambda: kernels.moments([torch.ones(2)], backend="triton"), NotImplementedError, "triton"),
+    "GPU backend on the CPU": (
+        lambda: kernels.moments([torch.ones(2)], backend="triton"),
+        ValueError,
+        "Triton runs on a GPU",
+    ),
+    "CUDA on the CPU": (
+        lambda: kernels.moments([torch.ones(2)], backend="cuda"),
+        ValueError,
+        "tensors on a CUDA device",
+    ),
 }
 
 

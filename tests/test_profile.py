@@ -415,7 +415,7 @@ ERRORS = {
     "metric as string": (mlp, {"batch": (X, Y), "metrics": "snip"}, TypeError, "pass a list"),
     "metric to come": (mlp, {"batch": (X, Y), "metrics": ["grasp"]}, NotImplementedError, "grasp"),
     "unknown backend": (mlp, {"batch": (X, Y), "backend": "gpu"}, ValueError, "gpu"),
-    "backend to come": (mlp, {"batch": (X, Y), "backend": "triton"}, NotImplementedError, "triton"),
+    "GPU backend": (mlp, {"batch": (X, Y), "backend": "triton"}, ValueError, "Triton runs on a GPU"),
     "loss scale": (mlp, {"batch": (X, Y), "loss_scale": 0.0}, ValueError, "loss_scale"),
     "meta model": (lambda: mlp().to("meta"), {"batch": (X, Y)}, ValueError, "'0.weight' is on the meta device"),
     "offloaded": (offloaded, {"batch": (X, Y)}, ValueError, "'2.weight' is offloaded"),

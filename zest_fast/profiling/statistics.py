@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,20 @@ from zest_fast.kernels import Collector, GradientMoments, Moments
 from zest_fast.profiling import layer_rules
 from zest_fast.profiling.layers import Layer, Weight
 from zest_fast.profiling.metrics import NEEDS_TILES, PRODUCT, WEIGHT, LayerStatistics
+
+
+def _naming_the_layer(method: Callable[..., None]) -> Callable[..., None]:
+    """What a kernel refuses is an error that names the layer (or parameter) it was refused for."""
+
+    @functools.wraps(method)
+    def wrapped(self: Statistics, subject: Layer | Weight, *arguments: Any, **options: Any) -> None:
+        try:
+            method(self, subject, *arguments, **options)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            name = subject.name if isinstance(subject, Layer) else subject.layers[0].name
+            raise type(error)(f"layer {name!r}: {error}") from error
+
+    return wrapped
 
 
 class Statistics:
@@ -37,9 +52,11 @@ class Statistics:
         self.weights: dict[Weight, Moments] = {}
         self.fisher: dict[Layer, float] = {}
 
+    @_naming_the_layer
     def output(self, layer: Layer, y: Tensor) -> None:
         self._outputs.setdefault(layer, []).extend(self.collector.moments([y]))
 
+    @_naming_the_layer
     def linear(self, layer: Layer, x: Tensor, g: Tensor, y: Callable[[], Tensor]) -> None:
         if NEEDS_TILES & self.needed or x.dtype != g.dtype:
             found = layer_rules.linear_gradient_moments(self.collector, layer.module, x, g)
@@ -49,9 +66,11 @@ class Statistics:
             )
         self._gradients[layer.weight] = found
 
+    @_naming_the_layer
     def weight_gradient(self, weight: Weight, dw: Tensor) -> None:
         self._gradients[weight] = layer_rules.weight_gradient_moments(self.collector, dw, weight.parameter)
 
+    @_naming_the_layer
     def output_gradient(self, layer: Layer, y: Callable[[], Tensor], g: Tensor, only_use: bool) -> None:
         if only_use:
             self._fisher[layer] = [layer_rules.fisher_of_one_use(self.collector, layer, y(), g)]

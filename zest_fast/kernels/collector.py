@@ -35,7 +35,7 @@ def pick_backend(backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; one of {', '.join(BACKENDS)} is needed")
     if backend == "auto":
-        return "cpu" if device.type == "cpu" else _best_on(device)
+        return _best_or_warn(device)
     if reason := _why_not(backend, device):
         raise ValueError(f"backend {backend!r} cannot run on {device}: {reason}")
     return backend
@@ -58,18 +58,27 @@ def _why_not(backend: str, device: torch.device) -> str:
     return cuda.available(device) if device.type == "cuda" else "it is for tensors on a CUDA device"
 
 
-@functools.cache
-def _best_on(device: torch.device) -> str:
-    """For a device other than the CPU; once for each, so that the warning comes once."""
-    reasons = []
+def best_backend(device: torch.device) -> tuple[str, list[str]]:
+    """What "auto" takes on a device, and why not the ones before it."""
+    if device.type == "cpu":
+        return "cpu", []
+    reasons = [] if device.type == "cuda" else [f"there are no kernels for {device.type}"]
     for backend in ("cuda", "triton") if device.type == "cuda" else ():
         reason = _why_not(backend, device)
         if not reason:
-            return backend
+            return backend, reasons
         reasons.append(f"{backend}: {reason}")
-    why = "; ".join(reasons) or f"there are no kernels for {device.type}"
-    warnings.warn(f"zest_fast uses the slow float64 reference on {device} ({why})", RuntimeWarning, stacklevel=2)
-    return "reference"
+    return "reference", reasons
+
+
+@functools.cache
+def _best_or_warn(device: torch.device) -> str:
+    """Once for each device, so that the warning comes once."""
+    backend, reasons = best_backend(device)
+    if backend == "reference":
+        why = "; ".join(reasons)
+        warnings.warn(f"zest_fast uses the slow float64 reference on {device} ({why})", RuntimeWarning, stacklevel=2)
+    return backend
 
 
 class Collector:

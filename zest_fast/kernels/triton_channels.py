@@ -49,7 +49,9 @@ def products_of_part(
     total = tl.zeros((CHANNELS,), tl.float64)
     for start in range(0, part_length, POSITIONS):
         position = first + start
-        inside = (p[:, None] < positions - position) & (p[:, None] < part_length - start) & (channel[None, :] < channels)
+        inside = (
+            (p[:, None] < positions - position) & (p[:, None] < part_length - start) & (channel[None, :] < channels)
+        )
         product = tl.load(y_tile + position * y_position, mask=inside, other=0.0).to(COMPUTE)
         product *= tl.load(g_tile + position * g_position, mask=inside, other=0.0).to(COMPUTE)
         total += tl.sum(product, 0).to(tl.float64)

@@ -488,7 +488,7 @@ def test_arguments_fit_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: cuda.gradient_moments_into(x, x, out),
         lambda: cuda.channel_products(x, x),
     ):
-        with pytest.raises(RuntimeError, match="^CUDA: "):
+        with pytest.raises(RuntimeError, match=r"^CUDA: "):
             call()
 
 

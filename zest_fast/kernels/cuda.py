@@ -67,8 +67,8 @@ def moments_into(tensors: Sequence[Tensor], out: Tensor) -> None:
     if not tensors:
         return
     with torch.cuda.device(out.device):
-        dense = [dense(x.detach()) for x in tensors]
-        rows, chunks = pointer_table(dense, _native.cuda_chunk_size)
+        flat = [dense(x.detach()) for x in tensors]
+        rows, chunks = pointer_table(flat, _native.cuda_chunk_size)
         # One row travels as an argument of the kernel; more come from pinned memory, which torch keeps until then.
         table = torch.tensor(rows, pin_memory=True).to(out.device, non_blocking=True) if len(rows) > 1 else None
         workspace = out.new_empty(chunks * _MOMENTS)

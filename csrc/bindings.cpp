@@ -90,14 +90,28 @@ void cuda_gradient_moments(std::uintptr_t dw, int dw_dtype, std::uintptr_t w, in
                                  reinterpret_cast<void*>(stream)));
 }
 
+void cuda_channel_products(std::uintptr_t y, const std::array<int64_t, 3>& y_strides, std::uintptr_t g,
+                           const std::array<int64_t, 3>& g_strides, int dtype, const std::array<int64_t, 3>& sizes,
+                           std::uintptr_t workspace, std::uintptr_t out, int device, std::uintptr_t stream) {
+    const cuda::View3 y_view = {operand(y, dtype).data, y_strides[0], y_strides[1], y_strides[2]};
+    const cuda::View3 g_view = {operand(g, dtype).data, g_strides[0], g_strides[1], g_strides[2]};
+    py::gil_scoped_release nogil;
+    check(cuda::use_device(device));
+    check(cuda::channel_products(y_view, g_view, DType(dtype), {sizes[0], sizes[1], sizes[2]},
+                                 reinterpret_cast<double*>(workspace), reinterpret_cast<double*>(out),
+                                 reinterpret_cast<void*>(stream)));
+}
+
 void bind_cuda(py::module_& m) {
     m.attr("has_cuda") = true;
     m.attr("cuda_chunk_size") = cuda::chunk_size;
+    m.attr("cuda_positions_per_chunk") = cuda::positions_per_chunk;
     m.def("cuda_status", &cuda_status);
     m.def("cuda_build_version", &cuda::build_version);
     m.def("cuda_driver_version", &cuda::driver_version);
     m.def("cuda_moments", &cuda_moments);
     m.def("cuda_gradient_moments", &cuda_gradient_moments);
+    m.def("cuda_channel_products", &cuda_channel_products);
 }
 
 #else

@@ -1,6 +1,7 @@
 // The CUDA kernels as a library for ctypes that needs no GPU, and three faulty kernels that the emulator must catch.
 #include "cuda_emulator.h"
 
+#include "cuda/channel_products.cu"
 #include "cuda/moments.cu"
 
 using namespace zest;
@@ -53,6 +54,15 @@ const char* gradient_moments(const char* dw, int dw_dtype, const char* w, int w_
                              GradientMoments* workspace, GradientMoments* out, int descending) {
     emulator::descending = descending;
     cuda::gradient_moments({dw, DType(dw_dtype)}, {w, DType(w_dtype)}, numel, workspace, out, nullptr);
+    return finish();
+}
+
+// strides: of y, then of g
+const char* channel_products(const char* y, const char* g, int dtype, const int64_t* strides, const int64_t* sizes,
+                             double* workspace, double* out) {
+    emulator::descending = false;
+    cuda::channel_products({y, strides[0], strides[1], strides[2]}, {g, strides[3], strides[4], strides[5]}, DType(dtype),
+                           {sizes[0], sizes[1], sizes[2]}, workspace, out, nullptr);
     return finish();
 }
 

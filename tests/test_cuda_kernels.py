@@ -28,6 +28,7 @@ TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CHUNK, TILE, PAIR_TILE = 32768, 8192, 4096
+POSITIONS = 512
 # One element, one off a packet (8), a warp's packets (256), a tile, a chunk, and several chunks.
 LENGTHS = [
     1,
@@ -53,7 +54,7 @@ class Emulated:
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
-        for name in ("moments", "gradient_moments", "faulty"):
+        for name in ("moments", "gradient_moments", "channel_products", "faulty"):
             getattr(self.library, name).restype = ctypes.c_char_p
         self.device = torch.device("cpu")
 
@@ -82,6 +83,14 @@ class Emulated:
         )
         return gradient_moments_of(out)
 
+    def channel_products(self, y: Tensor, g: Tensor) -> Tensor:
+        samples, positions, channels = y.shape
+        out = torch.full((samples, channels), math.nan, dtype=torch.float64)
+        of_chunk = torch.full((samples, -(-positions // POSITIONS), channels), math.nan, dtype=torch.float64)
+        strides, sizes = torch.tensor([*y.stride(), *g.stride()]), torch.tensor(y.shape)
+        self._call("channel_products", y, g, cuda.DTYPE_NUMBER[y.dtype], strides, sizes, of_chunk, out)
+        return out
+
     def faulty(self, which: int) -> tuple[str, Tensor]:
         """What the emulator says of a faulty kernel on 64 threads, and the result."""
         x, out = torch.arange(64, dtype=torch.float64), torch.zeros(64, dtype=torch.float64)
@@ -108,6 +117,9 @@ class OnGpu:
         out = torch.full((11,), math.nan, dtype=torch.float64, device=self.device)
         cuda.gradient_moments_into(dw, w, out)
         return gradient_moments_of(out)
+
+    def channel_products(self, y: Tensor, g: Tensor) -> Tensor:
+        return cuda.channel_products(y, g)
 
 
 def gradient_moments_of(row: Tensor) -> GradientMoments:
@@ -157,6 +169,12 @@ def compare(kernels: Emulated | OnGpu, *tensors: Tensor, offset: int = 0) -> Non
 def compare_pair(kernels: Emulated | OnGpu, dw: Tensor, w: Tensor, *, offsets: tuple[int, int] = (0, 0)) -> None:
     found = kernels.gradient_moments(*(placed(x, kernels.device, o) for x, o in zip((dw, w), offsets, strict=True)))
     assert_gradient_close(found, reference.gradient_moments(dw, w))
+
+
+def compare_products(kernels: Emulated | OnGpu, y: Tensor, g: Tensor) -> None:
+    found, expected = kernels.channel_products(y, g), reference.channel_products(y, g)
+    assert found.shape == expected.shape and found.dtype == torch.float64
+    assert bool(((found - expected).abs() <= 1e-6 * reference.channel_products(y.abs(), g.abs())).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -325,6 +343,23 @@ def test_entries_that_are_not_finite_are_counted(kernels: Emulated | OnGpu, bad:
     assert g.gradient.std == pytest.approx(w.std(correction=0).item(), rel=1e-5)
 
 
+SHAPES = [(1, 1, 1), (2, 1, 40), (3, 7, 33), (1, 511, 5), (2, 513, 31), (2, 1_100, 64), (0, 3, 4), (2, 0, 3), (2, 3, 0)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_channel_products(kernels: Emulated | OnGpu, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    y, g = torch.randn(2, *shape, device=kernels.device).to(dtype)
+    convolution = y.transpose(1, 2).contiguous().transpose(1, 2)  # positions dense
+    compare_products(kernels, y, g)
+    compare_products(kernels, convolution, g)
+    compare_products(kernels, g, convolution)
+    compare_products(kernels, y[:, :1].expand(shape), g.flip(0)[:, :, : shape[2]])
+    if shape[1] > 2:
+        compare_products(kernels, convolution[:, 1:-1, ::2], convolution[:, 2:, ::2])
+
+
 def test_offsets_beyond_2_31_elements(emulated: Emulated) -> None:
     """Only the last chunks of 4 GiB are touched, so only they take memory."""
     first_block, tail = 2**31 // CHUNK, CHUNK + 5
@@ -355,6 +390,9 @@ def test_undefined_behaviour(sanitised: Emulated, capfd: pytest.CaptureFixture[s
         compare(sanitised, x, w, x[:3], offset=1)
         compare_pair(sanitised, x, x, offsets=(0, 1))
         compare_pair(sanitised, (x * 1e-30).to(torch.float64), x)
+        y = torch.randn(2, 37, 600, dtype=torch.float64).to(dtype)
+        compare_products(sanitised, y, y)
+        compare_products(sanitised, y.transpose(1, 2), y.transpose(1, 2))
     assert "runtime error" not in capfd.readouterr().err
 
 
@@ -436,6 +474,22 @@ def test_cuda_reports_its_state_instead_of_raising() -> None:
     if problem:
         with pytest.raises(RuntimeError, match=re.escape(problem)):
             _native.cuda_moments((0, 0, 0, 0), 0, 1, 0, 0, 0, 0, 0)
+
+
+def test_arguments_fit_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as that shows without a driver: CUDA refuses after the arguments were taken."""
+    if not _native.has_cuda or not _native.cuda_status(0):
+        pytest.skip("needs an extension built with nvcc and no GPU")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(cuda, "_device_and_stream", lambda: (0, 0))
+    x, out = torch.ones(2, 3, 4), torch.empty(11, dtype=torch.float64)
+    for call in (
+        lambda: cuda.moments_into([x], out[:6].view(1, 6)),
+        lambda: cuda.gradient_moments_into(x, x, out),
+        lambda: cuda.channel_products(x, x),
+    ):
+        with pytest.raises(RuntimeError, match=r"^CUDA: "):
+            call()
 
 
 def test_why_the_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

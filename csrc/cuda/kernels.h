@@ -29,6 +29,24 @@ int moments(const Entry& first, const Entry* table, int64_t count, int64_t total
 int gradient_moments(const Operand& dw, const Operand& w, int64_t numel, GradientMoments* workspace, GradientMoments* out,
                      void* stream);
 
+// A tensor [samples, positions, channels] with these strides, in elements.
+struct View3 {
+    const char* data;
+    int64_t sample, position, channel;
+};
+struct Shape3 {
+    int64_t samples, positions, channels;
+};
+constexpr int64_t positions_per_chunk = 512;
+ZEST_HOST_DEVICE constexpr int64_t position_chunks(int64_t positions) {
+    return (positions + positions_per_chunk - 1) / positions_per_chunk;
+}
+
+// out [samples, channels] = sum over positions of y * g, both of `dtype`. workspace: position_chunks(positions) times
+// the bytes of out.
+int channel_products(const View3& y, const View3& g, DType dtype, const Shape3& shape, double* workspace, double* out,
+                     void* stream);
+
 // Makes `device` current: an error where there is none, or its driver is older than this runtime.
 int use_device(int device);
 

@@ -95,7 +95,8 @@ __device__ Moments own_moments(const Span& x) {
         load(x, first, v);
         const int held = held_from<group>(x.length, first);
         if (first == own) sums.centre(v, held);
-        held == group ? sums.template add<true>(v, group) : sums.template add<false>(v, x.length - first);
+        const int left = x.length - first;
+        held == group ? sums.template add<true>(v, left) : sums.template add<false>(v, left);
         m.count += held;
     }
     if (m.count == 0 || sums.all_zero()) return m;
@@ -118,7 +119,8 @@ __device__ GradientMoments own_moments(const Span& dw, const Span& w) {
         load(w, first, v);
         const int held = held_from<pair_group>(w.length, first);
         if (first == own) sums.centre(g, v, held);
-        held == pair_group ? sums.template add<true>(g, v, 0) : sums.template add<false>(g, v, w.length - first);
+        const int left = w.length - first;
+        held == pair_group ? sums.template add<true>(g, v, left) : sums.template add<false>(g, v, left);
         m.count += held;
     }
     if (m.count == 0) return r;
@@ -143,8 +145,10 @@ __device__ int64_t row_of(int64_t chunk, const Entry* table, int64_t count) {
 __global__ void ZEST_BLOCK_BOUNDS moments_of_chunks(Entry first, const Entry* table, int64_t count, Moments* out) {
     const int64_t chunk = blockIdx.x;
     const Entry row = count == 1 ? first : table[row_of(chunk, table, count)];
-    const Span x = chunk_of({reinterpret_cast<const char*>(row.address), DType(row.dtype)}, row.numel, chunk - row.first_chunk);
-    const Moments sum = reduce_block<threads>(x.dtype == DType::float64 ? own_moments<double>(x) : own_moments<float>(x));
+    const Operand tensor = {reinterpret_cast<const char*>(row.address), DType(row.dtype)};
+    const Span x = chunk_of(tensor, row.numel, chunk - row.first_chunk);
+    const bool wide = x.dtype == DType::float64;
+    const Moments sum = reduce_block<threads>(wide ? own_moments<double>(x) : own_moments<float>(x));
     if (threadIdx.x == 0) out[chunk] = sum;
 }
 
@@ -160,7 +164,8 @@ __global__ void ZEST_BLOCK_BOUNDS
 template <class Result>
 __device__ void merge_chunks(const Result* of_chunk, int64_t count, Result* out) {
     Result sum;
-    for (int64_t i = threadIdx.x * count / threads; i < (threadIdx.x + 1) * count / threads; ++i) merge(sum, of_chunk[i]);
+    const int64_t end = (threadIdx.x + 1) * count / threads;
+    for (int64_t i = threadIdx.x * count / threads; i < end; ++i) merge(sum, of_chunk[i]);
     sum = reduce_block<threads>(sum);
     if (threadIdx.x == 0) *out = sum;
 }

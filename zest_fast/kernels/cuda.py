@@ -67,8 +67,8 @@ def moments_into(tensors: Sequence[Tensor], out: Tensor) -> None:
     if not tensors:
         return
     with torch.cuda.device(out.device):
-        dense = [dense(x.detach()) for x in tensors]
-        rows, chunks = pointer_table(dense, _native.cuda_chunk_size)
+        flat = [dense(x.detach()) for x in tensors]
+        rows, chunks = pointer_table(flat, _native.cuda_chunk_size)
         # One row travels as an argument of the kernel; more come from pinned memory, which torch keeps until then.
         table = torch.tensor(rows, pin_memory=True).to(out.device, non_blocking=True) if len(rows) > 1 else None
         workspace = out.new_empty(chunks * _MOMENTS)
@@ -79,8 +79,7 @@ def moments_into(tensors: Sequence[Tensor], out: Tensor) -> None:
             chunks,
             workspace.data_ptr(),
             out.data_ptr(),
-            out.device.index,
-            torch.cuda.current_stream().cuda_stream,
+            *_device_and_stream(),
         )
 
 
@@ -111,9 +110,39 @@ def gradient_moments_into(dw: Tensor, w: Tensor, out: Tensor) -> None:
             w.numel(),
             workspace.data_ptr(),
             out.data_ptr(),
-            out.device.index,
-            torch.cuda.current_stream().cuda_stream,
+            *_device_and_stream(),
         )
+
+
+def channel_products(y: Tensor, g: Tensor) -> Tensor:
+    """S [N, K] = Σ_p y ⊙ g in float64 for y, g [N, P, K] of any strides, queued on the current stream.
+
+    Raises:
+        ValueError: shapes or devices differ.
+        RuntimeError: what CUDA says about the launch.
+    """
+    if y.shape != g.shape:
+        raise ValueError(f"y has shape {tuple(y.shape)}, g {tuple(g.shape)}; they must be equal")
+    _require_device(g, "g", y, "y")
+    dtype = torch.promote_types(y.dtype, g.dtype)
+    y, g = y.detach().to(dtype), g.detach().to(dtype)
+    samples, positions, channels = y.shape
+    chunks = -(-positions // _native.cuda_positions_per_chunk)
+    with torch.cuda.device(y.device):
+        out = y.new_empty(samples, channels, dtype=torch.float64)
+        workspace = out.new_empty(out.numel() * chunks if chunks > 1 else 0)
+        _native.cuda_channel_products(
+            y.data_ptr(),
+            y.stride(),
+            g.data_ptr(),
+            g.stride(),
+            DTYPE_NUMBER[dtype],
+            y.shape,
+            workspace.data_ptr(),
+            out.data_ptr(),
+            *_device_and_stream(),
+        )
+    return out
 
 
 def pointer_table(tensors: Sequence[Tensor], chunk_size: int) -> tuple[list[tuple[int, int, int, int]], int]:
@@ -152,14 +181,19 @@ def _order(x: Tensor) -> list[tuple[int, int]]:
     return [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1]
 
 
+def _device_and_stream() -> tuple[int, int]:
+    """The current ones, as the extension takes them."""
+    return torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
+
+
 def _require_rows(out: Tensor, shape: tuple[int, ...]) -> None:
     if out.shape != shape or out.dtype != torch.float64 or not out.is_contiguous():
         raise ValueError(f"out has shape {tuple(out.shape)}, {out.dtype}; contiguous float64 {shape} is needed")
 
 
-def _require_device(x: Tensor, name: str, out: Tensor) -> None:
-    if x.device != out.device:
-        raise ValueError(f"{name} is on {x.device}, out on {out.device}")
+def _require_device(x: Tensor, name: str, other: Tensor, other_name: str = "out") -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name} is on {x.device}, {other_name} on {other.device}")
 
 
 def _version(number: int) -> str:

@@ -127,12 +127,12 @@ class Collector:
 
     def channel_products(self, y: Tensor, g: Tensor) -> Tensor:
         """S [N, K] = Σ_p y ⊙ g in float64, on the device, for y, g [N, P, K]."""
-        return self._product_module(y.device).channel_products(y, g)
+        return self._module(self._pick(y.device)).channel_products(y, g)
 
     def squared_channel_products(self, y: Tensor, g: Tensor) -> Callable[[], float]:
         """Σ_nk S_nk² of ``channel_products``."""
-        module = self._product_module(y.device)
-        if y.device.type == "cpu" and hasattr(module, "squared_channel_products"):
+        module = self._module(self._pick(y.device))
+        if hasattr(module, "squared_channel_products"):
             return _known(module.squared_channel_products(y, g))
         step = max(1, _PRODUCT_ENTRIES // max(1, y.shape[2]))
         parts = [
@@ -158,12 +158,6 @@ class Collector:
         if name is None:
             name = self._chosen[device] = pick_backend(self._backend, device)
         return name
-
-    def _product_module(self, device: torch.device) -> ModuleType:
-        name = self._pick(device)
-        if name == "cuda":  # it has none of its own
-            name = "reference" if _why_not("triton", device) else "triton"
-        return self._module(name)
 
     def _module(self, name: str) -> ModuleType:
         self.used.add(name)

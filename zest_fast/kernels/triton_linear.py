@@ -44,7 +44,7 @@ def gradient_sum(x, g, out, rows, columns_x, columns_g, stride_x, stride_g, rows
     first = tl.cast(program, tl.int64) * rows_each
     total = tl.zeros((), tl.float64)
     lane = tl.arange(0, BLOCK)
-    for t in range(0, rows_each):
+    for t in range(rows_each):
         row = first + t
         end_x = tl.where(row < rows, columns_x, 0)
         end_g = tl.where(row < rows, columns_g, 0)

@@ -118,7 +118,7 @@ def gemm(architecture: int, dtype: str, tile: triton_linear.Tile, *, naive: bool
             "SUM_LANES": 512,
             "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
         },
-        {name: f"*{dtype}" for name in "xgw"},
+        dict.fromkeys("xgw", f"*{dtype}"),
         tile.warps,
         tile.stages,
     )

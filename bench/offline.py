@@ -41,7 +41,8 @@ _POINTERS = {
     "out": "*fp64",
     "table": "*i64",
 }
-_TYPES = {"bf16": triton.language.bfloat16, "fp16": triton.language.float16, "fp32": triton.language.float32}
+GEMM_TYPES = (("bf16", "bf16", 2), ("bf16", "fp32", 2), ("fp16", "fp16", 2), ("fp16", "fp32", 2), ("fp32", "fp32", 4))
+"""X and G, W (under autocast it is wider), bytes per entry of X."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,11 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def gemm(architecture: int, dtype: str, tile: triton_linear.Tile, *, naive: bool = False) -> Kernel:
-    """``reduced_gradient`` as it is launched for X, G and W of one dtype, or the naive yardstick of the same tile."""
+def gemm(dtype: str, w: str, tile: triton_linear.Tile, *, naive: bool = False) -> Kernel:
+    """``reduced_gradient`` as it is launched for X and G of one dtype and W, or the naive yardstick of that tile."""
+    types = dtype if w == dtype else f"{dtype}, W {w}"
     return Kernel(
-        f"dW epilogue {dtype} {tile.rows}x{tile.columns}x{tile.depth}",
+        f"dW epilogue {types} {tile.rows}x{tile.columns}x{tile.depth}",
         naive_reduced_gradient if naive else triton_linear.reduced_gradient,
         {
             "BLOCK_O": tile.rows,
@@ -118,7 +120,7 @@ def gemm(architecture: int, dtype: str, tile: triton_linear.Tile, *, naive: bool
             "SUM_LANES": 512,
             "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
         },
-        dict.fromkeys("xgw", f"*{dtype}"),
+        {"x": f"*{dtype}", "g": f"*{dtype}", "w": f"*{w}"},
         tile.warps,
         tile.stages,
     )
@@ -127,8 +129,8 @@ def gemm(architecture: int, dtype: str, tile: triton_linear.Tile, *, naive: bool
 def gemms(architecture: int) -> list[tuple[Kernel, Kernel]]:
     """Every GEMM configuration of an architecture with the naive kernel beside it."""
     return [
-        (gemm(architecture, dtype, tile), gemm(architecture, dtype, tile, naive=True))
-        for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4))
+        (gemm(dtype, w, tile), gemm(dtype, w, tile, naive=True))
+        for dtype, w, size in GEMM_TYPES
         for tile in triton_linear.TILES[architecture >= 90, size]
     ]
 
@@ -189,7 +191,8 @@ def print_row(row: dict) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=None, help="folder of the JSON (bench/results by default)")
-    out = parser.parse_args(arguments).out
+    parser.add_argument("--match", default="", help="only kernels whose name holds this")
+    options = parser.parse_args(arguments)
     print(
         f"{'target':6} {'kernel':34} {'warps':>5} {'regs':>5} {'spills':>6} {'local':>5} {'shared':>9} {'MMA':>4} "
         f"{'128b':>5} {'epi/naive':>10}"
@@ -198,9 +201,11 @@ def main(arguments: list[str] | None = None) -> int:
     for architecture in ARCHITECTURES:
         pairs = [*gemms(architecture), *((kernel, None) for kernel in reductions())]
         for kernel, naive in pairs:
+            if options.match not in kernel.name:
+                continue
             rows.append(examine(architecture, kernel, naive))
             print_row(rows[-1])
-    write_result("offline", {"triton": triton.__version__, "longest_epilogue": LONGEST_EPILOGUE}, rows, out)
+    write_result("offline", {"triton": triton.__version__, "longest_epilogue": LONGEST_EPILOGUE}, rows, options.out)
     failed = [row for row in rows if row["misses"]]
     shares = [row["epilogue"] / row["naive_epilogue"] for row in rows if row["naive_epilogue"]]
     print(

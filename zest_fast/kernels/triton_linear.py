@@ -33,7 +33,6 @@ from zest_fast.kernels.triton_launch import architecture_of, on_device_of
 _SUM_PROGRAMS = 512  # of the first kernel, at most
 _BAND = 8  # rows of tiles
 _MERGE_LANES = 1024
-_SMALLEST_TRUSTED_SUM = tl.constexpr(1e-28)  # below it a float32 sum of squares has lost digits to underflow
 _MAX_ROW_STRIDE = 2**24  # 128 rows of it stay below 2^31, so that offsets inside a tile fit 32 bits
 
 
@@ -184,9 +183,10 @@ def entries_inside(o, i, columns_o, columns_i):
 def is_trusted(total, square, count):
     """Whether a float32 sum of squares holds enough digits of the squares about the mean, total / count.
 
-    Not where it overflowed or is small enough for underflow, nor where the mean makes up nine tenths of it.
+    Not where it overflowed, nor where the mean makes up nine tenths of it, nor where it is so small that underflow may
+    have taken digits: below about 1e-26 / count, the number that is added here.
     """
-    return (square >= _SMALLEST_TRUSTED_SUM) & (square < float("inf")) & (total * total < 0.9 * count * square)
+    return (tl.fma(total, total, 1e-26) < 0.9 * count * square) & (square < float("inf"))
 
 
 @triton.jit

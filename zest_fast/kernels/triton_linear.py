@@ -447,7 +447,18 @@ def linear_gradient_moments_into(x: Tensor, g: Tensor, w: Tensor, out: Tensor) -
         sums = torch.empty(tiles, 6, dtype=torch.float32, device=w.device)
         careful_sums = torch.empty(tiles, 8, dtype=torch.float64, device=w.device)
         gradient_sum[(sum_parts,)](
-            x, g, gradient_sums, rows, inputs, outputs, x.stride(0), g.stride(0), rows_each, BLOCK=1024, num_warps=4
+            x,
+            g,
+            gradient_sums,
+            rows,
+            inputs,
+            outputs,
+            x.stride(0),
+            g.stride(0),
+            rows_each,
+            BLOCK=1024,
+            num_warps=4,
+            enable_fp_fusion=True,
         )
         reduced_gradient[(tiles,)](
             x,
@@ -470,6 +481,7 @@ def linear_gradient_moments_into(x: Tensor, g: Tensor, w: Tensor, out: Tensor) -
             SUM_LANES=_SUM_PROGRAMS,
             PRECISION="tf32x3" if x.dtype == torch.float32 else "ieee",
             num_warps=tile.warps,
+            enable_fp_fusion=True,
             num_stages=tile.stages,
         )
         merge_tiles[(1,)](
@@ -487,6 +499,7 @@ def linear_gradient_moments_into(x: Tensor, g: Tensor, w: Tensor, out: Tensor) -
             SUM_LANES=_SUM_PROGRAMS,
             LANES=_MERGE_LANES,
             num_warps=8,
+            enable_fp_fusion=True,
         )
 
 

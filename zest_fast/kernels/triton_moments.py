@@ -290,8 +290,10 @@ def moments_into(tensors: Sequence[Tensor], out: Tensor) -> None:
         if out.is_cuda:
             table = table.pin_memory().to(out.device, non_blocking=True)
         partials = torch.empty(len(rows), chunks, 6, dtype=torch.float64, device=out.device)
-        moments_of_chunks[(len(rows) * chunks,)](table, partials, chunks, num_warps=WARPS)
-        merge_moments[(len(rows),)](table, partials, out, chunks, LANES=triton.next_power_of_2(chunks), num_warps=WARPS)
+        moments_of_chunks[(len(rows) * chunks,)](table, partials, chunks, num_warps=WARPS, enable_fp_fusion=True)
+        merge_moments[(len(rows),)](
+            table, partials, out, chunks, LANES=triton.next_power_of_2(chunks), num_warps=WARPS, enable_fp_fusion=True
+        )
     del kept  # copies live until their kernels are queued; the allocator orders reuse by stream
 
 

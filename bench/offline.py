@@ -185,6 +185,16 @@ def print_row(row: dict) -> None:
     )
 
 
+def summary(rows: list[dict]) -> str:
+    """One line: how many kernels meet everything, and how long their epilogues are."""
+    good = sum(not row["misses"] for row in rows)
+    line = f"offline: {good} of {len(rows)} kernels meet every requirement"
+    line += f"; no spills in {sum(not row['spills'] for row in rows)}"
+    if shares := [row["epilogue"] / row["naive_epilogue"] for row in rows if row["naive_epilogue"]]:
+        line += f"; epilogue {min(shares):.1%} to {max(shares):.1%} of the naive one"
+    return line
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=None, help="folder of the JSON (bench/results by default)")
@@ -202,13 +212,11 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             rows.append(examine(architecture, kernel, naive))
             print_row(rows[-1])
+    if not rows:
+        parser.error(f"--match {options.match!r}: no kernel has that in its name")
     write_result("offline", {"triton": triton.__version__, "longest_epilogue": LONGEST_EPILOGUE}, rows, options.out)
     failed = [row for row in rows if row["misses"]]
-    shares = [row["epilogue"] / row["naive_epilogue"] for row in rows if row["naive_epilogue"]]
-    print(
-        f"offline: {len(rows) - len(failed)} of {len(rows)} kernels meet every requirement; no spills in "
-        f"{sum(not row['spills'] for row in rows)}; epilogue {min(shares):.0%}-{max(shares):.0%} of the naive one"
-    )
+    print(summary(rows))
     return bool(failed)
 
 

@@ -11,15 +11,12 @@ on sm_90); 128-bit loads in the moments kernels; and an epilogue of at most 60 %
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # read when Triton is imported
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -41,7 +38,8 @@ _POINTERS = {
     "out": "*fp64",
     "table": "*i64",
 }
-_TYPES = {"bf16": triton.language.bfloat16, "fp16": triton.language.float16, "fp32": triton.language.float32}
+GEMM_TYPES = (("bf16", "bf16", 2), ("bf16", "fp32", 2), ("fp16", "fp16", 2), ("fp16", "fp32", 2), ("fp32", "fp32", 4))
+"""X and G, W (under autocast it is wider), bytes per entry of X."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def compile_for(architecture: int, kernel: Kernel) -> Compiled:
     binary = triton.compile(
         ASTSource(kernel.function, signature, constants, attributes),
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": kernel.warps, "num_stages": kernel.stages},
+        options={"num_warps": kernel.warps, "num_stages": kernel.stages, "enable_fp_fusion": True},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(binary.asm["cubin"])
@@ -105,10 +103,11 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def gemm(architecture: int, dtype: str, tile: triton_linear.Tile, *, naive: bool = False) -> Kernel:
-    """``reduced_gradient`` as it is launched for X, G and W of one dtype, or the naive yardstick of the same tile."""
+def gemm(dtype: str, w: str, tile: triton_linear.Tile, *, naive: bool = False) -> Kernel:
+    """``reduced_gradient`` as it is launched for X and G of one dtype and W, or the naive yardstick of that tile."""
+    types = dtype if w == dtype else f"{dtype}, W {w}"
     return Kernel(
-        f"dW epilogue {dtype} {tile.rows}x{tile.columns}x{tile.depth}",
+        f"dW epilogue {types} {tile.rows}x{tile.columns}x{tile.depth}",
         naive_reduced_gradient if naive else triton_linear.reduced_gradient,
         {
             "BLOCK_O": tile.rows,
@@ -118,7 +117,7 @@ def gemm(architecture: int, dtype: str, tile: triton_linear.Tile, *, naive: bool
             "SUM_LANES": 512,
             "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
         },
-        {name: f"*{dtype}" for name in "xgw"},
+        {"x": f"*{dtype}", "g": f"*{dtype}", "w": f"*{w}"},
         tile.warps,
         tile.stages,
     )
@@ -127,8 +126,8 @@ def gemm(architecture: int, dtype: str, tile: triton_linear.Tile, *, naive: bool
 def gemms(architecture: int) -> list[tuple[Kernel, Kernel]]:
     """Every GEMM configuration of an architecture with the naive kernel beside it."""
     return [
-        (gemm(architecture, dtype, tile), gemm(architecture, dtype, tile, naive=True))
-        for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4))
+        (gemm(dtype, w, tile), gemm(dtype, w, tile, naive=True))
+        for dtype, w, size in GEMM_TYPES
         for tile in triton_linear.TILES[architecture >= 90, size]
     ]
 
@@ -186,10 +185,21 @@ def print_row(row: dict) -> None:
     )
 
 
+def summary(rows: list[dict]) -> str:
+    """One line: how many kernels meet everything, and how long their epilogues are."""
+    good = sum(not row["misses"] for row in rows)
+    line = f"offline: {good} of {len(rows)} kernels meet every requirement"
+    line += f"; no spills in {sum(not row['spills'] for row in rows)}"
+    if shares := [row["epilogue"] / row["naive_epilogue"] for row in rows if row["naive_epilogue"]]:
+        line += f"; epilogue {min(shares):.1%} to {max(shares):.1%} of the naive one"
+    return line
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=None, help="folder of the JSON (bench/results by default)")
-    out = parser.parse_args(arguments).out
+    parser.add_argument("--match", default="", help="only kernels whose name holds this")
+    options = parser.parse_args(arguments)
     print(
         f"{'target':6} {'kernel':34} {'warps':>5} {'regs':>5} {'spills':>6} {'local':>5} {'shared':>9} {'MMA':>4} "
         f"{'128b':>5} {'epi/naive':>10}"
@@ -198,15 +208,15 @@ def main(arguments: list[str] | None = None) -> int:
     for architecture in ARCHITECTURES:
         pairs = [*gemms(architecture), *((kernel, None) for kernel in reductions())]
         for kernel, naive in pairs:
+            if options.match not in kernel.name:
+                continue
             rows.append(examine(architecture, kernel, naive))
             print_row(rows[-1])
-    write_result("offline", {"triton": triton.__version__, "longest_epilogue": LONGEST_EPILOGUE}, rows, out)
+    if not rows:
+        parser.error(f"--match {options.match!r}: no kernel has that in its name")
+    write_result("offline", {"triton": triton.__version__, "longest_epilogue": LONGEST_EPILOGUE}, rows, options.out)
     failed = [row for row in rows if row["misses"]]
-    shares = [row["epilogue"] / row["naive_epilogue"] for row in rows if row["naive_epilogue"]]
-    print(
-        f"offline: {len(rows) - len(failed)} of {len(rows)} kernels meet every requirement; no spills in "
-        f"{sum(not row['spills'] for row in rows)}; epilogue {min(shares):.0%}-{max(shares):.0%} of the naive one"
-    )
+    print(summary(rows))
     return bool(failed)
 
 

@@ -1,4 +1,4 @@
-"""Reads machine code that nvdisasm printed: which instructions there are, and how many a warp executes on its way out."""
+"""Reads machine code as nvdisasm prints it: which instructions there are, and how many a warp runs on its way out."""
 
 from __future__ import annotations
 

@@ -90,5 +90,6 @@ def channel_products(y: Tensor, g: Tensor) -> Tensor:
             CHANNELS=tile_channels,
             COMPUTE=tl.float64 if wide else tl.float32,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return out[0] if parts == 1 else out.sum(0)

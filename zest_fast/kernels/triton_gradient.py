@@ -198,5 +198,8 @@ def gradient_moments_into(dw: Tensor, w: Tensor, out: Tensor) -> None:
             VECTOR=16 // max(dw.element_size(), w.element_size()),
             COMPUTE=tl.float64 if wide else tl.float32,
             num_warps=WARPS,
+            enable_fp_fusion=True,
         )
-        merge_gradient_chunks[(1,)](partials, out, chunks, LANES=triton.next_power_of_2(chunks), num_warps=WARPS)
+        merge_gradient_chunks[(1,)](
+            partials, out, chunks, LANES=triton.next_power_of_2(chunks), num_warps=WARPS, enable_fp_fusion=True
+        )

@@ -18,7 +18,7 @@ _OLDEST_TRITON = (3, 6)
 
 
 def available() -> str:
-    """Why Triton's kernels cannot run here; empty if they can (on a GPU, or on CPU tensors under TRITON_INTERPRET=1)."""
+    """Why the kernels cannot run here; empty if they can (a GPU, or CPU tensors under TRITON_INTERPRET=1)."""
     try:
         import triton
     except ImportError as error:

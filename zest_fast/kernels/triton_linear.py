@@ -33,7 +33,6 @@ from zest_fast.kernels.triton_launch import architecture_of, on_device_of
 _SUM_PROGRAMS = 512  # of the first kernel, at most
 _BAND = 8  # rows of tiles
 _MERGE_LANES = 1024
-_SMALLEST_TRUSTED_SUM = tl.constexpr(1e-28)  # below it a float32 sum of squares has lost digits to underflow
 _MAX_ROW_STRIDE = 2**24  # 128 rows of it stay below 2^31, so that offsets inside a tile fit 32 bits
 
 
@@ -184,9 +183,10 @@ def entries_inside(o, i, columns_o, columns_i):
 def is_trusted(total, square, count):
     """Whether a float32 sum of squares holds enough digits of the squares about the mean, total / count.
 
-    Not where it overflowed or is small enough for underflow, nor where the mean makes up nine tenths of it.
+    Not where it overflowed, nor where the mean makes up nine tenths of it, nor where it is so small that underflow may
+    have taken digits: below about 1e-26 / count, the number that is added here.
     """
-    return (square >= _SMALLEST_TRUSTED_SUM) & (square < float("inf")) & (total * total < 0.9 * count * square)
+    return (tl.fma(total, total, 1e-26) < 0.9 * count * square) & (square < float("inf"))
 
 
 @triton.jit
@@ -225,7 +225,7 @@ def reduced_gradient(
     SUM_LANES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of dW -> row `program` of sums [tiles, 8]; careful_sums [tiles, 8] where these cannot be trusted."""
+    """One tile of dW -> row `program` of sums [tiles, 6]; careful_sums [tiles, 8] where these cannot be trusted."""
     BY_ROWS: tl.constexpr = w.dtype.element_ty.primitive_bitwidth >= 32
     program = tl.program_id(0)
     tile_o, tile_i = tile_of(program, tl.cdiv(columns_g, BLOCK_O), tl.cdiv(columns_x, BLOCK_I), BAND)
@@ -250,15 +250,13 @@ def reduced_gradient(
     count = tl.cast(height * width, tl.float32)
     trusted = is_trusted(abs_sum, square, count)
     w_trusted = is_trusted(w_sum, w_square, count)
-    out = sums + tl.cast(program, tl.int64) * 8
+    out = sums + tl.cast(program, tl.int64) * 6
     tl.store(out, abs_sum)
     tl.store(out + 1, square)
     tl.store(out + 2, product)
     tl.store(out + 3, product_abs)
     tl.store(out + 4, w_sum)
     tl.store(out + 5, w_square)
-    tl.store(out + 6, trusted.to(tl.float32))
-    tl.store(out + 7, w_trusted.to(tl.float32))
 
     out = careful_sums + tl.cast(program, tl.int64) * 8
     if trusted == 0:
@@ -301,8 +299,8 @@ def tile_rows(
     height = tl.minimum(columns_g - tile_o * BLOCK_O, BLOCK_O)
     width = tl.minimum(columns_x - tile_i * BLOCK_I, BLOCK_I)
     inside = tile < tiles
-    row = tl.where(inside, tile, 0).to(tl.int64) * 8
-    return tl.where(inside, (height * width).to(tl.float64), 0.0), inside, sums + row, careful_sums + row
+    row = tl.where(inside, tile, 0).to(tl.int64)
+    return tl.where(inside, (height * width).to(tl.float64), 0.0), inside, sums + row * 6, careful_sums + row * 8
 
 
 @triton.jit
@@ -311,10 +309,17 @@ def read(column, inside):
 
 
 @triton.jit
+def is_trusted_row(total, count, inside):
+    """What the tile itself found of its total and square: the same multiplications of the same float32 numbers."""
+    square = tl.load(total + 1, mask=inside, other=1.0)
+    return is_trusted(tl.load(total, mask=inside, other=0.0), square, count.to(tl.float32)) | (inside == 0)
+
+
+@triton.jit
 def tile_means(count, inside, row, careful):
     """Mean of |dW| and of W in each tile, and whether its squares are those of the epilogue or the careful ones."""
-    trusted = tl.load(row + 6, mask=inside, other=1.0) > 0.0
-    w_trusted = tl.load(row + 7, mask=inside, other=1.0) > 0.0
+    trusted = is_trusted_row(row, count, inside)
+    w_trusted = is_trusted_row(row + 4, count, inside)
     divisor = tl.maximum(count, 1.0)
     abs_mean = tl.where(trusted, read(row, inside) / divisor, read(careful + 2, inside & (trusted == 0)))
     w_mean = tl.where(w_trusted, read(row + 4, inside) / divisor, read(careful + 5, inside & (w_trusted == 0)))
@@ -439,10 +444,21 @@ def linear_gradient_moments_into(x: Tensor, g: Tensor, w: Tensor, out: Tensor) -
     sum_parts = triton.cdiv(max(rows, 1), rows_each)
     with on_device_of(w):
         gradient_sums = torch.empty(sum_parts, dtype=torch.float64, device=w.device)
-        sums = torch.empty(tiles, 8, dtype=torch.float32, device=w.device)
+        sums = torch.empty(tiles, 6, dtype=torch.float32, device=w.device)
         careful_sums = torch.empty(tiles, 8, dtype=torch.float64, device=w.device)
         gradient_sum[(sum_parts,)](
-            x, g, gradient_sums, rows, inputs, outputs, x.stride(0), g.stride(0), rows_each, BLOCK=1024, num_warps=4
+            x,
+            g,
+            gradient_sums,
+            rows,
+            inputs,
+            outputs,
+            x.stride(0),
+            g.stride(0),
+            rows_each,
+            BLOCK=1024,
+            num_warps=4,
+            enable_fp_fusion=True,
         )
         reduced_gradient[(tiles,)](
             x,
@@ -465,6 +481,7 @@ def linear_gradient_moments_into(x: Tensor, g: Tensor, w: Tensor, out: Tensor) -
             SUM_LANES=_SUM_PROGRAMS,
             PRECISION="tf32x3" if x.dtype == torch.float32 else "ieee",
             num_warps=tile.warps,
+            enable_fp_fusion=True,
             num_stages=tile.stages,
         )
         merge_tiles[(1,)](
@@ -482,6 +499,7 @@ def linear_gradient_moments_into(x: Tensor, g: Tensor, w: Tensor, out: Tensor) -
             SUM_LANES=_SUM_PROGRAMS,
             LANES=_MERGE_LANES,
             num_warps=8,
+            enable_fp_fusion=True,
         )
 
 

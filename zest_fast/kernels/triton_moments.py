@@ -1,15 +1,16 @@
 """Moments of many tensors in one launch, and of a gradient with its weight: one read of memory, float64 out.
 
-A table [tensors, 16] of int64 on the device (address, count, dtype, sizes, strides, ...) tells the kernel where each tensor
-lies, so tensors of any length and dtype share one launch. Statistics do not depend on the order of entries: a tensor
-that is dense in any order of its dimensions (contiguous, channels_last, transposed) is read as one line, 128 bits a
-thread and load; its unaligned ends, and other strides, take a slower path. Bytes moved: those of the tensors, once.
+A table [tensors, 16] of int64 on the device (address, count, dtype, sizes, strides, ...) tells the kernel where each
+tensor lies, so tensors of any length and dtype share one launch. Statistics do not depend on the order of entries: a
+tensor that is dense in any order of its dimensions (contiguous, channels_last, transposed) is read as one line, 128
+bits a thread and load; its unaligned ends, and other strides, take a slower path. Bytes moved: those of the tensors,
+once.
 
 A thread holds 32 entries (4 loads of 8 x 16 bit, 8 of 4 x 32 bit), finds their mean first and then squares their
 deviations from it, both in registers: neither an offset nor an outlier costs digits, and values of 1e-30 or 1e30 are
 squared in units of their mean size. Groups merge in float64 by Chan's formula, threads at the end of a chunk, chunks
-(at most 1,024 a tensor, their borders a function of length and alignment alone) in a second launch in a fixed order: same input,
-same bits. Entries that are not finite are counted in a second look at their chunk only.
+(at most 1,024 a tensor, their borders a function of length and alignment alone) in a second launch in a fixed order:
+same input, same bits. Entries that are not finite are counted in a second look at their chunk only.
 """
 
 from __future__ import annotations
@@ -289,8 +290,10 @@ def moments_into(tensors: Sequence[Tensor], out: Tensor) -> None:
         if out.is_cuda:
             table = table.pin_memory().to(out.device, non_blocking=True)
         partials = torch.empty(len(rows), chunks, 6, dtype=torch.float64, device=out.device)
-        moments_of_chunks[(len(rows) * chunks,)](table, partials, chunks, num_warps=WARPS)
-        merge_moments[(len(rows),)](table, partials, out, chunks, LANES=triton.next_power_of_2(chunks), num_warps=WARPS)
+        moments_of_chunks[(len(rows) * chunks,)](table, partials, chunks, num_warps=WARPS, enable_fp_fusion=True)
+        merge_moments[(len(rows),)](
+            table, partials, out, chunks, LANES=triton.next_power_of_2(chunks), num_warps=WARPS, enable_fp_fusion=True
+        )
     del kept  # copies live until their kernels are queued; the allocator orders reuse by stream
 
 

@@ -20,6 +20,11 @@ BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
 _MOMENTS, _GRADIENT_MOMENTS = 6, 11  # float64 in a row, in the order of csrc/moments.h and csrc/bindings.cpp
 _BUFFER = 8192  # float64 of a device buffer: 450 layers with all that is known of them
+# Where "auto" reduces dW in the epilogue of its GEMM. From a roofline model (bench/roofline.py), not measured: with many
+# rows the GEMM alone is long, and a small dW stays in the cache between two steps.
+_EPILOGUE_ROWS = 2048
+_EPILOGUE_ENTRIES = 1 << 20
+_BLOCK_BYTES = 32 << 20  # of dW that exist at once in two steps
 _PRODUCT_ENTRIES = 1 << 21  # of S [N, K] that exist at once on a GPU (16 MiB)
 
 
@@ -119,11 +124,25 @@ class Collector:
         name = self._pick(w.device)
         if name in ("cpu", "reference"):
             return _known(self._module(name).linear_gradient_moments(x, g, w))
-        if x.dtype == torch.float64 or (name == "cuda" and _why_not("triton", w.device)):
-            return self.gradient_moments(g.t() @ x, w)  # no tensor cores for float64, no such kernel in CUDA C++
+        if not self._takes_the_epilogue(name, x, w):
+            return self._in_two_steps(x, g, w)
         out, (later,) = self._rows(w.device).take(1, _GRADIENT_MOMENTS, _as_gradient_moments)
         self._module("triton").linear_gradient_moments_into(x, g, w, out[0])
         return later
+
+    def _takes_the_epilogue(self, name: str, x: Tensor, w: Tensor) -> bool:
+        """Whether dW is reduced in its GEMM: not for float64, nor where "auto" expects two steps to be faster."""
+        if x.dtype == torch.float64 or (name == "cuda" and _why_not("triton", w.device)):
+            return False
+        return self._backend != "auto" or (len(x) <= _EPILOGUE_ROWS and w.numel() >= _EPILOGUE_ENTRIES)
+
+    def _in_two_steps(self, x: Tensor, g: Tensor, w: Tensor) -> Callable[[], GradientMoments]:
+        """The library's GEMM and one fused pass, a block of rows of dW at a time."""
+        step = max(1, _BLOCK_BYTES // max(1, w.shape[1] * x.element_size()))
+        parts = [
+            self.gradient_moments(g[:, i : i + step].t() @ x, w[i : i + step]) for i in range(0, max(len(w), 1), step)
+        ]
+        return lambda: functools.reduce(GradientMoments.merge, (part() for part in parts))
 
     def channel_products(self, y: Tensor, g: Tensor) -> Tensor:
         """S [N, K] = Σ_p y ⊙ g in float64, on the device, for y, g [N, P, K]."""

@@ -20,8 +20,8 @@ BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
 _MOMENTS, _GRADIENT_MOMENTS = 6, 11  # float64 in a row, in the order of csrc/moments.h and csrc/bindings.cpp
 _BUFFER = 8192  # float64 of a device buffer: 450 layers with all that is known of them
-# Where "auto" reduces dW in the epilogue of its GEMM. From a roofline model (bench/roofline.py), not measured: with many
-# rows the GEMM alone is long, and a small dW stays in the cache between two steps.
+# Where "auto" reduces dW in the epilogue of its GEMM. From a roofline model (bench/roofline.py), not measured: with
+# many rows the GEMM alone is long, and a small dW stays in the cache between two steps.
 _EPILOGUE_ROWS = 2048
 _EPILOGUE_ENTRIES = 1 << 20
 _BLOCK_BYTES = 32 << 20  # of dW that exist at once in two steps

@@ -8,7 +8,8 @@ from collections import defaultdict
 
 _LABEL = re.compile(r"^\s*\.(L_x_\w+):")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);")
-_ENDS_BLOCK = re.compile(r"(@!?U?P\w+ )?(BRA|EXIT|RET)\b")
+_FAR_JUMP = r"CALL\.REL\.NOINC `\(\.L_x"  # ptxas leaves long loops by a call that never returns
+_ENDS_BLOCK = re.compile(rf"(@!?U?P\w+ )?(BRA\b|EXIT\b|RET\b|{_FAR_JUMP})")
 
 
 class Program:
@@ -29,7 +30,11 @@ class Program:
 
     def _next_of(self, i: int, starts: dict[str, int]) -> list[int]:
         last = self.blocks[i][-1] if self.blocks[i] else ""
-        found = [starts[target[0]]] if "BRA" in last and (target := re.search(r"L_x_\w+", last)) else []
+        found = (
+            [starts[target[0]]]
+            if re.search(rf"BRA|{_FAR_JUMP}", last) and (target := re.search(r"L_x_\w+", last))
+            else []
+        )
         always = not last.startswith("@") and not re.search(r"BRA(\.\w+)* !?U?P", last)
         if not (_ENDS_BLOCK.match(last) and always) and i + 1 < len(self.blocks):
             found.append(i + 1)

@@ -104,9 +104,29 @@ def gradient_tile(
 
 
 @triton.jit
-def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Left and right half of the columns of [ROWS, COLUMNS, 2]; in an accumulator's layout no entry leaves its thread."""
-    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2, 2)), (0, 2, 3, 1)))
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BY_ROWS: tl.constexpr):
+    """Upper and lower, or left and right, half of [ROWS, COLUMNS, 2]."""
+    if BY_ROWS:
+        return tl.split(tl.permute(tl.reshape(tile, (2, ROWS // 2, COLUMNS, 2)), (1, 2, 3, 0)))
+    else:
+        return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2, 2)), (0, 2, 3, 1)))
+
+
+@triton.jit
+def quarters(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BY_ROWS: tl.constexpr):
+    """Four quarters of [ROWS, COLUMNS, 2] whose entries lie in the same threads.
+
+    A 16-bit W is brought into the accumulator's layout, where a thread holds many columns; to a 32-bit W the compiler
+    brings the accumulator instead, in whose layout a thread holds many rows.
+    """
+    first, second = halves(tile, ROWS, COLUMNS, BY_ROWS)
+    if BY_ROWS:
+        a, b = halves(first, ROWS // 2, COLUMNS, True)
+        c, d = halves(second, ROWS // 2, COLUMNS, True)
+    else:
+        a, b = halves(first, ROWS, COLUMNS // 2, False)
+        c, d = halves(second, ROWS, COLUMNS // 2, False)
+    return a, b, c, d
 
 
 @triton.jit
@@ -143,11 +163,9 @@ def four_sums(a, b, c, d):
 
 
 @triton.jit
-def tile_sums(d, w, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def tile_sums(d, w, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BY_ROWS: tl.constexpr):
     """Σ|d|, Σd², Σwd, Σ|wd|, Σw, Σw² of a tile; both are 0 beyond the edge, so no sum needs a mask."""
-    left, right = halves(tl.join(d, w), ROWS, COLUMNS)
-    quarter_0, quarter_1 = halves(left, ROWS, COLUMNS // 2)
-    quarter_2, quarter_3 = halves(right, ROWS, COLUMNS // 2)
+    quarter_0, quarter_1, quarter_2, quarter_3 = quarters(tl.join(d, w), ROWS, COLUMNS, BY_ROWS)
     total = quarter_terms(quarter_0, 0, True)
     total = quarter_terms(quarter_1, total, False)
     total = quarter_terms(quarter_2, total, False)
@@ -180,8 +198,9 @@ def careful_square(x, center, unit, inside):
 
 
 @triton.jit
-def count_nonfinite(x):
-    return tl.sum(tl.where(tl.abs(x) < float("inf"), 0.0, 1.0)).to(tl.float64)
+def count_nonfinite(x, inside):
+    """Entries that are not finite; beyond the edge an infinite X or G leaves NaN, which is nobody's entry."""
+    return tl.sum(tl.where((tl.abs(x) < float("inf")) | (inside == 0), 0.0, 1.0)).to(tl.float64)
 
 
 @triton.jit
@@ -207,6 +226,7 @@ def reduced_gradient(
     PRECISION: tl.constexpr,
 ):
     """One tile of dW -> row `program` of sums [tiles, 8]; careful_sums [tiles, 8] where these cannot be trusted."""
+    BY_ROWS: tl.constexpr = w.dtype.element_ty.primitive_bitwidth >= 32
     program = tl.program_id(0)
     tile_o, tile_i = tile_of(program, tl.cdiv(columns_g, BLOCK_O), tl.cdiv(columns_x, BLOCK_I), BAND)
     first_o, first_i = tile_o * BLOCK_O, tile_i * BLOCK_I
@@ -221,11 +241,11 @@ def reduced_gradient(
     height, width = tl.minimum(columns_g - first_o, BLOCK_O), tl.minimum(columns_x - first_i, BLOCK_I)
     if (height == BLOCK_O) & (width == BLOCK_I):
         weight = tl.load(w_tile).to(tl.float32)
-        abs_sum, square, product, product_abs, w_sum, w_square = tile_sums(acc, weight, BLOCK_O, BLOCK_I)
+        abs_sum, square, product, product_abs, w_sum, w_square = tile_sums(acc, weight, BLOCK_O, BLOCK_I, BY_ROWS)
     else:
         inside = entries_inside(o, i, columns_g, columns_x)
         weight = tl.load(w_tile, mask=inside, other=0.0).to(tl.float32)
-        abs_sum, square, product, product_abs, w_sum, w_square = tile_sums(acc, weight, BLOCK_O, BLOCK_I)
+        abs_sum, square, product, product_abs, w_sum, w_square = tile_sums(acc, weight, BLOCK_O, BLOCK_I, BY_ROWS)
 
     count = tl.cast(height * width, tl.float32)
     trusted = is_trusted(abs_sum, square, count)
@@ -251,7 +271,7 @@ def reduced_gradient(
         tl.store(out + 1, careful)
         tl.store(out + 2, abs_mean + abs_rest / count)
         tl.store(out + 3, abs_careful - abs_rest * (abs_rest / count))
-        tl.store(out + 4, count_nonfinite(acc))
+        tl.store(out + 4, count_nonfinite(acc, inside))
     if w_trusted == 0:
         inside = entries_inside(o, i, columns_g, columns_x)
         weight = tl.load(w_tile, mask=inside, other=0.0).to(tl.float32)
@@ -259,7 +279,7 @@ def reduced_gradient(
         rest, careful = careful_square(weight, w_mean, tl.sum(tl.abs(weight)) / count, inside)
         tl.store(out + 5, w_mean + rest / count)
         tl.store(out + 6, careful - rest * (rest / count))
-        tl.store(out + 7, count_nonfinite(weight))
+        tl.store(out + 7, count_nonfinite(weight, inside))
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Moments of many tensors in one launch, and of a gradient with its weight: one read of memory, float64 out.
 
-A table [tensors, 16] of int64 on the device (address, count, dtype, sizes, strides) tells the kernel where each tensor
+A table [tensors, 16] of int64 on the device (address, count, dtype, sizes, strides, ...) tells the kernel where each tensor
 lies, so tensors of any length and dtype share one launch. Statistics do not depend on the order of entries: a tensor
 that is dense in any order of its dimensions (contiguous, channels_last, transposed) is read as one line, 128 bits a
 thread and load; its unaligned ends, and other strides, take a slower path. Bytes moved: those of the tensors, once.
@@ -8,7 +8,7 @@ thread and load; its unaligned ends, and other strides, take a slower path. Byte
 A thread holds 32 entries (4 loads of 8 x 16 bit, 8 of 4 x 32 bit), finds their mean first and then squares their
 deviations from it, both in registers: neither an offset nor an outlier costs digits, and values of 1e-30 or 1e30 are
 squared in units of their mean size. Groups merge in float64 by Chan's formula, threads at the end of a chunk, chunks
-(at most 1,024 a tensor, their borders a function of length alone) in a second launch in a fixed order: same input,
+(at most 1,024 a tensor, their borders a function of length and alignment alone) in a second launch in a fixed order: same input,
 same bits. Entries that are not finite are counted in a second look at their chunk only.
 """
 
@@ -23,10 +23,11 @@ from torch import Tensor
 
 from zest_fast.kernels.triton_launch import on_device_of
 
-_COLUMNS = tl.constexpr(16)
+_COLUMNS = tl.constexpr(16)  # address, entries, dtype, dense, 4 sizes, 4 strides, repeat, blocks a chunk, 2 unused
 _DTYPE_NUMBER = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/layout.h
 _BLOCK = tl.constexpr(4096)  # entries that a program of 4 warps reads at once
-_MAX_CHUNKS = tl.constexpr(1024)
+_WIDE_BLOCK = tl.constexpr(1024)  # of float64, which fills registers sooner
+_MAX_CHUNKS = 1024
 _EDGE = tl.constexpr(512)  # entries at once on the path for ends and strides
 _MAX_DIMS = 4  # dimensions that the table holds after merging; more are copied
 WARPS = 4
@@ -90,9 +91,8 @@ def nonfinite_entries(x):
 
 
 @triton.jit
-def chunk_borders(blocks, chunk):
+def chunk_borders(blocks, each, chunk):
     """First block and the one after the last of a chunk; none where the tensor has fewer chunks."""
-    each = tl.maximum(tl.cdiv(blocks, _MAX_CHUNKS), 1)
     first = tl.minimum(chunk * each, blocks)
     return first, tl.minimum(first + each, blocks)
 
@@ -112,14 +112,15 @@ def strided_offsets(index, shape_row):
 def chunk_moments(address, row, chunk, DTYPE: tl.constexpr, BITS: tl.constexpr):
     """count, mean, m2, abs_mean, abs_m2, nonfinite of one chunk of one tensor, in float64."""
     VECTOR: tl.constexpr = 128 // BITS
-    THREADS: tl.constexpr = _BLOCK // (4 * VECTOR)
+    BLOCK: tl.constexpr = _WIDE_BLOCK if BITS == 64 else _BLOCK
+    THREADS: tl.constexpr = BLOCK // (4 * VECTOR)
     GROUP: tl.constexpr = 4 * VECTOR
     COMPUTE: tl.constexpr = tl.float64 if BITS == 64 else tl.float32
     entries = tl.load(row + 1)
     dense = tl.load(row + 3)
     head = address % 16 // (BITS // 8)  # entries between a 128-bit border and the tensor
-    first, last = chunk_borders(tl.cdiv(head + entries, _BLOCK), chunk)
-    whole_first, whole_last = first, tl.minimum(last, (head + entries) // _BLOCK)
+    first, last = chunk_borders(tl.cdiv(head + entries, BLOCK), tl.load(row + 13), chunk)
+    whole_first, whole_last = first, tl.minimum(last, (head + entries) // BLOCK)
     if (head > 0) & (first == 0):
         whole_first += 1
     if dense == 0:
@@ -135,33 +136,33 @@ def chunk_moments(address, row, chunk, DTYPE: tl.constexpr, BITS: tl.constexpr):
     mean, m2, abs_mean, abs_m2, nonfinite = count, count, count, count, count
     if whole_first < whole_last:
         zero = tl.zeros((THREADS,), tl.float64)
-        start = tl.multiple_of(aligned + whole_first * _BLOCK, 16)
+        start = tl.multiple_of(aligned + whole_first * BLOCK, 16)
         x = tl.load(start + index).to(COMPUTE)
         group_mean, group_square = thread_moments(x)
         state = (group_mean, zero, zero, group_square)
         group_mean, group_square = thread_moments(tl.abs(x))
         abs_state = (group_mean, zero, zero, group_square)
         for block in range(whole_first + 1, whole_last):
-            start = tl.multiple_of(aligned + block * _BLOCK, 16)
+            start = tl.multiple_of(aligned + block * BLOCK, 16)
             x = tl.load(start + index).to(COMPUTE)
             group_mean, group_square = thread_moments(x)
             state = add_group(state, group_mean, group_square)
             group_mean, group_square = thread_moments(tl.abs(x))
             abs_state = add_group(abs_state, group_mean, group_square)
         groups = (whole_last - whole_first).to(tl.float64)
-        count = groups * _BLOCK
+        count = groups * BLOCK
         mean, m2 = merge_threads(state, groups, GROUP)
         abs_mean, abs_m2 = merge_threads(abs_state, groups, GROUP)
         if (abs_mean < float("inf")) == 0:
             for block in range(whole_first, whole_last):
-                start = tl.multiple_of(aligned + block * _BLOCK, 16)
+                start = tl.multiple_of(aligned + block * BLOCK, 16)
                 nonfinite += nonfinite_entries(tl.load(start + index).to(COMPUTE))
 
     pointer = address.to(tl.pointer_type(DTYPE))
     for block in range(first, last):
         if (block < whole_first) | (block >= whole_last):
-            for part in range(0, _BLOCK, _EDGE):
-                entry = block * _BLOCK + part - head + tl.arange(0, _EDGE)
+            for part in range(0, BLOCK, _EDGE):
+                entry = block * BLOCK + part - head + tl.arange(0, _EDGE)
                 inside = (entry >= 0) & (entry < entries)
                 offset = strided_offsets(tl.where(inside, entry, 0), row + 4)
                 x = tl.load(pointer + offset, mask=inside, other=0.0).to(tl.float64)
@@ -268,7 +269,7 @@ def table_row(x: Tensor) -> tuple[list[int], Tensor]:
     dense = not dims or (len(dims) == 1 and dims[0][1] == (1,))
     dims = [(1, (0,))] * (_MAX_DIMS - len(dims)) + dims
     sizes, strides = [max(size, 1) for size, _ in dims], [stride for _, (stride,) in dims]
-    row = [x.data_ptr(), x.numel(), _DTYPE_NUMBER[x.dtype], int(dense), *sizes, *strides, repeat, 0, 0, 0]
+    row = [x.data_ptr(), x.numel(), _DTYPE_NUMBER[x.dtype], int(dense), *sizes, *strides, repeat, _blocks_each(x), 0, 0]
     return row, x
 
 
@@ -282,9 +283,7 @@ def moments_into(tensors: Sequence[Tensor], out: Tensor) -> None:
     if not tensors:
         return
     rows, kept = zip(*(table_row(x.detach()) for x in tensors), strict=True)
-    blocks = max((row[1] + 15) // _BLOCK.value + 1 for row in rows)
-    each = -(-blocks // _MAX_CHUNKS.value)
-    chunks = -(-blocks // each)
+    chunks = max(triton.cdiv(_blocks(x), _blocks_each(x)) for x in kept)
     with on_device_of(out):
         table = torch.tensor(rows, dtype=torch.int64)
         if out.is_cuda:
@@ -293,3 +292,12 @@ def moments_into(tensors: Sequence[Tensor], out: Tensor) -> None:
         moments_of_chunks[(len(rows) * chunks,)](table, partials, chunks, num_warps=WARPS)
         merge_moments[(len(rows),)](table, partials, out, chunks, LANES=triton.next_power_of_2(chunks), num_warps=WARPS)
     del kept  # copies live until their kernels are queued; the allocator orders reuse by stream
+
+
+def _blocks(x: Tensor) -> int:
+    """Blocks that a tensor is cut into, at most: its unaligned start may add one."""
+    return (x.numel() + 7) // (_WIDE_BLOCK if x.dtype == torch.float64 else _BLOCK).value + 1
+
+
+def _blocks_each(x: Tensor) -> int:
+    return triton.cdiv(_blocks(x), _MAX_CHUNKS)

@@ -25,9 +25,9 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture
 def forgotten_choices() -> Iterator[None]:
     """The choice is made, and its warning given, once in a process."""
-    collector._best_on.cache_clear()
+    collector._best_or_warn.cache_clear()
     yield
-    collector._best_on.cache_clear()
+    collector._best_or_warn.cache_clear()
 
 
 def reasons(monkeypatch: pytest.MonkeyPatch, *, triton: str, cuda_cpp: str) -> None:

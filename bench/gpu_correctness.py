@@ -47,7 +47,7 @@ def backends(site: Site) -> list[str]:
 
 
 def _has_linear(site: Site, backend: str, dtype: torch.dtype) -> bool:
-    """Triton's alone: CUDA C++ leaves dW to the library. Its interpreter multiplies the raw bits of bfloat16 (#11584)."""
+    """CUDA C++ leaves dW to the library; Triton's interpreter multiplies the raw bits of bfloat16 (triton #11584)."""
     return backend == "triton" and not (site.dry and dtype == torch.bfloat16)
 
 

@@ -263,6 +263,12 @@ def test_channel_products_of_views(layout: str) -> None:
     torch.testing.assert_close(found, (y.double() * g.double()).sum((2, 3)), rtol=1e-6, atol=1e-6)
 
 
+def test_channel_products_of_a_slice_with_a_dimension_of_one() -> None:
+    torch.manual_seed(0)
+    y, g = torch.randn(2, 3, 4, 1, 6)[..., :5], torch.randn(2, 3, 4, 1, 5)
+    torch.testing.assert_close(kernels.channel_products(y, g), (y.double() * g.double()).sum((2, 3, 4)))
+
+
 @pytest.mark.parametrize("dim", [1, 3])
 def test_channel_products_below_the_range_of_float32(dim: int) -> None:
     torch.manual_seed(0)

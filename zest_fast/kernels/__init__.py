@@ -6,6 +6,7 @@ file validates the tensors, collector.py makes the one choice of backend, each b
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -137,11 +138,13 @@ def by_channel(x: Tensor, channel_dim: int) -> Tensor:
     channel_dim %= x.dim()
     sizes, strides = list(x.shape), list(x.stride())
     channels, channel_stride = sizes.pop(channel_dim), strides.pop(channel_dim)
-    for i in range(1, len(sizes) - 1):
-        if sizes[i] != 1 and strides[i] != strides[i + 1] * sizes[i + 1]:
+    positions = [(size, stride) for size, stride in zip(sizes[1:], strides[1:], strict=True) if size != 1]
+    for (_, outer), (size, inner) in itertools.pairwise(positions):
+        if outer != inner * size:
             return x.movedim(channel_dim, -1).flatten(1, -2)
     shape = (sizes[0], math.prod(sizes[1:]), channels)
-    return x.as_strided(shape, (strides[0], strides[-1], channel_stride), x.storage_offset())
+    position_stride = positions[-1][1] if positions else 1
+    return x.as_strided(shape, (strides[0], position_stride, channel_stride), x.storage_offset())
 
 
 def _require_outputs(y: Tensor, g: Tensor, channel_dim: int | None) -> int:

@@ -62,7 +62,7 @@ def tile_of(program, tiles_o, tiles_i, BAND: tl.constexpr):
     """Row and column of the program's tile: bands of BAND rows of tiles, column by column inside a band."""
     band_size = BAND * tiles_i
     first = program // band_size * BAND
-    height = tl.minimum(tiles_o - first, BAND)
+    height = tl.maximum(tl.minimum(tiles_o - first, BAND), 1)  # 1 for lanes beyond the last tile, which are masked
     inside = program % band_size
     return first + inside % height, inside // height
 

@@ -14,6 +14,7 @@ from zest_fast.kernels import Collector, GradientMoments, Moments
 from zest_fast.profiling import layer_rules
 from zest_fast.profiling.layers import Layer, Weight
 from zest_fast.profiling.metrics import NEEDS_TILES, PRODUCT, WEIGHT, LayerStatistics
+from zest_fast.profiling.nearest import some
 
 
 def _naming_the_layer(method: Callable[..., None]) -> Callable[..., None]:
@@ -58,7 +59,9 @@ class Statistics:
 
     @_naming_the_layer
     def linear(self, layer: Layer, x: Tensor, g: Tensor, y: Callable[[], Tensor]) -> None:
-        if NEEDS_TILES & self.needed or x.dtype != g.dtype:
+        # ΣW⊙dW = ΣY⊙G − Σb·db holds for Y as it is before rounding: in half precision tiles are nearer to the truth.
+        rounded = PRODUCT in self.needed and g.dtype.itemsize < 4
+        if NEEDS_TILES & self.needed or x.dtype != g.dtype or rounded:
             found = layer_rules.linear_gradient_moments(self.collector, layer.module, x, g)
         else:
             found = layer_rules.linear_gradient_moments_without_tiles(
@@ -92,7 +95,10 @@ class Statistics:
             for weight in {layer.weight: None for layer in layers if layer.weight not in self._gradients}:
                 by_device.setdefault(weight.parameter.device, []).append(weight)
             for weights in by_device.values():
-                found = self.collector.moments([weight.parameter.detach() for weight in weights])
+                try:
+                    found = self.collector.moments([weight.parameter.detach() for weight in weights])
+                except (ValueError, TypeError, NotImplementedError) as error:
+                    raise type(error)(f"weights of {some(w.layers[0].name for w in weights)}: {error}") from error
                 self._weights.update(zip(weights, found, strict=True))
         self.collector.fetch()
         self.outputs = {layer: _merged([later() for later in found]) for layer, found in self._outputs.items()}

@@ -1,6 +1,6 @@
 """Contribution sweeps over packaged models and data, one pair after another; run it again and it goes on.
 
-python -m bench.sweeps --out records/                                  # every pair, in an order that gives many models early
+python -m bench.sweeps --out records/                      # every pair, in an order that gives many models early
 python -m bench.sweeps --out records/ --pairs minilm/trec minilm/sms-spam
 python -m bench.sweeps --out records/ --consolidate zest_fast/sweeping/data/records.parquet
 python -m bench.sweeps --probe minilm/trec # how the learning rate of a family was chosen
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from bench.data import DATASETS, MODELS, find, load_pair
+from zest_fast.sweeping.inputs import rows_of
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.sweep import sweep
 from zest_fast.sweeping.tables import consolidate
@@ -153,10 +154,17 @@ def probe(pair: str) -> None:
 
 
 def speed(pair: str) -> None:
-    """Processor seconds of the layers of one seed with reuse and without, in turns, and how far their scores differ."""
+    """Processor seconds of a quarter of one seed (steps, training and scored samples) with reuse and without it.
+
+    Head and profiles, the same in both, are counted.
+    """
     model_name, dataset_name = _parts(pair)
     model, splits = load_pair(model_name, dataset_name)
-    recipe = replace(RECIPES[MODELS[model_name].family], seeds=(0,))
+    inputs, targets = splits["score"]
+    few = torch.arange(len(targets) // 4)
+    splits = {**splits, "score": (rows_of(inputs, few), targets[few])}
+    recipe = RECIPES[MODELS[model_name].family]
+    recipe = replace(recipe, seeds=(0,), steps=recipe.steps // 4, train_samples=recipe.train_samples // 4)
     seconds, frames = {}, {}
     for reuse in (True, False):
         with tempfile.TemporaryDirectory() as folder:

@@ -45,10 +45,9 @@ class Trace:
     root: Call
     seconds: float
 
-    def first_call(self, modules: Iterable[nn.Module]) -> Call | None:
-        """The earliest call of any of these modules."""
-        wanted = set(modules)
-        return next((call for call in self._calls(self.root) if call.module in wanted), None)
+    def first_call(self, module: nn.Module) -> Call | None:
+        """None where the module is not called."""
+        return next((call for call in self._calls(self.root) if call.module is module), None)
 
     def _calls(self, call: Call) -> Iterator[Call]:
         yield call

@@ -92,8 +92,8 @@ def _unknown(leaf: Any) -> Any:
 class PrefixCache:
     """Runs a model over samples of one set of inputs from a boundary on, and moves the boundary up.
 
-    inputs: of all samples. limit: bytes of one output that may be kept in memory; a larger one is memory-mapped from a
-    safetensors file in `folder`, which has no name any more while it is used, so that nothing is left behind.
+    inputs: of all samples. limit: bytes that may be kept in memory for each sample; beyond, all is memory-mapped from
+    safetensors files in `folder`, which have no name any more while they are used, so that nothing is left behind.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, *, limit: int, folder: Path, batch_size: int = 64) -> None:
@@ -119,7 +119,7 @@ class PrefixCache:
     @torch.no_grad()
     def advance(self, boundary: Boundary) -> None:
         """Take passes up from `boundary`, which is no earlier than the present one: one pass from here to there."""
-        fresh = {call: self._allocate(call) for call in boundary.live if call not in self._kept}
+        fresh = {call: self._allocate(call, boundary) for call in boundary.live if call not in self._kept}
         if fresh:
             for rows in batches(len(self), self._batch_size):
                 self._capture(boundary.trace, rows, fresh)
@@ -155,12 +155,10 @@ class PrefixCache:
             return
         raise RuntimeError("the forward pass took another way than the traced one; sweep with reuse=False")
 
-    def _allocate(self, call: Call) -> list[Tensor]:
-        examples = tensors(call.output)
-        size = sum(leaf[0].numel() * leaf.element_size() for leaf in examples) * len(self)
-        if size <= self._limit:
-            return [_empty(leaf, len(self)) for leaf in examples]
-        return [_mapped(leaf, len(self), self._folder) for leaf in examples]
+    def _allocate(self, call: Call, boundary: Boundary) -> list[Tensor]:
+        if boundary.bytes_per_sample <= self._limit:
+            return [_empty(leaf, len(self)) for leaf in tensors(call.output)]
+        return [_mapped(leaf, len(self), self._folder) for leaf in tensors(call.output)]
 
 
 def _empty(leaf: Tensor, rows: int) -> Tensor:

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 from zest_fast.finetuning.delta import hash_tensors
 from zest_fast.finetuning.trainable_layers import Part, chosen_layers
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
+from zest_fast.profiling.metrics import METRIC_NAMES
 from zest_fast.profiling.model_state import ModelState
 from zest_fast.profiling.profile import profile
-from zest_fast.sweeping.boundaries import Boundary, trace_calls
+from zest_fast.sweeping.boundaries import Boundary, Call, Trace, trace_calls
 from zest_fast.sweeping.head import choose_strength, classifier_of, features_of, fit_head
 from zest_fast.sweeping.inputs import Inputs, batches, call, count, logits_of, rows_of
 from zest_fast.sweeping.prefix_cache import TRACED, VERIFIED, PrefixCache, find_boundary
@@ -122,9 +124,14 @@ class _Task:
     layer: Layer
     part: Part
     seeds: list[int]
-    boundary: Boundary | None = None
-    seconds: float = 0.0
-    """Of a traced pass from the boundary on: what the layer costs, up to a factor."""
+    place: Call
+    """The first call that uses the layer's weight."""
+    boundary: Boundary
+
+    @property
+    def cost(self) -> float:
+        """Seconds of a traced pass from the boundary on: what the layer costs, up to a factor."""
+        return self.boundary.trace.seconds - self.boundary.start
 
 
 class _Sweep:
@@ -157,16 +164,17 @@ class _Sweep:
             for state in ("warm", "fresh"):
                 self._profile(seed, state)
         reached = self._reached_layers()
-        tasks = []
-        for layer in self._layers:
-            seeds = [seed for seed in self._recipe.seeds if ("layer", seed, layer.name) not in self._records]
-            if layer.name in reached and seeds:
-                tasks.append(_Task(layer, chosen_layers(self._model, [layer.name])[0], seeds))
-        if not tasks:
+        left = {
+            layer: [seed for seed in self._recipe.seeds if ("layer", seed, layer.name) not in self._records]
+            for layer in self._layers
+            if layer.name in reached
+        }
+        left = {layer: seeds for layer, seeds in left.items() if seeds}
+        if not left:
             return
         total = len(self._recipe.seeds) * len(reached)
         with ModelState(list(self._model.modules()), []), Progress(f"{len(reached)} layers", total, progress) as bar:
-            self._measure(self._planned(tasks), bar)
+            self._measure(self._planned(left), bar)
 
     # The head, and the profiles with it
 
@@ -200,8 +208,9 @@ class _Sweep:
                 self._head.bias.copy_(_decode(record["bias"]))
 
     def _profile(self, seed: int, state: str) -> None:
-        if ("profile", seed, state) in self._records:
-            return
+        known = self._records.get("profile", seed, state)
+        if known is not None and known["metrics"] == list(METRIC_NAMES):
+            return  # else the library has learned more metrics since
         if state == "warm":
             self._set_head(self._head_record(seed))
         else:
@@ -238,31 +247,35 @@ class _Sweep:
 
     # The layers
 
-    def _planned(self, tasks: list[_Task]) -> list[_Task]:
-        """The tasks in the order of their boundaries."""
+    def _planned(self, left: Mapping[Layer, list[int]]) -> list[_Task]:
+        """What is left to do, in the order of the boundaries."""
         inputs, _ = self._splits["train"]
         probe = rows_of(inputs, torch.arange(min(count(inputs), TRACED + VERIFIED)))
         traced = rows_of(probe, torch.arange(min(count(probe), TRACED)))
         call(self._model, traced)  # the first pass is slower than the others
         trace = trace_calls(self._model, lambda: call(self._model, traced), count(traced))
-        kept_rows = len(self._score_targets) + len(self._train_rows())
-        for task in tasks:
-            owners = {self._model.get_submodule(layer.module_name) for layer in task.layer.weight.layers}
-            place = trace.first_call({*owners, *(layer.called_module for layer in task.layer.weight.layers)})
-            if self._reuse and place is not None and count(probe) == TRACED + VERIFIED:
-                weight = task.layer.weight.parameter
-                task.boundary = find_boundary(
-                    self._model, trace, place, weight, probe, self._cache_bytes // max(1, kept_rows)
+        tasks = []
+        for layer, seeds in left.items():
+            place = _first_use(self._model, layer, trace)
+            boundary = Boundary(trace, 0.0, (), ())
+            if self._reuse and count(probe) == TRACED + VERIFIED:
+                boundary = find_boundary(
+                    self._model, trace, place, layer.weight.parameter, probe, self._bytes_per_sample
                 )
-            else:
-                task.boundary = Boundary(trace, 0.0, (), ())
-            task.seconds = trace.seconds - task.boundary.start
-        plain = sum(not task.boundary.skipped for task in tasks if task.boundary)
-        if self._reuse and plain:
-            print(
-                f"{plain} of {len(tasks)} layers run from the input: nothing below them can be reused", file=sys.stderr
+            tasks.append(_Task(layer, chosen_layers(self._model, [layer.name])[0], seeds, place, boundary))
+        first = min(task.place.start for task in tasks)
+        recomputed = [task.layer.name for task in tasks if not task.boundary.skipped and task.place.start > first]
+        if self._reuse and recomputed:
+            warnings.warn(
+                f"what lies below {len(recomputed)} of {len(tasks)} layers (such as {recomputed[0]!r}) cannot be "
+                "reused: the full forward pass runs for them, which takes longer",
+                stacklevel=4,
             )
-        return sorted(tasks, key=lambda task: task.boundary.start if task.boundary else 0.0)
+        return sorted(tasks, key=lambda task: task.boundary.start)
+
+    @property
+    def _bytes_per_sample(self) -> int:
+        return self._cache_bytes // (len(self._score_targets) + len(self._train_rows()))
 
     @property
     def _score_targets(self) -> Tensor:
@@ -275,13 +288,12 @@ class _Sweep:
         train_rows = self._train_rows()
         train_inputs, train_targets = self._splits["train"]
         folder = self._records.path.parent
-        limit = self._cache_bytes // 2
+        limit = self._bytes_per_sample
         score = PrefixCache(self._model, self._splits["score"][0], limit=limit, folder=folder)
         train = PrefixCache(self._model, rows_of(train_inputs, train_rows), limit=limit, folder=folder)
         targets = train_targets[train_rows]
-        bar.plan([task.seconds for task in tasks for _ in task.seeds])
+        bar.plan([task.cost for task in tasks for _ in task.seeds])
         for task in tasks:
-            assert task.boundary is not None
             score.advance(task.boundary)
             train.advance(task.boundary)
             for seed in task.seeds:
@@ -292,7 +304,7 @@ class _Sweep:
                 self._records.append(
                     {"record": "layer", "seed": seed, "layer": task.layer.name, **result, "seconds": seconds}
                 )
-                bar.advance(task.seconds)
+                bar.advance(task.cost)
 
     def _score_of(
         self, task: _Task, seed: int, train: PrefixCache, rows: Tensor, targets: Tensor, score: PrefixCache
@@ -337,6 +349,19 @@ class _Sweep:
             loss += float(nn.functional.cross_entropy(logits, targets[rows], reduction="sum"))
             correct += int((logits.argmax(1) == targets[rows]).sum())
         return {"accuracy": correct / len(targets), "loss": loss / len(targets)}
+
+
+def _first_use(model: nn.Module, layer: Layer, trace: Trace) -> Call:
+    """The first call that may use the layer's weight: of an owner, or where that is never called of what holds it."""
+    modules = dict(model.named_modules())
+    calls = []
+    for owner in layer.weight.layers:
+        names = [owner.module_name]
+        while names[-1]:
+            names.append(names[-1].rpartition(".")[0])
+        found = (trace.first_call(module) for module in (owner.called_module, *(modules[name] for name in names)))
+        calls.append(next(call for call in found if call is not None))
+    return min(calls, key=lambda call: call.start)
 
 
 def _draw(available: int, wanted: int | None, seed: int) -> Tensor:

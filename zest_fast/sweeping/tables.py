@@ -61,7 +61,7 @@ def sweeps_of(path: str | os.PathLike[str] | None = None) -> list[dict[str, Any]
 
 
 def consolidate(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
-    """Write the records of many sweeps into one Parquet file; what is unfinished is left out, layer by layer.
+    """Write the records of many sweeps into one Parquet file, without unfinished ones, which lack the late layers.
 
     Raises ValueError where a model was swept under two recipes, or a pair of model and data set twice.
     """
@@ -80,12 +80,11 @@ def consolidate(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[
         pair = (header["model"], header["dataset"])
         if pairs.setdefault(pair, path) != path:
             raise ValueError(f"{path!r} and {pairs[pair]!r} both hold records of {pair[0]} on {pair[1]}")
-        frame = records_to_frame(header, records)
-        if len(frame):
-            frames.append(frame)
+        if _finished(header, records):
+            frames.append(records_to_frame(header, records))
             sweeps.append(_summary(header, records))
     if not frames:
-        raise ValueError("there are no finished records to consolidate")
+        raise ValueError("there is no finished sweep to consolidate")
     table = pyarrow.Table.from_pandas(pandas.concat(frames, ignore_index=True), preserve_index=False)
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), _METADATA: json.dumps(sweeps).encode()})
     with replacing(out) as temporary:
@@ -114,6 +113,13 @@ def records_to_frame(header: Mapping[str, Any], records: Iterable[Record]) -> pa
                 )  # fmt: skip
                 rows.append(dict(zip(LEADING, leading, strict=True)) | row)
     return pandas.DataFrame(rows, columns=None if rows else list(LEADING))
+
+
+def _finished(header: Mapping[str, Any], records: list[Record]) -> bool:
+    seeds = header["recipe"]["seeds"]
+    reached = {layer for r in records if r["record"] == "profile" for layer in r["layers"]}
+    done = {(r["seed"], r["layer"]) for r in records if r["record"] == "layer"}
+    return bool(reached) and all((seed, layer) in done for seed in seeds for layer in reached)
 
 
 def _summary(header: Mapping[str, Any], records: list[Record]) -> dict[str, Any]:

@@ -216,7 +216,7 @@ def test_a_foreign_or_torn_table_is_refused_by_name(tmp_path, content) -> None:
 def test_the_shipped_records_are_whole() -> None:
     frame = load_records()
     assert tuple(frame.columns[:10]) == LEADING
-    assert set(frame.head_state) == {"warm", "fresh"} and not frame.head.any()
+    assert set(frame.head_state) == {"warm", "fresh"} and not frame["head"].any()
     assert frame[["loss", "accuracy", "head_loss", "head_accuracy"]].notna().all(axis=None)
     assert not frame.duplicated(["model", "dataset", "seed", "layer", "head_state"]).any()
     described = {(sweep["model"], sweep["dataset"]) for sweep in sweeps_of()}

@@ -22,6 +22,7 @@ import zest_fast
 from zest_fast import profile
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.sweeping import sweep as sweep_module
+from zest_fast.sweeping.head import choose_strength, fit_head
 from zest_fast.sweeping.inputs import call, rows_of
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.records import read_records
@@ -139,6 +140,28 @@ def test_the_head_is_better_than_chance_and_training_a_layer_is_better_still(tmp
     frame = run(OneLayer, tmp_path / "records.jsonl", recipe=recipe)
     assert (frame.head_loss < 1.0).all()  # log 3 = 1.10
     assert (frame.loss < frame.head_loss).all()
+
+
+def test_the_head_is_the_minimum_of_its_penalised_loss() -> None:
+    _, splits = make(OneLayer)
+    features, targets = splits["train"]
+    for biased in (True, False):
+        weight, bias = fit_head(features, targets, 3, 0.1, biased=biased)
+        scale = features.square().mean().sqrt()
+        w = (weight * scale).double().requires_grad_()
+        b = bias.double().requires_grad_()
+        loss = nn.functional.cross_entropy((features / scale).double() @ w.T + b, targets) + 0.05 * w.square().sum()
+        loss.backward()
+        assert w.grad.abs().max() < 1e-5
+        assert b.grad.abs().max() < 1e-5 if biased else not bias.any()
+
+
+def test_the_strength_of_the_head_is_the_best_on_every_fifth_sample() -> None:
+    torch.manual_seed(0)
+    noise, targets = torch.randn(60, 20), torch.arange(60) % 3
+    assert choose_strength(noise, targets, 3, (1e-4, 10.0)) == 10.0  # nothing to learn: the larger penalty harms less
+    telling = nn.functional.one_hot(targets, 3).float() * 5
+    assert choose_strength(telling, targets, 3, (1e-4, 10.0)) == 1e-4
 
 
 def test_the_test_split_is_never_looked_at(tmp_path) -> None:

@@ -41,14 +41,21 @@ def features_of(model: nn.Module, head: nn.Linear, inputs: Inputs, batch_size: i
     return torch.cat(features)
 
 
-def fit_head(features: Tensor, targets: Tensor, classes: int, strength: float) -> tuple[Tensor, Tensor]:
-    """Weight [classes, features] and bias [classes]: cross-entropy + strength/2 ‖weight‖², by L-BFGS from zero."""
+def fit_head(
+    features: Tensor, targets: Tensor, classes: int, strength: float, *, biased: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Weight [classes, features] and bias [classes]: cross-entropy + strength/2 ‖weight‖², by L-BFGS from zero.
+
+    The penalty is on features scaled to a root mean square of one. The bias stays zero unless `biased`.
+    """
     features = features.double()
     scale = features.square().mean().sqrt().clamp_min(1e-12)  # so that a strength means the same for every model
     weight = torch.zeros(classes, features.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=biased)
     scaled = features / scale
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weight, bias] if biased else [weight], max_iter=200, tolerance_grad=1e-7, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()

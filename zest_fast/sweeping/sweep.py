@@ -109,7 +109,7 @@ def sweep(
         "weights": hash_tensors(_own_tensors(model, head)),
         "data": {name: hash_tensors(_tensors_of(*splits[name])) for name in SPLITS},
         "versions": {"definitions": DEFINITIONS, "torch": torch.__version__.partition("+")[0]},
-        "environment": {"command": " ".join(sys.argv), **_environment()},
+        "environment": {"command": _command(), **_environment()},
     }
     with RecordFile(out, header) as records, _in_eval_mode(model), _saved(head):
         job = _Sweep(model, head_name, head, chosen, splits, recipe, records, reuse, cache_bytes)
@@ -192,7 +192,7 @@ class _Sweep:
             self._records.append({"record": "strength", "value": strength})
         else:
             strength = known["value"]
-        weight, bias = fit_head(features, targets, classes, strength)
+        weight, bias = fit_head(features, targets, classes, strength, biased=self._head.bias is not None)
         # Float32 whatever the model's dtype; what the records hold is what every layer starts from.
         kept = {"weight": _encode(weight), "bias": _encode(bias)}
         self._set_head(kept)
@@ -429,6 +429,11 @@ def _own_tensors(model: nn.Module, head: nn.Module) -> Iterator[tuple[str, Tenso
 def _tensors_of(inputs: Inputs, targets: Tensor) -> list[tuple[str, Tensor]]:
     columns = [("inputs", inputs)] if isinstance(inputs, Tensor) else sorted(inputs.items())
     return [*columns, ("targets", targets)]
+
+
+def _command() -> str:
+    """The command line, without the folders that it names: records travel, folders do not."""
+    return " ".join(Path(word).name if os.path.isabs(word) else word for word in sys.argv)
 
 
 def _environment() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -22,8 +23,10 @@ import zest_fast
 from zest_fast import profile
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.sweeping import sweep as sweep_module
+from zest_fast.sweeping.boundaries import trace_calls
 from zest_fast.sweeping.head import choose_strength, fit_head
 from zest_fast.sweeping.inputs import call, rows_of
+from zest_fast.sweeping.prefix_cache import PrefixCache, find_boundary
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.records import read_records
 from zest_fast.sweeping.sweep import sweep
@@ -56,6 +59,37 @@ def test_prefixes_on_disk_give_the_same_scores_and_leave_nothing_behind(tmp_path
     mapped = run(Residual, tmp_path / "disk.jsonl", cache_bytes=0)
     pandas.testing.assert_frame_equal(reused, mapped, rtol=0, atol=1e-6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.jsonl", "memory.jsonl"]
+
+
+def test_a_full_disk_under_the_prefixes_is_named_and_loses_nothing(tmp_path, monkeypatch) -> None:
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(RuntimeError, match=r"No space left on device.*reuse=False"):
+        run(Residual, tmp_path / "records.jsonl", cache_bytes=0)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
+    resumed = run(Residual, tmp_path / "records.jsonl")
+    pandas.testing.assert_frame_equal(resumed, run(Residual, tmp_path / "whole.jsonl"))
+
+
+def test_a_cache_finds_any_boundary_from_any_other(tmp_path) -> None:
+    model, splits = make(Residual)
+    model.eval()
+    inputs = splits["train"][0]
+    trace = trace_calls(model, lambda: model(inputs[:2]), 2)
+    cache = PrefixCache(model, inputs, limit=1 << 20, folder=tmp_path, batch_size=7)
+    rows = torch.tensor([30, 2, 17])
+    with torch.no_grad():
+        expected = model(inputs)[rows]
+    layers = [model.blocks[2].second, model.blocks[0].second, model.blocks[1].first, model.blocks[1].second]
+    for layer in layers:
+        boundary = find_boundary(model, trace, trace.first_call(layer), layer.weight, inputs, 1 << 20)
+        assert boundary.skipped
+        cache.advance(boundary)
+        with torch.no_grad():
+            torch.testing.assert_close(cache.run(rows), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [Preactivated, PeeksAhead], ids=lambda kind: kind.__name__)

@@ -118,9 +118,13 @@ class PrefixCache:
 
     @torch.no_grad()
     def advance(self, boundary: Boundary) -> None:
-        """Take passes up from `boundary`, which is no earlier than the present one: one pass from here to there."""
+        """Take passes up from `boundary`: one pass leads there, from the present one or, where it cannot, the input."""
         fresh = {call: self._allocate(call, boundary) for call in boundary.live if call not in self._kept}
         if fresh:
+            present = set(self._boundary.skipped) if self._boundary is not None else set()
+            if any(present.intersection(call.path()) for call in fresh):
+                self._boundary, self._kept = None, {}
+                return self.advance(boundary)
             for rows in batches(len(self), self._batch_size):
                 self._capture(boundary.trace, rows, fresh)
         self._kept = {call: fresh[call] if call in fresh else self._kept[call] for call in boundary.live}
@@ -178,6 +182,12 @@ def _mapped(leaf: Tensor, rows: int, folder: Path) -> Tensor:
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".safetensors") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         file.flush()
-        os.posix_fallocate(file.fileno(), 0, 8 + len(header) + size)  # a full disk is an error here, not a SIGBUS later
+        try:  # a full disk is an error here, not a SIGBUS later
+            os.posix_fallocate(file.fileno(), 0, 8 + len(header) + size)
+        except OSError as error:
+            raise RuntimeError(
+                f"{size >> 20} MiB of activations do not fit in {str(folder)!r} ({error.strerror}): make room, or "
+                "sweep with a larger cache_bytes= or with reuse=False"
+            ) from error
         whole = torch.from_file(file.name, shared=True, size=8 + len(header) + size, dtype=torch.uint8)
     return whole[8 + len(header) :].view(leaf.dtype).view(shape)

@@ -5,7 +5,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-__all__ = ["LayerProfile", "Ranking", "SelectiveBackward", "kernels", "profile", "rank"]
+__all__ = [
+    "LayerProfile",
+    "Ranking",
+    "Recipe",
+    "SelectiveBackward",
+    "kernels",
+    "load_records",
+    "profile",
+    "rank",
+    "sweep",
+]
 
 # The public names are imported at their first use: `zest-fast --help` and whoever only reads profiles and ranks layers
 # do not wait for torch. (zest_fast.kernels imports torch before the extension: whichever comes first decides which
@@ -16,13 +26,19 @@ if TYPE_CHECKING:
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.profiling.profile import profile
     from zest_fast.ranking.ranking import Ranking, rank
+    from zest_fast.sweeping.recipe import Recipe
+    from zest_fast.sweeping.sweep import sweep
+    from zest_fast.sweeping.tables import load_records
 else:
     _HOMES = {
         "LayerProfile": "zest_fast.profiling.layer_profile",
         "Ranking": "zest_fast.ranking.ranking",
+        "Recipe": "zest_fast.sweeping.recipe",
         "SelectiveBackward": "zest_fast.finetuning.selective_backward",
+        "load_records": "zest_fast.sweeping.tables",
         "profile": "zest_fast.profiling.profile",
         "rank": "zest_fast.ranking.ranking",
+        "sweep": "zest_fast.sweeping.sweep",
     }
 
     _ROOMS = ("kernels", "profiling", "ranking", "finetuning", "integrations")

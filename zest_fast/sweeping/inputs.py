@@ -1,0 +1,43 @@
+"""Inputs of a model, row by row: a tensor, or a mapping of tensors that is passed as keywords."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Inputs = Tensor | Mapping[str, Tensor]
+
+
+def count(inputs: Inputs) -> int:
+    """Samples in the inputs."""
+    first = inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
+    return first.shape[0]
+
+
+def rows_of(inputs: Inputs, rows: Tensor) -> Inputs:
+    """The samples with these numbers, copied."""
+    if isinstance(inputs, Tensor):
+        return inputs[rows]
+    return {name: tensor[rows] for name, tensor in inputs.items()}
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """The model's output."""
+    return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
+
+
+def logits_of(output: Any) -> Tensor:
+    """[samples, classes]: the output itself, or the logits of a ModelOutput."""
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        shape = f"of shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
+        raise ValueError(f"the model's output is {shape}; a sweep needs a classifier: logits [samples, classes]")
+    return logits
+
+
+def batches(samples: int, size: int) -> list[Tensor]:
+    """Row numbers in order, in chunks."""
+    return list(torch.arange(samples).split(size))

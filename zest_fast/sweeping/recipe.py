@@ -1,0 +1,85 @@
+"""How a contribution is measured. Rankings depend on it, so its hash goes with every record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that the score of a layer depends on beside model and data.
+
+    A layer's learning rate is `layer_lr_factor` x RMS(W), at most `max_layer_lr`: stems and early depthwise layers have
+    large weights of few inputs, and a rate in proportion to those breaks them. Both rates fall linearly to zero.
+
+    Samples are drawn by seed, disjoint between seeds as far as the split reaches; None = the whole split.
+    Raises ValueError for values that cannot be.
+    """
+
+    steps: int = 32
+    batch_size: int = 32
+    optimizer: str = "adam"
+    decay: str = "linear"
+    head_lr: float = 5e-4
+    layer_lr_factor: float = 1e-2
+    max_layer_lr: float = 2e-3
+    seeds: tuple[int, ...] = (0, 1, 2)
+    head_samples: int | None = 500
+    train_samples: int | None = 1024
+    profile_samples: int = 64
+    """The first of the seed's training samples make the mini-batch that is profiled."""
+    head_strengths: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
+    """L2 of the head, one of these: the best on 20 % of the first seed's head samples, then the same for every seed."""
+    note: str = ""
+    """What the numbers do not say: how the factor was chosen, how the images were prepared."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seeds", tuple(self.seeds))
+        object.__setattr__(self, "head_strengths", tuple(float(strength) for strength in self.head_strengths))
+        for name in ("steps", "batch_size", "head_samples", "train_samples", "profile_samples"):
+            value = getattr(self, name)
+            optional = name in ("head_samples", "train_samples")
+            if not (optional and value is None) and not (isinstance(value, int) and value > 0):
+                raise ValueError(f"recipe: {name} is {value!r}; a positive whole number is needed")
+        for name in ("head_lr", "layer_lr_factor", "max_layer_lr"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+                raise ValueError(f"recipe: {name} is {value!r}; a positive number is needed")
+        if self.optimizer != "adam":
+            raise ValueError(f"recipe: optimizer is {self.optimizer!r}; there is 'adam' only")
+        if self.decay != "linear":
+            raise ValueError(f"recipe: decay is {self.decay!r}; there is 'linear' only")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or any(seed < 0 for seed in self.seeds):
+            raise ValueError(f"recipe: seeds is {self.seeds!r}; different whole numbers from 0 on are needed")
+        if not self.head_strengths or any(strength <= 0 for strength in self.head_strengths):
+            raise ValueError(f"recipe: head_strengths is {self.head_strengths!r}; positive numbers are needed")
+
+    def layer_lr(self, rms: float) -> float:
+        """The learning rate of a layer whose weight has this root mean square."""
+        return min(self.layer_lr_factor * rms, self.max_layer_lr)
+
+    def learning_rate_scale(self, step: int) -> float:
+        """What both rates are multiplied by in step 0, 1, ..."""
+        return 1 - step / self.steps
+
+    @property
+    def hash(self) -> str:
+        """Sixteen hexadecimal digits that differ as soon as any value does."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"seeds": list(self.seeds), "head_strengths": list(self.head_strengths)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """What `to_dict` gave. Raises ValueError for names that this version does not know."""
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"recipe: {unknown[0]!r} is unknown to this version")
+        return cls(**values)

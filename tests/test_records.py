@@ -192,10 +192,26 @@ def test_a_layer_that_the_loss_does_not_reach_leaves_nothing_unfinished(tmp_path
     assert set(load_records(consolidate([path], tmp_path / "records.parquet")).layer) == {"a"}
 
 
+def test_consolidating_again_adds_to_what_is_there_and_replaces_what_was_swept_anew(tmp_path) -> None:
+    table = consolidate([fill(tmp_path / "one.jsonl")], tmp_path / "records.parquet")
+    consolidate([fill(tmp_path / "two.jsonl", {**HEADER, "dataset": "cars"})], table)
+    assert load_records(table).groupby("dataset").size().to_dict() == {"cars": 8, "toys": 8}
+    with RecordFile(tmp_path / "two.jsonl", {**HEADER, "dataset": "cars"}) as file:
+        file.append(score("a", loss=0.25))
+    consolidate([tmp_path / "two.jsonl"], table)
+    frame = load_records(table)
+    assert frame.groupby("dataset").size().to_dict() == {"cars": 8, "toys": 8}
+    assert (frame.loss == 0.25).sum() == 2
+    before = table.read_bytes()
+    with pytest.raises(ValueError, match="different recipes"):
+        consolidate([fill(tmp_path / "x.jsonl", {**HEADER, "dataset": "x", "recipe_hash": "bb"})], table)
+    assert table.read_bytes() == before
+
+
 def test_one_model_under_two_recipes_and_a_pair_twice_are_refused(tmp_path) -> None:
     one = fill(tmp_path / "one.jsonl")
-    other = fill(tmp_path / "other.jsonl", {**HEADER, "dataset": "cars", "recipe_hash": "bb"})
-    with pytest.raises(ValueError, match="tiny under different recipes"):
+    other = fill(tmp_path / "two.jsonl", {**HEADER, "dataset": "cars", "recipe_hash": "bb"})
+    with pytest.raises(ValueError, match="tiny was swept under different recipes on toys and cars"):
         consolidate([one, other], tmp_path / "records.parquet")
     again = fill(tmp_path / "again.jsonl")
     with pytest.raises(ValueError, match="both hold records of tiny on toys"):

@@ -61,35 +61,55 @@ def sweeps_of(path: str | os.PathLike[str] | None = None) -> list[dict[str, Any]
 
 
 def consolidate(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
-    """Write the records of many sweeps into one Parquet file, without unfinished ones, which lack the late layers.
+    """Write the records of finished sweeps into one Parquet file, beside those that it holds already.
 
-    Raises ValueError where a model was swept under two recipes, or a pair of model and data set twice.
+    Unfinished sweeps, which lack the late layers, are left out; a pair of model and data set that is there already is
+    replaced. Raises ValueError where a model was swept under two recipes, or two files hold the same pair.
     """
     import pandas
     import pyarrow
     from pyarrow import parquet
 
+    sources: dict[tuple[str, str], str] = {}
     frames, sweeps = [], []
-    recipes: dict[str, tuple[str, str]] = {}
-    pairs: dict[tuple[str, str], str] = {}
     for path in sorted(map(str, paths)):
         header, records = read_records(path)
-        recipe, other = recipes.setdefault(header["model"], (header["recipe_hash"], path))
-        if recipe != header["recipe_hash"]:
-            raise ValueError(f"{path!r} and {other!r} hold records of {header['model']} under different recipes")
-        pair = (header["model"], header["dataset"])
-        if pairs.setdefault(pair, path) != path:
-            raise ValueError(f"{path!r} and {pairs[pair]!r} both hold records of {pair[0]} on {pair[1]}")
-        if _finished(header, records):
-            frames.append(records_to_frame(header, records))
-            sweeps.append(_summary(header, records))
+        if not _finished(header, records):
+            continue
+        pair = _pair(header)
+        if pair in sources:
+            raise ValueError(f"{path!r} and {sources[pair]!r} both hold records of {pair[0]} on {pair[1]}")
+        sources[pair] = path
+        frames.append(records_to_frame(header, records))
+        sweeps.append(_summary(header, records))
     if not frames:
         raise ValueError("there is no finished sweep to consolidate")
+    if Path(out).exists():
+        kept = [sweep for sweep in sweeps_of(out) if _pair(sweep) not in sources]
+        frame = load_records(out)
+        frames = [*(frame[(frame.model == m) & (frame.dataset == d)] for m, d in map(_pair, kept)), *frames]
+        sweeps = [*kept, *sweeps]
+    _check_one_recipe_a_model(sweeps)
     table = pyarrow.Table.from_pandas(pandas.concat(frames, ignore_index=True), preserve_index=False)
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), _METADATA: json.dumps(sweeps).encode()})
     with replacing(out) as temporary:
         parquet.write_table(table, temporary, compression="zstd")
     return Path(out)
+
+
+def _pair(sweep: Mapping[str, Any]) -> tuple[str, str]:
+    return sweep["model"], sweep["dataset"]
+
+
+def _check_one_recipe_a_model(sweeps: list[dict[str, Any]]) -> None:
+    first: dict[str, dict[str, Any]] = {}
+    for sweep in sweeps:
+        other = first.setdefault(sweep["model"], sweep)
+        if other["recipe_hash"] != sweep["recipe_hash"]:
+            raise ValueError(
+                f"{sweep['model']} was swept under different recipes on {other['dataset']} and {sweep['dataset']}; "
+                "their records are not mixed"
+            )
 
 
 def records_to_frame(header: Mapping[str, Any], records: Iterable[Record]) -> pandas.DataFrame:

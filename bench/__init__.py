@@ -1,1 +1,1 @@
-"""Benchmarks, run from the checkout: `python -m bench.profile`, `python -m bench.kernels`, `python -m bench.readme`."""
+"""Benchmarks, run from the checkout as `python -m bench.NAME`: profile, kernels, offline, roofline; readme reports."""

@@ -191,6 +191,8 @@ BLOCKS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "memory": ("profile.json", "python -m bench.profile", memory_table),
     "kernels": ("kernels.json", "python -m bench.kernels", kernels_table),
     "demo": ("demo.json", "zest-fast demo", demo_table),
+    "demo_minilm": ("demo_minilm.json", "zest-fast demo --task minilm", demo_table),
+    "demo_smollm2": ("demo_smollm2.json", "zest-fast demo --task smollm2", demo_table),
 }
 
 

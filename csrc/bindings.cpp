@@ -1,10 +1,15 @@
-// Python sees addresses, sizes, strides and dtype numbers; zest_fast/kernels/cpu.py hands them in and checks them.
+// Python sees addresses, sizes, strides and dtype numbers; zest_fast/kernels/cpu.py and cuda.py hand them in and check them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <string>
 #include <vector>
 
 #include "cpu/kernels.h"
+#ifdef ZEST_CUDA
+#include "cuda/kernels.h"
+#endif
 
 namespace py = pybind11;
 using namespace zest;
@@ -54,6 +59,67 @@ double channel_products(std::uintptr_t y, int y_dtype, const Dims& y_strides, st
                                  reinterpret_cast<double*>(out), threads);
 }
 
+#ifdef ZEST_CUDA
+
+void check(int error) {
+    if (error) throw std::runtime_error(std::string("CUDA: ") + cuda::error_text(error));
+}
+
+// Why the kernels cannot run on a device; empty if they can.
+std::string cuda_status(int device) {
+    int error = cuda::use_device(device);
+    if (!error) error = cuda::runs_here();
+    return error ? cuda::error_text(error) : "";
+}
+
+void cuda_moments(const std::array<int64_t, 4>& first, std::uintptr_t table, int64_t count, int64_t chunks,
+                  std::uintptr_t workspace, std::uintptr_t out, int device, std::uintptr_t stream) {
+    py::gil_scoped_release nogil;
+    check(cuda::use_device(device));
+    check(cuda::moments({first[0], first[1], first[2], first[3]}, reinterpret_cast<const cuda::Entry*>(table), count,
+                        chunks, reinterpret_cast<Moments*>(workspace), reinterpret_cast<Moments*>(out),
+                        reinterpret_cast<void*>(stream)));
+}
+
+void cuda_gradient_moments(std::uintptr_t dw, int dw_dtype, std::uintptr_t w, int w_dtype, int64_t numel,
+                           std::uintptr_t workspace, std::uintptr_t out, int device, std::uintptr_t stream) {
+    py::gil_scoped_release nogil;
+    check(cuda::use_device(device));
+    check(cuda::gradient_moments(operand(dw, dw_dtype), operand(w, w_dtype), numel,
+                                 reinterpret_cast<GradientMoments*>(workspace), reinterpret_cast<GradientMoments*>(out),
+                                 reinterpret_cast<void*>(stream)));
+}
+
+void cuda_channel_products(std::uintptr_t y, const std::array<int64_t, 3>& y_strides, std::uintptr_t g,
+                           const std::array<int64_t, 3>& g_strides, int dtype, const std::array<int64_t, 3>& sizes,
+                           std::uintptr_t workspace, std::uintptr_t out, int device, std::uintptr_t stream) {
+    const cuda::View3 y_view = {operand(y, dtype).data, y_strides[0], y_strides[1], y_strides[2]};
+    const cuda::View3 g_view = {operand(g, dtype).data, g_strides[0], g_strides[1], g_strides[2]};
+    py::gil_scoped_release nogil;
+    check(cuda::use_device(device));
+    check(cuda::channel_products(y_view, g_view, DType(dtype), {sizes[0], sizes[1], sizes[2]},
+                                 reinterpret_cast<double*>(workspace), reinterpret_cast<double*>(out),
+                                 reinterpret_cast<void*>(stream)));
+}
+
+void bind_cuda(py::module_& m) {
+    m.attr("has_cuda") = true;
+    m.attr("cuda_chunk_size") = cuda::chunk_size;
+    m.attr("cuda_positions_per_chunk") = cuda::positions_per_chunk;
+    m.def("cuda_status", &cuda_status);
+    m.def("cuda_build_version", &cuda::build_version);
+    m.def("cuda_driver_version", &cuda::driver_version);
+    m.def("cuda_moments", &cuda_moments);
+    m.def("cuda_gradient_moments", &cuda_gradient_moments);
+    m.def("cuda_channel_products", &cuda_channel_products);
+}
+
+#else
+
+void bind_cuda(py::module_& m) { m.attr("has_cuda") = false; }
+
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -61,4 +127,5 @@ PYBIND11_MODULE(_native, m) {
     m.def("moments", &moments);
     m.def("gradient_moments", &gradient_moments);
     m.def("channel_products", &channel_products);
+    bind_cuda(m);
 }

@@ -302,6 +302,15 @@ def test_demo_runs_the_task_and_prints_its_result(run, tmp_path, monkeypatch):
     assert "working" in result.stderr
 
 
+def test_doctor_says_what_is_off_and_why(run):
+    found = document(run("doctor", "--json"))
+    assert found["auto"]["cpu"] == "cpu" and found["backends"]["cpu"]["on"]
+    for state in found["backends"].values():
+        assert state["on"] or state["why"]
+    shown = run("doctor").stdout
+    assert "triton" in shown and "backend='auto' on cpu: cpu" in shown
+
+
 def test_json_is_strict(capsys):
     show.json_document({"a": np.float64("inf"), "b": (np.int64(3), np.array([1.0, np.nan]))})
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [3, [1.0, None]]}

@@ -114,8 +114,8 @@ def renamed(model):
 @pytest.mark.parametrize(
     ("change", "layers", "message"),
     [
-        (other_base, ["a", "b"], "frozen parameters of this model differ"),
-        (renamed, ["a", "b"], "frozen parameters of this model differ"),
+        (other_base, ["a", "b"], "frozen parameters or buffers of this model differ"),
+        (renamed, ["a", "b"], "frozen parameters or buffers of this model differ"),
         (lambda model: model, ["a"], r"saved with layers=\['a', 'b'\], this model is wrapped with \['a'\]"),
         (
             lambda model: model.double(),
@@ -232,3 +232,35 @@ def test_hash_tells_names_shapes_dtypes_and_bytes_apart():
     assert hash_tensors([("a", torch.tensor(True)), ("b", torch.ones(1, dtype=torch.bfloat16))])
     with pytest.raises(ValueError, match="'a' is on the meta device"):
         hash_tensors([("a", torch.ones(1, device="meta"))])
+
+
+def norm_net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+
+
+def test_loading_puts_buffers_back_that_had_not_changed_when_saved(tmp_path):
+    model, x = norm_net(), torch.randn(16, 6)
+    tuned = SelectiveBackward(model, ["0"], head=["1", "3"])
+    path = tuned.save(tmp_path / "delta.safetensors")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()(x * 3)
+    assert not torch.equal(before["1.running_mean"], model.state_dict()["1.running_mean"])
+    tuned.load(path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_base_whose_statistics_differ_is_another_base(tmp_path):
+    path = SelectiveBackward(norm_net(), ["0"], head=["3"]).save(tmp_path / "delta.safetensors")
+    other = norm_net()
+    other.train()(torch.randn(16, 6) * 3)
+    with pytest.raises(ValueError, match="buffers of this model differ"):
+        SelectiveBackward(other, ["0"], head=["3"]).load(path)
+
+
+@pytest.mark.parametrize("buffer", [torch.eye(5).to_sparse(), torch.randn(8, dtype=torch.complex64).conj()])
+def test_buffers_that_are_not_plain_memory(buffer, tmp_path):
+    model = norm_net()
+    model.register_buffer("extra", buffer)
+    tuned = SelectiveBackward(model, ["0"], head=["3"])
+    tuned.load(tuned.save(tmp_path / "delta.safetensors"))

@@ -263,6 +263,12 @@ def test_channel_products_of_views(layout: str) -> None:
     torch.testing.assert_close(found, (y.double() * g.double()).sum((2, 3)), rtol=1e-6, atol=1e-6)
 
 
+def test_channel_products_of_a_slice_with_a_dimension_of_one() -> None:
+    torch.manual_seed(0)
+    y, g = torch.randn(2, 3, 4, 1, 6)[..., :5], torch.randn(2, 3, 4, 1, 5)
+    torch.testing.assert_close(kernels.channel_products(y, g), (y.double() * g.double()).sum((2, 3, 4)))
+
+
 @pytest.mark.parametrize("dim", [1, 3])
 def test_channel_products_below_the_range_of_float32(dim: int) -> None:
     torch.manual_seed(0)
@@ -317,7 +323,16 @@ BAD = {
         "channel_dim is 0",
     ),
     "unknown backend": (lambda: kernels.moments([torch.ones(2)], backend="gpu"), ValueError, "'gpu'"),
-    "backend to come": (lambda: kernels.moments([torch.ones(2)], backend="triton"), NotImplementedError, "triton"),
+    "GPU backend on the CPU": (
+        lambda: kernels.moments([torch.ones(2)], backend="triton"),
+        ValueError,
+        "Triton runs on a GPU",
+    ),
+    "CUDA on the CPU": (
+        lambda: kernels.moments([torch.ones(2)], backend="cuda"),
+        ValueError,
+        "tensors on a CUDA device",
+    ),
 }
 
 

@@ -346,6 +346,71 @@ def test_gradients_that_are_not_finite_under_a_finite_loss_are_counted(value: fl
     assert math.isfinite(found["2"]["act_std"]) and math.isfinite(found["4"]["snip"])
 
 
+def test_buffers_that_come_or_repeat_themselves_are_as_before() -> None:
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not hasattr(self, "table"):
+                self.register_buffer("table", torch.ones(8))
+            return self.a(x * self.table)
+
+    model = Lazy()
+    zest_fast.profile(model, batch())
+    assert set(model.state_dict()) == {"a.weight", "a.bias"}
+    model = mlp()
+    model.register_buffer("repeated", torch.zeros(1, 5).expand(4, 5))
+    zest_fast.profile(model, batch())
+
+
+def test_a_profile_leaves_the_cut_of_a_wrapped_model_alone(recwarn: pytest.WarningsRecorder) -> None:
+    model, (x, y) = mlp(), batch()
+    tuned = zest_fast.SelectiveBackward(model, ["2"])
+    zest_fast.profile(model, (x, y))
+    assert not [w for w in recwarn if "backward will run on" in str(w.message)]
+    with pytest.warns(UserWarning, match="backward will run on below '2'"):  # the first forward pass is still watched
+        model(x.requires_grad_(True))
+    tuned.remove()
+
+
+def test_channels_of_a_convolution_that_someone_wrote() -> None:
+    class Own(nn.Module):
+        def __init__(self, weight: torch.Tensor) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(weight.clone())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.conv2d(x, self.kernel)
+
+    torch.manual_seed(0)
+    conv, head = nn.Conv2d(1, 4, 3, bias=False), nn.Linear(64, 3)
+    data = images(), torch.randint(3, (5,))
+    plain = zest_fast.profile(nn.Sequential(conv, nn.Flatten(), head), data)
+    own = zest_fast.profile(nn.Sequential(Own(conv.weight.detach()), nn.Flatten(), head), data)
+    assert own["0"]["fisher"] == pytest.approx(plain["0"]["fisher"], rel=1e-5)
+
+
+def test_inputs_that_are_tuples_by_class_and_targets_of_which_one_is_empty() -> None:
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(3, 5, 3), torch.tensor([5, 3, 2]), batch_first=True)
+
+    class Packed(Recurrent):
+        def forward(self, x: object) -> torch.Tensor:
+            return self.head(self.rnn(x)[1][0][-1])
+
+    assert "head" in zest_fast.profile(Packed(), (packed, torch.randint(2, (3,))))
+    boxes = [torch.ones(2, 4), torch.zeros(0, 4)]
+    zest_fast.profile(mlp(), (batch()[0], boxes), loss_fn=lambda out, targets: out.square().mean())
+
+
+def test_plain_in_half_precision_is_as_good_without_snip() -> None:
+    model, (x, y) = mlp().to(torch.bfloat16), batch()
+    every = zest_fast.profile(model, (x.bfloat16(), y))
+    alone = zest_fast.profile(model, (x.bfloat16(), y), metrics=["plain", "grad_norm"])
+    assert alone.column("plain") == pytest.approx(every.column("plain"), rel=1e-6)
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -366,6 +431,18 @@ class Picky(nn.Module):
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         return {"logits": self.a(x)}
+
+
+class Tuple(Picky):
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.a(x).sum(), self.a(x)
+
+
+def once():
+    """A closure that takes its one batch from an iterator."""
+    batches = iter([X * math.nan])
+    model = mlp()
+    return lambda: model(next(batches)).sum()
 
 
 def offloaded() -> nn.Module:
@@ -408,6 +485,10 @@ ERRORS = {
     ),
     "unknown name": (mlp, {"batch": (X, Y), "layers": ["0", "44"]}, ValueError, "'44'.*nearest|'44'.*there are"),
     "unknown pattern": (mlp, {"batch": (X, Y), "layers": "encoder.*"}, ValueError, "encoder"),
+    "no expression": (mlp, {"batch": (X, Y), "layers": "["}, ValueError, "regular expression"),
+    "tuple output": (Tuple, {"batch": (X, Y)}, TypeError, "tuple without logits: pass loss_fn="),
+    "tuple with a loss": (Tuple, {"batch": {"x": X, "labels": Y}}, ValueError, "plain tuple"),
+    "a closure that runs once": (mlp, {"closure": once()}, ValueError, "the loss is nan"),
     "empty predicate": (mlp, {"batch": (X, Y), "layers": lambda n, m: False}, ValueError, "predicate"),
     "empty names": (mlp, {"batch": (X, Y), "layers": []}, ValueError, "layers is empty"),
     "number as layers": (mlp, {"batch": (X, Y), "layers": 3}, TypeError, "layers is a int"),
@@ -415,7 +496,7 @@ ERRORS = {
     "metric as string": (mlp, {"batch": (X, Y), "metrics": "snip"}, TypeError, "pass a list"),
     "metric to come": (mlp, {"batch": (X, Y), "metrics": ["grasp"]}, NotImplementedError, "grasp"),
     "unknown backend": (mlp, {"batch": (X, Y), "backend": "gpu"}, ValueError, "gpu"),
-    "backend to come": (mlp, {"batch": (X, Y), "backend": "triton"}, NotImplementedError, "triton"),
+    "GPU backend": (mlp, {"batch": (X, Y), "backend": "triton"}, ValueError, "Triton runs on a GPU"),
     "loss scale": (mlp, {"batch": (X, Y), "loss_scale": 0.0}, ValueError, "loss_scale"),
     "meta model": (lambda: mlp().to("meta"), {"batch": (X, Y)}, ValueError, "'0.weight' is on the meta device"),
     "offloaded": (offloaded, {"batch": (X, Y)}, ValueError, "'2.weight' is offloaded"),

@@ -249,6 +249,18 @@ def demo(
         show.json_document(document)
 
 
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say which kernels and extras are on, which are off, and why."""
+    from zest_fast.cli.doctor import examine
+
+    found = examine()
+    if as_json:
+        show.json_document(found)
+    else:
+        show.doctor_table(found)
+
+
 @contextlib.contextmanager
 def _work() -> Iterator[Console]:
     """A console on stderr. What a user's module prints meanwhile goes there, too: stdout is for the result."""

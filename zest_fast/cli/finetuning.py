@@ -41,7 +41,7 @@ def finetune_job(
     with SelectiveBackward(job.model, layers, head=_head(job, head, layers)) as tuned:
         parameters = list(tuned.parameters())
         before = _score(job)
-        total_steps = steps if steps is not None else epochs * len(job.loaders.train)
+        total_steps = steps if steps is not None else epochs * _rounds_length(job)
         with _progress(console, total_steps) as report:
             training = train(
                 job.model,
@@ -85,6 +85,13 @@ def _head(job: Job, head: str, layers: Sequence[str]) -> str | list[str] | None:
         return "auto"
     found = None if is_language_model(job.model) else find_head(job.model)
     return sorted(fresh if found is None else fresh | {found})
+
+
+def _rounds_length(job: Job) -> int:
+    try:
+        return len(job.loaders.train)
+    except TypeError:
+        raise ValueError("the data have no length (an IterableDataset): say how long to train with --steps") from None
 
 
 def _score(job: Job) -> dict[str, Any] | None:

@@ -71,7 +71,10 @@ def open_job(
 def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch {torch.__version__} finds no CUDA device; use cpu or auto")
+    return device
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -126,3 +126,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def doctor_table(found: Mapping[str, Any]) -> None:
+    console = results()
+    table = Table("backend", "", "", box=SIMPLE_HEAD)
+    for name, state in found["backends"].items():
+        table.add_row(name, "on" if state["on"] else "off", state["why"])
+    console.print(table)
+    for device, backend in found["auto"].items():
+        console.print(f"backend='auto' on {device}: {backend}")
+    for name, what in {**found["versions"], **found["optional"]}.items():
+        console.print(f"{name}: {what}", highlight=False)

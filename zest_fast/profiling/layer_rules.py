@@ -1,17 +1,19 @@
 """X, Y, G of a layer -> statistics. Pure functions: they know no hook and no model.
 
-T is the number of rows of X [T, I] and G [T, O] (tokens, all leading dimensions together), N the number of samples.
+Results come as functions of no arguments, to be called once the collector has fetched what waits on a GPU. T is the
+number of rows of X [T, I] and G [T, O] (tokens, all leading dimensions together), N the number of samples.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from zest_fast import kernels
-from zest_fast.kernels import GradientMoments, Moments
+from zest_fast.kernels import Collector, GradientMoments, Moments
 from zest_fast.profiling.layers import Layer, channel_dim, is_transformers_conv1d
 
 _PLAIN_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
@@ -40,12 +42,14 @@ def rows(x: Tensor) -> Tensor:
     return x.detach().reshape(-1, x.shape[-1])
 
 
-def linear_gradient_moments(module: nn.Module, x: Tensor, g: Tensor, backend: str) -> GradientMoments:
+def linear_gradient_moments(
+    collector: Collector, module: nn.Module, x: Tensor, g: Tensor
+) -> Callable[[], GradientMoments]:
     """Every statistic of dW and W of a linear layer, dW formed tile by tile; x [..., I], g [..., O]."""
     x, g, weight = rows(x).to(g.dtype), rows(g), _weight(module)
     if is_transformers_conv1d(module):  # W is [I, O], so dW = XᵀG: the roles of X and G change places
         x, g = g, x
-    return kernels.implementation(backend, x.device).linear_gradient_moments(x, g, weight)
+    return collector.linear_gradient_moments(x, g, weight)
 
 
 def linear_gradient(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
@@ -54,61 +58,64 @@ def linear_gradient(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     return (x.t() @ g if is_transformers_conv1d(module) else g.t() @ x).to(_weight(module).dtype)
 
 
-def linear_gradient_moments_without_tiles(module: nn.Module, x: Tensor, g: Tensor, y: Tensor | None) -> GradientMoments:
+def linear_gradient_moments_without_tiles(
+    collector: Collector, module: nn.Module, x: Tensor, g: Tensor, y: Tensor | None
+) -> Callable[[], GradientMoments]:
     """The statistics of dW that have closed forms; those of |dW| and |W⊙dW| are NaN.
 
     ΣdW = Σ_t (Σ_i X_ti)(Σ_k G_tk), ‖dW‖² = Σ_ts (x_t·x_s)(g_t·g_s), ΣW⊙dW = Σ Y⊙G − Σ b·db (only where y is given).
     Float64 throughout, since the sums may cancel.
     """
     x, g, weight, bias = rows(x), rows(g), _weight(module), module._parameters.get("bias")
-    count = float(weight.numel())
-    total = square = product = 0.0
+    sums = torch.zeros(3, dtype=torch.float64, device=x.device)  # of dW, of its squares, of W⊙dW
     for start in range(0, len(x), _GRAM_ROWS):
         xs, gs = x[start : start + _GRAM_ROWS].double(), g[start : start + _GRAM_ROWS].double()
-        total += float(xs.sum(1) @ gs.sum(1))
+        sums[0] += xs.sum(1) @ gs.sum(1)
         if y is not None:
             ys = rows(y)[start : start + _GRAM_ROWS].double()
-            if bias is not None:
-                ys -= bias.detach()
-            product += float((ys * gs).sum())
+            sums[2] += ((ys if bias is None else ys - bias.detach()) * gs).sum()
         for other in range(0, start + 1, _GRAM_ROWS):
             xo, go = x[other : other + _GRAM_ROWS].double(), g[other : other + _GRAM_ROWS].double()
-            part = float(((xs @ xo.t()) * (gs @ go.t())).sum())
-            square += part if other == start else 2 * part
-    mean = total / count
-    finite = math.isfinite(total + square)
-    gradient = Moments.checked(
-        count, mean, max(square - count * mean**2, 0.0), math.nan, math.nan, 0.0 if finite else 1.0
-    )
-    w = kernels.moments([weight])[0]
-    return GradientMoments.checked(
-        gradient, w.mean, w.m2, w.nonfinite, product if y is not None else math.nan, math.nan
-    )
+            sums[1] += ((xs @ xo.t()) * (gs @ go.t())).sum() * (1 if other == start else 2)
+    (of_weight,) = collector.moments([weight])
+    of_gradient = collector.numbers(sums, lambda *found: found)
+
+    def result() -> GradientMoments:
+        (total, square, product), w, count = of_gradient(), of_weight(), float(weight.numel())
+        m2 = max(square - total**2 / count, 0.0) if count else 0.0
+        nonfinite = 0.0 if math.isfinite(total + square) else 1.0
+        gradient = Moments.checked(count, total / max(count, 1.0), m2, math.nan, math.nan, nonfinite)
+        product = math.nan if y is None else product
+        return GradientMoments.checked(gradient, w.mean, w.m2, w.nonfinite, product, math.nan)
+
+    return result
 
 
-def weight_gradient_moments(dw: Tensor, weight: Tensor, backend: str) -> GradientMoments:
+def weight_gradient_moments(collector: Collector, dw: Tensor, weight: Tensor) -> Callable[[], GradientMoments]:
     """Every statistic of a gradient that exists as a whole; any layer."""
     if dw.layout != torch.strided:  # nn.Embedding(sparse=True)
         dw = dw.coalesce().to_dense()
-    return kernels.implementation(backend, dw.device).gradient_moments(dw, weight.detach())
+    return collector.gradient_moments(dw.detach(), weight.detach())
 
 
-def output_products(layer: Layer, y: Tensor, g: Tensor, backend: str) -> Tensor:
-    """S [N, K] = Σ_p Y⊙G in float64."""
+def fisher_of_one_use(collector: Collector, layer: Layer, y: Tensor, g: Tensor) -> Callable[[], float]:
+    """Σ_k ½ mean_n S_nk² with S [N, K] = Σ_p Y⊙G (Theis et al. 2018), without S."""
     y, g = _by_channel(layer, y, g)
-    return kernels.implementation(backend, y.device).channel_products(y, g)
+    return _half_of_mean(collector.squared_channel_products(y, g), y.shape[0])
 
 
-def fisher_of_products(s: Tensor) -> float:
-    """Σ_k ½ mean_n S_nk² for S [N, K] (Theis et al. 2018)."""
-    return 0.5 * float(s.square().sum()) / s.shape[0] if s.shape[0] else 0.0
+def output_products(collector: Collector, layer: Layer, y: Tensor, g: Tensor) -> Tensor:
+    """S [N, K] = Σ_p Y⊙G in float64, for a layer whose uses have to be added up first."""
+    return collector.channel_products(*_by_channel(layer, y, g))
 
 
-def fisher_of_one_use(layer: Layer, y: Tensor, g: Tensor, backend: str) -> float:
-    """``fisher_of_products`` of one use, without S."""
-    y, g = _by_channel(layer, y, g)
-    squares = kernels.implementation(backend, y.device).squared_channel_products(y, g)
-    return 0.5 * squares / y.shape[0] if y.shape[0] else 0.0
+def fisher_of_products(collector: Collector, s: Tensor) -> Callable[[], float]:
+    """fisher of S [N, K], all uses added up."""
+    return _half_of_mean(collector.numbers(s.square().sum()[None], float), s.shape[0])
+
+
+def _half_of_mean(total: Callable[[], float], samples: int) -> Callable[[], float]:
+    return lambda: 0.5 * total() / samples if samples else 0.0
 
 
 def output_again(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:

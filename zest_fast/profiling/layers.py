@@ -127,6 +127,10 @@ def channel_dim(layer: Layer, y: Tensor) -> int:
     spatial = 0
     if isinstance(layer.output_module, (*_CONVOLUTIONS, *_TRANSPOSED)):
         spatial = len(layer.output_module.kernel_size)
+    elif layer.kind == "parameter" and y.dim() == layer.weight.parameter.dim() >= 3:
+        outputs = layer.weight.parameter.shape[0]  # a convolution that someone wrote: [out, in, ...] and [N, out, ...]
+        if y.shape[1] == outputs and (y.dim() > 3 or y.shape[-1] != outputs):
+            spatial = y.dim() - 2
     return -1 - spatial
 
 
@@ -153,7 +157,7 @@ def select_layers(layers: list[Layer], selection: LayerSelection) -> list[Layer]
     if selection is None:
         chosen = [layer for layer in layers if not layer.is_embedding]
     elif isinstance(selection, str | re.Pattern):
-        pattern = re.compile(selection) if isinstance(selection, str) else selection
+        pattern = _compiled(selection)
         chosen = [layer for layer in layers if pattern.fullmatch(layer.name) or pattern.fullmatch(layer.module_name)]
         if not chosen:
             raise ValueError(
@@ -174,6 +178,13 @@ def select_layers(layers: list[Layer], selection: LayerSelection) -> list[Layer]
             + (f": {'; '.join(sorted(reasons))}" if reasons else "")
         )
     return supported
+
+
+def _compiled(selection: str | re.Pattern[str]) -> re.Pattern[str]:
+    try:
+        return re.compile(selection)
+    except re.error as error:
+        raise ValueError(f"layers={selection!r} is no regular expression: {error}") from error
 
 
 def _named(layers: list[Layer], by_name: dict[str, Layer], names: Iterable[str]) -> list[Layer]:

@@ -31,26 +31,29 @@ def loss_of(
     if isinstance(batch, Mapping):
         inputs, targets = _usable(dict(batch), devices, "batch"), batch.get("labels")
         if loss_fn is None:
-            return lambda: _own_loss(model(**inputs), inputs)
+            return lambda: own_loss(model(**inputs), inputs)
         arguments = {k: v for k, v in inputs.items() if k != "labels"}
-        return lambda: loss_fn(_logits(model(**arguments)), inputs.get("labels", targets))
+        return lambda: loss_fn(logits_of(model(**arguments)), inputs.get("labels", targets))
     if isinstance(batch, tuple | list) and len(batch) == 2:
-        inputs, targets = _usable(batch[0], devices, "batch[0]"), _usable(batch[1], devices, "batch[1]")
-        criterion = loss_fn or nn.functional.cross_entropy
-        return lambda: criterion(_logits(_call(model, inputs)), targets)
+        inputs = _usable(batch[0], devices, "batch[0]")
+        # One target of many may be empty: an image without boxes.
+        targets = _usable(batch[1], devices, "batch[1]", check_size=isinstance(batch[1], Tensor))
+        criterion = loss_fn or _cross_entropy
+        return lambda: criterion(logits_of(call_model(model, inputs)), targets)
     raise TypeError(
         f"batch is a {type(batch).__name__}; a mapping (model(**batch) returns a loss) or a pair (inputs, targets) is "
         "needed"
     )
 
 
-def _call(model: nn.Module, inputs: Any) -> Any:
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """The model on the inputs of a pair: one object, a tuple of arguments, or a mapping of keyword arguments."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+    return model(*inputs) if type(inputs) in (tuple, list) else model(inputs)  # a PackedSequence is one input
 
 
-def _logits(output: Any) -> Any:
+def logits_of(output: Any) -> Any:
     """What a loss function gets: the tensor itself, or the logits of a ModelOutput."""
     if isinstance(output, Tensor):
         return output
@@ -58,8 +61,22 @@ def _logits(output: Any) -> Any:
     return output if logits is None else logits
 
 
-def _own_loss(output: Any, inputs: Mapping[str, Any]) -> Tensor:
+def _cross_entropy(output: Any, targets: Any) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"the model returned a {type(output).__name__} without logits: pass loss_fn=, which gets it whole"
+        )
+    return nn.functional.cross_entropy(output, targets)
+
+
+def own_loss(output: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """The loss that a model computed from the labels in its inputs."""
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None and isinstance(output, tuple) and not hasattr(output, "_fields"):
+        raise ValueError(
+            "batch: the model returned a plain tuple, in which the loss has no name; let it return a mapping or a "
+            "ModelOutput (return_dict=True), or pass closure="
+        )
     if loss is None:
         has = "labels are in the batch, but" if "labels" in inputs else "the batch has no labels:"
         raise ValueError(
@@ -69,38 +86,43 @@ def _own_loss(output: Any, inputs: Mapping[str, Any]) -> Tensor:
     return loss
 
 
-def _usable(value: Any, devices: set[torch.device], name: str) -> Any:
+def _usable(value: Any, devices: set[torch.device], name: str, check_size: bool = True) -> Any:
     """The batch with tensors that can take part in a graph and get no .grad; checks size and device."""
     if isinstance(value, Tensor):
-        if value.dim() and value.shape[0] == 0:
+        if check_size and value.dim() and value.shape[0] == 0:
             raise ValueError(f"{name} has shape {tuple(value.shape)}: an empty batch has no gradient")
-        if value.device.type not in {device.type for device in devices} and devices:
+        lengths = value.device.type == "cpu" and value.dim() == 1 and not value.is_floating_point()  # of sequences
+        if value.device.type not in {device.type for device in devices} and devices and not lengths:
             raise ValueError(
                 f"{name} is on {value.device}, the model on {' and '.join(sorted(map(str, devices)))}; move it there"
             )
         return value.clone() if value.is_inference() else value.detach()
     if isinstance(value, Mapping):
-        return {k: _usable(v, devices, f"{name}[{k!r}]") for k, v in value.items()}
+        return {k: _usable(v, devices, f"{name}[{k!r}]", check_size) for k, v in value.items()}
     if isinstance(value, tuple | list) and type(value) in (tuple, list):
-        return type(value)(_usable(v, devices, f"{name}[{i}]") for i, v in enumerate(value))
+        return type(value)(_usable(v, devices, f"{name}[{i}]", check_size) for i, v in enumerate(value))
     return value
 
 
-def check_loss(loss: Any, model: nn.Module, compute_loss: Callable[[], Tensor]) -> None:
-    """Raises an error that names the cause unless the loss is a finite floating-point scalar with a graph."""
+def check_loss(loss: Any) -> None:
+    """Raises an error that names what was found unless the loss is a floating-point scalar with a graph."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"the loss is a {type(loss).__name__}; a scalar tensor is needed")
     if loss.numel() != 1:
         raise ValueError(f"the loss has shape {tuple(loss.shape)}; a scalar is needed (take its mean)")
     if not loss.is_floating_point():
         raise TypeError(f"the loss is {loss.dtype}; a floating-point scalar is needed")
-    if not bool(torch.isfinite(loss)):
-        raise ValueError(f"the loss is {float(loss.detach())}: {_why_not_finite(model, compute_loss)}")
     if not loss.requires_grad:
         raise ValueError(
             "the loss does not depend on the model's layers: it has no graph (was it detached, or computed under "
             "no_grad or from numbers?)"
         )
+
+
+def require_finite(loss: Tensor, model: nn.Module, compute_loss: Callable[[], Tensor]) -> None:
+    """Raises an error that names the layers at fault where the loss is not finite; waits for the device."""
+    if not bool(torch.isfinite(loss)):
+        raise ValueError(f"the loss is {float(loss.detach())}: {_why_not_finite(model, compute_loss)}")
 
 
 def _why_not_finite(model: nn.Module, compute_loss: Callable[[], Tensor]) -> str:
@@ -120,8 +142,9 @@ def _why_not_finite(model: nn.Module, compute_loss: Callable[[], Tensor]) -> str
         layer.module.register_forward_hook(note(layer.name)) for layer in find_layers(dict(model.named_modules()))
     ]
     try:
-        with torch.no_grad():
-            compute_loss()
+        compute_loss()
+    except Exception:  # it ran once; a closure that cannot run again tells nothing more
+        return "all weights are finite, and the loss cannot be computed again to see which outputs are not"
     finally:
         for handle in handles:
             handle.remove()

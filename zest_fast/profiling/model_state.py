@@ -28,7 +28,7 @@ class ModelState(AbstractContextManager["ModelState"]):
         self._parameters = [(p, p.requires_grad, p.grad, p._post_accumulate_grad_hooks) for p in parameters]
         self._modes = [(module, module.training) for module in modules]
         # The dictionaries, because a model may replace or add buffers; clones, because it may write into them.
-        self._registered = [(module, dict(module._buffers)) for module in modules if module._buffers]
+        self._registered = [(module, dict(module._buffers)) for module in modules]
         self._contents = [
             (buffer, buffer.detach().clone())
             for buffer in {id(b): b for _, buffers in self._registered for b in buffers.values()}.values()
@@ -61,7 +61,7 @@ class ModelState(AbstractContextManager["ModelState"]):
                 module._buffers.update(buffers)
         with torch.no_grad():
             for buffer, clone in self._contents:  # all: native batch norm writes without a new version number
-                buffer.copy_(clone)
+                _write(buffer, clone)
         torch.set_rng_state(self._cpu_random)
         for device, state in self._cuda_random.items():
             torch.cuda.set_rng_state(state, device)
@@ -77,3 +77,12 @@ class ModelState(AbstractContextManager["ModelState"]):
             p.grad = grad
             p._post_accumulate_grad_hooks = hooks
         self.rewind()
+
+
+def _write(buffer: Tensor, clone: Tensor) -> None:
+    """Copies clone into buffer; entries that an expanded buffer repeats are written once."""
+    if buffer.layout == torch.strided:
+        for dim, (size, stride) in enumerate(zip(buffer.shape, buffer.stride(), strict=True)):
+            if stride == 0 and size > 1:
+                buffer, clone = buffer.narrow(dim, 0, 1), clone.narrow(dim, 0, 1)
+    buffer.copy_(clone)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zest_fast import kernels
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
-from zest_fast.profiling.loss import check_loss, loss_of
+from zest_fast.profiling.loss import check_loss, loss_of, require_finite
 from zest_fast.profiling.metrics import (
     BACKWARD,
     FISHER,
@@ -64,7 +64,8 @@ def profile(
             (module name, module) -> bool, or None = every layer but embeddings.
         metrics: names (see ``zest_fast.profiling.metrics.METRICS``); None = all that one pass yields. What only other
             metrics need is not computed: without backward metrics there is no backward pass.
-        backend: "auto", "reference" (float64, slow), "cpu"; "triton" and "cuda" are not built yet.
+        backend: "auto" (by device and layer; ``LayerProfile.backend`` says what ran), "cpu", "triton", "cuda", or
+            "reference" (float64, slow, any device).
         loss_scale: the factor that the loss already carries (as under a GradScaler); the statistics and the reported
             loss are divided by it.
 
@@ -76,7 +77,7 @@ def profile(
         TypeError, ValueError: an argument that does not fit, a model on the meta device, a loss that is not a finite
             scalar or does not depend on the model. The message names the argument or layer.
         RuntimeError: inside ``torch.inference_mode``, or inside another profile of the same model.
-        NotImplementedError: metrics or backends that are not built yet.
+        NotImplementedError: metrics that are not built yet, or TorchScript modules, which take no hooks.
         Whatever model, loss_fn or closure raise passes through unchanged.
     """
     names = select_metrics(metrics)
@@ -99,6 +100,11 @@ def profile(
         return job.run(compute_loss, float(loss_scale))
     finally:
         _in_progress.difference_update(modules.values())
+
+
+def is_being_profiled(module: nn.Module) -> bool:
+    """Whether a call of this module belongs to a profile: the weights then require gradients that nobody asked for."""
+    return module in _in_progress
 
 
 class _Pass:
@@ -140,7 +146,8 @@ class _Pass:
                 routes = revised
                 state.clear_gradients()
                 state.rewind()
-            statistics.finish()
+            statistics.finish(self._chosen)
+            require_finite(loss, self._model, compute_loss)
             reached = self._reached(taps, loss)
         return build_profile(
             self._model,
@@ -173,7 +180,9 @@ class _Pass:
         with taps:
             with nullcontext() if self._backward else _saving_nothing():
                 loss = compute_loss()
-            check_loss(loss, self._model, compute_loss)
+            check_loss(loss)
+            if loss.device.type == "cpu":  # elsewhere the look at it would wait for the device: at the end
+                require_finite(loss, self._model, compute_loss)
             if self._backward:
                 with _gradients_of_others(loss, state.parameters):
                     taps.backward(loss)

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zest_fast import kernels
-from zest_fast.kernels import GradientMoments, Moments
+from zest_fast.kernels import Collector, GradientMoments, Moments
 from zest_fast.profiling import layer_rules
 from zest_fast.profiling.layers import Layer, Weight
 from zest_fast.profiling.metrics import NEEDS_TILES, PRODUCT, WEIGHT, LayerStatistics
+from zest_fast.profiling.nearest import some
+
+
+def _naming_the_layer(method: Callable[..., None]) -> Callable[..., None]:
+    """What a kernel refuses is an error that names the layer (or parameter) it was refused for."""
+
+    @functools.wraps(method)
+    def wrapped(self: Statistics, subject: Layer | Weight, *arguments: Any, **options: Any) -> None:
+        try:
+            method(self, subject, *arguments, **options)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            name = subject.name if isinstance(subject, Layer) else subject.layers[0].name
+            raise type(error)(f"layer {name!r}: {error}") from error
+
+    return wrapped
 
 
 class Statistics:
-    """The observer of one pass.
+    """The observer of one pass. Results may wait on a GPU until ``finish``.
 
     Args:
         needed: kinds of statistics, as ``zest_fast.profiling.metrics.statistics_needed`` gives them.
@@ -26,45 +42,73 @@ class Statistics:
     def __init__(self, needed: frozenset[str], backend: str) -> None:
         self.needed = needed
         self.backend = backend
+        self.collector = Collector(backend)
+        self._outputs: dict[Layer, list[Callable[[], Moments]]] = {}
+        self._gradients: dict[Weight, Callable[[], GradientMoments]] = {}
+        self._weights: dict[Weight, Callable[[], Moments]] = {}
         self._products: dict[Layer, list[Tensor]] = {}
+        self._fisher: dict[Layer, list[Callable[[], float]]] = {}
         self.outputs: dict[Layer, Moments] = {}
         self.gradients: dict[Weight, GradientMoments] = {}
+        self.weights: dict[Weight, Moments] = {}
         self.fisher: dict[Layer, float] = {}
 
+    @_naming_the_layer
     def output(self, layer: Layer, y: Tensor) -> None:
-        found = kernels.implementation(self.backend, y.device).moments(y)
-        before = self.outputs.get(layer)
-        self.outputs[layer] = found if before is None else before.merge(found)
+        self._outputs.setdefault(layer, []).extend(self.collector.moments([y]))
 
+    @_naming_the_layer
     def linear(self, layer: Layer, x: Tensor, g: Tensor, y: Callable[[], Tensor]) -> None:
-        if NEEDS_TILES & self.needed or x.dtype != g.dtype:
-            found = layer_rules.linear_gradient_moments(layer.module, x, g, self.backend)
+        # ΣW⊙dW = ΣY⊙G − Σb·db holds for Y as it is before rounding: in half precision tiles are nearer to the truth.
+        rounded = PRODUCT in self.needed and g.dtype.itemsize < 4
+        if NEEDS_TILES & self.needed or x.dtype != g.dtype or rounded:
+            found = layer_rules.linear_gradient_moments(self.collector, layer.module, x, g)
         else:
             found = layer_rules.linear_gradient_moments_without_tiles(
-                layer.module, x, g, y() if PRODUCT in self.needed else None
+                self.collector, layer.module, x, g, y() if PRODUCT in self.needed else None
             )
-        self.gradients[layer.weight] = found
+        self._gradients[layer.weight] = found
 
+    @_naming_the_layer
     def weight_gradient(self, weight: Weight, dw: Tensor) -> None:
-        self.gradients[weight] = layer_rules.weight_gradient_moments(dw, weight.parameter, self.backend)
+        self._gradients[weight] = layer_rules.weight_gradient_moments(self.collector, dw, weight.parameter)
 
+    @_naming_the_layer
     def output_gradient(self, layer: Layer, y: Callable[[], Tensor], g: Tensor, only_use: bool) -> None:
         if only_use:
-            self.fisher[layer] = layer_rules.fisher_of_one_use(layer, y(), g, self.backend)
+            self._fisher[layer] = [layer_rules.fisher_of_one_use(self.collector, layer, y(), g)]
         else:
-            self._products.setdefault(layer, []).append(layer_rules.output_products(layer, y(), g, self.backend))
+            products = layer_rules.output_products(self.collector, layer, y(), g)
+            self._products.setdefault(layer, []).append(products)
 
-    def finish(self) -> None:
-        """S of several uses is summed first; where they differ in the number of samples, fisher is summed over uses."""
+    def finish(self, layers: Iterable[Layer]) -> None:
+        """Fetches all results, and the statistics of weights that no gradient brought along.
+
+        S of several uses is summed first; where they differ in the number of samples, fisher is summed over uses.
+        """
         for layer, products in self._products.items():
             if len({s.shape for s in products}) == 1:
                 products = [torch.stack(products).sum(0)]
-            self.fisher[layer] = sum(layer_rules.fisher_of_products(s) for s in products)
+            self._fisher[layer] = [layer_rules.fisher_of_products(self.collector, s) for s in products]
+        if WEIGHT in self.needed:
+            by_device: dict[torch.device, list[Weight]] = {}
+            for weight in {layer.weight: None for layer in layers if layer.weight not in self._gradients}:
+                by_device.setdefault(weight.parameter.device, []).append(weight)
+            for weights in by_device.values():
+                try:
+                    found = self.collector.moments([weight.parameter.detach() for weight in weights])
+                except (ValueError, TypeError, NotImplementedError) as error:
+                    raise type(error)(f"weights of {some(w.layers[0].name for w in weights)}: {error}") from error
+                self._weights.update(zip(weights, found, strict=True))
+        self.collector.fetch()
+        self.outputs = {layer: _merged([later() for later in found]) for layer, found in self._outputs.items()}
+        self.gradients = {weight: later() for weight, later in self._gradients.items()}
+        self.weights = {weight: later() for weight, later in self._weights.items()}
+        self.fisher = {layer: sum(later() for later in found) for layer, found in self._fisher.items()}
 
     def of(self, layer: Layer, loss_scale: float) -> tuple[LayerStatistics, int]:
         """The statistics of a layer, gradients divided by the loss scale, and how many entries were not finite."""
-        weight = layer.weight.parameter.detach()
-        s = LayerStatistics(count=float(weight.numel()))
+        s = LayerStatistics(count=float(layer.weight.parameter.numel()))
         nonfinite = 0.0
         gradients = self.gradients.get(layer.weight)
         if gradients is not None:
@@ -74,8 +118,8 @@ class Statistics:
             s.product_sum = gradients.product_sum / loss_scale
             s.product_abs_sum = gradients.product_abs_sum / loss_scale
             nonfinite += gradients.gradient.nonfinite + gradients.weight_nonfinite
-        elif WEIGHT in self.needed:
-            w = kernels.moments([weight], backend=self.backend)[0]
+        elif layer.weight in self.weights:
+            w = self.weights[layer.weight]
             s.weight_mean, s.weight_std, s.weight_norm = w.mean, w.std, w.norm
             nonfinite += w.nonfinite
         if layer in self.outputs:
@@ -86,6 +130,10 @@ class Statistics:
             if not math.isfinite(s.fisher):
                 s.fisher = math.nan
         return s, int(nonfinite)
+
+
+def _merged(parts: list[Moments]) -> Moments:
+    return functools.reduce(Moments.merge, parts)
 
 
 def _divided(m: Moments, scale: float) -> Moments:

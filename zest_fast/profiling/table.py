@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from zest_fast import kernels
 from zest_fast.profiling.heads import find_head
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.layers import Layer, unsupported
@@ -51,14 +50,13 @@ def build_profile(
             "nonfinite": nonfinite,
             "note": layer.note or _missing_output(layer, statistics),
         }
-    backends = {kernels.pick_backend(statistics.backend, layer.weight.parameter.device) for layer in rows}
     return LayerProfile(
         [layer.name for layer in rows],
         metrics,
         values,
         info=info,
         loss=loss,
-        backend="+".join(sorted(backends)),
+        backend="+".join(sorted(statistics.collector.used)),
         uncovered=_uncovered(every_layer, chosen, rows, taps),
     )
 

@@ -1,4 +1,4 @@
-"""Loading with transformers, without its bars and reports between the demo's own lines."""
+"""Loading with transformers without its bars and reports: what matters of them is in our own lines and errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

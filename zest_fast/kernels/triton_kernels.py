@@ -1,0 +1,73 @@
+"""Triton backend: the functions that a GPU runs, and whether it can. Imports Triton only when one of them is called.
+
+Every function queues kernels on the current stream and returns at once: results stay on the device, nothing
+synchronises, no atomics, reductions in a fixed order. A row of moments is count, mean, m2, abs_mean, abs_m2, nonfinite;
+of a gradient with its weight these six of dW, then weight_mean, weight_m2, weight_nonfinite, product_sum,
+product_abs_sum (``Moments`` and ``GradientMoments`` in zest_fast.kernels.statistics).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_OLDEST_TRITON = (3, 6)
+
+
+def available() -> str:
+    """Why the kernels cannot run here; empty if they can (a GPU, or CPU tensors under TRITON_INTERPRET=1)."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); pip install triton, or a CUDA build of torch, which brings it"
+    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
+    if version < _OLDEST_TRITON:
+        return f"Triton {triton.__version__} is installed; {'.'.join(map(str, _OLDEST_TRITON))} or newer is needed"
+    if interpreted():
+        return ""
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"the GPU has compute capability {major}.{minor}; 8.0 (A100) or newer is needed"
+    return ""
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors: set before Triton's kernels are first imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def moments_into(tensors: Sequence[Tensor], out: Tensor) -> None:
+    """Moments of each tensor into out [len(tensors), 6], float64; see triton_moments."""
+    from zest_fast.kernels import triton_moments
+
+    triton_moments.moments_into(tensors, out)
+
+
+def gradient_moments_into(dw: Tensor, w: Tensor, out: Tensor) -> None:
+    """Moments of dw and w (same shape) and of their product into out [11], float64; see triton_gradient."""
+    from zest_fast.kernels import triton_gradient
+
+    triton_gradient.gradient_moments_into(dw, w, out)
+
+
+def linear_gradient_moments_into(x: Tensor, g: Tensor, w: Tensor, out: Tensor) -> None:
+    """``gradient_moments_into`` of dW = gᵀx for x [T, I], g [T, O], w [O, I], dW never stored; see triton_linear.
+
+    Raises:
+        NotImplementedError: x and g are float64, which tensor cores do not multiply; take the next backend.
+    """
+    from zest_fast.kernels import triton_linear
+
+    triton_linear.linear_gradient_moments_into(x, g, w, out)
+
+
+def channel_products(y: Tensor, g: Tensor) -> Tensor:
+    """S [N, K] = Σ_p y ⊙ g in float64 for y, g [N, P, K] of any strides; see triton_channels."""
+    from zest_fast.kernels import triton_channels
+
+    return triton_channels.channel_products(y, g)

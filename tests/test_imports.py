@@ -16,6 +16,8 @@ FREE_OF_TORCH = (
     "profiling/profile_files.py",
     "profiling/heat_map.py",
     "ranking/ranking.py",
+    "sweeping/tables.py",
+    "sweeping/records.py",
 )
 
 

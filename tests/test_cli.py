@@ -309,6 +309,7 @@ def test_doctor_says_what_is_off_and_why(run):
         assert state["on"] or state["why"]
     shown = run("doctor").stdout
     assert "triton" in shown and "backend='auto' on cpu: cpu" in shown
+    assert all(f"{name}: {what}" in shown for name, what in found["optional"].items())  # [brackets] and all
 
 
 def test_json_is_strict(capsys):

@@ -137,4 +137,4 @@ def doctor_table(found: Mapping[str, Any]) -> None:
     for device, backend in found["auto"].items():
         console.print(f"backend='auto' on {device}: {backend}")
     for name, what in {**found["versions"], **found["optional"]}.items():
-        console.print(f"{name}: {what}", highlight=False)
+        console.print(f"{name}: {what}", highlight=False, markup=False)

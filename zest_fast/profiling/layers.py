@@ -127,10 +127,12 @@ def channel_dim(layer: Layer, y: Tensor) -> int:
     spatial = 0
     if isinstance(layer.output_module, (*_CONVOLUTIONS, *_TRANSPOSED)):
         spatial = len(layer.output_module.kernel_size)
-    elif layer.kind == "parameter" and y.dim() == layer.weight.parameter.dim() >= 3:
-        outputs = layer.weight.parameter.shape[0]  # a convolution that someone wrote: [out, in, ...] and [N, out, ...]
-        if y.shape[1] == outputs and (y.dim() > 3 or y.shape[-1] != outputs):
-            spatial = y.dim() - 2
+    elif (
+        layer.kind == "parameter"
+        and y.dim() == layer.weight.parameter.dim() > 3
+        and y.shape[1] == layer.weight.parameter.shape[0] > 1
+    ):  # a convolution that someone wrote, [out, in, height, width]; not a table of positions [1, ...]
+        spatial = y.dim() - 2
     return -1 - spatial
 
 

@@ -22,10 +22,11 @@ from torch import nn
 import zest_fast
 from zest_fast import profile
 from zest_fast.finetuning.selective_backward import SelectiveBackward
+from zest_fast.profiling.loss import call_model
 from zest_fast.sweeping import sweep as sweep_module
 from zest_fast.sweeping.boundaries import trace_calls
 from zest_fast.sweeping.head import choose_strength, fit_head
-from zest_fast.sweeping.inputs import call, rows_of
+from zest_fast.sweeping.inputs import rows_of
 from zest_fast.sweeping.prefix_cache import PrefixCache, find_boundary
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.records import read_records
@@ -379,5 +380,5 @@ def test_inputs_are_taken_by_rows() -> None:
     model, splits = make(Attention)
     model.eval()
     rows = torch.tensor([4, 0])
-    whole = call(model, splits["score"][0])
-    torch.testing.assert_close(call(model, rows_of(splits["score"][0], rows)), whole[rows])
+    whole = call_model(model, splits["score"][0])
+    torch.testing.assert_close(call_model(model, rows_of(splits["score"][0], rows)), whole[rows])

@@ -147,7 +147,8 @@ class _Pass:
                 state.clear_gradients()
                 state.rewind()
             statistics.finish(self._chosen)
-            require_finite(loss, self._model, compute_loss)
+            if loss.device.type != "cpu":
+                require_finite(loss, self._model, compute_loss)
             reached = self._reached(taps, loss)
         return build_profile(
             self._model,
@@ -181,7 +182,7 @@ class _Pass:
             with nullcontext() if self._backward else _saving_nothing():
                 loss = compute_loss()
             check_loss(loss)
-            if loss.device.type == "cpu":  # elsewhere the look at it would wait for the device: at the end
+            if loss.device.type == "cpu":  # elsewhere a look would wait for the device: after the pass
                 require_finite(loss, self._model, compute_loss)
             if self._backward:
                 with _gradients_of_others(loss, state.parameters):

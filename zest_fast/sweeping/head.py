@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from zest_fast.profiling.heads import find_head
-from zest_fast.sweeping.inputs import Inputs, batches, call, count, logits_of, rows_of
+from zest_fast.profiling.loss import call_model
+from zest_fast.sweeping.inputs import Inputs, batches, count, logits_of, rows_of
 
 
 def classifier_of(model: nn.Module) -> tuple[str, nn.Linear]:
@@ -32,7 +33,7 @@ def features_of(model: nn.Module, head: nn.Linear, inputs: Inputs, batch_size: i
     try:
         for rows in batches(count(inputs), batch_size):
             seen.clear()
-            logits = logits_of(call(model, rows_of(inputs, rows)))
+            logits = logits_of(call_model(model, rows_of(inputs, rows)))
             if len(seen) != 1 or not torch.equal(seen[0][1], logits):
                 raise ValueError("the model's logits are not the output of its last nn.Linear; a sweep cannot train it")
             features.append(seen[0][0].float())

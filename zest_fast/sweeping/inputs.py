@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from zest_fast.profiling import loss
 
 Inputs = Tensor | Mapping[str, Tensor]
 
@@ -24,14 +26,9 @@ def rows_of(inputs: Inputs, rows: Tensor) -> Inputs:
     return {name: tensor[rows] for name, tensor in inputs.items()}
 
 
-def call(model: nn.Module, inputs: Inputs) -> Any:
-    """The model's output."""
-    return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
-
-
 def logits_of(output: Any) -> Tensor:
     """[samples, classes]: the output itself, or the logits of a ModelOutput."""
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    logits = loss.logits_of(output)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         shape = f"of shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(output).__name__
         raise ValueError(f"the model's output is {shape}; a sweep needs a classifier: logits [samples, classes]")

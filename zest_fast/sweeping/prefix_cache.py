@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from zest_fast.profiling.loss import call_model
 from zest_fast.sweeping.boundaries import (
     Boundary,
     Call,
@@ -23,7 +24,7 @@ from zest_fast.sweeping.boundaries import (
     intercepted,
     tensors,
 )
-from zest_fast.sweeping.inputs import Inputs, batches, call, count, logits_of, rows_of
+from zest_fast.sweeping.inputs import Inputs, batches, count, logits_of, rows_of
 
 TRACED, VERIFIED = 2, 3  # samples; different numbers, so that a shape taken from the trace does not go unnoticed
 TOLERANCE = 1e-5  # of the largest logit: other batch sizes choose other kernels
@@ -45,7 +46,7 @@ def find_boundary(model: nn.Module, trace: Trace, place: Call, weight: Tensor, p
     traced = rows_of(probe, torch.arange(TRACED))
     others = rows_of(probe, torch.arange(TRACED, TRACED + VERIFIED))
     best = None
-    for boundary in boundaries_before(trace, place, lambda: call(model, traced)):
+    for boundary in boundaries_before(trace, place, lambda: call_model(model, traced)):
         if best is not None and boundary.bytes_per_sample >= best.bytes_per_sample:
             continue
         if _gives_the_same(model, boundary, weight, others):
@@ -69,11 +70,11 @@ def _gives_the_same(model: nn.Module, boundary: Boundary, weight: Tensor, inputs
     before = weight.detach().clone()
     try:
         with intercepted(boundary.trace, boundary.skipped, keep):
-            call(model, inputs)
+            call_model(model, inputs)
         weight.mul_(1.25)
-        expected = logits_of(call(model, inputs))
+        expected = logits_of(call_model(model, inputs))
         with intercepted(boundary.trace, boundary.skipped, replay):
-            found = logits_of(call(model, inputs))
+            found = logits_of(call_model(model, inputs))
     except (RuntimeError, ValueError, TypeError, IndexError):  # what a model says to placeholders in the wrong places
         return False
     finally:
@@ -112,9 +113,9 @@ class PrefixCache:
         """The model's output for the samples with these numbers."""
         boundary = self._boundary
         if boundary is None or not boundary.skipped:
-            return call(self._model, rows_of(self._inputs, rows))
+            return call_model(self._model, rows_of(self._inputs, rows))
         with intercepted(boundary.trace, boundary.skipped, partial(self._replay, rows)):
-            return call(self._model, rows_of(self._inputs, rows))
+            return call_model(self._model, rows_of(self._inputs, rows))
 
     @torch.no_grad()
     def advance(self, boundary: Boundary) -> None:
@@ -154,7 +155,7 @@ class PrefixCache:
 
         try:
             with intercepted(trace, skipped, take, watched=fresh):
-                call(self._model, rows_of(self._inputs, rows))
+                call_model(self._model, rows_of(self._inputs, rows))
         except _Reached:
             return
         raise RuntimeError("the forward pass took another way than the traced one; sweep with reuse=False")

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from zest_fast.finetuning.delta import hash_tensors
 from zest_fast.finetuning.trainable_layers import Part, chosen_layers
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
+from zest_fast.profiling.loss import call_model
 from zest_fast.profiling.metrics import METRIC_NAMES
 from zest_fast.profiling.model_state import ModelState
 from zest_fast.profiling.profile import profile
 from zest_fast.sweeping.boundaries import Boundary, Call, Trace, trace_calls
 from zest_fast.sweeping.head import choose_strength, classifier_of, features_of, fit_head
-from zest_fast.sweeping.inputs import Inputs, batches, call, count, logits_of, rows_of
+from zest_fast.sweeping.inputs import Inputs, batches, count, logits_of, rows_of
 from zest_fast.sweeping.prefix_cache import TRACED, VERIFIED, PrefixCache, find_boundary
 from zest_fast.sweeping.progress import Progress
 from zest_fast.sweeping.recipe import Recipe
@@ -252,8 +253,8 @@ class _Sweep:
         inputs, _ = self._splits["train"]
         probe = rows_of(inputs, torch.arange(min(count(inputs), TRACED + VERIFIED)))
         traced = rows_of(probe, torch.arange(min(count(probe), TRACED)))
-        call(self._model, traced)  # the first pass is slower than the others
-        trace = trace_calls(self._model, lambda: call(self._model, traced), count(traced))
+        call_model(self._model, traced)  # the first pass is slower than the others
+        trace = trace_calls(self._model, lambda: call_model(self._model, traced), count(traced))
         tasks = []
         for layer, seeds in left.items():
             place = _first_use(self._model, layer, trace)

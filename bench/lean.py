@@ -1,10 +1,10 @@
-"""`python -m bench.lean`: what a step of selective fine-tuning keeps and costs, plain and lean, beside full fine-tuning.
+"""`python -m bench.lean`: what a step of selective fine-tuning keeps and costs, plain, lean, and beside a full one.
 
     full    every parameter trains, batch norm in training mode
     cut     five layers and the head train, backward ends at the lowest of them (at half the depth)
     lean    the same, and what is frozen above the cut keeps only what the gradient of its input needs
 
-Convolutional networks in float32 with batches of 32 images of 224²: counted bytes of two AdamW steps (states included,
+Convolutional networks in float32 with batches of 32 images of 224²: counted bytes of an AdamW step (states included,
 weights and batch not), bytes that autograd keeps, and processor time of a step. LLaMA in bfloat16: bytes that a frozen
 block keeps for each token, beside the formulas 16 d + 6 f (plain) and 12 d + 4 f (lean); and those of the loss.
 
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +45,7 @@ TINY_BLOCK = {"hidden_size": 32, "intermediate_size": 88, "num_attention_heads":
 def main() -> None:
     """Parse the command line, measure, print and write."""
     parser = argparse.ArgumentParser(prog="python -m bench.lean", description="lean saving beside full fine-tuning")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
     parser.add_argument("--quick", action="store_true", help="tiny models: checks that everything runs, says nothing")
     parser.add_argument("--out", type=Path, help="folder for the JSON (default bench/results)")
@@ -65,20 +65,21 @@ def main() -> None:
 
 
 def measure_network(case: Case, rounds: int) -> dict[str, object]:
-    """Bytes and processor time of a step of each of the three."""
-    peaks, kept, losses = {}, {}, {}
-    for name, tuned in _variants(case):
-        with tuned as step:
-            losses[name], kept[name] = kept_bytes(step.model, step.loss)
-            peaks[name] = peak_bytes(step.twice)
-    layers = half_depth(case.build()[0])
-    times = _times(case, rounds)
+    """Bytes and processor time of a step of each of the three. Counting the bytes warms up for the clock."""
+    with ExitStack() as stack:
+        steps = {name: stack.enter_context(variant) for name, variant in _variants(case).items()}
+        peaks, kept, losses = {}, {}, {}
+        for name, step in steps.items():
+            losses[name], kept[name] = [], []
+            peaks[name] = peak_bytes(partial(step.counted, losses[name], kept[name]))
+        times = interleave({name: step.once for name, step in steps.items()}, rounds, warmup=0, clock=time.process_time)
+        layers = half_depth(steps["lean"].model)
     return {
         "model": case.model,
         "shape": case.shape,
         "layers": layers,
-        "loss": losses,
-        "kept_bytes": kept,
+        "loss": {name: value for name, (value,) in losses.items()},
+        "kept_bytes": {name: count for name, (count,) in kept.items()},
         "peak_bytes": peaks,
         "peak_to_full": {name: peak / peaks["full"] for name, peak in peaks.items()},
         "seconds": {name: median(values).as_dict() for name, values in times.items()},
@@ -87,31 +88,36 @@ def measure_network(case: Case, rounds: int) -> dict[str, object]:
 
 
 class Step:
-    """A training step of one model; the optimizer's states come into being with the first one."""
+    """A training step of one model."""
 
     def __init__(self, model: nn.Module, batch: Batch, parameters: list[nn.Parameter]) -> None:
         self.model, self.batch = model, batch
         self.parameters = parameters
         self.optimizer = adamw(parameters, lr=1e-5)
 
-    def loss(self) -> Tensor:
-        return self.model(**self.batch).loss
-
     def once(self) -> None:
-        self.loss().backward()
+        self.model(**self.batch).loss.backward()
+        self._update()
+
+    def counted(self, losses: list[float], kept: list[int]) -> None:
+        """The same with an optimizer that has its states; adds the loss and the bytes that autograd keeps."""
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self._update()
+        with keeping(self.model) as counted:
+            loss = self.model(**self.batch).loss
+        losses.append(float(loss.detach()))
+        kept.append(sum(counted.values()))
+        loss.backward()
+        self._update()
+
+    def _update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def twice(self) -> None:
-        self.optimizer = adamw(self.parameters, lr=1e-5)  # without states
-        self.once()
-        self.once()
 
-
-def _variants(case: Case) -> Iterator[tuple[str, Callable[[], object]]]:
-    yield "full", _full(case)
-    yield "cut", _selective(case, lean=False)
-    yield "lean", _selective(case, lean=True)
+def _variants(case: Case) -> dict[str, AbstractContextManager[Step]]:
+    return {"full": _full(case), "cut": _selective(case, lean=False), "lean": _selective(case, lean=True)}
 
 
 @contextmanager
@@ -123,9 +129,11 @@ def _full(case: Case) -> Iterator[Step]:
 @contextmanager
 def _selective(case: Case, *, lean: bool) -> Iterator[Step]:
     model, batch = case.build()
-    with SelectiveBackward(model, half_depth(model), lean=False) as tuned:
-        with apply_lean(model) if lean else nullcontext():
-            yield Step(model, batch, list(tuned.parameters()))
+    with (
+        SelectiveBackward(model, half_depth(model), lean=False) as tuned,
+        apply_lean(model) if lean else nullcontext(),
+    ):
+        yield Step(model, batch, list(tuned.parameters()))
 
 
 def half_depth(model: nn.Module) -> list[str]:
@@ -135,19 +143,9 @@ def half_depth(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(names[lowest + (last - lowest) * i // (CHOSEN - 1)] for i in range(CHOSEN)))
 
 
-def _times(case: Case, rounds: int) -> dict[str, list[float]]:
-    """Processor seconds of a step: other processes share the cores, and do not count."""
-    contexts = dict(_variants(case))
-    steps = {name: context.__enter__() for name, context in contexts.items()}
-    try:
-        return interleave({name: step.once for name, step in steps.items()}, rounds, clock=time.process_time)
-    finally:
-        for context in contexts.values():
-            context.__exit__(None, None, None)
-
-
-def kept_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[float, int]:
-    """The loss, and the bytes that autograd keeps for its backward pass: each storage once, without the model's own."""
+@contextmanager
+def keeping(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Counts what autograd keeps for the backward pass: bytes of each storage, without the model's own."""
     own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
@@ -158,8 +156,7 @@ def kept_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[float, int
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        value = loss()
-    return float(value.detach()), sum(kept.values())
+        yield kept
 
 
 def measure_block(sizes: dict[str, int], tokens: int) -> dict[str, object]:
@@ -185,8 +182,9 @@ def _llama_bytes(sizes: dict[str, int], tokens: int, blocks: int, *, lean: bool)
     model, batch = llama(1, tokens, **(sizes | {"num_hidden_layers": blocks}))
     model.to(torch.bfloat16).requires_grad_(False)
     model.model.embed_tokens.weight.requires_grad_(True)  # every block lies above the cut
-    with apply_lean(model) if lean else nullcontext():
-        return kept_bytes(model, lambda: model(**batch).loss)[1]
+    with apply_lean(model) if lean else nullcontext(), keeping(model) as kept:
+        loss = model(**batch).loss  # noqa: F841  else the address of a freed storage is counted once for two
+    return sum(kept.values())
 
 
 def _network_table(result: dict) -> Table:

@@ -46,7 +46,7 @@ def empty_bits(count: int, device: torch.device) -> Tensor:
 
 def memory_order(x: Tensor) -> list[int]:
     """The permutation of dimensions, outermost first, in which x lies in memory (of channels-last tensors too)."""
-    return sorted(range(x.dim()), key=lambda dim: -x.stride(dim))
+    return sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)
 
 
 def flat(x: Tensor, order: list[int]) -> Tensor:

@@ -22,7 +22,7 @@ def obstacle(module: nn.Module) -> str:
     return ""
 
 
-def convolve(module: nn.Module, x: Tensor) -> Tensor:
+def convolve(module: Any, x: Tensor) -> Tensor:
     if x.dim() != module.weight.dim():  # without a batch dimension
         return plain_forward(module)(x)
     return _FrozenConvolution.apply(x, module)

@@ -1,4 +1,4 @@
-"""Dropout: keeps one bit for each element, where torch keeps a tensor (CPU) or a byte (GPU); the same random numbers."""
+"""Dropout: keeps one bit for each element, where torch keeps a tensor (CPU) or a byte (GPU); same random numbers."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def obstacle(module: nn.Module) -> str:
     if len(module._modules) != len(form):
         return f"it has children that no gated block has: {', '.join(set(module._modules) - set(form))}"
     small = stand_in(module, torch.float32, {**form.layers(), form.act: act})
-    small.train(False)
+    small.training = False
     try:
         same = agree(
             type(module).forward.__get__(small), partial(form.run, small), inputs_like((2, _WIDTH), torch.float32)

@@ -25,11 +25,11 @@ class DeferredLogits(Tensor):
     """
 
     hidden: Tensor
-    head: nn.Module
+    head: nn.Linear
     computed: Tensor | None
 
     @staticmethod
-    def __new__(cls, hidden: Tensor, head: nn.Module, dtype: torch.dtype | None = None) -> DeferredLogits:
+    def __new__(cls, hidden: Tensor, head: nn.Linear, dtype: torch.dtype | None = None) -> DeferredLogits:
         kind = hidden.device.type
         if dtype is None:
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -55,4 +55,4 @@ class DeferredLogits(Tensor):
             args, kwargs = tree_map_only(DeferredLogits, DeferredLogits.compute, (args, kwargs or {}))
             return func(*args, **kwargs)
 
-    __torch_dispatch__ = __torch_function__
+    __torch_dispatch__ = __torch_function__  # type: ignore[assignment]

@@ -69,6 +69,7 @@ class LeanHead(LeanForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _deferring.get() is self.module and len(args) == 1 and not kwargs and self._pays(args[0]):
+            assert isinstance(self.module, nn.Linear)
             return DeferredLogits(args[0], self.module)
         return super().__call__(*args, **kwargs)
 

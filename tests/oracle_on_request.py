@@ -1,0 +1,96 @@
+"""The judge of the metrics that take passes of their own: from their definitions, by plain autograd, in float64.
+
+As in `oracle`, nothing is taken from the library, and each function leaves the model that it is given changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from oracle import rows_of
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Layers = Iterable[str] | None
+
+
+def gradients(model: nn.Module, compute: Callable[[], Tensor], layers: Layers = None) -> dict[str, Tensor]:
+    """dW in float64 of every row that the loss reaches."""
+    rows = list(rows_of(model, layers))
+    for parameter in model.parameters():
+        parameter.grad = None
+        parameter.requires_grad_(parameter.is_floating_point())
+    compute().backward()
+    return {row.name: row.weight.grad.to_dense().double() for row in rows if row.weight.grad is not None}
+
+
+def grasp(model: nn.Module, compute: Callable[[], Tensor], layers: Layers = None) -> dict[str, float]:
+    """-sum of W * (H g) by double backward."""
+    rows = list(rows_of(model, layers))
+    weights = list({id(row.weight): row.weight for row in rows}.values())
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is weight for weight in weights))
+    with sdpa_kernel(SDPBackend.MATH):
+        first = torch.autograd.grad(compute(), weights, create_graph=True, allow_unused=True)
+        slope = sum((g * g.detach()).sum() for g in first if g is not None)
+        second = torch.autograd.grad(slope, weights, allow_unused=True) if slope.requires_grad else [None] * len(first)
+    found = {
+        id(w): 0.0 if h is None else -float((w * h).sum()) for w, g, h in zip(weights, first, second, strict=True)
+        if g is not None
+    }  # fmt: skip
+    return {row.name: found[id(row.weight)] for row in rows if id(row.weight) in found}
+
+
+def grasp_by_differences(model: nn.Module, compute: Callable[[], Tensor], layers: Layers = None) -> dict[str, float]:
+    """The same where double backward cannot be had; float64 leaves six digits."""
+    first = gradients(model, compute, layers)
+    weights = {row.name: row.weight for row in rows_of(model, layers) if row.name in first}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    step = 1e-5 / math.sqrt(sum(float(g.square().sum()) for g in first.values()))
+    slopes = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(before[name] + sign * step * first[name])
+        slopes.append(gradients(model, compute, layers))
+    return {name: -float((w * (slopes[0][name] - slopes[1][name])).sum()) / (2 * step) for name, w in before.items()}
+
+
+def synflow(model: nn.Module, run: Callable[[nn.Module], Tensor], layers: Layers = None) -> dict[str, float]:
+    """sum of |W * dR/dW|; `run` gives R, the sum of what the positive model makes of ones."""
+    model.eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.abs())
+    with without_normalisation(model):
+        found = gradients(model, lambda: run(model), layers)
+    weights = {row.name: row.weight.detach() for row in rows_of(model, layers)}
+    return {name: float((weights[name] * found[name]).abs().sum()) if name in found else 0.0 for name in weights}
+
+
+@contextmanager
+def without_normalisation(model: nn.Module) -> Iterator[None]:
+    """Whatever has Norm in its name returns what it is given."""
+    modules = [module for module in model.modules() if "Norm" in type(module).__name__]
+    for module in modules:
+        module.forward = lambda x, *_: x.clone()
+    yield
+    for module in modules:
+        del module.forward
+
+
+def agreement(even: Mapping[str, Tensor], odd: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """The three metrics from the gradients of both halves."""
+    found = {}
+    for name, a in even.items():
+        b = odd[name]
+        dot, norms = float((a * b).sum()), float(a.norm() * b.norm())
+        found[name] = {
+            "agree_dot": dot,
+            "agree_sign": float((a.sign() * b).sum() + (a * b.sign()).sum()) / 2,
+            "agree_cos": dot / norms if norms else math.nan,
+        }
+    return found

@@ -27,8 +27,8 @@ def gradients(model: nn.Module, compute: Callable[[], Tensor], layers: Layers = 
     return {row.name: row.weight.grad.to_dense().double() for row in rows if row.weight.grad is not None}
 
 
-def grasp(model: nn.Module, compute: Callable[[], Tensor], layers: Layers = None) -> dict[str, float]:
-    """-sum of W * (H g) by double backward."""
+def grasp(model: nn.Module, compute: Callable[[], Tensor], layers: Layers = None) -> dict[str, tuple[float, float]]:
+    """-sum of W * (H g) by double backward, with the sum of the magnitudes of its terms."""
     rows = list(rows_of(model, layers))
     weights = list({id(row.weight): row.weight for row in rows}.values())
     for parameter in model.parameters():
@@ -38,13 +38,16 @@ def grasp(model: nn.Module, compute: Callable[[], Tensor], layers: Layers = None
         slope = sum((g * g.detach()).sum() for g in first if g is not None)
         second = torch.autograd.grad(slope, weights, allow_unused=True) if slope.requires_grad else [None] * len(first)
     found = {
-        id(w): 0.0 if h is None else -float((w * h).sum()) for w, g, h in zip(weights, first, second, strict=True)
+        id(weight): sums(torch.zeros_like(weight) if hg is None else -weight.detach() * hg)
+        for weight, g, hg in zip(weights, first, second, strict=True)
         if g is not None
-    }  # fmt: skip
+    }
     return {row.name: found[id(row.weight)] for row in rows if id(row.weight) in found}
 
 
-def grasp_by_differences(model: nn.Module, compute: Callable[[], Tensor], layers: Layers = None) -> dict[str, float]:
+def grasp_by_differences(
+    model: nn.Module, compute: Callable[[], Tensor], layers: Layers = None
+) -> dict[str, tuple[float, float]]:
     """The same where double backward cannot be had; float64 leaves six digits."""
     first = gradients(model, compute, layers)
     weights = {row.name: row.weight for row in rows_of(model, layers) if row.name in first}
@@ -56,7 +59,12 @@ def grasp_by_differences(model: nn.Module, compute: Callable[[], Tensor], layers
             for name, weight in weights.items():
                 weight.copy_(before[name] + sign * step * first[name])
         slopes.append(gradients(model, compute, layers))
-    return {name: -float((w * (slopes[0][name] - slopes[1][name])).sum()) / (2 * step) for name, w in before.items()}
+    return {name: sums(-w * (slopes[0][name] - slopes[1][name]) / (2 * step)) for name, w in before.items()}
+
+
+def sums(terms: Tensor) -> tuple[float, float]:
+    """Of the terms and of their magnitudes."""
+    return float(terms.detach().sum()), float(terms.detach().abs().sum())
 
 
 def synflow(model: nn.Module, run: Callable[[nn.Module], Tensor], layers: Layers = None) -> dict[str, float]:
@@ -73,8 +81,9 @@ def synflow(model: nn.Module, run: Callable[[nn.Module], Tensor], layers: Layers
 
 @contextmanager
 def without_normalisation(model: nn.Module) -> Iterator[None]:
-    """Whatever has Norm in its name returns what it is given."""
-    modules = [module for module in model.modules() if "Norm" in type(module).__name__]
+    """Whatever has Norm in its name returns what it is given; torch's _WeightNorm and _SpectralNorm make weights."""
+    named = [(type(module).__name__, module) for module in model.modules()]
+    modules = [module for name, module in named if "Norm" in name and not name.startswith("_")]
     for module in modules:
         module.forward = lambda x, *_: x.clone()
     yield
@@ -82,15 +91,15 @@ def without_normalisation(model: nn.Module) -> Iterator[None]:
         del module.forward
 
 
-def agreement(even: Mapping[str, Tensor], odd: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    """The three metrics from the gradients of both halves."""
+def agreement(even: Mapping[str, Tensor], odd: Mapping[str, Tensor]) -> dict[str, dict[str, tuple[float, float]]]:
+    """The three metrics from the gradients of both halves, each with the sum of the magnitudes of its terms."""
     found = {}
     for name, a in even.items():
         b = odd[name]
-        dot, norms = float((a * b).sum()), float(a.norm() * b.norm())
+        norms = float(a.norm() * b.norm()) or math.nan
         found[name] = {
-            "agree_dot": dot,
-            "agree_sign": float((a.sign() * b).sum() + (a * b.sign()).sum()) / 2,
-            "agree_cos": dot / norms if norms else math.nan,
+            "agree_dot": sums(a * b),
+            "agree_sign": sums((a.sign() * b + a * b.sign()) / 2),
+            "agree_cos": sums(a * b / norms),
         }
     return found

@@ -27,6 +27,20 @@ def leaves_of(loss: Tensor) -> tuple[dict[int, Tensor], bool]:
     """Leaf tensors (by id) in the graph of a loss, and whether reentrant checkpointing hides a part of it."""
     leaves: dict[int, Tensor] = {}
     opaque = False
+    for node in _nodes(loss):
+        opaque = opaque or node.name() == "CheckpointFunctionBackward"
+        if hasattr(node, "variable"):
+            leaves[id(node.variable)] = node.variable
+    return leaves, opaque
+
+
+def custom_functions(loss: Tensor) -> list[str]:
+    """Names of the autograd functions in the graph of a loss that are written in Python, by others than torch."""
+    found = (getattr(type(node), "_forward_cls", None) for node in _nodes(loss))
+    return sorted({f.__name__ for f in found if f is not None and f.__module__.partition(".")[0] != "torch"})
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
     seen: set[Any] = set()
     todo: list[Any] = [loss.grad_fn]
     while todo:
@@ -34,8 +48,5 @@ def leaves_of(loss: Tensor) -> tuple[dict[int, Tensor], bool]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        opaque = opaque or node.name() == "CheckpointFunctionBackward"
-        if hasattr(node, "variable"):
-            leaves[id(node.variable)] = node.variable
+        yield node
         todo += [next_node for next_node, _ in node.next_functions]
-    return leaves, opaque

@@ -15,12 +15,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zest_fast.kernels import Collector
 from zest_fast.profiling.gradient_pass import GradientPass, replaced
-from zest_fast.profiling.graph import leaves_of
+from zest_fast.profiling.graph import custom_functions, leaves_of
 from zest_fast.profiling.layer_rules import weight_gradient_moments
 from zest_fast.profiling.layers import Weight
 from zest_fast.profiling.loss import check_loss
 from zest_fast.profiling.nearest import some
 from zest_fast.profiling.taps import anchor_outputs
+
+DOUBTFUL = 0.1
+"""Relative error that a finite difference across kinks may well have; a term that is missing makes a larger one."""
 
 
 def grasp(
@@ -33,18 +36,31 @@ def grasp(
     recurrent: whether the model has an LSTM or its like, for which cuDNN has no second derivative.
     """
     try:
-        return _by_double_backward(passes, compute_loss, collector, recurrent), ""
+        found, custom = _by_double_backward(passes, compute_loss, collector, recurrent)
+        reason = ""
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # custom functions, reentrant checkpointing, kernels without a second derivative
-        reason = str(error).partition("\n")[0]
-    found = _by_finite_difference(passes, compute_loss, collector)
-    return found, f"grasp is a central finite difference, since double backward failed: {reason}"
+        found, custom, reason = {}, [], str(error).partition("\n")[0]
+    if not custom and not reason:
+        return found, ""
+    differences = _by_finite_difference(passes, compute_loss, collector)
+    if custom and _apart(found, differences):  # what a backward does out of autograd's sight is a constant to it
+        reason = f"it contradicts the difference; {', '.join(custom)} may hide from it"
+    if not reason:
+        return found, ""
+    return differences, f"grasp is a central finite difference, since double backward failed: {reason}"
+
+
+def _apart(found: dict[Weight, float], differences: dict[Weight, float]) -> bool:
+    error = math.hypot(*(found[weight] - difference for weight, difference in differences.items()))
+    return error > DOUBTFUL * math.hypot(*differences.values())
 
 
 def _by_double_backward(
     passes: GradientPass, compute_loss: Callable[[], Tensor], collector: Collector, recurrent: bool
-) -> dict[Weight, float]:
+) -> tuple[dict[Weight, float], list[str]]:
+    """Also the names of functions in the graph of which autograd cannot know the second derivative."""
     weights = passes.weights
     products: dict[Weight, Callable[[], float]] = {}
     passes.rewind()
@@ -61,6 +77,7 @@ def _by_double_backward(
         gradients = torch.autograd.grad(
             loss, [weight.parameter for weight in weights], create_graph=True, allow_unused=True
         )
+        custom = custom_functions(loss)
         missing = [weight.layers[0].name for weight, g in zip(weights, gradients, strict=True) if g is None]
         if missing:
             raise RuntimeError(f"the gradient of {some(missing)} is not in the graph")
@@ -72,7 +89,7 @@ def _by_double_backward(
                 curved, [g.detach() for g in curved], inputs=[weight.parameter for weight in weights]
             )
     collector.fetch()
-    return {weight: -products[weight]() if weight in products else 0.0 for weight in weights}
+    return {weight: -products[weight]() if weight in products else 0.0 for weight in weights}, custom
 
 
 def _hand_over(
@@ -98,8 +115,8 @@ def _by_finite_difference(
 ) -> dict[Weight, float]:
     """Hg as (∇L(Θ + hg) − ∇L(Θ − hg)) / 2h.
 
-    The step moves Θ by the cube root of its precision, relative to its norm: there the error of the formula (h²) and
-    that of rounding (1/h) are of one size.
+    The step moves Θ by the square root of its precision, relative to its norm. For smooth losses the cube root would
+    balance the errors of the formula (h²) and of rounding (1/h); a smaller one crosses fewer kinks.
     """
     gradients: dict[Weight, Tensor] = {}
     passes.run(compute_loss, gradients.__setitem__)
@@ -110,7 +127,7 @@ def _by_finite_difference(
     if length == 0:
         return dict.fromkeys(passes.weights, 0.0)
     precision = max(torch.finfo(value.dtype).eps for value in values)
-    step = precision ** (1 / 3) * _norm(values) / length
+    step = math.sqrt(precision) * _norm(values) / length
     above, below = (
         _products_at(sign * step, passes, compute_loss, collector, weights, values, directions) for sign in (1, -1)
     )

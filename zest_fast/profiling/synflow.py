@@ -6,6 +6,7 @@ everything is float64, since R is a product over the depth of the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from zest_fast.profiling.gradient_pass import GradientPass, replaced
 from zest_fast.profiling.layer_rules import weight_gradient_moments
 from zest_fast.profiling.layers import Weight
 from zest_fast.profiling.loss import call_model, logits_of
+from zest_fast.profiling.metrics import NAN
 from zest_fast.profiling.taps import first_input
 
 _NORMALISATIONS = (
@@ -35,7 +37,7 @@ _NORMALISATIONS = (
 def synflow(
     passes: GradientPass, model: nn.Module, inputs: Any, collector: Collector
 ) -> tuple[dict[Weight, float], str]:
-    """synflow of each weight, and a note where R or a gradient exceeds float64 (their values are NaN).
+    """synflow of each weight, and a note where one exceeds float64 (it is NaN then).
 
     Holds a float64 copy of every parameter and buffer; their own storage is set aside and comes back untouched.
 
@@ -44,10 +46,8 @@ def synflow(
     modules = list(model.modules())
     parameters = list(model.parameters())
     moments: dict[Weight, Any] = {}
-    overflown = False
 
     def compute() -> Tensor:
-        nonlocal overflown
         for module in modules:
             module.training = False
             for name, buffer in module._buffers.items():
@@ -56,7 +56,6 @@ def synflow(
         total = _sum_of_outputs(model, inputs, parameters[0].device)
         if not total.requires_grad:
             raise ValueError("synflow: what the model returns for an input of ones depends on no profiled layer")
-        overflown = not bool(total.isfinite())
         return total
 
     def reduce(weight: Weight, dw: Tensor) -> None:
@@ -65,9 +64,9 @@ def synflow(
     with replaced(parameters, lambda _, p: _positive(p)), _replaced_outputs(modules, _looks_up_input(model, inputs)):
         passes.run(compute, reduce)
         collector.fetch()
-    found = {weight: moments[weight]().product_abs_sum if weight in moments else 0.0 for weight in passes.weights}
-    overflown = overflown or any(value != value for value in found.values())
-    return found, "synflow is NaN where it exceeds float64" if overflown else ""
+    sums = {weight: moments[weight]().product_abs_sum if weight in moments else 0.0 for weight in passes.weights}
+    found = {weight: value if math.isfinite(value) else NAN for weight, value in sums.items()}
+    return found, "synflow is NaN where it exceeds float64" if any(map(math.isnan, found.values())) else ""
 
 
 def _sum_of_outputs(model: nn.Module, inputs: Any, device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ from untouched import bits, changes, state_of
 
 import zest_fast
 from zest_fast.kernels.agreement import agreement_sums
-from zest_fast.profiling import grasp
+from zest_fast.profiling import agreement, grasp
 from zest_fast.profiling.metrics import ALL_METRIC_NAMES, METRIC_NAMES
 
 AGREEMENT = ("agree_dot", "agree_sign", "agree_cos")
@@ -284,6 +284,20 @@ def test_halves_that_are_equal_agree_fully() -> None:
     assert found.column("agree_dot") == pytest.approx(found.column("grad_norm") ** 2, rel=1e-5)
     numel = np.array([row["numel"] for row in found.info.values()])
     assert found.column("agree_sign") == pytest.approx(found.column("grad_abs_mean") * numel, rel=1e-5)
+
+
+def test_a_linear_of_few_samples_is_compared_tile_by_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 30)), (torch.randn(5, 40), torch.arange(5))
+    monkeypatch.setattr(agreement, "_TILE_ENTRIES", 90)  # two rows of one, one row of the other
+    monkeypatch.setattr(agreement, "_Whole", lambda *_: pytest.fail("a gradient was formed as a whole"))
+    found = zest_fast.profile(model, data, metrics=AGREEMENT)
+    halves = []
+    for first in (0, 1):
+        loss = F.cross_entropy(model(data[0][first::2]), data[1][first::2])
+        halves.append(torch.autograd.grad(loss, [model[0].weight, model[2].weight]))
+    expected = [float((a * b).sum()) for a, b in zip(*halves, strict=True)]
+    assert found.column("agree_dot") == pytest.approx(expected, rel=1e-4)
 
 
 def test_each_half_has_its_own_mean() -> None:

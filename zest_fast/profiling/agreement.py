@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -15,6 +17,33 @@ from zest_fast.profiling.layers import Weight
 from zest_fast.profiling.metrics import NAN, Agreement
 
 
+@dataclass(frozen=True)
+class _Whole:
+    """dW as it is."""
+
+    dw: Tensor
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return self.dw[first:last]
+
+
+@dataclass(frozen=True)
+class _Product:
+    """dW = LᵀR of a linear layer, L [T, rows], R [T, columns]: formed a few rows at a time."""
+
+    left: Tensor
+    right: Tensor
+
+    @classmethod
+    def or_whole(cls, left: Tensor, right: Tensor) -> _Product | _Whole:
+        """What takes less memory to keep."""
+        smaller = left.numel() + right.numel() < left.shape[1] * right.shape[1]
+        return cls(left.clone(), right.clone()) if smaller else _Whole(left.t() @ right)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return self.left[:, first:last].t() @ self.right
+
+
 def agreement(
     passes: GradientPass, even_loss: Callable[[], Tensor], odd_loss: Callable[[], Tensor]
 ) -> dict[Weight, Agreement]:
@@ -22,20 +51,42 @@ def agreement(
 
     A pass a half and not rows of X and G of one joint pass: batch norm in train mode, losses that are means over
     tokens, and layers that see samples in another order or mixed would give other gradients there, silently. The
-    price is one more forward and backward over the batch, and the gradients of the first half, which are kept.
+    price is one more forward and backward over the batch, and what is kept of the first half: for a linear layer the
+    smaller of its gradient and the two matrices that it is the product of, for any other its gradient.
     """
-    even: dict[Weight, Tensor] = {}
+    even: dict[Weight, _Whole | _Product] = {}
     sums: dict[Weight, Tensor] = {}
 
-    def compare(weight: Weight, dw: Tensor) -> None:
-        if weight in even:
-            sums[weight] = agreement_sums(_dense(even[weight]), _dense(dw))
+    def keep(weight: Weight, dw: Tensor) -> None:
+        even[weight] = _Whole(_dense(dw))
 
-    passes.run(_finite(even_loss, "even"), even.__setitem__)
-    passes.run(_finite(odd_loss, "odd"), compare)
+    def keep_factors(weight: Weight, left: Tensor, right: Tensor) -> None:
+        even[weight] = _Product.or_whole(left, right)
+
+    def compare(weight: Weight, odd: _Whole | _Product) -> None:
+        if weight in even:
+            sums[weight] = _sums(weight.parameter, even[weight], odd)
+
+    passes.run(_finite(even_loss, "even"), keep, keep_factors)
+    passes.run(
+        _finite(odd_loss, "odd"),
+        lambda weight, dw: compare(weight, _Whole(_dense(dw))),
+        lambda weight, left, right: compare(weight, _Product(left, right)),
+    )
     return {weight: _agreement(*sums[weight].tolist()) if weight in sums else _APART for weight in passes.weights}
 
 
+def _sums(weight: Tensor, a: _Whole | _Product, b: _Whole | _Product) -> Tensor:
+    rows = len(weight)
+    step = max(1, _TILE_ENTRIES * rows // max(1, weight.numel()))
+    total = torch.zeros(5, dtype=torch.float64, device=weight.device)
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        total += agreement_sums(a.rows(first, last), b.rows(first, last))
+    return total
+
+
+_TILE_ENTRIES = 1 << 20  # of dW at once
 _APART = Agreement(0.0, 0.0, 0.0)  # a weight that the samples of one half do not reach, such as that of an expert
 
 

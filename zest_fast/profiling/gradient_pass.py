@@ -1,4 +1,4 @@
-"""Passes beside the one of a profile: a forward and a backward that hand over each dW as a whole."""
+"""Passes beside the one of a profile: a forward and a backward that hand over each dW."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from zest_fast.profiling.graph import gradients_of_others
+from zest_fast.profiling.layer_rules import linear_gradient_factors
 from zest_fast.profiling.layers import Layer, Weight
 from zest_fast.profiling.loss import check_loss
 from zest_fast.profiling.model_state import ModelState
 from zest_fast.profiling.taps import Routes, Taps
 
 Receive = Callable[[Weight, Tensor], None]
+ReceiveFactors = Callable[[Weight, Tensor, Tensor], None]
 
 
 class GradientPass:
@@ -40,20 +42,23 @@ class GradientPass:
         self._state.clear_gradients()
         self._state.rewind()
 
-    def run(self, compute_loss: Callable[[], Tensor], receive: Receive) -> None:
+    def run(
+        self, compute_loss: Callable[[], Tensor], receive: Receive, receive_factors: ReceiveFactors | None = None
+    ) -> None:
         """One forward and one backward; ``receive`` gets (weight, dW), all uses together, one dW at a time.
 
-        It may be called again for a weight, with what then counts: some models show only while they run how their
-        gradients have to be collected (see ``Taps.revised``).
+        Where ``receive_factors`` is given, dW of a linear layer with one use is not formed: it gets (weight, L, R) with
+        dW = LᵀR. Either may be called again for a weight, with what then counts: some models show only while they run
+        how their gradients have to be collected (see ``Taps.revised``).
         """
-        routes: Routes | None = Routes(tiles=False)
+        routes: Routes | None = Routes(tiles=receive_factors is not None)
         while routes is not None:
             self.rewind()
             taps = Taps(
                 self.layers,
                 self.embeddings,
                 [],
-                _Receiver(receive),
+                _Receiver(receive, receive_factors),
                 routes,
                 outputs=False,
                 gradients=True,
@@ -71,16 +76,21 @@ class GradientPass:
 class _Receiver:
     """The observer of taps that watch weight gradients only."""
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, receive_factors: ReceiveFactors | None) -> None:
         self._receive = receive
+        self._receive_factors = receive_factors
 
     def weight_gradient(self, weight: Weight, dw: Tensor) -> None:
         self._receive(weight, dw.detach())
 
+    def linear(self, layer: Layer, x: Tensor, g: Tensor, y: Callable[[], Tensor]) -> None:
+        assert self._receive_factors is not None  # without it no weight is on the tile route
+        self._receive_factors(layer.weight, *linear_gradient_factors(layer.module, x, g))
+
     def output(self, *_: object) -> None:
         raise AssertionError("outputs are not observed")
 
-    linear = output_gradient = output
+    output_gradient = output
 
 
 @contextmanager

@@ -76,8 +76,8 @@ def profile(
               and boolean inputs (masks, positions) stay as they are. Not for a closure.
             - "agree_dot", "agree_sign", "agree_cos": a pass each for the even and the odd samples, as if each half were
               the batch (batch norm in train mode included; where the loss is a mean over tokens, the mean over those
-              of the half). They keep a gradient of its size for each weight. The batch needs two samples, in the
-              first dimension of its tensors, and a loss that is a mean over samples. Not for a closure.
+              of the half). For each weight they keep at most a gradient of its size. The batch needs two samples,
+              in the first dimension of its tensors, and a loss that is a mean over samples. Not for a closure.
 
             "all" = every one of these, too; what cannot be had is then NaN, and ``.info[...]["note"]`` says why.
         backend: "auto" (by device and layer; ``LayerProfile.backend`` says what ran), "cpu", "triton", "cuda", or

@@ -126,7 +126,7 @@ def _looks_up_input(model: nn.Module, inputs: Any) -> Callable[[nn.Module, Any],
     named = None
     if callable(getattr(model, "get_input_embeddings", None)):
         try:
-            named = model.get_input_embeddings()
+            named = model.get_input_embeddings()  # type: ignore[operator]
         except NotImplementedError:
             named = None
     if isinstance(named, nn.Embedding):

@@ -3,12 +3,13 @@
     full    every parameter trains, batch norm in training mode
     cut     five layers and the head train, backward ends at the lowest of them (at half the depth)
     lean    the same, and what is frozen above the cut keeps only what the gradient of its input needs
+    bottom_cut, bottom_lean    likewise with the first layer among the five: backward runs through the whole network
 
 Convolutional networks in float32 with batches of 32 images of 224²: counted bytes of an AdamW step (states included,
 weights and batch not), bytes that autograd keeps, and processor time of a step. LLaMA in bfloat16: bytes that a frozen
 block keeps for each token, beside the formulas 16 d + 6 f (plain) and 12 d + 4 f (lean); and those of the loss.
 
-Writes bench/results/lean.json. About ten minutes on one core.
+Writes bench/results/lean.json. About ten minutes on one idle core.
 """
 
 from __future__ import annotations
@@ -34,10 +35,7 @@ from zest_fast.finetuning.lean_optimizer import adamw
 
 MIB = 2**20
 CHOSEN = 5
-NETWORKS = (
-    Case("resnet50", "32x224²", partial(resnet50, 32, 224)),
-    Case("mobilenetv2", "32x224²", partial(mobilenetv2, 32, 224)),
-)
+TIMED = ("full", "cut", "lean")
 BLOCK = {"hidden_size": 1024, "intermediate_size": 2752, "num_attention_heads": 8, "num_key_value_heads": 8}
 TINY_BLOCK = {"hidden_size": 32, "intermediate_size": 88, "num_attention_heads": 2, "num_key_value_heads": 2}
 
@@ -47,12 +45,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.lean", description="lean saving beside full fine-tuning")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1)")
+    parser.add_argument("--batch", type=int, default=32, help="images (default 32)")
     parser.add_argument("--quick", action="store_true", help="tiny models: checks that everything runs, says nothing")
     parser.add_argument("--out", type=Path, help="folder for the JSON (default bench/results)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     console = Console(width=130)
-    networks = [case for case in TINY if case.model in ("resnet50", "mobilenetv2")] if options.quick else NETWORKS
+    networks = (
+        [case for case in TINY if case.model in ("resnet50", "mobilenetv2")]
+        if options.quick
+        else [
+            Case("resnet50", f"{options.batch}x224²", partial(resnet50, options.batch, 224)),
+            Case("mobilenetv2", f"{options.batch}x224²", partial(mobilenetv2, options.batch, 224)),
+        ]
+    )
     results = []
     for case in networks:
         results.append(measure_network(case, options.rounds))
@@ -65,15 +71,16 @@ def main() -> None:
 
 
 def measure_network(case: Case, rounds: int) -> dict[str, object]:
-    """Bytes and processor time of a step of each of the three. Counting the bytes warms up for the clock."""
+    """Bytes of a step of each, and processor time of the first three. Counting the bytes warms up for the clock."""
     with ExitStack() as stack:
         steps = {name: stack.enter_context(variant) for name, variant in _variants(case).items()}
         peaks, kept, losses = {}, {}, {}
         for name, step in steps.items():
             losses[name], kept[name] = [], []
             peaks[name] = peak_bytes(partial(step.counted, losses[name], kept[name]))
-        times = interleave({name: step.once for name, step in steps.items()}, rounds, warmup=0, clock=time.process_time)
-        layers = half_depth(steps["lean"].model)
+        runs = {name: steps[name].once for name in TIMED}
+        times = interleave(runs, rounds, warmup=0, clock=time.process_time)
+        layers = chosen(steps["lean"].model, 0.5)
     return {
         "model": case.model,
         "shape": case.shape,
@@ -117,7 +124,13 @@ class Step:
 
 
 def _variants(case: Case) -> dict[str, AbstractContextManager[Step]]:
-    return {"full": _full(case), "cut": _selective(case, lean=False), "lean": _selective(case, lean=True)}
+    return {
+        "full": _full(case),
+        "cut": _selective(case, 0.5, lean=False),
+        "lean": _selective(case, 0.5, lean=True),
+        "bottom_cut": _selective(case, 0, lean=False),
+        "bottom_lean": _selective(case, 0, lean=True),
+    }
 
 
 @contextmanager
@@ -127,19 +140,20 @@ def _full(case: Case) -> Iterator[Step]:
 
 
 @contextmanager
-def _selective(case: Case, *, lean: bool) -> Iterator[Step]:
+def _selective(case: Case, depth: float, *, lean: bool) -> Iterator[Step]:
     model, batch = case.build()
     with (
-        SelectiveBackward(model, half_depth(model), lean=False) as tuned,
+        SelectiveBackward(model, chosen(model, depth), lean=False) as tuned,
         apply_lean(model) if lean else nullcontext(),
     ):
         yield Step(model, batch, list(tuned.parameters()))
 
 
-def half_depth(model: nn.Module) -> list[str]:
-    """CHOSEN layers at even distances from the one at half the depth to the last before the head (in order of use)."""
+def chosen(model: nn.Module, depth: float) -> list[str]:
+    """CHOSEN layers at even distances, from the one at this depth (0 = the first) to the last before the head."""
     names = list(profiled_layers(model))[:-1]
-    lowest, last = len(names) // 2, len(names) - 1
+    last = len(names) - 1
+    lowest = round(last * depth)
     return list(dict.fromkeys(names[lowest + (last - lowest) * i // (CHOSEN - 1)] for i in range(CHOSEN)))
 
 
@@ -198,7 +212,7 @@ def _network_table(result: dict) -> Table:
             f"{result['kept_bytes'][name] / MIB:.0f}",
             f"{peak / MIB:.0f}",
             f"{result['peak_to_full'][name]:.3f}",
-            f"{result['seconds'][name]['median']:.2f}",
+            f"{result['seconds'][name]['median']:.2f}" if name in result["seconds"] else "",
             f"{relative['median']:.3f}" if relative else "",
             f"{relative['low']:.3f} to {relative['high']:.3f}" if relative else "",
         )

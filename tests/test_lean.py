@@ -101,6 +101,7 @@ MODULES = {
     "depthwise": ("convolution", lambda: nn.Conv2d(6, 12, 3, padding=(2, 1), dilation=2, groups=6), (2, 6, 8, 8), 0),
     "same": ("convolution", lambda: nn.Conv2d(6, 4, (3, 5), padding="same"), (2, 6, 8, 8), 0),
     "valid": ("convolution", lambda: nn.Conv2d(6, 4, 2, padding="valid"), (2, 6, 8, 8), 0),
+    "pointwise": ("convolution", lambda: nn.Conv2d(6, 4, 1), (2, 6, 8, 8), 0),
     "conv3d": ("convolution", lambda: nn.Conv3d(6, 4, 3, stride=2, padding=1), (2, 6, 5, 6, 7), 0),
     "batchnorm1d": ("batch norm", lambda: batch_norm(1), (4, 6), 6 * 4),
     "batchnorm2d": ("batch norm", lambda: batch_norm(2), (4, 6, 5, 5), 6 * 4),
@@ -166,7 +167,7 @@ def test_first_and_second_derivatives(name):
 
 
 @pytest.mark.parametrize("layout", ["channels last", "transposed", "view", "not a number"])
-@pytest.mark.parametrize("name", ["conv2d", "batchnorm2d", "relu", "leaky relu", "dropout"])
+@pytest.mark.parametrize("name", ["conv2d", "pointwise", "batchnorm2d", "relu", "leaky relu", "dropout"])
 def test_layouts_of_the_input(name, layout):
     module = MODULES[name][1]().requires_grad_(False)
     below = torch.randn(4, 6, 5, 5)

@@ -1,6 +1,7 @@
 """Lean saving: the same losses and gradients, fewer bytes, and a model that is given back as it was."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -285,8 +286,9 @@ def test_model_yields_the_same_and_keeps_less(name, monkeypatch):
     selective, loss = tuned(name)
     model = selective.model
     plain, keeps = run(model, loss), kept_bytes(model, loss)
-    before = state_of(model)
+    before, signature = state_of(model), inspect.signature(model.forward)
     handle = apply_lean(model)
+    assert inspect.signature(model.forward) == signature  # Trainer chooses the columns of a data set by it
     assert MODELS[name][1] <= set(handle.applied)
     lean, lean_keeps = run(model, loss), kept_bytes(model, loss)
     model.zero_grad()

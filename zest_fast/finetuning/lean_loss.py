@@ -129,7 +129,10 @@ def causal_lm_loss(
     targets = shift_labels.reshape(-1).to(hidden.device)
     total = chunked_cross_entropy(hidden, logits.head, targets, ignore_index)
     if num_items_in_batch is None:
-        return total / (targets != ignore_index).sum()
+        count = (targets != ignore_index).sum()
+        return torch.where(
+            count > 0, total / count.clamp(min=1), torch.nan
+        )  # no target: no loss, no gradient, as torch
     return total / (num_items_in_batch.to(total.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
 
 

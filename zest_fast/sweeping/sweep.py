@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zest_fast.finetuning.delta import hash_tensors
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
-from zest_fast.profiling.metrics import METRIC_NAMES
+from zest_fast.profiling.metrics import ALL_METRIC_NAMES
 from zest_fast.profiling.model_state import ModelState
 from zest_fast.profiling.profile import profile
 from zest_fast.sweeping.head import choose_strength, classifier_of, features_of, fit_head
@@ -193,7 +193,7 @@ class _Sweep:
 
     def _profile(self, seed: int, state: str) -> None:
         known = self._records.get("profile", seed, state)
-        if known is not None and known["metrics"] == list(METRIC_NAMES):
+        if known is not None and known["metrics"] == list(ALL_METRIC_NAMES):
             return  # else the library has learned more metrics since
         if state == "warm":
             set_head(self._head, *_head_of(self._head_record(seed)))
@@ -203,7 +203,7 @@ class _Sweep:
                 self._head.reset_parameters()
         inputs, targets = self._splits["train"]
         rows = self._draws[seed][: self._recipe.profile_samples]
-        table = profile(self._model, (rows_of(inputs, rows), targets[rows]))
+        table = profile(self._model, (rows_of(inputs, rows), targets[rows]), metrics="all")
         wanted = {layer.name for layer in self._layers}
         values = {name: {**dict(table[name]), **table.info[name]} for name in table.names if name in wanted}
         self._records.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import signal
@@ -19,6 +20,7 @@ from sweeping_models import RECIPE, Mortal, Residual, make
 from torch import nn
 
 from zest_fast.sweeping import local_workers
+from zest_fast.sweeping import records as records_module
 from zest_fast.sweeping.records import read_records
 from zest_fast.sweeping.sweep import sweep
 from zest_fast.sweeping.trials import Trial
@@ -94,6 +96,26 @@ def test_a_trial_that_kills_every_worker_is_named_and_the_rest_is_kept(tmp_path)
     kept = trials_in(tmp_path / "records.jsonl")
     sweep(Mortal(model, tmp_path, lives=0), splits, out=tmp_path / "records.jsonl", recipe=SHORT)
     assert trials_in(tmp_path / "records.jsonl")[: len(kept)] == kept
+    assert_each_once(tmp_path / "records.jsonl", 7)
+
+
+def test_a_full_disk_in_the_middle_loses_nothing(tmp_path, monkeypatch) -> None:
+    write = records_module.write_fully
+
+    def full(descriptor, data):
+        if b'"record":"layer"' in data and (tmp_path / "records.jsonl").read_bytes().count(b'"record":"layer"') == 3:
+            write(descriptor, data[:20])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(descriptor, data)
+
+    monkeypatch.setattr(records_module, "write_fully", full)
+    with pytest.raises(RuntimeError, match=r"No space left on device.*it goes on from there"):
+        run(tmp_path / "records.jsonl", 2, recipe=SHORT)
+    assert not local_workers.multiprocessing.active_children()
+    monkeypatch.undo()
+    kept = trials_in(tmp_path / "records.jsonl")
+    run(tmp_path / "records.jsonl", 2, recipe=SHORT)
+    assert len(kept) == 3 and trials_in(tmp_path / "records.jsonl")[:3] == kept
     assert_each_once(tmp_path / "records.jsonl", 7)
 
 

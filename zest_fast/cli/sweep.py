@@ -63,7 +63,7 @@ def sweep_command(
     """Fine-tune every layer alone with the head, score it, and show the best. Takes long; run again, it goes on."""
     _check_writable(out, {".jsonl"})
     chosen = _pattern(layers)
-    changes = {
+    changes: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "layer_lr_factor": layer_lr_factor, "head_lr": head_lr,
         "seeds": None if seeds is None else tuple(range(seeds)),
     }  # fmt: skip

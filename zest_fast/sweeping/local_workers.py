@@ -125,8 +125,7 @@ def _work(
     for other in inherited or ():
         other.close()
     torch.set_num_threads(threads)
-    if isinstance(trials, bytes):
-        trials = pickle.loads(trials)
+    own: Trials = pickle.loads(trials) if isinstance(trials, bytes) else trials
     parent = os.getppid()
     while True:
         while not pipe.poll(_PATIENCE):
@@ -136,7 +135,7 @@ def _work(
             trial = pipe.recv()
         except EOFError:
             return
-        pipe.send(_attempt(trials, trial))
+        pipe.send(_attempt(own, trial))
 
 
 def _attempt(trials: Trials, trial: Trial) -> Result | Exception:

@@ -5,6 +5,7 @@ They have to find zest_fast and the modules of the model: installed there, or se
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,7 +62,7 @@ def ray_pool(trials: Trials, address: str) -> Iterator[RayPool]:
         raise ImportError(f"workers={address!r} needs Ray: pip install 'zest_fast[ray]'") from error
     connected = ray.is_initialized()
     if not connected:
-        ray.init(address=None if address == "ray" else address, log_to_driver=False, logging_level="error")
+        ray.init(address=None if address == "ray" else address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         pool = RayPool(ray, trials)
         try:

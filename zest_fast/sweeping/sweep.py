@@ -242,11 +242,11 @@ class _Sweep:
         if isinstance(self._workers, str):
             from zest_fast.sweeping.ray_workers import ray_pool
 
-            with ray_pool(trials, self._workers) as pool:
-                distribute(trials.left(), pool, save)
+            with ray_pool(trials, self._workers) as actors:
+                distribute(trials.left(), actors, save)
         elif self._workers > 1:
-            with local_pool(trials, self._workers, self._records.close) as pool:
-                distribute(trials.left(), pool, save)
+            with local_pool(trials, self._workers, self._records.close) as processes:
+                distribute(trials.left(), processes, save)
         else:
             for trial in trials.left():
                 save(trial, trials.run(trial))

@@ -36,7 +36,9 @@ def measure(recipes: Mapping[str, Recipe], out: Path) -> None:
     results: list[dict] = []
     for pair, recipe in recipes.items():
         results.append(_measure_pair(pair, recipe))
-        write_result("sweep_speed", settings, results, out)  # what is measured stays, whatever comes next
+        write_result(
+            "sweep_speed", settings, results, out, module="sweeps"
+        )  # what is measured stays, whatever comes next
 
 
 def _measure_pair(pair: str, recipe: Recipe) -> dict:

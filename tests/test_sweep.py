@@ -167,7 +167,7 @@ def test_rows_hold_the_profiles_with_the_warm_and_the_fresh_head(tmp_path) -> No
     rows = draw(40, 16, 0)[:8]
     torch.manual_seed(0)
     model.head.reset_parameters()
-    expected = profile(model, (splits["train"][0][rows], splits["train"][1][rows])).to_pandas()
+    expected = profile(model, (splits["train"][0][rows], splits["train"][1][rows]), metrics="all").to_pandas()
     fresh = frame[(frame.head_state == "fresh") & (frame.seed == 0)].set_index("layer")
     assert list(fresh.columns[9:]) == list(expected.columns)
     pandas.testing.assert_frame_equal(fresh[expected.columns], expected.loc[fresh.index], check_dtype=False)

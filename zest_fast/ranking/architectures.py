@@ -67,7 +67,7 @@ class Match:
     rows: np.ndarray
     """int [layers of the profile]: the row of each in the architecture, -1 where it has none."""
     renamed: tuple[str, ...]
-    """The names of the profile's layers as the architecture spells them."""
+    """The names of the profile's layers as the architecture spells them; "" outside the wrapper of the others."""
 
     @property
     def share(self) -> float:
@@ -95,7 +95,7 @@ def find(group: Group, architectures: Iterable[Architecture]) -> list[Match]:
 def _match(group: Group, architecture: Architecture) -> Match:
     best = Match(architecture, np.full(len(group), -1), group.names)
     for theirs, ours in _prefixes(group.names, group.shapes, architecture):
-        renamed = tuple(theirs + name[len(ours) :] if name.startswith(ours) else name for name in group.names)
+        renamed = tuple(theirs + name[len(ours) :] if name.startswith(ours) else "" for name in group.names)
         found = [architecture.row_of.get(name, -1) for name in renamed]
         same = [r >= 0 and architecture.shapes[r] == shape for r, shape in zip(found, group.shapes, strict=True)]
         match = Match(architecture, np.where(same, found, -1), renamed)

@@ -13,7 +13,7 @@ from zest_fast.ranking.features import METRICS, ON_REQUEST
 from zest_fast.sweeping.records import RecordFile
 
 KINDS = (("conv2d", (64, 32, 1, 1)), ("depthwise", (64, 1, 3, 3)), ("conv2d", (32, 64, 1, 1)), ("linear", (48, 48)))
-EFFECTS = {"layer": 1.0, "kind": 0.7, "metric": 0.7, "unseen": 0.3, "noise": 0.2}
+EFFECTS = {"layer": 1.0, "kind": 0.7, "metric": 0.7, "unseen": 0.3, "noise": 0.2, "constant": 0.0}
 BLOCK = ("expand", "depthwise", "project", "mix")
 
 
@@ -31,7 +31,8 @@ def make_records(
 
     layer: of the model, whatever the data; kind: of the kind of layer, and of its depth, in every model alike; metric:
     of the pair, and seen in grad_norm and rgn; unseen: of the pair; noise: of the seed. A data set "x-corrupted" is of
-    the family "x" and has its metric and unseen effects.
+    the family "x" and has its metric and unseen effects. The metrics of a layer also have a constant of the model,
+    which tells nothing of its gain (its factor is constant=).
     """
     factors = EFFECTS | effects
     of_kinds = np.random.default_rng(seed).normal(size=len(KINDS))
@@ -42,6 +43,7 @@ def make_records(
         gains = factors["layer"] * chance.normal(size=len(layers))
         gains = gains + factors["kind"] * (of_kinds[layers.kind_number] + np.linspace(-1, 1, len(layers)))
         sizes = np.exp(chance.normal(size=len(layers)))
+        constant = factors["constant"] * chance.normal(size=len(layers))
         for dataset in datasets:
             family = dataset.removesuffix("-corrupted")
             metric, unseen = np.random.default_rng([seed, 2, m, *family.encode()]).normal(size=(2, len(layers)))
@@ -52,7 +54,7 @@ def make_records(
                 for state in states:
                     leading = {"model": model, "dataset": dataset, "family": family, "seed": s, "head_state": state}
                     outcomes = {"accuracy": 0.5, "loss": 5 - 0.1 * gain, "head_accuracy": 0.5, "head_loss": 5.0}
-                    seen = metric + 0.3 * of_seed.normal(size=len(layers))
+                    seen = constant + metric + 0.3 * of_seed.normal(size=len(layers))
                     tables.append(layers.assign(**leading, **outcomes, **_metrics(sizes, seen, of_seed)))
     return pandas.concat(tables, ignore_index=True).drop(columns="kind_number")
 

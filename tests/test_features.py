@@ -8,7 +8,7 @@ from synthetic_records import make_records, one_profile, profile_of
 
 from zest_fast.profiling.metrics import LATER, METRIC_NAMES
 from zest_fast.ranking.contributions import pairs_of, relevance, standard_errors
-from zest_fast.ranking.features import FEATURES, METRICS, ON_REQUEST, features_of, z_scores
+from zest_fast.ranking.features import DYNAMIC_METRICS, FEATURES, METRICS, ON_REQUEST, features_of, z_scores
 from zest_fast.ranking.groups import group_of
 
 NAN = float("nan")
@@ -21,7 +21,8 @@ def rows():
 
 def features(rows):
     group = group_of(rows)
-    return features_of(group, np.full(len(group), NAN), np.full(len(group), NAN))
+    unknown = np.full(len(group), NAN)
+    return features_of(group, unknown, unknown, np.full((len(group), len(DYNAMIC_METRICS)), NAN))
 
 
 def column(table, name):

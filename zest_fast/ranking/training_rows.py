@@ -1,4 +1,4 @@
-"""Pairs -> the rows that are fitted: every profile once with its layer prior and once as if its model were new."""
+"""Pairs -> the rows that are fitted: every profile once with what is known of its layers and once as of a new model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 
 from zest_fast.ranking.architectures import Architecture, find
 from zest_fast.ranking.contributions import Pair
-from zest_fast.ranking.features import FEATURES, LAYER_PRIOR, features_of
+from zest_fast.ranking.features import FEATURES, OF_KNOWN_LAYERS, features_of
 from zest_fast.ranking.groups import Group
 from zest_fast.ranking.kind_prior import kind_prior
-from zest_fast.ranking.layer_prior import layer_prior
+from zest_fast.ranking.layer_prior import layer_prior, usual_metrics
 from zest_fast.ranking.linear_base import design
 
 
@@ -91,11 +91,13 @@ def _tables(
     names = [name for name, kept in zip(group.names, scored, strict=True) if kept]
     if not names:
         return []
-    layers = layer_prior(group, find(group, architectures), without_family=pair.family)
+    matches = find(group, architectures)
+    layers = layer_prior(group, matches, without_family=pair.family)
+    usual = usual_metrics(group, matches, without_family=pair.family)
     kinds = kind_prior(group.layout, others, without_family=pair.family)
-    known = features_of(group, layers, kinds)[scored]
+    known = features_of(group, layers, kinds, usual)[scored]
     new = known.copy()
-    new[:, FEATURES.index(LAYER_PRIOR)] = np.nan
+    new[:, [FEATURES.index(name) for name in OF_KNOWN_LAYERS]] = np.nan
     return [(False, new, names)] if np.isnan(layers).all() else [(True, known, names), (False, new, names)]
 
 

@@ -20,7 +20,11 @@ def emoji_package(folder, version="16.0.0"):
     (package / "emoji.json").write_text(
         json.dumps(
             [
-                {"image": "hand.png", "category": "People & Body", "skin_variations": {"1F3FB": {"image": "light.png"}}},
+                {
+                    "image": "hand.png",
+                    "category": "People & Body",
+                    "skin_variations": {"1F3FB": {"image": "light.png"}},
+                },
                 {"image": "cat.png", "category": "Animals & Nature"},
                 {"image": "tone.png", "category": "Component"},
             ]

@@ -150,7 +150,9 @@ def _architecture_from(document: Mapping[str, Any]) -> Architecture:
 
 def _nested(values: np.ndarray) -> list[Any]:
     """Lists with null for NaN, which NumPy reads back as NaN."""
-    return np.where(np.isnan(values), None, values.astype(object)).tolist()
+    nested = values.astype(object)
+    nested[np.isnan(values)] = None
+    return nested.tolist()
 
 
 def _finite(value: float) -> float | None:

@@ -59,7 +59,7 @@ def training_rows(pairs: Sequence[Pair], architectures: Sequence[Architecture], 
     """
     values, positions, levels, weights, views = [], [], [], [], []
     own = {architecture.model: architecture for architecture in architectures}
-    end = 0
+    start = 0
     for number, pair in enumerate(pairs):
         others = [a for a in architectures if not a.is_kin_of(own[pair.model])]
         visible = architectures if known else []
@@ -70,7 +70,8 @@ def training_rows(pairs: Sequence[Pair], architectures: Sequence[Architecture], 
             positions.append(pair.positions[names].to_numpy())
             levels.append(pair.levels[names].to_numpy())
             weights.append(np.full(len(table), share))
-            views.append(View(number, has_prior, slice(end, end := end + len(table))))
+            views.append(View(number, has_prior, slice(start, start + len(table))))
+            start += len(table)
     return Rows(
         np.concatenate(values),
         np.concatenate(positions),

@@ -17,19 +17,12 @@ def emoji_package(folder, version="16.0.0"):
     package = folder / "node_modules" / "emoji-datasource-google"
     (package / "img/google/64").mkdir(parents=True)
     (package / "package.json").write_text(json.dumps({"version": version}))
-    (package / "emoji.json").write_text(
-        json.dumps(
-            [
-                {
-                    "image": "hand.png",
-                    "category": "People & Body",
-                    "skin_variations": {"1F3FB": {"image": "light.png"}},
-                },
-                {"image": "cat.png", "category": "Animals & Nature"},
-                {"image": "tone.png", "category": "Component"},
-            ]
-        )
-    )
+    entries = [
+        {"image": "hand.png", "category": "People & Body", "skin_variations": {"1F3FB": {"image": "light.png"}}},
+        {"image": "cat.png", "category": "Animals & Nature"},
+        {"image": "tone.png", "category": "Component"},
+    ]
+    (package / "emoji.json").write_text(json.dumps(entries))
     red = np.zeros((64, 64, 4), dtype=np.uint8)
     red[:32] = [255, 0, 0, 255]  # the lower half is transparent
     for name in ("hand.png", "cat.png"):

@@ -32,6 +32,7 @@ _NORMALISATIONS = (
     nn.LocalResponseNorm,
     nn.CrossMapLRN2d,
 )
+_TOO_LARGE = "synflow is NaN where it exceeds float64"
 
 
 def synflow(
@@ -56,17 +57,22 @@ def synflow(
         total = _sum_of_outputs(model, inputs, parameters[0].device)
         if not total.requires_grad:
             raise ValueError("synflow: what the model returns for an input of ones depends on no profiled layer")
+        if not bool(total.isfinite()):
+            raise OverflowError
         return total
 
     def reduce(weight: Weight, dw: Tensor) -> None:
         moments[weight] = weight_gradient_moments(collector, dw, weight.parameter)
 
     with replaced(parameters, lambda _, p: _positive(p)), _replaced_outputs(modules, _looks_up_input(model, inputs)):
-        passes.run(compute, reduce)
+        try:
+            passes.run(compute, reduce)
+        except OverflowError:  # deep models with gates square their signal block by block
+            return dict.fromkeys(passes.weights, NAN), _TOO_LARGE
         collector.fetch()
     sums = {weight: moments[weight]().product_abs_sum if weight in moments else 0.0 for weight in passes.weights}
     found = {weight: value if math.isfinite(value) else NAN for weight, value in sums.items()}
-    return found, "synflow is NaN where it exceeds float64" if any(map(math.isnan, found.values())) else ""
+    return found, _TOO_LARGE if any(map(math.isnan, found.values())) else ""
 
 
 def _sum_of_outputs(model: nn.Module, inputs: Any, device: torch.device) -> Tensor:
@@ -114,10 +120,16 @@ def _positive(values: Tensor) -> Tensor:
 
 def _sum(output: Any) -> Tensor:
     """Of every real number in what a model returns."""
-    if isinstance(output, Tensor):
-        return output.double().sum() if output.is_floating_point() else torch.zeros((), dtype=torch.float64)
-    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
-    return torch.stack([_sum(part) for part in parts]).sum() if parts else torch.zeros((), dtype=torch.float64)
+    return sum((part.double().sum() for part in _reals(output)), torch.zeros((), dtype=torch.float64))
+
+
+def _reals(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _reals(part)
 
 
 def _looks_up_input(model: nn.Module, inputs: Any) -> Callable[[nn.Module, Any], bool]:

@@ -168,6 +168,23 @@ def demo_table(document: dict) -> str:
     return "\n\n".join(part for part in (document.get("title"), table, document.get("finding")) if part)
 
 
+def sweep_speed_table(document: dict) -> str:
+    """Processor seconds of a sweep with reuse of frozen prefixes and without, and how far the scores differ."""
+    rows = [
+        [
+            result["pair"],
+            str(result["layers"]),
+            *(f"{result['seconds'][name]['median']:.0f}" for name in ("naive", "reuse")),
+            _interval(result["ratio"]),
+            f"{result['largest_difference_of_a_score']:.0e}",
+        ]
+        for result in document["results"]
+    ]
+    return _markdown(
+        ["model/data", "layers", "naive loop, s", "sweep, s", "ratio", "largest difference of a score"], rows
+    )
+
+
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table whose first column is text and the others figures."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
@@ -182,6 +199,9 @@ LEGENDS = {
     "memory": "Beyond model and batch, from the allocator's own events. *Gradients dropped*: all parameters trainable, "
     "each gradient dropped in a post-accumulate hook. The claim: without fisher at most 16 MiB more than that; fisher "
     "adds at most the outputs that nobody else keeps.",
+    "sweep_speed": "Processor seconds of a quarter of one seed. Naive loop: the same recipe and head, all else frozen, "
+    "each pass from the input. Planning and the passes that fill the caches count; head and profiles do not. The "
+    "range is that of the rounds.",
     "kernels": "All threads. The read bandwidth is that of the fastest of three read-only torch passes over as many "
     "bytes in the same rounds. *Lean torch*: shared sums over cache-sized blocks; it and torch.compile lose digits on "
     "offset data, the kernels do not.",
@@ -190,6 +210,7 @@ BLOCKS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "profile": ("profile.json", "python -m bench.profile", profile_table),
     "memory": ("profile.json", "python -m bench.profile", memory_table),
     "kernels": ("kernels.json", "python -m bench.kernels", kernels_table),
+    "sweep_speed": ("sweep_speed.json", "python -m bench.sweeps --speed", sweep_speed_table),
     "demo": ("demo.json", "zest-fast demo", demo_table),
     "demo_minilm": ("demo_minilm.json", "zest-fast demo --task minilm", demo_table),
     "demo_smollm2": ("demo_smollm2.json", "zest-fast demo --task smollm2", demo_table),

@@ -124,6 +124,20 @@ def finetuning_table(report: Mapping[str, Any]) -> None:
     results().print(table)
 
 
+def sweep_table(document: Mapping[str, Any]) -> None:
+    head = document["head"]
+    title = f"{document['layers']} layers; the head alone: loss {head['loss']:.4f}, accuracy {head['accuracy']:.1%}"
+    table = Table("rank", _name_column(), box=SIMPLE_HEAD, title=title)
+    for name in ("loss gained", "between seeds", "accuracy"):
+        table.add_column(name, justify="right")
+    for place, row in enumerate(document["best"], start=1):
+        deviation = "" if math.isnan(row["deviation"]) else f"± {row['deviation']:.4f}"
+        table.add_row(str(place), row["layer"], f"{row['gain']:+.4f}", deviation, f"{row['accuracy']:.1%}")
+    console = results()
+    console.print(table)
+    console.print(f"records: {document['records']}", highlight=False, markup=False)
+
+
 def notes(console: Console, loaded: LoadedModel) -> None:
     """What the user should know about the model before its figures."""
     if loaded.fresh:

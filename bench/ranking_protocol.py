@@ -30,12 +30,12 @@ Measures (bench/ranking_measures.py). Kendall's tau-b, the tau that a perfect pr
 attain, and the share of the best possible top 3, 5 and 10's gain that the ranking's recover (0 = random, 1 = best).
 
 Contestants. zest_fast.Ranker with its defaults; the same without static features; the paper's MLP on pairs; ridge on
-z-scored features; every single metric, and depth, with its sign learned on training pairs; the best of these metrics by
-mean |tau| on training pairs; RGN (large first, Lee et al. 2022), Spectrum's signal-to-noise (large first, within each
-type of module), KappaTune's condition number (small first), each with the sign of its authors; the layer prior (mean
-rank of the same layer on training pairs of the same model; known models only); the prior of the kind of layer; random
-(the exact expectation). Whatever learns a sign, a choice or a prior of kinds does so on training pairs of the same
-model where there are any, else on all.
+z-scored features; every single metric, and depth, with its sign learned on training pairs; the metric whose mean tau on
+training pairs is the largest in absolute value, with its sign; RGN (large first, Lee et al. 2022), Spectrum's
+signal-to-noise (large first, within each type of module), KappaTune's condition number (small first), these three with
+the sign of their authors; the layer prior (mean rank of the same layer on training pairs of the same model; known
+models only); the prior of the kind of layer; random (the exact expectation). Whatever learns a sign, a choice or a
+prior of kinds does so on training pairs of the same model where there are any, else on all.
 
 Nothing is chosen by looking at held-out scores: every setting of every contestant is a constant in the code or chosen
 by cross-validation inside the training part. All contestants and all pairs are reported.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench.ranking_records import PAPER_METRICS, PROFILE, mean_gain, present, z_scores
+from bench.ranking_records import PAPER_METRICS, mean_gain, places, present, z_scores
 
 
 class PairMLP:
@@ -28,8 +28,8 @@ class PairMLP:
     def fit(self, train: pandas.DataFrame) -> PairMLP:
         self._metrics = present(train, PAPER_METRICS)
         inputs = torch.from_numpy(z_scores(train, self._metrics)).float()
-        gains = torch.from_numpy(mean_gain(train).to_numpy())
-        members = [torch.from_numpy(rows) for rows in train.groupby(PROFILE).indices.values()]
+        gains = torch.tensor(mean_gain(train).to_numpy())
+        members = [torch.as_tensor(rows) for rows in places(train)]
         generator = torch.Generator().manual_seed(self._seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)

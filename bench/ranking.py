@@ -52,7 +52,7 @@ MEASURES = ("tau", *(f"top_{n}" for n in TOP))
 Contest = Callable[[pandas.DataFrame, Spectra], dict[str, Contestant]]
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, contest: Contest = contestants) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, default=SHIPPED, help="a Parquet file of contribution records")
     parser.add_argument("--spectra", type=Path, default=CACHE, help="spectra of the models; what it lacks is computed")
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     records = load_records(options.records)
     spectra = load_spectra(sorted(records.model.unique()), options.spectra)
-    document = _origin(options.records) | evaluate(records, spectra)
+    document = _origin(options.records) | evaluate(records, spectra, contest)
     options.out.mkdir(parents=True, exist_ok=True)
     write(document, options.out / "ranking.json")
     for goal in document["must_reach"]:

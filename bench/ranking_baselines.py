@@ -103,7 +103,7 @@ class LayerPrior:
     """Mean rank that the same layer of the same model has on the training pairs; NaN for what they do not hold."""
 
     def fit(self, train: pandas.DataFrame) -> LayerPrior:
-        ranks = rank_in_profile(train, mean_gain(train))
+        ranks = pandas.Series(rank_in_profile(train, mean_gain(train)), index=train.index)
         self._prior = ranks.groupby([train.model, train.layer]).mean()
         return self
 
@@ -116,7 +116,7 @@ class KindPrior:
     """Mean rank of the layers of a kind, on training pairs of the same model where there are any, else on all."""
 
     def fit(self, train: pandas.DataFrame) -> KindPrior:
-        ranks = rank_in_profile(train, mean_gain(train))
+        ranks = pandas.Series(rank_in_profile(train, mean_gain(train)), index=train.index)
         self._of_all = ranks.groupby(train.kind).mean()
         self._of_model = ranks.groupby([train.model, train.kind]).mean()
         return self
@@ -149,7 +149,7 @@ class Ridge:
         return self._model.predict(self._features(profile))
 
     def _features(self, records: pandas.DataFrame) -> np.ndarray:
-        depth = rank_in_profile(records, records.depth).to_numpy()[:, None]
+        depth = rank_in_profile(records, records.depth)[:, None]
         kinds = np.stack([(records.kind == kind).to_numpy(np.float64) for kind in self._kinds], axis=1)
         sizes = z_scores(records, ("numel",))
         return np.hstack([z_scores(records, self._metrics), depth, depth**2, sizes, kinds])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pandas
+from scipy import stats
 
 PAIR = ["model", "dataset"]
 PROFILE = [*PAIR, "seed", "head_state"]
@@ -39,9 +40,17 @@ def gains_by_seed(records: pandas.DataFrame) -> pandas.DataFrame:
     return gain.groupby([records.seed, records.layer], sort=True).first().unstack("layer")
 
 
-def rank_in_profile(records: pandas.DataFrame, values: pandas.Series) -> pandas.Series:
+def places(records: pandas.DataFrame) -> list[np.ndarray]:
+    """Of each profile, which rows (counted from 0) are its."""
+    return list(records.groupby(PROFILE, sort=True).indices.values())
+
+
+def rank_in_profile(records: pandas.DataFrame, values: pandas.Series) -> np.ndarray:
     """Rank of each row's value within its profile: above 0, the largest 1, ties the mean of their ranks."""
-    return values.groupby([records[name] for name in PROFILE]).rank(pct=True)
+    ranks = np.empty(len(records))
+    for rows in places(records):
+        ranks[rows] = stats.rankdata(values.to_numpy()[rows]) / len(rows)
+    return ranks
 
 
 def z_scores(records: pandas.DataFrame, names: tuple[str, ...]) -> np.ndarray:
@@ -50,11 +59,18 @@ def z_scores(records: pandas.DataFrame, names: tuple[str, ...]) -> np.ndarray:
     asinh(x / median |x|), which keeps signs and is a logarithm far out (metrics span many powers of ten), then the
     z-score, both within the profile. NaN, and whatever is constant in a profile, becomes 0.
     """
-    values = records[list(names)].astype(np.float64)
-    keys = [records[name] for name in PROFILE]
-    median = values.abs().groupby(keys).transform("median")
-    scaled = np.arcsinh(values / median.where(median > 0, 1.0))
-    groups = scaled.groupby(keys)
-    deviation = groups.transform("std", ddof=0)
-    z = (scaled - groups.transform("mean")) / deviation.where(deviation > 1e-12)
-    return z.fillna(0.0).to_numpy()
+    values = records[list(names)].to_numpy(np.float64)
+    scores = np.zeros_like(values)
+    for rows in places(records):
+        scores[rows] = _z_scores(values[rows])
+    return scores
+
+
+def _z_scores(values: np.ndarray) -> np.ndarray:
+    """Of one profile, [layers, metrics]."""
+    defined = np.ma.masked_invalid(values)
+    median = np.ma.median(abs(defined), axis=0)
+    scaled = np.arcsinh(defined / np.ma.where(median > 0, median, 1.0))
+    deviation = scaled.std(axis=0)
+    z = (scaled - scaled.mean(axis=0)) / np.ma.masked_less(deviation, 1e-12)
+    return z.filled(0.0)

@@ -1,85 +1,82 @@
-"""Contribution records of models that do not exist: gains that follow the layer and one metric, with noise."""
+"""Records of sweeps that never ran, with a known truth: what a ranker should find in them, and what it cannot."""
 
 from __future__ import annotations
-
-import json
-import re
-from pathlib import Path
 
 import numpy as np
 import pandas
 
-PAIRS = {
-    "efficientnet-lite0": {"mnist": "mnist", "mnist-corrupted": "mnist", "fashion": "fashion"},
-    "efficientnet-lite1": {"fashion": "fashion"},
-    "mobilenet-v2": {"mnist": "mnist", "fashion": "fashion"},
-    "minilm": {"trec": "trec", "sms-spam": "sms-spam"},
-}
-METRICS = ("weight_std", "act_std", "grad_norm", "grad_mean", "plain", "snip", "fisher", "rgn", "grasp")
-LAYERS = 12
+from zest_fast.ranking.features import METRICS, ON_REQUEST
+
+KINDS = (("conv2d", (64, 32, 1, 1)), ("depthwise", (64, 1, 3, 3)), ("conv2d", (32, 64, 1, 1)), ("linear", (48, 48)))
+EFFECTS = {"layer": 1.0, "kind": 0.7, "metric": 0.7, "unseen": 0.3, "noise": 0.2}
+BLOCK = ("expand", "depthwise", "project", "mix")
 
 
-def synthetic_records(*, seeds: int = 2, noise: float = 0.1, seed: int = 0) -> pandas.DataFrame:
-    """Columns of `load_records()`. `snip` tells the part of a gain that the data set decides, in every model.
+def make_records(
+    models=("tower", "castle", "bridge"),
+    datasets=("digits", "shirts", "cats", "cars"),
+    *,
+    blocks: int = 5,
+    seeds: int = 2,
+    states=("fresh", "warm"),
+    seed: int = 0,
+    **effects: float,
+) -> pandas.DataFrame:
+    """The gain of a layer is the sum of effects, each a standard normal times its factor (EFFECTS):
 
-    A layer's gain is a part of its own (the same on all data sets of a model), a part of its data set, and noise.
+    layer: of the model, whatever the data; kind: of the kind of layer, and of its depth, in every model alike; metric:
+    of the pair, and seen in grad_norm and rgn; unseen: of the pair; noise: of the seed. A data set "x-corrupted" is of
+    the family "x" and has its metric and unseen effects.
     """
-    generator = np.random.default_rng(seed)
-    parts = []
-    for model, datasets in PAIRS.items():
-        of_layer = generator.normal(size=LAYERS)
-        static = generator.normal(size=LAYERS)
-        for dataset, family in datasets.items():
-            of_dataset = generator.normal(size=LAYERS)
-            for number in range(seeds):
-                gain = 0.1 * (of_layer + of_dataset) + noise * 0.1 * generator.normal(size=LAYERS)
-                for state in ("warm", "fresh"):
-                    metrics = {name: generator.normal(size=LAYERS) for name in METRICS}
-                    metrics |= {"weight_std": np.exp(static), "snip": np.exp(of_dataset)}
-                    parts.append(_profile(model, dataset, family, number, state, gain, metrics))
-    return pandas.concat(parts, ignore_index=True)
+    factors = EFFECTS | effects
+    of_kinds = np.random.default_rng(seed).normal(size=len(KINDS))
+    tables = []
+    for m, model in enumerate(models):
+        layers = _layers(model, m, blocks + m)  # models differ in their depth and width
+        chance = np.random.default_rng([seed, 1, m])
+        gains = factors["layer"] * chance.normal(size=len(layers))
+        gains = gains + factors["kind"] * (of_kinds[layers.kind_number] + np.linspace(-1, 1, len(layers)))
+        sizes = np.exp(chance.normal(size=len(layers)))
+        for dataset in datasets:
+            family = dataset.removesuffix("-corrupted")
+            metric, unseen = np.random.default_rng([seed, 2, m, *family.encode()]).normal(size=(2, len(layers)))
+            of_pair = gains + factors["metric"] * metric + factors["unseen"] * unseen
+            for s in range(seeds):
+                of_seed = np.random.default_rng([seed, 3, m, s, *dataset.encode()])
+                gain = of_pair + factors["noise"] * of_seed.normal(size=len(layers)) + of_seed.normal()
+                for state in states:
+                    leading = {"model": model, "dataset": dataset, "family": family, "seed": s, "head_state": state}
+                    outcomes = {"accuracy": 0.5, "loss": 5 - 0.1 * gain, "head_accuracy": 0.5, "head_loss": 5.0}
+                    seen = metric + 0.3 * of_seed.normal(size=len(layers))
+                    tables.append(layers.assign(**leading, **outcomes, **_metrics(sizes, seen, of_seed)))
+    return pandas.concat(tables, ignore_index=True).drop(columns="kind_number")
 
 
-def _profile(model, dataset, family, seed, state, gain, metrics) -> pandas.DataFrame:
-    kinds = ["linear"] * LAYERS if model == "minilm" else ["conv2d", "depthwise"] * (LAYERS // 2)
-    names = [f"body.layers.{place // 2}.{'ab'[place % 2]}" for place in range(LAYERS)]
-    leading = {"model": model, "dataset": dataset, "family": family, "seed": seed, "layer": names}
-    outcomes = {"accuracy": 0.7 + gain / 10, "loss": 1 - gain, "head_accuracy": 0.7, "head_loss": 1.0}
-    info = {
-        "numel": 64 * (1 + np.arange(LAYERS)),
-        "kind": kinds,
-        "depth": np.arange(LAYERS),
-        "uses": 1,
-        "shape": [[8, 8 * (1 + place)] for place in range(LAYERS)],
-        "head": False,
-        "trainable": True,
-        "shared_with": [[] for _ in range(LAYERS)],
-        "parameter": [f"{name}.weight" for name in names],
-        "module": names,
-        "nonfinite": 0,
-        "note": "",
-    }
-    return pandas.DataFrame(leading | outcomes | {"head_state": state} | metrics | info)
+def _layers(model: str, number: int, blocks: int) -> pandas.DataFrame:
+    rows = []
+    for block in range(blocks):
+        for k, (part, (kind, (outputs, *rest))) in enumerate(zip(BLOCK, KINDS, strict=True)):
+            shape = [outputs + number, *rest]
+            row = {"layer": f"{model}.{block}.{part}_of_{model}", "kind": kind, "shape": shape, "kind_number": k}
+            rows.append(row | {"numel": int(np.prod(shape)), "depth": len(rows), "head": False})
+    return pandas.DataFrame(rows)
 
 
-def synthetic_spectra(records: pandas.DataFrame) -> dict[str, dict[str, dict[str, float | None]]]:
-    """A few layers have no noise (None)."""
-    return {
-        model: {
-            layer: {"snr": None if re.search(r"\.0\.a$", layer) else 1.0 + place, "condition_number": 2.0 + place}
-            for place, layer in enumerate(rows.layer.unique())
-        }
-        for model, rows in records.groupby("model")
-    }
+def _metrics(sizes: np.ndarray, seen: np.ndarray, chance: np.random.Generator) -> dict[str, np.ndarray]:
+    values = {name: sizes * np.exp(chance.normal(size=len(sizes))) for name in METRICS if name not in ON_REQUEST}
+    values |= {name: np.full(len(sizes), np.nan) for name in ON_REQUEST}
+    return values | {"grad_norm": np.exp(seen), "rgn": np.exp(seen)}
 
 
-def write_parquet(records: pandas.DataFrame, path: Path) -> Path:
-    """As `consolidate` writes them, with the least that it says of each sweep."""
-    import pyarrow
-    from pyarrow import parquet
+def one_profile(records: pandas.DataFrame, model: str, dataset: str, seed: int = 0, state: str = "fresh"):
+    """The rows of one profile, without what the sweep found."""
+    chosen = records[
+        (records.model == model) & (records.dataset == dataset) & (records.seed == seed) & (records.head_state == state)
+    ]
+    return chosen.drop(columns=["accuracy", "loss", "head_accuracy", "head_loss"])
 
-    pairs = records[["model", "dataset", "family"]].drop_duplicates().to_dict("records")
-    sweeps = [pair | {"recipe": {}, "recipe_hash": "0" * 16, "versions": {"definitions": 1}} for pair in pairs]
-    table = pyarrow.Table.from_pandas(records, preserve_index=False)
-    parquet.write_table(table.replace_schema_metadata({b"zest_fast.records": json.dumps(sweeps).encode()}), path)
-    return path
+
+def true_gains(records: pandas.DataFrame, model: str, dataset: str) -> pandas.Series:
+    """Layer -> mean gain over the seeds."""
+    rows = records[(records.model == model) & (records.dataset == dataset)]
+    return (rows.head_loss - rows.loss).groupby(rows.layer).mean()

@@ -8,7 +8,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from synthetic_records import PAIRS, synthetic_records, synthetic_spectra, write_parquet
+from records_to_rank import PAIRS, synthetic_records, synthetic_spectra, write_parquet
 from torch import nn
 
 pytest.importorskip("sklearn", reason="the evaluation's ridge is scikit-learn's: pip install scikit-learn")

@@ -29,18 +29,18 @@ class PairMLP:
         self._metrics = present(train, PAPER_METRICS)
         inputs = torch.from_numpy(z_scores(train, self._metrics)).float()
         gains = torch.tensor(mean_gain(train).to_numpy())
-        members = [torch.as_tensor(rows) for rows in places(train)]
+        members, starts = _members(train)
         generator = torch.Generator().manual_seed(self._seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             self._network = self._untrained()
         optimizer = torch.optim.Adam(self._network.parameters(), lr=self._rate, weight_decay=1e-4)
         for _ in range(self._steps):
-            first, second = _sample_pairs(members, self._batch, generator)
-            difference = self._network(inputs[first]) - self._network(inputs[second])
-            sign = torch.sign(gains[first] - gains[second]).float()
+            pairs = members[_sample_pairs(starts, self._batch, generator)]
+            first, second = self._network(inputs[pairs])[..., 0]
+            sign = torch.sign(gains[pairs[0]] - gains[pairs[1]]).float()
             optimizer.zero_grad()
-            functional.softplus(-sign * difference[:, 0])[sign != 0].mean().backward()
+            functional.softplus(-sign * (first - second))[sign != 0].mean().backward()
             optimizer.step()
         return self
 
@@ -59,11 +59,15 @@ class PairMLP:
         )
 
 
-def _sample_pairs(members: list[Tensor], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Row numbers of `count` pairs: a profile, then two of its layers. members: the rows of each profile."""
-    starts = torch.tensor([0, *np.cumsum([len(rows) for rows in members])])
-    profile = torch.randint(len(members), (count,), generator=generator)
+def _members(records: pandas.DataFrame) -> tuple[Tensor, Tensor]:
+    """The rows of all profiles, one profile after another, and where in them each profile starts and the last ends."""
+    rows = places(records)
+    starts = np.cumsum([0, *map(len, rows)])
+    return torch.from_numpy(np.concatenate(rows)), torch.from_numpy(starts)
+
+
+def _sample_pairs(starts: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Places of `count` pairs of layers, [2, count]: a profile, then two of its layers."""
+    profile = torch.randint(len(starts) - 1, (count,), generator=generator)
     sizes = starts[profile + 1] - starts[profile]
-    places = (torch.rand(2, count, generator=generator, dtype=torch.float64) * sizes).long()
-    first, second = torch.cat(members)[starts[profile] + places]
-    return first, second
+    return starts[profile] + (torch.rand(2, count, generator=generator, dtype=torch.float64) * sizes).long()

@@ -1,6 +1,6 @@
 """Rankings against contribution records: the protocol of bench/ranking_protocol.py, run over every fold.
 
-python -m bench.ranking                          # the records that ship; about ten minutes on one thread
+python -m bench.ranking                          # the records that ship; seven minutes on one thread
 python -m bench.ranking --records mine.parquet   # as `bench.sweeps --consolidate` writes them
 python -m bench.readme                           # its table and plot into README.md
 
@@ -15,7 +15,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas
 import torch
+from joblib import Parallel, delayed
 
 from bench.measure import RESULTS, describe_machine, describe_versions
 from bench.ranking_baselines import Contestant, SignedMetric, Spectra, contestants
@@ -57,33 +58,36 @@ def main(arguments: list[str] | None = None, contest: Contest = contestants) -> 
     parser.add_argument("--records", type=Path, default=SHIPPED, help="a Parquet file of contribution records")
     parser.add_argument("--spectra", type=Path, default=CACHE, help="spectra of the models; what it lacks is computed")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of ranking.json")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="folds at a time; a thread each")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
     records = load_records(options.records)
     spectra = load_spectra(sorted(records.model.unique()), options.spectra)
-    document = _origin(options.records) | evaluate(records, spectra, contest)
+    document = _origin(options.records) | evaluate(records, spectra, contest, jobs=options.jobs)
     options.out.mkdir(parents=True, exist_ok=True)
     write(document, options.out / "ranking.json")
     for goal in document["must_reach"]:
         print(f"{'met   ' if goal['met'] else 'MISSED'} {goal['setting']}, {goal['goal']}: {goal['value']:.3f}")
 
 
-def evaluate(records: pandas.DataFrame, spectra: Spectra, contest: Contest = contestants) -> dict[str, object]:
+def evaluate(
+    records: pandas.DataFrame, spectra: Spectra, contest: Contest = contestants, *, jobs: int = 1
+) -> dict[str, object]:
     """Every fold of the protocol -> the parts of the document that the records decide.
 
     Raises ValueError where the records hold no pair of the protocol, or too few to hold one out.
     """
     began = time.perf_counter()
     pairs, left_out = pairs_in(records)
-    if not list(folds(pairs)):
+    every = list(folds(pairs))
+    if not every:
         raise ValueError(f"records of {[pair.name for pair in pairs]}: there is nothing to hold out, sweep more pairs")
+    runs = Parallel(n_jobs=jobs, return_as="generator")(
+        delayed(_timed_fold)(fold, records, spectra, contest) for fold in every
+    )
     rows = []
-    for fold in folds(pairs):
-        started = time.perf_counter()
-        rows += run_fold(fold, records, spectra, contest)
-        seconds = time.perf_counter() - started
+    for fold, (of_fold, seconds) in zip(every, runs, strict=True):
         print(f"{fold.setting}, {fold.held_out} held out: {len(fold.test)} pairs, {seconds:.0f} s", flush=True)
+        rows += of_fold
     results = pandas.DataFrame(rows)
     truth = targets(records, pairs)
     summary = summarise(results, truth)
@@ -98,7 +102,17 @@ def evaluate(records: pandas.DataFrame, spectra: Spectra, contest: Contest = con
     }
 
 
-def run_fold(fold: Fold, records: pandas.DataFrame, spectra: Spectra, contest: Contest) -> Iterator[dict]:
+def _timed_fold(*arguments) -> tuple[list[dict], float]:
+    """`run_fold` on one thread, and its seconds."""
+    began, threads = time.perf_counter(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return run_fold(*arguments), time.perf_counter() - began
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run_fold(fold: Fold, records: pandas.DataFrame, spectra: Spectra, contest: Contest) -> list[dict]:
     """Fit every contestant on the training pairs; a row for each contestant, test pair and state of the head."""
     train, test = rows_of(records, fold.train), rows_of(records, fold.test)
     gains = mean_gain(test)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas
+import pyarrow
 import pytest
 import torch
-from records_to_rank import PAIRS, synthetic_records, synthetic_spectra, write_parquet
+from pyarrow import parquet
+from synthetic_records import make_records
 from torch import nn
+
+import zest_fast
 
 pytest.importorskip("sklearn", reason="the evaluation's ridge is scikit-learn's: pip install scikit-learn")
 
 from bench import data, ranking, ranking_baselines, readme, spectra, sweeps
 from bench import ranking_protocol as protocol
 from bench.mlp_on_pairs import PairMLP
+from bench.ranking_baselines import Ridge
 from bench.ranking_measures import (
     Bootstrap,
     attainable_tau,
@@ -24,16 +30,40 @@ from bench.ranking_measures import (
     tau_b,
     tau_between_seeds,
 )
-from bench.ranking_records import gains_by_seed, mean_gain, profiles, z_scores
+from bench.ranking_records import PROFILE, gains_by_seed, mean_gain, profiles, z_scores
+
+SWEPT = (
+    (("efficientnet-lite0", "mobilenet-v2"), ("mnist", "mnist-corrupted", "fashion")),
+    (("efficientnet-lite1",), ("fashion",)),
+    (("minilm",), ("trec", "sms-spam")),
+)
 
 
 @pytest.fixture(scope="module")
 def records() -> pandas.DataFrame:
-    return synthetic_records()
+    """`grad_norm` and `rgn` tell the part of a gain that the data set decides, in every model."""
+    parts = [make_records(models, datasets, blocks=3, kind=0.2, layer=0.5, metric=1.0) for models, datasets in SWEPT]
+    return pandas.concat(parts, ignore_index=True)
 
 
 def spectra_of(records: pandas.DataFrame):
-    return synthetic_spectra(records)
+    """The first layer of every model has no noise (None)."""
+    return {
+        model: {
+            layer: {"snr": float(place) if place else None, "condition_number": 2.0 + place}
+            for place, layer in enumerate(rows.layer.unique())
+        }
+        for model, rows in records.groupby("model")
+    }
+
+
+def write_parquet(records: pandas.DataFrame, path: Path) -> Path:
+    """As `consolidate` writes them, with the least that it says of each sweep."""
+    pairs = records[["model", "dataset", "family"]].drop_duplicates().to_dict("records")
+    sweeps = [pair | {"recipe": {}, "recipe_hash": "0" * 16, "versions": {"definitions": 1}} for pair in pairs]
+    table = pyarrow.Table.from_pandas(records, preserve_index=False)
+    parquet.write_table(table.replace_schema_metadata({b"zest_fast.records": json.dumps(sweeps).encode()}), path)
+    return path
 
 
 # Measures
@@ -107,7 +137,7 @@ def test_protocol_knows_every_pair_that_is_swept_and_every_model():
 
 def test_no_fold_trains_on_what_it_holds_out(records):
     pairs, left_out = protocol.pairs_in(records)
-    assert not left_out and len(pairs) == sum(map(len, PAIRS.values()))
+    assert not left_out and len(pairs) == 9
     tested: dict[str, list[protocol.Pair]] = {}
     for fold in protocol.folds(pairs):
         train, test = protocol.rows_of(records, fold.train), protocol.rows_of(records, fold.test)
@@ -169,7 +199,8 @@ def test_held_out_outcomes_change_no_prediction(records):
         scores = []
         for frame in (records, changed):
             train = protocol.rows_of(frame, fold.train)
-            contestant = quick(train, spectra_of(records))[name].fit(train)
+            every = quick(train, spectra_of(records)) | {"ranker": zest_fast.Ranker()}
+            contestant = every[name].fit(train)
             test = protocol.rows_of(frame, fold.test).drop(columns=list(protocol.OUTCOMES))
             scores.append(np.concatenate([contestant.predict(rows) for _, rows in profiles(test)]))
         np.testing.assert_array_equal(*scores, err_msg=name)
@@ -179,7 +210,9 @@ def test_held_out_outcomes_change_no_prediction(records):
 
 
 def quick(train, spectra):
-    return ranking_baselines.contestants(train, spectra) | {"mlp on pairs": PairMLP(steps=60)}
+    """All contestants; the slow ones trained briefly, or stood in for."""
+    slow = {"mlp on pairs": PairMLP(steps=60), "ranker": Ridge(), "ranker, metrics only": Ridge()}
+    return ranking_baselines.contestants(train, spectra) | slow
 
 
 def test_gains_are_means_over_seeds(records):
@@ -204,14 +237,14 @@ def test_z_scores_are_of_the_profile_and_nan_is_its_mean(records):
 
 
 def test_single_metric_learns_its_sign_and_the_best_is_found(records):
-    flipped = records.assign(fisher=-2 * records.snip)
+    flipped = records.assign(fisher=-2 * records.rgn)
     flipped.loc[flipped.head_state == "warm", "fisher"] *= -1
     single = ranking_baselines.SignedMetric(("fisher",)).fit(flipped)
     assert single.choice("minilm", "fresh")[1] < 0 < single.choice("minilm", "warm")[1]
-    best = ranking_baselines.SignedMetric(("rgn", "snip", "grad_mean")).fit(records)
-    assert best.choice("thin-resnet50", "fresh")[0] == "snip"
+    best = ranking_baselines.SignedMetric(("snip", "rgn", "grad_mean")).fit(records)
+    assert best.choice("thin-resnet50", "fresh")[0] == "rgn"
     profile = next(rows for key, rows in profiles(records) if key[-1] == "fresh")
-    np.testing.assert_array_equal(best.predict(profile), profile.snip)
+    np.testing.assert_array_equal(best.predict(profile), profile.rgn)
 
 
 def test_priors_are_ranks_on_training_pairs(records):
@@ -226,12 +259,9 @@ def test_priors_are_ranks_on_training_pairs(records):
     np.testing.assert_allclose(prior.predict(lite), expected[lite.layer])
     assert np.isnan(prior.predict(profile[profile.model == "efficientnet-lite1"])).all()
     kinds = ranking_baselines.KindPrior().fit(train)
-    assert len(set(kinds.predict(lite))) == 2
+    assert len(set(kinds.predict(lite))) == 3
     unknown = profile[profile.model == "efficientnet-lite1"]
-    means = train.assign(
-        rank=mean_gain(train).groupby([train.model, train.dataset, train.seed, train.head_state]).rank()
-    )
-    ranks = means.groupby("kind")["rank"].mean() / 12
+    ranks = mean_gain(train).groupby([train[name] for name in PROFILE]).rank(pct=True).groupby(train.kind).mean()
     np.testing.assert_allclose(kinds.predict(unknown), ranks[unknown.kind])
 
 
@@ -239,7 +269,7 @@ def test_what_learns_beats_random_where_there_is_something_to_learn(records):
     (fold,) = [f for f in protocol.folds(protocol.pairs_in(records)[0]) if f.held_out == "mobilenet-v2"]
     rows = pandas.DataFrame(ranking.run_fold(fold, records, spectra_of(records), quick))
     tau = rows[rows.head_state == "fresh"].groupby("contestant").tau.mean()
-    for name in ("metric snip", "best single metric", "ridge", "mlp on pairs"):
+    for name in ("metric rgn", "best single metric", "ridge", "mlp on pairs"):
         assert tau[name] > 0.3, name
     assert tau["random"] == 0 and "layer prior" not in tau
 
@@ -258,9 +288,9 @@ def test_the_mlp_on_pairs_is_deterministic_and_leaves_the_random_state(records):
 def test_spectrum_ranks_within_types_of_modules(records):
     profile = next(profiles(records))[1]
     scores = ranking_baselines.Spectrum(spectra_of(records)).predict(profile)
-    for letter in "ab":
-        of_type = scores[profile.layer.str.endswith(letter)]
-        assert sorted(of_type) == pytest.approx(np.arange(1, 7) / 6)
+    for part in ("expand", "depthwise", "project", "mix"):
+        of_type = scores[profile.layer.str.contains(f"{part}_of")]
+        assert sorted(of_type) == pytest.approx([1 / 3, 2 / 3, 1])
     assert scores[0] == 1  # no singular value is noise
 
 
@@ -333,7 +363,7 @@ def test_the_json_holds_every_pair_contestant_setting_and_state(document, record
                 assert contestant["ranker_ahead"]["tau"]["mean"] == pytest.approx(lead, abs=2e-4)
             assert part["random"]["tau"]["mean"] == part["random"]["top_5"]["mean"] == 0
     assert {entry["pair"] for entry in found["diagnosis"]} == pairs
-    assert all(0 < entry["attainable_tau"] <= 1 and entry["layers"] == 12 for entry in found["diagnosis"])
+    assert all(0 < entry["attainable_tau"] <= 1 and entry["layers"] in (12, 16) for entry in found["diagnosis"])
     for goal in found["must_reach"]:
         words, bar = goal["goal"].rsplit(" ", 1)
         assert goal["met"] is (goal["value"] > float(bar) if words.endswith("above") else goal["value"] >= float(bar))
@@ -353,7 +383,7 @@ def test_the_readme_shows_the_run_and_drift_is_found(document, tmp_path, monkeyp
     found = json.loads(document.read_text())
     ranker = found["summary"]["new models"]["fresh"]["contestants"]["ranker"]["tau"]["mean"]
     row = next(line for line in text.splitlines() if line.startswith("| **Ranker** |"))
-    assert f"{ranker:.2f} (" in row and "metric snip" in plot and "known models" in plot
+    assert f"{ranker:.2f} (" in row and "metric rgn" in plot and "known models" in plot
     assert text.count(", met") + text.count(", **missed**") == len(found["must_reach"])
     run("--check")
     (results / "ranking.svg").write_text(plot.replace("SHA-256 ", "SHA-256 0"))

@@ -69,7 +69,7 @@ def ranking_table(ranking: Ranking, profile: LayerProfile, chosen: Sequence[str]
     title = f"by {ranking.by}: the {len(chosen)} layers to train"
     table = Table("rank", _name_column(), "kind", box=SIMPLE_HEAD, title=title)
     score = "score" if ranking.note else ranking.by
-    for name in ("depth", "weights", score, *(["80 % interval"] if ranking.note else [])):
+    for name in ("depth", "weights", score, *(["80% interval"] if ranking.note else [])):
         table.add_column(name, justify="right")
     rows = {
         name: (score, ends) for name, score, ends in zip(ranking.names, ranking.scores, ranking.intervals, strict=True)

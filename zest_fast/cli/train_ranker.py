@@ -15,12 +15,12 @@ from zest_fast.cli.commands import Json, _check_writable, _work, app
 if TYPE_CHECKING:
     import pandas
 
-RECORDS_HELP = "What `zest-fast sweep` wrote (.jsonl), or consolidated records (.parquet)."
+RECORDS_HELP = "What `zest-fast sweep` wrote (.jsonl), or consolidated records (.parquet); none = the shipped ones."
 
 
 @app.command("train-ranker")
 def train_ranker(
-    records: Annotated[list[Path], typer.Argument(help=RECORDS_HELP, show_default=False)],
+    records: Annotated[list[Path] | None, typer.Argument(help=RECORDS_HELP, show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="Where to save the Ranker: .json.")] = Path("ranker.json"),
     shipped: Annotated[
         bool, typer.Option(help="Learn from the records that ship with the library, too; the same pair is replaced.")
@@ -37,7 +37,7 @@ def train_ranker(
         from zest_fast.ranking.cross_validation import cross_validate
         from zest_fast.ranking.ranker import Ranker
 
-        frame, sweeps = read_sources(records, shipped=shipped)
+        frame, sweeps = read_sources(records or [], shipped=shipped)
         validation = None
         if folds:
             validation = cross_validate(frame, folds=folds, sweeps=sweeps, seed=seed, progress=status.update)
@@ -56,13 +56,15 @@ def train_ranker(
 def read_sources(paths: Sequence[Path], *, shipped: bool) -> tuple[pandas.DataFrame, list[dict[str, Any]]]:
     """Records and metadata of every source. A pair of the user's replaces the shipped one of the same name.
 
-    Raises ValueError where two of the user's files hold the same pair, or a file cannot be read.
+    Raises ValueError where there is no source, two of the user's files hold the same pair, or a file cannot be read.
     """
     import pandas
 
     from zest_fast.integrations.references import nearest_path
     from zest_fast.sweeping.tables import SHIPPED
 
+    if not paths and not shipped:
+        raise ValueError("--no-shipped leaves nothing to learn from; name files of records")
     sources: dict[tuple[str, str], Path] = {}
     frames, sweeps = [], []
     for path in (*paths, *([SHIPPED] if shipped else [])):

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import pandas
 
 from zest_fast.ranking.contributions import Pair
+from zest_fast.ranking.features import metric_z
 from zest_fast.ranking.groups import Group, Layout, Shape
 
 KNOWN_FROM = 0.8
@@ -35,6 +37,8 @@ class Architecture:
     families: tuple[str, ...]
     positions: np.ndarray
     """float [families, layers]: mean position in (0, 1) over the data sets of the family, NaN where not swept."""
+    usual: np.ndarray
+    """float [families, layers, DYNAMIC_METRICS]: mean of `metric_z` over the profiles of the family."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -67,7 +71,7 @@ class Match:
     rows: np.ndarray
     """int [layers of the profile]: the row of each in the architecture, -1 where it has none."""
     renamed: tuple[str, ...]
-    """The names of the profile's layers as the architecture spells them."""
+    """The names of the profile's layers as the architecture spells them; "" outside the wrapper of the others."""
 
     @property
     def share(self) -> float:
@@ -95,7 +99,7 @@ def find(group: Group, architectures: Iterable[Architecture]) -> list[Match]:
 def _match(group: Group, architecture: Architecture) -> Match:
     best = Match(architecture, np.full(len(group), -1), group.names)
     for theirs, ours in _prefixes(group.names, group.shapes, architecture):
-        renamed = tuple(theirs + name[len(ours) :] if name.startswith(ours) else name for name in group.names)
+        renamed = tuple(theirs + name[len(ours) :] if name.startswith(ours) else "" for name in group.names)
         found = [architecture.row_of.get(name, -1) for name in renamed]
         same = [r >= 0 and architecture.shapes[r] == shape for r, shape in zip(found, group.shapes, strict=True)]
         match = Match(architecture, np.where(same, found, -1), renamed)
@@ -161,17 +165,25 @@ def _architecture(pairs: Sequence[Pair]) -> Architecture:
         depths=np.array([layers[name][0] for name in names]),
         shapes=tuple(layers[name][2] for name in names),
         families=tuple(families),
-        positions=np.stack([_family_mean(pairs, family, names) for family in families]),
+        positions=np.stack([_mean_positions([p for p in pairs if p.family == f], names) for f in families]),
+        usual=np.stack([_mean_metrics([p for p in pairs if p.family == f], names) for f in families]),
     )
 
 
-def _family_mean(pairs: Sequence[Pair], family: str, names: Sequence[str]) -> np.ndarray:
-    return nan_mean(
-        np.stack([pair.positions.reindex(list(names)).to_numpy() for pair in pairs if pair.family == family])
-    )
+def _mean_positions(pairs: Sequence[Pair], names: Sequence[str]) -> np.ndarray:
+    return nan_mean(np.stack([pair.positions.reindex(list(names)).to_numpy() for pair in pairs]))
+
+
+def _mean_metrics(pairs: Sequence[Pair], names: Sequence[str]) -> np.ndarray:
+    tables = [
+        pandas.DataFrame(metric_z(group), index=list(group.names)).reindex(list(names)).to_numpy()
+        for pair in pairs
+        for group in pair.views
+    ]
+    return nan_mean(np.stack(tables))
 
 
 def nan_mean(values: np.ndarray) -> np.ndarray:
-    """[n, layers] -> mean of what is defined, [layers]; NaN where nothing is."""
+    """[n, ...] -> mean of what is defined, [...]; NaN where nothing is."""
     counts = (~np.isnan(values)).sum(axis=0)
     return np.where(counts > 0, np.nansum(values, axis=0) / np.maximum(1, counts), np.nan)

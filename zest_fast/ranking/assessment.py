@@ -45,4 +45,4 @@ class Assessment:
             text += f", held-out tau {self.expected_tau:.2f} {test}"
         widths = self.intervals[:, 1] - self.intervals[:, 0]
         defined = widths[np.isfinite(widths)]
-        return text + (f", 80 % intervals {np.median(defined):.2f} wide" if len(defined) else "")
+        return text + (f", 80% intervals {np.median(defined):.2f} wide" if len(defined) else "")

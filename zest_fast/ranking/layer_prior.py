@@ -1,4 +1,4 @@
-"""The layer prior: where the same layer of the same architecture stood on other families of data sets. No torch."""
+"""What the same layer of the same architecture showed on other families of data sets. No torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from zest_fast.ranking.architectures import Match, nan_mean, role
+from zest_fast.ranking.features import DYNAMIC_METRICS
 from zest_fast.ranking.groups import Group
 
 _BANDWIDTH = 0.1  # of relative depth, between blocks
@@ -20,6 +21,17 @@ def layer_prior(group: Group, matches: Sequence[Match], without_family: str | No
     """
     rows = [_positions(group, match, without_family) for match in matches if match.known]
     return nan_mean(np.concatenate(rows)) if rows else np.full(len(group), np.nan)
+
+
+def usual_metrics(group: Group, matches: Sequence[Match], without_family: str | None = None) -> np.ndarray:
+    """What `metric_z` is on average for each layer, [layers, DYNAMIC_METRICS]; NaN where nothing is known."""
+    tables = []
+    for match in matches:
+        architecture = match.architecture
+        kept = architecture.usual[[family != without_family for family in architecture.families]]
+        if match.known:
+            tables.append(np.where((match.rows >= 0)[:, None], kept[:, match.rows], np.nan))
+    return nan_mean(np.concatenate(tables)) if tables else np.full((len(group), len(DYNAMIC_METRICS)), np.nan)
 
 
 def _positions(group: Group, match: Match, without_family: str | None) -> np.ndarray:

@@ -14,8 +14,8 @@ from zest_fast.ranking.features import FEATURES, LAYER_PRIOR, PRIORS
 
 PENALTIES = (30.0, 3.0, 0.3)
 """Of squared coefficients of features of unit variance, beside a mean squared error; 30 leaves little but priors."""
-_PRIOR_PENALTY = 1e-3
-_SCALE_OF_POSITION = 12**0.5  # positions are uniform in (0, 1)
+_PRIOR_PENALTY = 1e-2
+_NOTHING = 1e-9  # the variance of a feature that never varies
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ def has_prior(values: np.ndarray) -> np.ndarray:
 
 
 def design(values: np.ndarray, groups: Sequence[slice]) -> np.ndarray:
-    """Features of about unit variance, centred within each group, 0 where undefined."""
-    scaled = values * np.array([_scale(name) for name in FEATURES])
+    """Features centred within each group, 0 where undefined."""
+    centred = np.empty_like(values)
     for group in groups:
-        block = scaled[group]
+        block = values[group]
         defined = ~np.isnan(block)
         means = np.where(defined, block, 0.0).sum(axis=0) / np.maximum(1, defined.sum(axis=0))
-        scaled[group] = np.where(defined, block - means, 0.0)
-    return scaled
+        centred[group] = np.where(defined, block - means, 0.0)
+    return centred
 
 
 def fit_ridge(
@@ -65,13 +65,10 @@ def fit_ridge(
     if not len(x):
         return np.zeros(len(FEATURES))
     used = [column for column, name in enumerate(FEATURES) if name in features]
-    penalties = np.array([_PRIOR_PENALTY if FEATURES[column] in PRIORS else penalty for column in used])
     weighted = x[:, used] * (weights / weights.sum())[:, None]
     gram = weighted.T @ x[:, used]
+    penalties = np.array([_PRIOR_PENALTY if FEATURES[column] in PRIORS else penalty for column in used])
+    ridge = np.diag(penalties * (gram.diagonal() + _NOTHING))
     coefficients = np.zeros(len(FEATURES))
-    coefficients[used] = np.linalg.solve(gram + np.diag(penalties), weighted.T @ (positions - 0.5))
+    coefficients[used] = np.linalg.solve(gram + ridge, weighted.T @ (positions - 0.5))
     return coefficients
-
-
-def _scale(name: str) -> float:
-    return _SCALE_OF_POSITION if name.endswith(("_rank", "_rank_in_kind")) or name == "relative_depth" else 1.0

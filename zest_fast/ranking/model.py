@@ -16,7 +16,7 @@ from zest_fast.ranking.boosted_trees import explain_trees, predict_trees
 from zest_fast.ranking.features import FEATURES, KIND_PRIOR, LAYER_PRIOR, STRUCTURE, features_of
 from zest_fast.ranking.groups import Group
 from zest_fast.ranking.kind_prior import kind_prior
-from zest_fast.ranking.layer_prior import layer_prior
+from zest_fast.ranking.layer_prior import layer_prior, usual_metrics
 from zest_fast.ranking.linear_base import LinearBase, has_prior
 from zest_fast.ranking.selection import Errors
 
@@ -66,7 +66,8 @@ class Model:
         """As in training: the kind prior of a known architecture comes from others."""
         own = [match.architecture for match in matches if match.known]
         others = [a for a in self.architectures if not any(a.is_kin_of(known) for known in own)]
-        return features_of(group, layer_prior(group, matches), kind_prior(group.layout, others))
+        usual = usual_metrics(group, matches)
+        return features_of(group, layer_prior(group, matches), kind_prior(group.layout, others), usual)
 
     def _slopes(self, prior: np.ndarray) -> np.ndarray:
         return np.where(prior, self.known.slope, self.new.slope)

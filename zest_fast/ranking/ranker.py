@@ -133,8 +133,9 @@ class Ranker:
             for errors, what in ((self._model.known, "other data sets"), (self._model.new, "other architectures"))
             if errors.pairs
         )
-        pairs = len(self._metadata["pairs"])
-        return f"Ranker of {pairs} pairs of model and data set" + (f", held-out tau {held_out}" if held_out else "")
+        count = len(self._metadata["pairs"])
+        pairs = f"{count} pair{'s' if count > 1 else ''} of model and data set"
+        return f"Ranker of {pairs}" + (f", held-out tau {held_out}" if held_out else "")
 
 
 def _defined(records: pandas.DataFrame, metric: str) -> bool:

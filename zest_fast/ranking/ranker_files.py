@@ -37,7 +37,7 @@ def save_ranker(
     }
     document["checksum"] = _checksum(document)
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(document, allow_nan=False) + "\n", encoding="utf-8")
     return Path(path)
 
 
@@ -121,15 +121,15 @@ def _architecture_document(architecture: Architecture) -> dict[str, Any]:
         "model": architecture.model,
         "families": list(architecture.families),
         "layers": [
-            {"name": name, "kind": str(kind), "depth": depth, "shape": list(shape), "positions": positions}
-            for name, kind, depth, shape, positions in zip(
-                architecture.names,
-                architecture.kinds,
-                architecture.depths.tolist(),
-                architecture.shapes,
-                [[_finite(value) for value in column] for column in architecture.positions.T.tolist()],
-                strict=True,
-            )
+            {
+                "name": name,
+                "kind": str(architecture.kinds[row]),
+                "depth": float(architecture.depths[row]),
+                "shape": list(architecture.shapes[row]),
+                "positions": _nested(architecture.positions[:, row]),
+                "usual": _nested(architecture.usual[:, row]),
+            }
+            for row, name in enumerate(architecture.names)
         ],
     }
 
@@ -143,8 +143,16 @@ def _architecture_from(document: Mapping[str, Any]) -> Architecture:
         depths=np.array([layer["depth"] for layer in layers], dtype=np.float64),
         shapes=tuple(tuple(layer["shape"]) for layer in layers),
         families=tuple(document["families"]),
-        positions=np.array([[_number(value) for value in layer["positions"]] for layer in layers]).T,
+        positions=np.stack([np.array(layer["positions"], dtype=np.float64) for layer in layers], axis=1),
+        usual=np.stack([np.array(layer["usual"], dtype=np.float64) for layer in layers], axis=1),
     )
+
+
+def _nested(values: np.ndarray) -> list[Any]:
+    """Lists with null for NaN, which NumPy reads back as NaN."""
+    nested = values.astype(object)
+    nested[np.isnan(values)] = None
+    return nested.tolist()
 
 
 def _finite(value: float) -> float | None:

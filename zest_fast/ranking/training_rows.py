@@ -1,4 +1,4 @@
-"""Pairs -> the rows that are fitted: every profile once with its layer prior and once as if its model were new."""
+"""Pairs -> the rows that are fitted: every profile once with what is known of its layers and once as of a new model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 
 from zest_fast.ranking.architectures import Architecture, find
 from zest_fast.ranking.contributions import Pair
-from zest_fast.ranking.features import FEATURES, LAYER_PRIOR, features_of
+from zest_fast.ranking.features import FEATURES, OF_KNOWN_LAYERS, features_of
 from zest_fast.ranking.groups import Group
 from zest_fast.ranking.kind_prior import kind_prior
-from zest_fast.ranking.layer_prior import layer_prior
+from zest_fast.ranking.layer_prior import layer_prior, usual_metrics
 from zest_fast.ranking.linear_base import design
 
 
@@ -59,7 +59,7 @@ def training_rows(pairs: Sequence[Pair], architectures: Sequence[Architecture], 
     """
     values, positions, levels, weights, views = [], [], [], [], []
     own = {architecture.model: architecture for architecture in architectures}
-    end = 0
+    start = 0
     for number, pair in enumerate(pairs):
         others = [a for a in architectures if not a.is_kin_of(own[pair.model])]
         visible = architectures if known else []
@@ -70,7 +70,8 @@ def training_rows(pairs: Sequence[Pair], architectures: Sequence[Architecture], 
             positions.append(pair.positions[names].to_numpy())
             levels.append(pair.levels[names].to_numpy())
             weights.append(np.full(len(table), share))
-            views.append(View(number, has_prior, slice(end, end := end + len(table))))
+            views.append(View(number, has_prior, slice(start, start + len(table))))
+            start += len(table)
     return Rows(
         np.concatenate(values),
         np.concatenate(positions),
@@ -91,11 +92,13 @@ def _tables(
     names = [name for name, kept in zip(group.names, scored, strict=True) if kept]
     if not names:
         return []
-    layers = layer_prior(group, find(group, architectures), without_family=pair.family)
+    matches = find(group, architectures)
+    layers = layer_prior(group, matches, without_family=pair.family)
+    usual = usual_metrics(group, matches, without_family=pair.family)
     kinds = kind_prior(group.layout, others, without_family=pair.family)
-    known = features_of(group, layers, kinds)[scored]
+    known = features_of(group, layers, kinds, usual)[scored]
     new = known.copy()
-    new[:, FEATURES.index(LAYER_PRIOR)] = np.nan
+    new[:, [FEATURES.index(name) for name in OF_KNOWN_LAYERS]] = np.nan
     return [(False, new, names)] if np.isnan(layers).all() else [(True, known, names), (False, new, names)]
 
 

@@ -58,9 +58,9 @@ RECIPES = {
         train_samples=320,
         seeds=(0, 1),
         note="16 tokens; 300 sentences scored; every third of the 210 layers; products of matrices in bfloat16; rates "
-        "from a short probe of late layers on smollm2/trec (head alone 0.911): factor 0.001 0.904 and 0.003 0.896 (v_proj "
-        "of block 20, 24 steps), 0.01 0.875 (20 steps), 0.03 is beyond the limit; batches of 8 and a head rate of 5e-4 "
-        "made most layers worse than the head",
+        "from a short probe of late layers on smollm2/trec (head alone 0.911): factor 0.001 0.904 and 0.003 0.896 "
+        "(v_proj of block 20, 24 steps), 0.01 0.875 (20 steps), 0.03 is beyond the limit; batches of 8 and a head rate "
+        "of 5e-4 made most layers worse than the head",
     ),
 }
 """By family of models. The factor of the layers' rate is the best of PROBED by the mean loss of five layers of one pair

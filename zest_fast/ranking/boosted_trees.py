@@ -12,9 +12,9 @@ from zest_fast.ranking.features import FEATURES, PRIORS
 if TYPE_CHECKING:
     import lightgbm
 
-ROUNDS = (5, 15, 50)
-STRENGTHS = (6.0, 3.0)
-"""What the base is multiplied by, in units of log odds per position: the larger, the less is left to correct."""
+ROUNDS = (5, 15, 40)
+STRENGTH = 6.0
+"""What the base is multiplied by: log odds, between two layers, of a difference of 1 in position."""
 
 INCREASING = (*PRIORS, "rgn_rank", "agree_dot_rank", "agree_sign_rank", "agree_cos_rank")
 """Theory gives these a sign: a prior is an expected position; agreement estimates the gain of a step on unseen samples;

@@ -18,7 +18,7 @@ import pandas
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.ranking.architectures import architectures_of
 from zest_fast.ranking.assessment import Assessment, Known
-from zest_fast.ranking.boosted_trees import trees_from
+from zest_fast.ranking.boosted_trees import STRENGTH, trees_from
 from zest_fast.ranking.contributions import OUTCOMES, check_sweeps, pairs_of
 from zest_fast.ranking.features import DYNAMIC_FEATURES, FEATURES, METRICS, ON_REQUEST
 from zest_fast.ranking.groups import IDENTITY, Group, group_of
@@ -58,11 +58,11 @@ class Ranker:
         names = FEATURE_SETS[self.features]
         rows = training_rows(pairs, architectures, known=self.features == "all")
         chosen = select(rows, features=names, seed=self.seed)
-        trees = fit_trees(rows, rows.views, names, chosen.strength * chosen.base, rounds=chosen.rounds, seed=self.seed)
+        trees = fit_trees(rows, rows.views, names, STRENGTH * chosen.base, rounds=chosen.rounds, seed=self.seed)
         self._model = Model(
             features=names,
             base=fit_base(rows, rows.views, names, chosen.penalties),
-            strength=chosen.strength,
+            strength=STRENGTH,
             # As `load` has them: a Ranker is the same before and after its file.
             trees=trees_from(trees.model_to_string()),
             known=chosen.known,
@@ -158,7 +158,6 @@ def _metadata(
         "definitions": next((sweep.get("versions", {}).get("definitions") for sweep in sweeps), None),
         "settings": {
             "penalties": list(chosen.penalties),
-            "strength": chosen.strength,
             "rounds": chosen.rounds,
         },
         "versions": {"lightgbm": lightgbm.__version__, "numpy": np.__version__},

@@ -1,7 +1,7 @@
 """Settings chosen inside `fit`, by cross-validation within the training records, and what the errors were there.
 
 Held out are families of data sets, for profiles of known architectures, and architectures with their kin, for profiles
-as of a new one. The grid is small and fixed: PENALTIES, STRENGTHS and ROUNDS.
+as of a new one. The grid is small and fixed: PENALTIES and ROUNDS.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.stats import kendalltau
 
-from zest_fast.ranking.boosted_trees import ROUNDS, STRENGTHS, predict_trees, train_trees
+from zest_fast.ranking.boosted_trees import ROUNDS, STRENGTH, predict_trees, train_trees
 from zest_fast.ranking.linear_base import PENALTIES, LinearBase, fit_ridge, has_prior
 from zest_fast.ranking.training_rows import Rows, View
 
 if TYPE_CHECKING:
     import lightgbm
 
-FOLDS = 6
+FOLDS = 5
 DIGITS = 9  # of what trees start from: the last bits differ between machines
 _TAIL = 0.1  # on each side of an interval of 80 %
 _LEAST_SLOPE = 0.1
@@ -44,7 +44,6 @@ class Errors:
 class Selection:
     penalties: tuple[float, float]
     """For known and for new architectures."""
-    strength: float
     rounds: int
     base: np.ndarray
     """The base's prediction for each row by a fit that has not seen it, [rows]: what the final trees start from."""
@@ -71,13 +70,10 @@ def select(rows: Rows, *, features: Sequence[str], seed: int) -> Selection:
     )
     base = np.where(has_prior(rows.values), bases[penalties[0]], bases[penalties[1]])
 
-    raw: dict[tuple[float, int], np.ndarray] = {}
-    for strength in STRENGTHS:
-        for rounds, corrections in _held_out_trees(rows, folds, features, strength * base, seed).items():
-            raw[strength, rounds] = strength * base + corrections
-    strength, rounds = max(raw, key=lambda setting: _score(rows, raw[setting], known, new))
-    errors = [_errors(rows, raw[strength, rounds], views, strength) for views in (known, new)]
-    return Selection(penalties, strength, rounds, base, *errors)
+    trees = _held_out_trees(rows, folds, features, STRENGTH * base, seed)
+    raw = {rounds: STRENGTH * base + added for rounds, added in trees.items()}
+    rounds = max(raw, key=lambda rounds: _score(rows, raw[rounds], known, new))
+    return Selection(penalties, rounds, base, _errors(rows, raw[rounds], known), _errors(rows, raw[rounds], new))
 
 
 def fit_base(rows: Rows, views: Sequence[View], features: Sequence[str], penalties: tuple[float, float]) -> LinearBase:
@@ -174,15 +170,15 @@ def _score(rows: Rows, scores: np.ndarray, *views: Sequence[View]) -> float:
     return float(np.mean(taus)) if taus else 0.0
 
 
-def _errors(rows: Rows, raw: np.ndarray, views: Sequence[View], strength: float) -> Errors:
+def _errors(rows: Rows, raw: np.ndarray, views: Sequence[View]) -> Errors:
     if not views:
-        return Errors(1 / strength, (np.nan, np.nan), np.nan, 0)
+        return Errors(1 / STRENGTH, (np.nan, np.nan), np.nan, 0)
     index = rows.of(views)
     centred = np.concatenate([raw[view.rows] - raw[view.rows].mean() for view in views])
     positions, weights = rows.positions[index] - 0.5, rows.weights[index]
     variance = float(weights @ centred**2)
     slope = float(weights @ (centred * positions)) / variance if variance else 0.0
-    slope = max(slope, _LEAST_SLOPE / strength)  # a score never turns the order around
+    slope = max(slope, _LEAST_SLOPE / STRENGTH)  # a score never turns the order around
     pairs = len({view.pair for view in views})
     tail = _TAIL * pairs / (pairs + 1)  # few pairs have not shown their extremes
     span = _quantiles(positions - slope * centred, weights, (tail, 1 - tail))

@@ -175,6 +175,15 @@ def test_profile_selects_layers_and_metrics_and_saves(run, home, tmp_path):
     assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_profile_shows_metrics_on_request_and_all_of_them(run):
+    words = ("profile", "bert", "films.jsonl", "--batch-size", 6)
+    shown = run(*words, "--metrics", "grasp,agree_cos")
+    assert shown.exit_code == 0, shown.stderr
+    assert "grasp" in shown.stdout and "agree_cos" in shown.stdout and "snip" not in shown.stdout
+    found = document(run(*words, "--metrics", "all", "--json"))
+    assert all({"snip", "grasp", "synflow", "agree_sign"} <= set(row["metrics"]) for row in found["layers"])
+
+
 def test_profile_of_an_image_folder(run):
     found = document(run("profile", "resnet", "digits", "--metrics", "snip", "--json"))
     assert {row["info"]["kind"] for row in found["layers"]} >= {"conv2d", "linear"}
@@ -210,7 +219,7 @@ def test_rank_leaves_the_head_and_undefined_scores_out(run, tmp_path):
     assert found["scores"] == [9.0, 3.0, 1.0, None]
     assert found["top"] == ["encoder.1", "encoder.0"]
     assert document(run("rank", path, "--by", "plain", "--top", 1, "--json"))["top"] == ["encoder.0"]
-    table = run("rank", path, "--top", 2).stdout
+    table = run("rank", path, "--by", "snip", "--top", 2).stdout
     assert table.index("encoder.1") < table.index("encoder.0") and "encoder.2" not in table
 
 
@@ -219,7 +228,7 @@ def test_rank_needs_no_torch(tmp_path):
     code = (
         "import sys; from zest_fast.cli import app\ntry: app()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
     )
-    words = [sys.executable, "-c", code, "rank", str(path), "--top", "1"]
+    words = [sys.executable, "-c", code, "rank", str(path), "--by", "snip", "--top", "1"]
     result = subprocess.run(words, capture_output=True, text=True, check=True)
     assert "encoder.1" in result.stdout and result.stderr == "False\n"
 
@@ -376,7 +385,7 @@ def test_what_finetune_refuses_is_one_line(run, words, parts, tmp_path):
 def test_rank_refuses_an_unknown_metric_and_a_torn_profile(run, tmp_path):
     path = saved_profile(tmp_path / "p.json")
     refused(run("rank", path, "--by", "snipp"), "'snipp'", "nearest: 'snip'")
-    refused(run("rank", path, "--top", 9), "n=9", "3 layers")
+    refused(run("rank", path, "--by", "snip", "--top", 9), "n=9", "3 layers")
     path.write_text(path.read_text()[:60])
     refused(run("rank", path), str(path))
 

@@ -92,7 +92,10 @@ def profile(
     label_column: LabelColumn = None,
     batch_size: BatchSize = 16,
     layers: Annotated[str | None, typer.Option(help="A regular expression that matches whole layer names.")] = None,
-    metrics: Annotated[str | None, typer.Option(help="Names, separated by commas; all by default.")] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help='Names, separated by commas; by default those of one pass, "all" for every one.'),
+    ] = None,
     backend: Annotated[str, typer.Option(help="auto, reference, cpu, triton or cuda.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Where to save the profile: .json or .parquet.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Where to draw the heat map: .png, .svg or .pdf.")] = None,
@@ -105,7 +108,7 @@ def profile(
     """Measure every metric of every layer in one forward and one backward pass over one batch."""
     _check_writable(out, {".json", ".parquet"})
     _check_writable(plot, {".png", ".svg", ".pdf"})
-    pattern, wanted = _pattern(layers), _names(metrics)
+    pattern, chosen = _pattern(layers), None if metrics == "all" else _names(metrics)
     with _work() as console:
         with console.status("loading model and data"):
             from zest_fast.cli.job import open_job
@@ -127,7 +130,9 @@ def profile(
             import zest_fast
 
             batch = job.first_batch()
-            result = zest_fast.profile(job.model, batch, layers=pattern, metrics=wanted, backend=backend)
+            result = zest_fast.profile(
+                job.model, batch, layers=pattern, metrics="all" if metrics == "all" else chosen, backend=backend
+            )
         if out is not None:
             result.save(out)
         if plot is not None:
@@ -135,32 +140,7 @@ def profile(
     if as_json:
         show.json_document(show.profile_document(result))
     else:
-        show.profile_table(result, wanted)
-
-
-@app.command()
-def rank(
-    profile_file: Annotated[Path, typer.Argument(help="What `zest-fast profile --out` saved.", show_default=False)],
-    by: Annotated[str, typer.Option(help="The metric to rank by.")] = "snip",
-    top: Annotated[int, typer.Option(min=1, help="How many layers to choose.")] = 5,
-    as_json: Json = False,
-) -> None:
-    """Rank the layers of a saved profile, best first."""
-    from zest_fast.integrations.references import nearest_path
-    from zest_fast.profiling.layer_profile import LayerProfile
-    from zest_fast.ranking.ranking import rank as rank_layers
-
-    if not profile_file.is_file():
-        raise ValueError(f"profile {str(profile_file)!r} does not exist; {nearest_path(profile_file)}")
-    saved = LayerProfile.load(profile_file)
-    ranking = rank_layers(saved, by=by)
-    chosen = ranking.top(top)
-    if as_json:
-        show.json_document(
-            {"by": by, "names": list(ranking.names), "scores": list(ranking.scores), "top": list(chosen)}
-        )
-    else:
-        show.ranking_table(ranking, saved, by, chosen)
+        show.profile_table(result, chosen)
 
 
 @app.command()

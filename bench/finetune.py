@@ -1,14 +1,14 @@
-"""Accuracy, time and memory of fine-tuning a few layers, on real data: Table 3 and Figure 3 of the paper, and more arms.
+"""Accuracy, time and memory of fine-tuning a few layers, on real data: Table 3 and Figure 3 of the paper, and more.
 
 python -m bench.finetune                                       # every pair; run it again and it goes on
 python -m bench.finetune --pairs minilm/trec --threads 1
-python -m bench.finetune --collect                             # finetune.json from what is there, as the README shows it
+python -m bench.finetune --collect                             # finetune.json from what is there
 
 Protocol. Every arm of a pair starts from the same weights (the head fitted on its own split), takes the same number of
-steps on the same batches of the split "train" (AdamW, linear decay, no weight decay) and runs in eval mode. The learning
-rate is the one of RATES with the least loss on the split "score" after the first seed; the head's rate is the same in
-every arm but "head only", which has it from RATES too. Then every seed is trained at that rate and the split "test" is
-looked at once for each. ZEST ranks the profile of one batch of the seed's training samples with a Ranker that was
+steps on the same batches of the split "train" (AdamW, linear decay, no weight decay) and runs in eval mode. The rate is
+the one of RATES with the least loss on the split "score" after the first seed; the head's rate is the same in every arm
+but "head only", which has it from RATES too. Then every seed is trained at that rate, and the split "test" is looked at
+once for each. ZEST ranks the profile of one batch of the seed's training samples with a Ranker that was
 fitted without that family of data sets. "contribution" ranks by the records of the sweep, which are losses on "score":
 what a ranking could reach at best. Random layers are drawn twice for each seed. Seconds and peak bytes of a step are
 relative to full fine-tuning in the same rounds.
@@ -32,7 +32,16 @@ from torch import Tensor, nn
 
 from bench.data import DATASETS, load_pair
 from bench.finetune_arms import NAMES, Arm, Orders, Trained, arms
-from bench.measure import RESULTS, describe_machine, describe_versions, interleave, median, peak_bytes, ratio, write_result
+from bench.measure import (
+    RESULTS,
+    describe_machine,
+    describe_versions,
+    interleave,
+    median,
+    peak_bytes,
+    ratio,
+    write_result,
+)
 from bench.ranking_baselines import Spectrum
 from bench.spectra import load_spectra
 from zest_fast.profiling.loss import call_model
@@ -254,7 +263,7 @@ class Pair:
         return statistics.mean(run["test_accuracy"] for run in self._tested(name))
 
     def _cost(self, arm: Arm, full: Arm) -> dict[str, Any]:
-        """Seconds and peak bytes (beyond the model and the batch) of a step, beside full fine-tuning in the same rounds."""
+        """Seconds and peak bytes (beyond model and batch) of a step, and of full fine-tuning in the same rounds."""
         rows = next(self._batches(SEEDS[0]))
         steps = {
             which: partial(self._steps(Trained(self.model, self.head, a), a, RATES[0]), rows, 1.0)

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 
 RANK = 8  # of LoRA, as in the paper
-_ADAPTED = (nn.Linear, nn.Conv2d)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """layers: beside the head; none = the head alone, None = every parameter. lora: train adapters of this rank there."""
+    """layers: beside the head; none = the head alone, None = every parameter. lora: the rank of adapters there."""
 
     name: str
     layers: tuple[str, ...] | None
@@ -58,7 +57,7 @@ DRAWS = 2
 def arms(name: str, orders: Orders, model: nn.Module, seed: int) -> list[Arm]:
     """The arm of this name for this seed; of random layers, one for each draw.
 
-    LoRA adapts linear layers and dense convolutions (PEFT: the rank must be a multiple of a convolution's groups).
+    LoRA adapts linear layers and dense convolutions that PEFT can build another one of.
     """
     if name == "head only":
         return [Arm(name, ())]
@@ -80,11 +79,19 @@ def arms(name: str, orders: Orders, model: nn.Module, seed: int) -> list[Arm]:
 
 def _adapted(model: nn.Module, layers: tuple[str, ...]) -> tuple[str, ...]:
     modules = dict(model.named_modules())
-    return tuple(
-        layer
-        for layer in layers
-        if isinstance(modules[layer], _ADAPTED) and RANK % getattr(modules[layer], "groups", 1) == 0
-    )
+    return tuple(layer for layer in layers if _can_adapt(modules[layer]))
+
+
+def _can_adapt(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):  # PEFT: the rank must be a multiple of the groups
+        return RANK % module.groups == 0 and (type(module) is nn.Conv2d or _is_plain(module))
+    return type(module) is nn.Linear
+
+
+def _is_plain(module: nn.Conv2d) -> bool:
+    """EfficientNet-Lite's own class where it pads as torch does."""
+    padding = getattr(module, "static_padding", None)
+    return padding is not None and not isinstance(padding, nn.ZeroPad2d)
 
 
 class Trained:
@@ -106,6 +113,11 @@ class Trained:
     def _adapt(self, head: str, arm: Arm) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
+        for module in self.model.modules():
+            if isinstance(module, nn.Conv2d) and _is_plain(module):
+                module.__class__ = (
+                    nn.Conv2d
+                )  # PEFT builds adapters of the same class, and this one wants more arguments
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(arm.layers or ()))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

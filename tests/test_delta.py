@@ -185,8 +185,11 @@ def test_foreign_newer_and_missing_files(tmp_path):
     save_file({"a.weight": torch.zeros(4, 4)}, path)
     with pytest.raises(ValueError, match=r"its format is None, not 'zest_fast\.delta'"):
         tuned.load(path)
-    save_file({"a.weight": torch.zeros(4, 4)}, path, {"format": "zest_fast.delta", "version": "2"})
-    with pytest.raises(ValueError, match=r"format version 2, .*upgrade zest_fast"):
+    save_file({"a.weight": torch.zeros(4, 4)}, path, {"format": "zest_fast.delta", "version": "3"})
+    with pytest.raises(ValueError, match=r"format version 3, .*upgrade zest_fast"):
+        tuned.load(path)
+    save_file({"a.weight": torch.zeros(4, 4)}, path, {"format": "zest_fast.delta", "version": "1"})
+    with pytest.raises(ValueError, match=r"format version 1, .*save it again"):
         tuned.load(path)
     with pytest.raises(FileNotFoundError):
         tuned.load(tmp_path / "missing.safetensors")

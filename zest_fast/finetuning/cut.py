@@ -69,10 +69,14 @@ class Cut:
             return forward(*args, **keywords)
         self._first_backward.check()
         self._look_at_what_trains()
-        if any(tensor.grad_fn is not None or trains(tensor) for tensor in tensors_in((args, keywords))):
+        wanting = [tensor for tensor in tensors_in((args, keywords)) if tensor.requires_grad]
+        if any(tensor.grad_fn is not None or trains(tensor) for tensor in wanting):
             self._warn_of_inputs_that_train()
             return forward(*args, **keywords)
-        args, keywords = _detached((args, keywords))
+        if wanting:
+            args, keywords = _detached((args, keywords))
+        if self._learning:  # an earlier pass may have raised
+            self._order, self._met = {"": 0}, {}
         self._running = self._below = True
         try:
             with non_reentrant(self._model):
@@ -132,7 +136,7 @@ class Cut:
         first = {id(module): name for name, module in reversed(modules.items())}  # of several names
         self._owners = [name for name in owners if first[id(modules[name])] == name]
         self.owner = next(iter(self._owners), "")
-        self._order = {"": 0}  # of first use
+        self._order: dict[str, int] = {}  # of first use
         self._frozen: dict[str, nn.Module] = {}
         self.skipped: tuple[str, ...] = ()
         self._met: dict[str, None] = {}  # the outermost below the cut, and the holders of what trains on the way there

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointFunction, checkpoint
 from zest_fast.finetuning.modules import modules_of
 
 _FUNCTION = "_gradient_checkpointing_func"  # where a transformers module keeps what it checkpoints with
+_INPUT_HOOKS = ("_require_grads_hooks", "_require_grads_hook")  # and those of enable_input_require_grads()
 
 
 @contextmanager
@@ -63,25 +64,33 @@ class AboveCut:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._found = [(module, dict(vars(module))) for module in modules_of(model)]
+        names = ("forward", "gradient_checkpointing", _FUNCTION, *_INPUT_HOOKS)
+        self._found = [
+            (module, {n: vars(module)[n] for n in names if n in vars(module)}) for module in modules_of(model)
+        ]
         self._blocks: list[nn.Module] = []
-        if not _enable_in_transformers(model):
-            self._blocks = _repeated_blocks(model)
-            if not self._blocks:
-                raise ValueError(
-                    f"checkpoint='above-cut': {type(model).__name__} has no repeated blocks (members of one class in "
-                    "an nn.ModuleList or nn.Sequential); leave checkpoint=None"
-                )
+        if _enable_in_transformers(model):
+            self._put_back(*_INPUT_HOOKS)
+            return
+        self._blocks = _repeated_blocks(model)
+        if not self._blocks:
+            raise ValueError(
+                f"checkpoint='above-cut': {type(model).__name__} has no repeated blocks (members of one class in an "
+                "nn.ModuleList or nn.Sequential); leave checkpoint=None"
+            )
         for block in self._blocks:
             block.forward = _Recomputed(block.forward)
 
     def remove(self) -> None:
-        for module, found in self._found:
-            for name in ("gradient_checkpointing", _FUNCTION, *(["forward"] if module in self._blocks else [])):
-                vars(module).pop(name, None)
-                if name in found:
-                    vars(module)[name] = found[name]
+        self._put_back(*(["forward"] if self._blocks else ["gradient_checkpointing", _FUNCTION]))
         self._found.clear()
+
+    def _put_back(self, *names: str) -> None:
+        for module, found in self._found:
+            if names != ("forward",) or module in self._blocks:
+                for name in names:
+                    vars(module).pop(name, None)
+                vars(module).update({name: found[name] for name in names if name in found})
 
 
 class _Recomputed:
@@ -99,12 +108,12 @@ class _Recomputed:
 
 def _enable_in_transformers(model: nn.Module) -> bool:
     """Whether the model could be told to checkpoint by itself."""
-    name = next(
-        (n for n in ("activation_checkpointing_enable", "gradient_checkpointing_enable") if hasattr(model, n)), ""
-    )
-    if not name or not getattr(model, "supports_gradient_checkpointing", False):
+    if not getattr(model, "supports_gradient_checkpointing", False):
         return False
-    getattr(model, name)({"use_reentrant": False})
+    new = hasattr(model, "activation_checkpointing_enable")  # since transformers 5.24
+    enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})  # type: ignore[operator]
+    model.disable_input_require_grads()  # type: ignore[operator]  # turned on with it, of no use above the cut
     return True
 
 

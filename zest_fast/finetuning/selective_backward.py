@@ -44,6 +44,9 @@ class SelectiveBackward:
     weight with an embedding makes backward run down to the embedding. Batch norm whose parameters are frozen runs in
     eval mode, also after `model.train()`. The `.grad` of what is frozen is neither read nor cleared.
 
+    Compiled code (torch.compile of the wrapped model, without graph breaks) has the cut that freezing gives: it holds
+    as long as nothing below requires a gradient, so leave `enable_input_require_grads()` off there.
+
     Every tensor is hashed once, for `.verify()` and `.save()`: a second for each GB and core.
 
     Raises ValueError for a layer that does not exist or cannot train, RuntimeError for a model that is wrapped,

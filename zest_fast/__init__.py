@@ -12,6 +12,7 @@ __all__ = [
     "SelectiveBackward",
     "kernels",
     "load_records",
+    "plan",
     "profile",
     "rank",
     "sweep",
@@ -22,6 +23,7 @@ __all__ = [
 # OpenMP runtime both use.)
 if TYPE_CHECKING:
     from zest_fast import kernels
+    from zest_fast.finetuning.plan import plan
     from zest_fast.finetuning.selective_backward import SelectiveBackward
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.profiling.profile import profile
@@ -36,6 +38,7 @@ else:
         "Recipe": "zest_fast.sweeping.recipe",
         "SelectiveBackward": "zest_fast.finetuning.selective_backward",
         "load_records": "zest_fast.sweeping.tables",
+        "plan": "zest_fast.finetuning.plan",
         "profile": "zest_fast.profiling.profile",
         "rank": "zest_fast.ranking.ranking",
         "sweep": "zest_fast.sweeping.sweep",

@@ -12,7 +12,7 @@ from zest_fast.finetuning.planning.batches import cast, make_batch
 from zest_fast.finetuning.planning.blocks import Layout
 from zest_fast.finetuning.planning.ledger import Ledger
 from zest_fast.finetuning.planning.settings import DTYPES, Setting
-from zest_fast.finetuning.planning.step import Step, fake_mode, fill, hold
+from zest_fast.finetuning.planning.step import Step, dry, fill, hold
 from zest_fast.profiling.layers import Layer, Weight, find_layers, select_layers
 from zest_fast.profiling.loss import loss_of
 from zest_fast.profiling.metrics import (
@@ -37,7 +37,7 @@ def dry_profile(skeleton: nn.Module, layout: Layout, setting: Setting, metrics: 
         raise ValueError("metrics: none of them needs a backward pass, so a profile needs the memory of inference")
     model = copy.deepcopy(skeleton).eval()
     weights = DTYPES[setting.dtype][0] if setting.dtype else None
-    with fake_mode():
+    with dry() as mode, mode:
         fill(model, weights)
         batch = cast(make_batch(model, setting), weights)
         chosen = select_layers(find_layers(dict(model.named_modules())), None)

@@ -38,14 +38,15 @@ class HeldTensor:
 
     def __str__(self) -> str:
         where = self.module or "the model"
-        return f"{self.made_by} in {self.phase} of {where}: {self.dtype} {list(self.shape)}, {_size(self.size)} ({self.kind})"
+        what = f"{self.dtype} {list(self.shape)}, {_size(self.size)} ({self.kind})"
+        return f"{self.made_by} in {self.phase} of {where}: {what}"
 
 
 @dataclass(frozen=True)
 class Plan:
     """Peak memory and FLOPs of one training step, found by a dry run without weights and without a GPU.
 
-    peak_bytes: of all tensors, once the states of the optimizer exist; the CUDA context and fragmentation are not in it.
+    peak_bytes: of all tensors, once the states of the optimizer exist; without the CUDA context and fragmentation.
     breakdown: bytes at the peak by kind: weights (buffers included), gradients, optimizer (states, temporaries of the
         update), activations (inputs and temporaries included), loss (logits and what follows them). Sums to peak_bytes.
     groups: the same for embeddings (what stands before the blocks), blocks, head (what stands behind them).
@@ -214,7 +215,7 @@ def make_plan(
         group = "head" if allocation.kind == "loss" else group_of[allocation.module]
         groups[group][allocation.kind] += allocation.size
     made = [allocation for allocation in step.peak.alive if allocation.phase != "before"]
-    largest = [_held(a) for a in sorted(reversed(made), key=lambda a: -a.size)[:10]]  # of equals the last first
+    largest = [_held(made[i]) for i in sorted(range(len(made)), key=lambda i: (-made[i].size, -i))[:10]]
     return Plan(
         model=model,
         setting=setting,

@@ -16,7 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zest_fast.finetuning.planning.batches import cast, make_batch
@@ -40,53 +44,66 @@ class Step:
 
 
 def dry_step(
-    skeleton: nn.Module, layout: Layout, setting: Setting, batch: Any = None, loss_fn: Callable[..., Tensor] | None = None
+    skeleton: nn.Module,
+    layout: Layout,
+    setting: Setting,
+    batch: Any = None,
+    loss_fn: Callable[..., Tensor] | None = None,
 ) -> Step:
     """One step of training as `setting` has it, when the states of the optimizer are there already.
 
     skeleton: a model on the meta device; it stays as it is. batch: in place of the sizes in `setting`; of its tensors
     only shapes and dtypes are read.
     """
-    model = copy.deepcopy(skeleton)
+    model = copy.deepcopy(skeleton).train()
     weights, autocast = DTYPES[setting.dtype] if setting.dtype else (None, None)
-    with fake_mode():
-        fill(model, weights)
-        example = make_batch(model, setting) if batch is None else _fake_batch(batch)
-        example = cast(example, weights)
-        model.train()
-        cut = _prepare(model, setting)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        if not parameters:
-            raise ValueError("nothing would train: no parameter of the model requires a gradient")
-        ledger = Ledger()
-        hold(ledger, model, example, _packed(model, layout, setting))
-        ledger.watch(model, layout.head)
-        names = {id(p): name for name, p in model.named_parameters()}
-        training = _Training(parameters, setting, ledger, names)
-        compute_loss = loss_of(model, example, loss_fn, None)
-        with ledger:
-            training.warm_up()
-            ledger.enter("forward")
-            ledger.start()
-            with torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext():
-                loss = compute_loss()
-            ledger.enter("backward")
-            loss.backward()
-            ledger.enter("update")
-            training.update()
+    with dry() as mode:
+        with mode:
+            fill(model, weights)
+            example = make_batch(model, setting) if batch is None else _fake_batch(batch)
+            example = cast(example, weights)
+        cut = _prepare(model, setting)  # not in the mode: what it tries out on tensors of its own has values
+        with mode:
+            if setting.trained_float32:
+                autocast = weights
+                _train_in_float32(model)
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            if not parameters:
+                raise ValueError("nothing would train: no parameter of the model requires a gradient")
+            ledger = Ledger()
+            hold(ledger, model, example, _packed(model, layout, setting))
+            ledger.watch(model, layout.head)
+            training = _Training(parameters, setting, ledger, {id(p): name for name, p in model.named_parameters()})
+            compute_loss = loss_of(model, example, loss_fn, None)
+            with ledger:
+                training.warm_up()
+                ledger.enter("forward")
+                ledger.start()
+                with torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext():
+                    loss = compute_loss()
+                ledger.enter("backward")
+                loss.backward()
+                ledger.enter("update")
+                training.update()
         return Step(ledger.peak(), ledger.flops, sum(p.numel() for p in parameters), cut())
 
 
 @contextlib.contextmanager
-def fake_mode() -> Iterator[None]:
-    """Tensors that a model keeps outside of its buffers stay real and take part. Without the collector of cycles, whose
-    moments would be chance.
+def dry() -> Iterator[FakeTensorMode]:
+    """A mode in which new tensors are fake. Tensors that a model keeps outside of its buffers stay real and take part.
+
+    The collector of cycles rests meanwhile, whose moments would be chance. Raises ValueError where a model asks for the
+    value of a tensor.
     """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
+        yield FakeTensorMode(allow_non_fake_inputs=True)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(
+            f"the model asks for values of tensors ({error}), and a dry run has shapes only; pass a configuration or a "
+            "form of the model whose forward does without"
+        ) from error
     finally:
         if was_enabled:
             gc.enable()
@@ -120,9 +137,6 @@ def _prepare(model: nn.Module, setting: Setting) -> Callable[[], str]:
         tuned = SelectiveBackward(
             model, setting.layers, head=setting.head, checkpoint=setting.checkpoint, lean=setting.lean
         )
-        if setting.trained_float32:
-            for parameter in tuned.parameters():
-                parameter.data = parameter.data.to(torch.float32)
         return lambda: tuned.cut
     if setting.layers == "all":
         for parameter in model.parameters():
@@ -133,6 +147,15 @@ def _prepare(model: nn.Module, setting: Setting) -> Callable[[], str]:
             raise ValueError(f"checkpoint={setting.checkpoint!r}: {type(model).__name__} has no gradient checkpointing")
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return lambda: ""
+
+
+def _train_in_float32(model: nn.Module) -> None:
+    """Put float32 parameters in the place of those that train, tied ones once."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.requires_grad:
+                module._parameters[name] = made.setdefault(id(p), nn.Parameter(_fake(p.data, torch.float32)))
 
 
 def _packed(model: nn.Module, layout: Layout, setting: Setting) -> dict[int, int]:
@@ -158,9 +181,7 @@ def hold(ledger: Ledger, model: nn.Module, batch: Any, packed: dict[int, int]) -
 class _Training:
     """The optimizer, after or inside of backward, and what tells gradients from other tensors."""
 
-    def __init__(
-        self, parameters: list[nn.Parameter], setting: Setting, ledger: Ledger, names: dict[int, str]
-    ) -> None:
+    def __init__(self, parameters: list[nn.Parameter], setting: Setting, ledger: Ledger, names: dict[int, str]) -> None:
         self._parameters, self._ledger, self._names = parameters, ledger, names
         self._in_backward = is_in_backward(setting.optimizer)
         groups = [[p] for p in parameters] if self._in_backward else [parameters]

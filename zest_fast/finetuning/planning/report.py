@@ -119,7 +119,8 @@ class Plan:
         return pandas.DataFrame(rows)
 
     def within(self, max_memory: str | int, **axes: Any) -> pandas.DataFrame:
-        """The rows of `table(**axes)` that fit into `max_memory` (bytes, "24GB" or "24GiB"), most memory first.
+        """The rows of `table(**axes)` that fit into `max_memory` (bytes, "24GB" or "24GiB"), with room for context and
+        fragmentation, most memory first.
 
         Raises ValueError where none does, and says which comes closest.
         """

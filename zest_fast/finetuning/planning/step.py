@@ -142,11 +142,19 @@ def _prepare(model: nn.Module, setting: Setting) -> Callable[[], str]:
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     if setting.checkpoint is not None:
-        enable = getattr(unwrap(model), "gradient_checkpointing_enable", None)
-        if enable is None:
-            raise ValueError(f"checkpoint={setting.checkpoint!r}: {type(model).__name__} has no gradient checkpointing")
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint(model, setting.checkpoint)
     return lambda: ""
+
+
+def _checkpoint(model: nn.Module, asked_for: object) -> None:
+    """The gradient checkpointing of transformers, under the name that its version gives it."""
+    inner: Any = unwrap(model)
+    for kind in ("activation", "gradient"):
+        if hasattr(inner, f"{kind}_checkpointing_enable"):
+            options = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
+            getattr(inner, f"{kind}_checkpointing_enable")(**options)
+            return
+    raise ValueError(f"checkpoint={asked_for!r}: {type(inner).__name__} has no gradient checkpointing")
 
 
 def _train_in_float32(model: nn.Module) -> None:

@@ -62,7 +62,7 @@ def test_within_two_percent_of_counted_steps(case, layers):
 def test_llama_7b_as_recorded():
     """The peaks that torch's MemTracker gave (GiB; AdamW, no cache), within 10 s of this process each."""
     started = time.process_time()
-    selective = plan("llama-7b", MIDDLE, batch_size=1, sequence_length=512)
+    selective = plan("llama-7b", MIDDLE, batch_size=1, sequence_length=512, lean=False)
     assert time.process_time() - started < 10
     assert selective.peak_bytes / GIB == pytest.approx(14.4, abs=0.06)
     assert selective.cut == MIDDLE[0]
@@ -74,7 +74,7 @@ def test_llama_7b_as_recorded():
 
 def test_quantised_llama_7b_fits_small_cards():
     eight, four = (
-        plan("llama-7b", MIDDLE, batch_size=1, sequence_length=512, frozen=kind).peak_bytes / GIB
+        plan("llama-7b", MIDDLE, batch_size=1, sequence_length=512, frozen=kind, lean=False).peak_bytes / GIB
         for kind in ("int8", "nf4")
     )
     assert 8 < eight <= 9 and 5.5 < four <= 6.5
@@ -142,7 +142,8 @@ def test_forms_of_a_model(tmp_path):
         for form in (config, tmp_path, str(tmp_path / "config.json"))
     }
     with torch.device("meta"):
-        peaks.add(plan(transformers.LlamaForCausalLM(config), layers, **SIZES, dtype=torch.bfloat16).peak_bytes)
+        model = transformers.LlamaForCausalLM(config)
+    peaks.add(plan(model, layers, **SIZES, dtype=torch.bfloat16).peak_bytes)
     assert len(peaks) <= 2 and max(peaks) - min(peaks) < 40_000  # the module keeps its cache
     bert = transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     assert "BertForSequenceClassification" in plan(bert, "all", **SIZES).model
@@ -159,7 +160,8 @@ def test_a_batch_in_place_of_sizes():
 def test_none_trains_what_requires_a_gradient():
     model = transformers.LlamaForCausalLM(tiny_config(use_cache=False)).requires_grad_(False)
     model.model.layers[2].mlp.up_proj.weight.requires_grad_(True)
-    assert plan(model, None, **SIZES, dtype="float32").peak_bytes == tiny_plan().peak_bytes
+    found = plan(model, None, **SIZES, dtype="float32")
+    assert found.peak_bytes == pytest.approx(tiny_plan(lean=False).peak_bytes, rel=0.01)
     with pytest.raises(ValueError, match="nothing would train"):
         plan(model.requires_grad_(False), None, **SIZES)
 
@@ -271,7 +273,7 @@ def test_axolotl_file(write):
     )
     found = plan_training_file(path)
     assert found.trainable_parameters == 128 * 64
-    assert found.peak_bytes == tiny_plan(dtype="bfloat16").peak_bytes
+    assert found.peak_bytes == pytest.approx(tiny_plan(dtype="bfloat16", lean=False).peak_bytes, rel=0.01)
     assert found.notes == ("not read, and it may change memory: deepspeed",)
     path, _ = write("axolotl.yml", base_model=folder, unfrozen_parameters=["layers.7"], sequence_len=16)
     with pytest.raises(ValueError, match=r"'layers\.7' matches no parameter"):

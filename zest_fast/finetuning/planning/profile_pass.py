@@ -81,7 +81,7 @@ class _Mute:
     def linear(self, layer: Layer, x: Tensor, g: Tensor, y: Callable[[], Tensor]) -> None:
         entries = x.shape[-1] * g.shape[-1]
         self._ledger.count(2 * (x.numel() // x.shape[-1]) * entries)
-        torch.empty(min(4 * entries, _TILE_BYTES) // 4)  # seen by the ledger, and gone again
+        torch.empty(min(4 * entries, _TILE_BYTES) // 4, device="cpu")  # seen by the ledger, and gone again
 
     def weight_gradient(self, weight: Weight, dw: Tensor) -> None:
         """Reduced where it is."""

@@ -224,13 +224,14 @@ BAD = {
     "nothing frozen": (lambda: tiny_plan("all", frozen="nf4"), "nothing is frozen"),
     "memory": (lambda: tiny_plan().within("much"), "is no size"),
     "metrics": (lambda: plan_profile(tiny_config(), **SIZES, metrics=["act_std"]), "backward"),
+    "passes": (lambda: plan_profile(tiny_config(), **SIZES, metrics="all"), "synflow take passes"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named(case):
     call, words = BAD[case]
-    with pytest.raises((ValueError, TypeError), match=words):
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=words):
         call()
 
 

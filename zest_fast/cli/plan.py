@@ -56,7 +56,7 @@ def plan(
     """Peak memory and FLOPs of a training step, by a dry run without weights and without a GPU."""
     if model is None and file is None:
         raise ValueError("pass a model, or --file with a configuration of a trainer")
-    sizes = {"sequence_length": sequence_length, "image_size": image_size}
+    sizes: dict[str, Any] = {"sequence_length": sequence_length, "image_size": image_size}
     with _work() as console:
         with console.status("planning"):
             source = _source(model)

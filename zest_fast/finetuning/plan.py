@@ -27,7 +27,7 @@ def plan(
     dtype: Any = "bfloat16",
     optimizer: str | Build = "adamw",
     lean: bool = True,
-    checkpoint: object = None,
+    checkpoint: str | None = None,
     frozen: str | None = None,
     head: str | Iterable[str] | None = "auto",
 ) -> Plan:
@@ -89,12 +89,12 @@ def plan_profile(
     sequence_length: int | None = None,
     image_size: int | None = None,
     dtype: Any = "bfloat16",
-    metrics: Iterable[str] | None = None,
+    metrics: Iterable[str] | str | None = None,
 ) -> Plan:
     """Memory and FLOPs of `zest_fast.profile` on one batch; the arguments are those of `plan` and of `profile`.
 
     On a CPU the pass needs up to 32 MiB less, which GPUs take for a piece of a dW. Raises ValueError for metrics that
-    need no backward pass.
+    need no backward pass, NotImplementedError for those that take more than one pass.
     """
     setting = Setting(
         layers=None,
@@ -103,7 +103,7 @@ def plan_profile(
         image_size=image_size,
         dtype=dtype_name(dtype),
     )
-    names = None if metrics is None else tuple(metrics)
+    names = metrics if metrics is None or isinstance(metrics, str) else tuple(metrics)
     name, skeleton = named_model(model_or_config)
     layout, notes = layout_of(skeleton), _notes(skeleton)
 
@@ -123,7 +123,7 @@ def planned_peak(
     head: str | Iterable[str] | None = "auto",
     optimizer: str | Build = "adamw",
     lean: bool = True,
-    checkpoint: object = None,
+    checkpoint: str | None = None,
 ) -> int:
     """Peak bytes of a training step of `model`, as it is, on a batch like `batch`: for whoever has both at hand.
 

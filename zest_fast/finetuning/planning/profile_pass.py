@@ -19,6 +19,7 @@ from zest_fast.profiling.metrics import (
     BACKWARD,
     FISHER,
     NEEDS_TILES,
+    ON_REQUEST,
     OUTPUT,
     PRODUCT,
     select_metrics,
@@ -30,9 +31,13 @@ from zest_fast.profiling.taps import Routes, Taps
 _TILE_BYTES = 32 << 20
 
 
-def dry_profile(skeleton: nn.Module, layout: Layout, setting: Setting, metrics: Iterable[str] | None = None) -> Step:
+def dry_profile(
+    skeleton: nn.Module, layout: Layout, setting: Setting, metrics: Iterable[str] | str | None = None
+) -> Step:
     """The forward and backward pass of a profile of every layer, in eval mode."""
     needed = statistics_needed(select_metrics(metrics))
+    if needed & ON_REQUEST:
+        raise NotImplementedError(f"metrics: {', '.join(sorted(needed & ON_REQUEST))} take passes that are not planned")
     if not needed & BACKWARD:
         raise ValueError("metrics: none of them needs a backward pass, so a profile needs the memory of inference")
     model = copy.deepcopy(skeleton).eval()

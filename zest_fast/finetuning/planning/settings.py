@@ -42,7 +42,7 @@ class Setting:
     dtype: str | None = "bfloat16"
     optimizer: str | Build = "adamw"
     lean: bool = True
-    checkpoint: object = None
+    checkpoint: str | None = None
     frozen: str | None = None
     head: Any = "auto"
     accumulating: bool = False

@@ -146,7 +146,7 @@ def _prepare(model: nn.Module, setting: Setting) -> Callable[[], str]:
     return lambda: ""
 
 
-def _checkpoint(model: nn.Module, asked_for: object) -> None:
+def _checkpoint(model: nn.Module, asked_for: str) -> None:
     """The gradient checkpointing of transformers, under the name that its version gives it."""
     inner: Any = unwrap(model)
     for kind in ("activation", "gradient"):

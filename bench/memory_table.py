@@ -54,7 +54,7 @@ SHAPES = (
     Shape("resnet-50", {"batch_size": 32, "image_size": 224}, language=False, build=lambda: models.resnet50(32, 224)),
     Shape("efficientnet-b0", {"batch_size": 32, "image_size": 224}, language=False),
 )
-TINY = (Shape("resnet-50", {"batch_size": 1, "image_size": 32}, language=False, build=lambda: models.resnet50(1, 32)),)
+TINY = (Shape("resnet-50", {"batch_size": 2, "image_size": 64}, language=False, build=lambda: models.resnet50(2, 64)),)
 
 
 def main() -> None:

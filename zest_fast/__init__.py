@@ -16,6 +16,7 @@ __all__ = [
     "kernels",
     "load_records",
     "merge_delta",
+    "plan",
     "profile",
     "rank",
     "sweep",
@@ -27,6 +28,7 @@ __all__ = [
 if TYPE_CHECKING:
     from zest_fast import kernels
     from zest_fast.finetuning.deltas import DeltaSwitch, apply_delta, merge_delta
+    from zest_fast.finetuning.plan import plan
     from zest_fast.finetuning.selective_backward import SelectiveBackward
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.profiling.profile import profile
@@ -46,6 +48,7 @@ else:
         "apply_delta": "zest_fast.finetuning.deltas",
         "load_records": "zest_fast.sweeping.tables",
         "merge_delta": "zest_fast.finetuning.deltas",
+        "plan": "zest_fast.finetuning.plan",
         "profile": "zest_fast.profiling.profile",
         "rank": "zest_fast.ranking.ranking",
         "sweep": "zest_fast.sweeping.sweep",

@@ -10,6 +10,7 @@ __all__ = [
     "Ranking",
     "Recipe",
     "SelectiveBackward",
+    "choose",
     "kernels",
     "load_records",
     "profile",
@@ -22,6 +23,7 @@ __all__ = [
 # OpenMP runtime both use.)
 if TYPE_CHECKING:
     from zest_fast import kernels
+    from zest_fast.finetuning.choose import choose
     from zest_fast.finetuning.selective_backward import SelectiveBackward
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.profiling.profile import profile
@@ -35,6 +37,7 @@ else:
         "Ranking": "zest_fast.ranking.ranking",
         "Recipe": "zest_fast.sweeping.recipe",
         "SelectiveBackward": "zest_fast.finetuning.selective_backward",
+        "choose": "zest_fast.finetuning.choose",
         "load_records": "zest_fast.sweeping.tables",
         "profile": "zest_fast.profiling.profile",
         "rank": "zest_fast.ranking.ranking",

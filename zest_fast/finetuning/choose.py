@@ -1,0 +1,222 @@
+"""Which n layers to train when some are as good as others: those above which less has to be differentiated."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from zest_fast.finetuning.dry_run import peak_bytes, stand_in_batch
+from zest_fast.finetuning.step_costs import StepCosts, costs_of_ranking, measured_costs, trainable_parameters
+from zest_fast.profiling.nearest import nearest
+from zest_fast.ranking.ranking import Ranking
+
+PREFERENCES = ("score", "cheap-cut")
+EQUAL = 0.4
+"""Two layers count as equal when the lower-scored one is the better with at least this probability (a coin: 0.5)."""
+
+_Z80 = 1.2815515655446004  # half of an 80 % interval of a normal distribution, in standard deviations
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+_log = logging.getLogger("zest_fast")
+
+
+class Choice(tuple[str, ...]):
+    """The names of the chosen layers, best first, with what the choice traded.
+
+    explanation: the trade in words. given_up, taken: layers of the top n that are not chosen, and those in their place.
+    step, step_of_top: cost of a training step relative to full fine-tuning, of the choice and of the top n.
+    peak_bytes: of a step of AdamW where max_memory asked for it, else None.
+    """
+
+    explanation: str
+    given_up: tuple[str, ...]
+    taken: tuple[str, ...]
+    step: float
+    step_of_top: float
+    peak_bytes: int | None
+
+    def __new__(cls, names: Sequence[str], **facts: Any) -> Choice:
+        choice = super().__new__(cls, names)
+        choice.__dict__.update(facts)
+        return choice
+
+
+def choose(
+    ranking: Ranking,
+    n: int,
+    *,
+    model: nn.Module | None = None,
+    batch: Any = None,
+    max_memory: str | int | None = None,
+    prefer: str = "score",
+) -> Choice:
+    """`n` layers of `ranking`, best first: a tuple of names; what they cost and what was traded is in `.explanation`.
+
+    prefer: "score" = the n best; "cheap-cut" = of all sets that are equal to the n best within the uncertainty of the
+        ranking, the one whose training step costs the least FLOPs. Scores without intervals, as those of a single
+        metric, have no uncertainty to trade: only layers of the very same score are exchanged.
+    model, batch: count FLOPs on them (batch as in `profile`), on fake tensors: nothing is computed, the model stays as
+        it is. Without a batch, a model of transformers gets 1 x 512 tokens or 32 images. Without a model, costs come
+        from the profile and take it that each layer sees as many positions: right for the linear layers of a
+        transformer, not for convolutions.
+    max_memory: bytes, or "16GB" (10^9) or "16GiB" (2^30). If the set needs more, the lowest layers are exchanged for
+        the best ones above a higher cut until a step of AdamW fits, as a dry run of model and batch counts it.
+
+    Raises ValueError for n below 1 or beyond the scored layers, for a ranking of another model, and where no set of n
+    layers fits into max_memory (the least that is needed is named); TypeError for no ranking.
+    """
+    if not isinstance(ranking, Ranking):
+        raise TypeError(f"ranking must be a Ranking, as rank(profile) returns, not {type(ranking).__name__}")
+    if prefer not in PREFERENCES:
+        raise ValueError(f"prefer={prefer!r} is unknown; {nearest(prefer, PREFERENCES)}")
+    if model is None and (batch is not None or max_memory is not None):
+        argument = "batch" if batch is not None else "max_memory"
+        raise ValueError(f"{argument} needs model=: a step is counted on the model itself")
+    limit = None if max_memory is None else _bytes(max_memory)
+    if model is not None and batch is None:
+        batch = stand_in_batch(model)
+    costs = costs_of_ranking(ranking) if model is None else measured_costs(model, batch)
+    candidates = Candidates(ranking, n, costs)
+    sets = candidates.sets()
+    chosen = candidates.cheapest_equal() if prefer == "cheap-cut" else sets[0]
+    peak = None
+    if model is not None and limit is not None:
+        parameters = {names: trainable_parameters(model, names, costs.head) for names in sets}
+        higher = [names for names in sets if candidates.cut(names) > candidates.cut(chosen)]
+        chosen, peak = _first_that_fits([chosen, *higher], lambda s: peak_bytes(model, batch, parameters[s]), limit)
+    choice = candidates.choice(chosen, peak)
+    _log.info(choice.explanation)
+    return choice
+
+
+class Candidates:
+    """The layers that can be chosen, their scores and what they cost."""
+
+    def __init__(self, ranking: Ranking, n: int, costs: StepCosts) -> None:
+        top = ranking.top(n)  # says what is wrong with n
+        head = ranking.explain()["head"].to_numpy(dtype=bool)
+        self._by, self._costs, self._n = ranking.by, costs, len(top)
+        half = (ranking.intervals[:, 1] - ranking.intervals[:, 0]) / 2
+        rows = zip(ranking.names, ranking.scores.tolist(), (half / _Z80).tolist(), head, strict=True)
+        self._rows = {name: (score, sigma) for name, score, sigma, head in rows if not head and not math.isnan(score)}
+        for name in self._rows:
+            if name not in costs.layers:
+                missing = f"the ranking has the layer {name!r}, the model has not"
+                raise ValueError(f"{missing}; {nearest(name, costs.layers)}")
+
+    def cut(self, names: Sequence[str]) -> int:
+        """The rank in the forward pass down to which backward runs."""
+        return min(self._costs.layers[name].cut for name in names)
+
+    def sets(self) -> list[tuple[str, ...]]:
+        """The n best layers, then the n best of those above the lowest of these, and so on, as long as there are n."""
+        found = []
+        names = list(self._rows)
+        while len(names) >= self._n:
+            found.append(tuple(names[: self._n]))
+            lowest = self.cut(found[-1])
+            names = [name for name in names if self._costs.layers[name].cut > lowest]
+        return found
+
+    def cheapest_equal(self) -> tuple[str, ...]:
+        """Of the sets that are as good as the n best within the uncertainty, the one with the cheapest step."""
+        sets = self.sets()
+        equal = [names for names in sets if all(self._better(*pair) >= EQUAL for pair in _exchanges(sets[0], names))]
+        return min(equal, key=self._costs.step)  # of equal costs the first, which scores best
+
+    def _better(self, out: str, taken: str) -> float:
+        """How probably the layer taken in is at least as good as the one that goes, errors normal and independent."""
+        (score, sigma), (lower_score, lower_sigma) = self._rows[out], self._rows[taken]
+        deviation = math.hypot(sigma, lower_sigma)
+        if score == lower_score:
+            return 0.5
+        if not deviation > 0:  # none known
+            return 0.0
+        return 0.5 * math.erfc((score - lower_score) / deviation / math.sqrt(2))
+
+    def choice(self, names: tuple[str, ...], peak: int | None) -> Choice:
+        """The set with what it traded."""
+        top = self.sets()[0]
+        exchanges = _exchanges(top, names)
+        full = self._costs.full
+        choice = Choice(
+            names,
+            given_up=tuple(out for out, _ in exchanges),
+            taken=tuple(taken for _, taken in exchanges),
+            step=self._costs.step(names) / full,
+            step_of_top=self._costs.step(top) / full,
+            peak_bytes=peak,
+        )
+        choice.explanation = "\n".join(self._explain(choice, top))
+        return choice
+
+    def _explain(self, choice: Choice, top: tuple[str, ...]) -> Iterator[str]:
+        yield f"{len(choice)} layers by {self._by}: {', '.join(choice)}"
+        if choice.given_up:
+            yield f"not the best {len(choice)} of the ranking, but cheaper:"
+        for out, taken in zip(choice.given_up, choice.taken, strict=True):
+            odds = (
+                f"as good with probability {self._better(out, taken):.2f}"
+                if self._known(out, taken)
+                else ("how far they differ is not known")
+            )
+            yield f"  {taken} ({self._rows[taken][0]:.4g}) for {out} ({self._rows[out][0]:.4g}): {odds}"
+        if not any(self._known(name, name) for name in top):
+            yield f"{self._by} gives no intervals: only equal scores count as equal"
+        where = f"backward ends at {self._lowest(choice)}"
+        step = f"a step costs {choice.step:.2f} of full fine-tuning"
+        if choice.given_up:
+            where += f" instead of {self._lowest(top)}"
+            step += f" instead of {choice.step_of_top:.2f} ({choice.step / choice.step_of_top - 1:+.0%})"
+        yield f"{where}; {step} in FLOPs"
+        if not self._costs.measured:
+            yield "  counted with as many positions in every layer; pass model= and batch= where that is not so"
+        if choice.peak_bytes is not None:
+            yield f"a step of AdamW holds {choice.peak_bytes / 1e9:.2f} GB at the most"
+
+    def _known(self, *names: str) -> bool:
+        return not any(math.isnan(self._rows[name][1]) for name in names)
+
+    def _lowest(self, names: Sequence[str]) -> str:
+        return min(names, key=lambda name: self._costs.layers[name].cut)
+
+
+def _exchanges(top: Sequence[str], names: Sequence[str]) -> list[tuple[str, str]]:
+    """(given up, taken in its place): the best of the one with the best of the other."""
+    out = [name for name in top if name not in names]
+    taken = [name for name in names if name not in top]
+    return list(zip(out, taken, strict=True))
+
+
+def _first_that_fits(
+    sets: Sequence[tuple[str, ...]], needs: Callable[[tuple[str, ...]], int], limit: int
+) -> tuple[tuple[str, ...], int]:
+    """The first set whose step fits, by bisection: the higher the cut, the less a step holds."""
+    last, most = len(sets) - 1, needs(sets[-1])
+    if most > limit:
+        raise ValueError(
+            f"max_memory: no {len(sets[0])} layers fit into {limit / 1e9:.2f} GB; with the highest cut a step of AdamW "
+            f"holds {most / 1e9:.2f} GB. Choose fewer layers, a smaller batch or a narrower dtype"
+        )
+    peaks = {last: most}
+    low, high = 0, last
+    while low < high:
+        middle = (low + high) // 2
+        peaks[middle] = needs(sets[middle])
+        low, high = (low, middle) if peaks[middle] <= limit else (middle + 1, high)
+    return sets[low], peaks[low]
+
+
+def _bytes(text: str | int) -> int:
+    if isinstance(text, int) and not isinstance(text, bool):
+        return text
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text) if isinstance(text, str) else None
+    if found is None or (found[2].upper() or "B") not in _UNITS:
+        raise ValueError(f"max_memory={text!r} is no size; write bytes, '16GB' (10^9 bytes) or '16GiB' (2^30)")
+    return int(float(found[1]) * _UNITS[found[2].upper() or "B"])

@@ -111,7 +111,7 @@ def test_step_costs_are_what_torch_counts(model, batch):
             loss_of(model, batch, None, None)().backward()
         too_much = costs.step(chosen) - counter.get_total_flops()
         # Query, key and value run side by side and count as one above the other; so do the halves of their gradients.
-        beside = max((costs.layers[name].flops for name in rows if re.search("q_proj|query", name)), default=0)
+        beside = max((costs.layers[name].flops for name in rows if re.search("q_proj|gate_proj|query", name)), default=0)
         assert 0 <= too_much <= 2 * beside + max(costs.between.values(), default=0)
 
 

@@ -110,9 +110,13 @@ def test_step_costs_are_what_torch_counts(model, batch):
         with flop_counter() as counter:
             loss_of(model, batch, None, None)().backward()
         too_much = costs.step(chosen) - counter.get_total_flops()
-        # Query, key and value run side by side and count as one above the other; so do the halves of their gradients.
-        beside = max((costs.layers[name].flops for name in rows if re.search("q_proj|gate_proj|query", name)), default=0)
-        assert 0 <= too_much <= 2 * beside + max(costs.between.values(), default=0)
+        # Layers side by side count as one above the other, so do the halves of attention's gradients; flash attention
+        # computes its forward again.
+        beside = max(
+            (costs.layers[name].flops for name in rows if re.search("q_proj|gate_proj|query", name)), default=0
+        )
+        attention = sum(costs.between.values())
+        assert -attention / 2 <= too_much <= 2 * beside + attention / 3
 
 
 def test_the_weights_of_an_lstm_share_its_rank():

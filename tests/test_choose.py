@@ -62,12 +62,19 @@ def test_a_cheap_cut_exchanges_what_is_equal_within_the_intervals():
     assert choice == ("layer.3", "layer.5")  # not layer.6, whose score is far lower
     assert set(choice.given_up) == {"layer.0", "layer.2"} and set(choice.taken) == {"layer.3", "layer.5"}
     assert choice.step < choice.step_of_top
-    assert "layer.5 (9.7) for layer.2 (9.9): as good with probability 0.44" in choice.explanation
+    assert "layer.5 (9.7 ± 1.3) for layer.2 (9.9 ± 1.3): equal within the uncertainty" in choice.explanation
     assert "backward ends at layer.3 instead of layer.0" in choice.explanation
 
 
 def test_what_the_ranking_tells_apart_stays():
     assert zest_fast.choose(ranking_of(LAYERS, sigma=0.01), 2, prefer="cheap-cut") == ("layer.0", "layer.2")
+
+
+def test_what_saves_too_little_for_its_score_stays():
+    """However uncertain: half the lead over the average layer is more than the FLOPs of the layers below are worth."""
+    scores = {"a": 4.0, "b": 2.0, "c": 0.0, "d": 0.0}
+    assert zest_fast.choose(ranking_of(scores, sigma=10.0), 1, prefer="cheap-cut") == ("a",)
+    assert zest_fast.choose(ranking_of(scores | {"b": 3.9}, sigma=10.0), 1, prefer="cheap-cut") == ("b",)
 
 
 def test_without_intervals_only_the_same_score_is_equal():

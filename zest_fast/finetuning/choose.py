@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,10 +17,11 @@ from zest_fast.profiling.nearest import nearest
 from zest_fast.ranking.ranking import Ranking
 
 PREFERENCES = ("score", "cheap-cut")
-EQUAL = 0.4
-"""Two layers count as equal when the lower-scored one is the better with at least this probability (a coin: 0.5)."""
+PRICE = 2.0
+"""What a share of the promised gain is worth in shares of a step: 1 % of what the n best layers promise over average
+ones is given up for no less than 2 % of the FLOPs. Fixed on simulated rankings (bench/choose.py shows other prices)."""
 
-_Z80 = 1.2815515655446004  # half of an 80 % interval of a normal distribution, in standard deviations
+_Z80 = 1.2815515655446004  # half of an 80 % interval of a normal error, in standard deviations
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -58,9 +60,10 @@ def choose(
 ) -> Choice:
     """`n` layers of `ranking`, best first: a tuple of names; what they cost and what was traded is in `.explanation`.
 
-    prefer: "score" = the n best; "cheap-cut" = of all sets that are equal to the n best within the uncertainty of the
-        ranking, the one whose training step costs the least FLOPs. Scores without intervals, as those of a single
-        metric, have no uncertainty to trade: only layers of the very same score are exchanged.
+    prefer: "score" = the n best; "cheap-cut" = layers are exchanged for higher ones whose scores are equal within the
+        ranking's uncertainty (the 80 % interval of their difference holds zero), as long as that saves enough FLOPs for
+        what the scores lose (PRICE). Scores without intervals, as those of a single metric, have no uncertainty to
+        trade: only layers of the very same score are exchanged.
     model, batch: count FLOPs on them (batch as in `profile`), on fake tensors: nothing is computed, the model stays as
         it is. Without a batch, a model of transformers gets 1 x 512 tokens or 32 images. Without a model, costs come
         from the profile and take it that each layer sees as many positions: right for the linear layers of a
@@ -84,7 +87,7 @@ def choose(
     costs = costs_of_ranking(ranking) if model is None else measured_costs(model, batch)
     candidates = Candidates(ranking, n, costs)
     sets = candidates.sets()
-    chosen = candidates.cheapest_equal() if prefer == "cheap-cut" else sets[0]
+    chosen = candidates.cheap_cut() if prefer == "cheap-cut" else sets[0]
     peak = None
     if model is not None and limit is not None:
         parameters = {names: trainable_parameters(model, names, costs.head) for names in sets}
@@ -96,12 +99,12 @@ def choose(
 
 
 class Candidates:
-    """The layers that can be chosen, their scores and what they cost."""
+    """The layers that can be chosen, their scores and what they cost; price: see PRICE."""
 
-    def __init__(self, ranking: Ranking, n: int, costs: StepCosts) -> None:
+    def __init__(self, ranking: Ranking, n: int, costs: StepCosts, price: float = PRICE) -> None:
         top = ranking.top(n)  # says what is wrong with n
         head = ranking.explain()["head"].to_numpy(dtype=bool)
-        self._by, self._costs, self._n = ranking.by, costs, len(top)
+        self._by, self._costs, self._n, self._price = ranking.by, costs, len(top), price
         half = (ranking.intervals[:, 1] - ranking.intervals[:, 0]) / 2
         rows = zip(ranking.names, ranking.scores.tolist(), (half / _Z80).tolist(), head, strict=True)
         self._rows = {name: (score, sigma) for name, score, sigma, head in rows if not head and not math.isnan(score)}
@@ -124,21 +127,23 @@ class Candidates:
             names = [name for name in names if self._costs.layers[name].cut > lowest]
         return found
 
-    def cheapest_equal(self) -> tuple[str, ...]:
-        """Of the sets that are as good as the n best within the uncertainty, the one with the cheapest step."""
+    def cheap_cut(self) -> tuple[str, ...]:
+        """Of the sets equal to the n best within the uncertainty, the one with the best of score and step."""
         sets = self.sets()
-        equal = [names for names in sets if all(self._better(*pair) >= EQUAL for pair in _exchanges(sets[0], names))]
-        return min(equal, key=self._costs.step)  # of equal costs the first, which scores best
+        equal = [names for names in sets if all(self._equal(*pair) for pair in _exchanges(sets[0], names))]
+        step = self._costs.step(sets[0])
+        return min(equal, key=lambda names: self._costs.step(names) / step + self._price * self.promise_lost(names))
 
-    def _better(self, out: str, taken: str) -> float:
-        """How probably the layer taken in is at least as good as the one that goes, errors normal and independent."""
+    def promise_lost(self, names: Sequence[str]) -> float:
+        """By how much the mean score is below that of the n best, as a share of their lead over the average layer."""
+        top, chosen = (statistics.fmean(self._rows[name][0] for name in some) for some in (self.sets()[0], names))
+        lead = top - statistics.fmean(score for score, _ in self._rows.values())
+        return (top - chosen) / lead if lead > 0 else 0.0
+
+    def _equal(self, out: str, taken: str) -> bool:
+        """Whether the interval of the difference of their scores holds zero, errors independent."""
         (score, sigma), (lower_score, lower_sigma) = self._rows[out], self._rows[taken]
-        deviation = math.hypot(sigma, lower_sigma)
-        if score == lower_score:
-            return 0.5
-        if not deviation > 0:  # none known
-            return 0.0
-        return 0.5 * math.erfc((score - lower_score) / deviation / math.sqrt(2))
+        return score == lower_score or score - lower_score <= _Z80 * math.hypot(sigma, lower_sigma)
 
     def choice(self, names: tuple[str, ...], peak: int | None) -> Choice:
         """The set with what it traded."""
@@ -159,15 +164,12 @@ class Candidates:
     def _explain(self, choice: Choice, top: tuple[str, ...]) -> Iterator[str]:
         yield f"{len(choice)} layers by {self._by}: {', '.join(choice)}"
         if choice.given_up:
-            yield f"not the best {len(choice)} of the ranking, but cheaper:"
+            lost = f"{self.promise_lost(choice):.0%} of their lead over the average layer is given up"
+            yield f"not the best {len(choice)} of the ranking, but cheaper ({lost}):"
         for out, taken in zip(choice.given_up, choice.taken, strict=True):
-            odds = (
-                f"as good with probability {self._better(out, taken):.2f}"
-                if self._known(out, taken)
-                else ("how far they differ is not known")
-            )
-            yield f"  {taken} ({self._rows[taken][0]:.4g}) for {out} ({self._rows[out][0]:.4g}): {odds}"
-        if not any(self._known(name, name) for name in top):
+            equal = "equal within the uncertainty" if self._equal(out, taken) else "not equal, but it fits"
+            yield f"  {taken} ({self._score(taken)}) for {out} ({self._score(out)}): {equal}"
+        if all(math.isnan(self._rows[name][1]) for name in top):
             yield f"{self._by} gives no intervals: only equal scores count as equal"
         where = f"backward ends at {self._lowest(choice)}"
         step = f"a step costs {choice.step:.2f} of full fine-tuning"
@@ -180,8 +182,9 @@ class Candidates:
         if choice.peak_bytes is not None:
             yield f"a step of AdamW holds {choice.peak_bytes / 1e9:.2f} GB at the most"
 
-    def _known(self, *names: str) -> bool:
-        return not any(math.isnan(self._rows[name][1]) for name in names)
+    def _score(self, name: str) -> str:
+        score, sigma = self._rows[name]
+        return f"{score:.4g}" + ("" if math.isnan(sigma) else f" ± {_Z80 * sigma:.2g}")
 
     def _lowest(self, names: Sequence[str]) -> str:
         return min(names, key=lambda name: self._costs.layers[name].cut)

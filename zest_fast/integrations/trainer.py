@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.profiling.nearest import some
 from zest_fast.profiling.profile import profile
-from zest_fast.ranking.ranking import Ranker, rank
+from zest_fast.ranking.ranking import rank
 
 DELTA = "zest_delta.safetensors"
 
@@ -50,7 +50,9 @@ class ZestCallback(TrainerCallback):
         self.save_delta = save_delta
         self.tuned: SelectiveBackward | None = None
 
-    def on_init_end(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any = None, **_: Any) -> None:
+    def on_init_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
         """The model is there and the optimizer is not: the moment to freeze."""
         if self.tuned is not None:
             raise RuntimeError("this ZestCallback is in a Trainer already; make another one")
@@ -64,7 +66,7 @@ class ZestCallback(TrainerCallback):
         self.tuned = tuned
         _log.info("%s", tuned.summary())
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """The optimizer is there: does it hold what trains, and nothing else?"""
         if self.tuned is None:
             raise RuntimeError(
@@ -78,9 +80,7 @@ class ZestCallback(TrainerCallback):
             self.tuned.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / DELTA)
 
 
-def prepare(
-    trainer: Trainer, layers: int | Iterable[str], *, by: str | Ranker | None = None, **options: Any
-) -> SelectiveBackward:
+def prepare(trainer: Trainer, layers: int | Iterable[str], *, by: Any = None, **options: Any) -> SelectiveBackward:
     """Freeze all but `layers` in a Trainer that is there already, before its `train()`; returns the SelectiveBackward.
 
     layers: names, or how many: then the first batch of the trainer's own training data is profiled and ranked (`by` as
@@ -120,8 +120,9 @@ def check_optimizer(tuned: SelectiveBackward, optimizer: torch.optim.Optimizer) 
         )
 
 
-def _best(trainer: Trainer, n: int, by: str | Ranker | None) -> tuple[str, ...]:
+def _best(trainer: Trainer, n: int, by: Any) -> tuple[str, ...]:
     """The n best layers by one batch; neither the random state nor the trainer's data loader moves on."""
     with torch.random.fork_rng():
         batch = next(iter(trainer.get_train_dataloader()))
-    return rank(profile(trainer.model, batch), by=by).top(n)
+    model: Any = trainer.model
+    return rank(profile(model, batch), by=by).top(n)

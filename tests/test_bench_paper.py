@@ -15,6 +15,7 @@ from profiles import make_profile
 from small_models import llama
 from transformers import AutoTokenizer, ResNetConfig, ResNetForImageClassification
 
+from bench.method_comparison import compare
 from bench.paper.__main__ import main
 from bench.paper.adapters import Choices
 from bench.paper.arms import arm_layers
@@ -129,7 +130,7 @@ def run(monkeypatch, out, *arguments):
 
 def test_llama_on_piqa(tmp_path, monkeypatch):
     draw = random.Random(0)
-    for split, count in (("train", 48), ("validation", 24)):
+    for split, count in (("train", 32), ("validation", 16)):
         rows = []
         for _ in range(count):
             label = draw.randrange(2)
@@ -203,6 +204,69 @@ def test_every_arm_begins_with_the_same_weights(tmp_path, monkeypatch):
     left = models[0].model.state_dict()
     assert left.keys() == untouched.keys()
     assert all(torch.equal(left[name], tensor) for name, tensor in untouched.items())
+
+
+# PEFT's method_comparison
+
+RUNNER = """
+import json
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+class Config:
+    max_seq_length, query_template = 16, "{query}"
+
+def get_train_config(path):
+    return Config()
+
+def get_tokenizer(*, model_id, max_seq_length):
+    return AutoTokenizer.from_pretrained(model_id)
+
+def get_train_valid_test_datasets(*, tokenizer, query_template, print_fn):
+    rows = dict(tokenizer(["the film was good", "a bore", "a joy and dull"]))
+    return Rows(rows | {"response": ["", "", ""]}), None, None
+
+class Rows(dict):
+    def __getitem__(self, rows):
+        return {name: values[rows] for name, values in self.items()}
+
+def get_model(**settings):
+    return AutoModelForCausalLM.from_pretrained(settings["model_id"])
+
+def get_file_size(model, **_):
+    return 99999999
+
+def main(*, path_experiment, experiment_name, clean):
+    settings = json.load(open(path_experiment + "/training_params.json"))["optimizer_kwargs"]
+    model_id = json.load(open("default_training_params.json"))["model_id"]
+    model = get_model(model_id=model_id, peft_config=None)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), **settings)
+    ids = torch.tensor([[4, 5, 6]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    moved = [name for name, tensor in model.state_dict().items() if not torch.equal(before[name], tensor)]
+    trained, every = model.get_nb_trainable_parameters()
+    log = {"experiment": experiment_name, "moved": moved, "trained": trained, "every": every,
+           "file_size": get_file_size(model, peft_config=None, clean=clean, print_fn=print)}
+    json.dump(log, open("log.json", "w"))
+"""
+
+
+def test_method_comparison_trains_the_chosen_layers_in_the_runner_of_peft(tmp_path, monkeypatch):
+    folder = save_llama(tmp_path / "llama")
+    (tmp_path / "run.py").write_text(RUNNER)
+    (tmp_path / "default_training_params.json").write_text(json.dumps({"model_id": str(folder)}))
+    monkeypatch.delitem(sys.modules, "run", raising=False)
+    name = compare(tmp_path, 2, "snip", {"lr": 1e-2, "weight_decay": 0.1})
+    monkeypatch.delitem(sys.modules, "run")
+    log = json.loads((tmp_path / "log.json").read_text())
+    assert log["experiment"] == name == "zest/llama-top2"
+    assert len(log["moved"]) == 2  # weight decay leaves what is frozen alone
+    assert log["trained"] < log["every"]
+    assert 4 * log["trained"] < log["file_size"] < 4 * log["trained"] + 2000  # the delta, not the model
+    with pytest.raises(ValueError, match=r"holds no run\.py"):
+        compare(tmp_path / "llama", 2, "snip", {})
 
 
 # Bad input

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from profiles import make_profile
@@ -14,9 +15,11 @@ from transformers import BertConfig, BertForSequenceClassification
 from untouched import state_of
 
 import zest_fast
+from bench import choose as bench_choose
 from bench.measure import peak_bytes as measured_peak
+from zest_fast.finetuning import choose as choose_module
 from zest_fast.finetuning.dry_run import faked, flop_counter, peak_bytes
-from zest_fast.finetuning.step_costs import measured_costs, trainable_parameters
+from zest_fast.finetuning.step_costs import costs_of_ranking, measured_costs, trainable_parameters
 from zest_fast.profiling.loss import loss_of
 
 LAYERS = {f"layer.{place}": score for place, score in enumerate([10.0, 3.0, 9.9, 9.8, 2.0, 9.7, 1.0])}
@@ -222,3 +225,49 @@ def test_bad_input_is_named(arguments, error, message):
     arguments = {"ranking": ranking_of(LAYERS), "n": 2, **arguments}
     with pytest.raises(error, match=re.escape(message)):
         zest_fast.choose(arguments.pop("ranking"), arguments.pop("n"), **arguments)
+
+
+# On records
+
+
+class DepthRanker:
+    """Later layers are better, as the records below have it; every score is uncertain by half a layer."""
+
+    def fit(self, records):
+        assert records.family.nunique() == 2  # of three: the third is held out
+        return self
+
+    def predict(self, profile):
+        return np.array([profile.info[name]["depth"] for name in profile.names], dtype=float)
+
+    def intervals(self, profile):
+        return self.predict(profile)[:, None] + np.array([-0.5, 0.5])
+
+
+def synthetic_records():
+    rows = []
+    for family in ("one", "two", "three"):
+        for seed in (0, 1):
+            for depth in range(6):
+                leading = {"model": "tiny", "dataset": f"{family}-set", "family": family, "seed": seed}
+                info = {"numel": 6, "kind": "linear", "depth": depth, "shape": [2, 3], "head": False}
+                loss = {"loss": 1 - depth / 10 + seed / 100, "head_loss": 1.0, "head_state": "fresh"}
+                rows.append({**leading, "layer": f"layer.{depth}", **loss, "snip": 1.0, **info})
+    return pandas.DataFrame(rows)
+
+
+def test_bench_choose_compares_gain_and_flops_out_of_fold(tmp_path):
+    costs = costs_of_ranking(ranking_of({f"layer.{depth}": 0.0 for depth in range(6)}))
+    rows = list(bench_choose.evaluate(synthetic_records(), DepthRanker, lambda model, dataset: costs, [2, 9]))
+    assert {row["dataset"] for row in rows} == {"one-set", "two-set", "three-set"}
+    assert {row["n"] for row in rows} == {2}  # there are no nine layers
+    for row in rows:
+        assert row["recovered_top"] == pytest.approx(1.0)  # the ranker is right
+        assert row["flops_saved"] >= 0 and row["recovered_cheap"] <= row["recovered_top"]
+    assert bench_choose.summary(rows, 2, choose_module.PRICE)["recovered_top"] == 1.0
+
+
+def test_recovered_is_zero_at_random_and_one_at_best():
+    gain = pandas.Series({"a": 0.0, "b": 1.0, "c": 2.0, "d": 5.0})
+    assert bench_choose.recovered(("d",), gain) == 1.0
+    assert bench_choose.recovered(("c",), gain) == pytest.approx(0.0)  # the mean gain

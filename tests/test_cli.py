@@ -175,6 +175,15 @@ def test_profile_selects_layers_and_metrics_and_saves(run, home, tmp_path):
     assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_profile_shows_metrics_on_request_and_all_of_them(run):
+    words = ("profile", "bert", "films.jsonl", "--batch-size", 6)
+    shown = run(*words, "--metrics", "grasp,agree_cos")
+    assert shown.exit_code == 0, shown.stderr
+    assert "grasp" in shown.stdout and "agree_cos" in shown.stdout and "snip" not in shown.stdout
+    found = document(run(*words, "--metrics", "all", "--json"))
+    assert all({"snip", "grasp", "synflow", "agree_sign"} <= set(row["metrics"]) for row in found["layers"])
+
+
 def test_profile_of_an_image_folder(run):
     found = document(run("profile", "resnet", "digits", "--metrics", "snip", "--json"))
     assert {row["info"]["kind"] for row in found["layers"]} >= {"conv2d", "linear"}

@@ -23,6 +23,7 @@ import zest_fast
 from zest_fast import profile
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.profiling.loss import call_model
+from zest_fast.profiling.metrics import ALL_METRIC_NAMES, METRIC_NAMES
 from zest_fast.sweeping import sweep as sweep_module
 from zest_fast.sweeping.boundaries import trace_calls
 from zest_fast.sweeping.head import choose_strength, fit_head
@@ -304,18 +305,19 @@ def test_a_sweep_that_was_killed_goes_on_and_loses_nothing(tmp_path) -> None:
 
 
 def test_new_metrics_take_new_profiles_and_no_training(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(sweep_module, "METRIC_NAMES", sweep_module.METRIC_NAMES[:3])
+    monkeypatch.setattr(sweep_module, "ALL_METRIC_NAMES", METRIC_NAMES)
     full = profile
 
-    def few(model, batch):
-        return full(model, batch, metrics=sweep_module.METRIC_NAMES[:3])
+    def few(model, batch, metrics):
+        return full(model, batch, metrics=METRIC_NAMES)
 
     monkeypatch.setattr(sweep_module, "profile", few)
     old = run(OneLayer, tmp_path / "records.jsonl")
     monkeypatch.undo()
     monkeypatch.setattr(sweep_module._Sweep, "_train", lambda *_: pytest.fail("a layer was trained again"))
     new = run(OneLayer, tmp_path / "records.jsonl")
-    assert "snip" not in old and new.snip.notna().all()
+    later = [name for name in ALL_METRIC_NAMES if name not in METRIC_NAMES]
+    assert not set(later) & set(old) and new[later].notna().all(axis=None)
     assert list(new.loss) == list(old.loss)
 
 

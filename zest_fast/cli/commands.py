@@ -92,7 +92,10 @@ def profile(
     label_column: LabelColumn = None,
     batch_size: BatchSize = 16,
     layers: Annotated[str | None, typer.Option(help="A regular expression that matches whole layer names.")] = None,
-    metrics: Annotated[str | None, typer.Option(help="Names, separated by commas; all by default.")] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help='Names, separated by commas; by default those of one pass, "all" for every one.'),
+    ] = None,
     backend: Annotated[str, typer.Option(help="auto, reference, cpu, triton or cuda.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Where to save the profile: .json or .parquet.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Where to draw the heat map: .png, .svg or .pdf.")] = None,
@@ -105,7 +108,7 @@ def profile(
     """Measure every metric of every layer in one forward and one backward pass over one batch."""
     _check_writable(out, {".json", ".parquet"})
     _check_writable(plot, {".png", ".svg", ".pdf"})
-    pattern, wanted = _pattern(layers), _names(metrics)
+    pattern, chosen = _pattern(layers), None if metrics == "all" else _names(metrics)
     with _work() as console:
         with console.status("loading model and data"):
             from zest_fast.cli.job import open_job
@@ -127,7 +130,9 @@ def profile(
             import zest_fast
 
             batch = job.first_batch()
-            result = zest_fast.profile(job.model, batch, layers=pattern, metrics=wanted, backend=backend)
+            result = zest_fast.profile(
+                job.model, batch, layers=pattern, metrics="all" if metrics == "all" else chosen, backend=backend
+            )
         if out is not None:
             result.save(out)
         if plot is not None:
@@ -135,7 +140,7 @@ def profile(
     if as_json:
         show.json_document(show.profile_document(result))
     else:
-        show.profile_table(result, wanted)
+        show.profile_table(result, chosen)
 
 
 @app.command()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.ranking.ranking import Ranking
 
-# Columns of the table where --metrics chose none: 15 do not fit into a terminal.
+# Columns of the table where --metrics chose none: they do not all fit into a terminal.
 _SHOWN = ("snip", "grad_norm", "fisher", "rgn")
 
 

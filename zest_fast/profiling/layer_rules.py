@@ -46,16 +46,20 @@ def linear_gradient_moments(
     collector: Collector, module: nn.Module, x: Tensor, g: Tensor
 ) -> Callable[[], GradientMoments]:
     """Every statistic of dW and W of a linear layer, dW formed tile by tile; x [..., I], g [..., O]."""
-    x, g, weight = rows(x).to(g.dtype), rows(g), _weight(module)
-    if is_transformers_conv1d(module):  # W is [I, O], so dW = XᵀG: the roles of X and G change places
-        x, g = g, x
-    return collector.linear_gradient_moments(x, g, weight)
+    left, right = linear_gradient_factors(module, x, g)
+    return collector.linear_gradient_moments(right, left, _weight(module))
 
 
 def linear_gradient(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     """dW itself, for a weight whose uses have to be added up first."""
+    left, right = linear_gradient_factors(module, x, g)
+    return (left.t() @ right).to(_weight(module).dtype)
+
+
+def linear_gradient_factors(module: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """L [T, rows of W] and R [T, columns of W] with dW = LᵀR; x [..., I], g [..., O]."""
     x, g = rows(x).to(g.dtype), rows(g)
-    return (x.t() @ g if is_transformers_conv1d(module) else g.t() @ x).to(_weight(module).dtype)
+    return (x, g) if is_transformers_conv1d(module) else (g, x)  # the former's W is [I, O]
 
 
 def linear_gradient_moments_without_tiles(

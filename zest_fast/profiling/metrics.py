@@ -16,6 +16,21 @@ NAN = math.nan
 _UNKNOWN = Moments(NAN, NAN, NAN, NAN, NAN)
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """Of two gradients a and b of one weight."""
+
+    dot: float = NAN
+    """Σ a⊙b."""
+    sign_dot: float = NAN
+    """Mean of Σ sign(a)⊙b and Σ a⊙sign(b)."""
+    norms: float = NAN
+    """‖a‖ ‖b‖."""
+
+
+_NO_AGREEMENT = Agreement()
+
+
 @dataclass
 class LayerStatistics:
     """What one pass knows of a layer; NaN where it does not know. Gradients are those of the unscaled loss."""
@@ -35,12 +50,21 @@ class LayerStatistics:
     """Σ |W⊙dW|."""
     fisher: float = NAN
     """Σ_k ½ mean_n S_nk² with S = Σ_p Y⊙G (Theis et al. 2018)."""
+    grasp: float = NAN
+    """−Σ W⊙(Hg), g the gradient of all profiled layers and H its derivative (Wang et al. 2020)."""
+    synflow: float = NAN
+    """Σ |W⊙∂R/∂W|, R = the sum of the outputs for positive weights and an input of ones (Tanaka et al. 2020)."""
+    agreement: Agreement = _NO_AGREEMENT
+    """Of the gradients of the even and of the odd samples."""
 
 
 WEIGHT, OUTPUT, GRADIENT, GRADIENT_ABS, PRODUCT, PRODUCT_ABS, FISHER = (
     "weight", "output", "gradient", "gradient_abs", "product", "product_abs", "fisher",
 )  # fmt: skip
 BACKWARD = frozenset({GRADIENT, GRADIENT_ABS, PRODUCT, PRODUCT_ABS, FISHER})
+GRASP, SYNFLOW, AGREEMENT = "grasp", "synflow", "agreement"
+ON_REQUEST = frozenset({GRASP, SYNFLOW, AGREEMENT})
+"""What takes passes of its own (on_request.py)."""
 NEEDS_TILES = frozenset({GRADIENT_ABS, PRODUCT_ABS})
 """The rest of a linear layer's gradient statistics have closed forms in its input and output gradient."""
 
@@ -76,32 +100,37 @@ METRICS: dict[str, Metric] = {
     "snip": _metric(PRODUCT_ABS)(lambda s: s.product_abs_sum),
     "fisher": _metric(FISHER)(lambda s: s.fisher),
     "rgn": _metric(GRADIENT, WEIGHT)(lambda s: _ratio(s.gradient.norm, s.weight_norm)),
+    "grasp": _metric(GRASP)(lambda s: s.grasp),
+    "synflow": _metric(SYNFLOW)(lambda s: s.synflow),
+    "agree_dot": _metric(AGREEMENT)(lambda s: s.agreement.dot),
+    "agree_sign": _metric(AGREEMENT)(lambda s: s.agreement.sign_dot),
+    "agree_cos": _metric(AGREEMENT)(lambda s: _ratio(s.agreement.dot, s.agreement.norms)),
 }
-METRIC_NAMES = tuple(METRICS)
-LATER = ("grasp", "synflow", "agree_dot", "agree_sign", "agree_cos")
+ALL_METRIC_NAMES = tuple(METRICS)
+METRIC_NAMES = tuple(name for name, metric in METRICS.items() if not metric.needs & ON_REQUEST)
+"""What one pass yields."""
 
 
-def select_metrics(metrics: Iterable[str] | None) -> list[str]:
-    """The names that were asked for, in the order of METRIC_NAMES; None = all of them.
+def select_metrics(metrics: Iterable[str] | str | None) -> list[str]:
+    """The names that were asked for, in the order of METRICS; None = those of one pass, "all" = every one.
 
     Raises:
         TypeError: not an iterable of names.
         ValueError: an unknown name (the nearest is suggested) or none at all.
-        NotImplementedError: a metric that needs more than one pass.
     """
     if metrics is None:
         return list(METRIC_NAMES)
     if isinstance(metrics, str):
-        raise TypeError(f"metrics is a string; pass a list, [{metrics!r}]")
+        if metrics == "all":
+            return list(ALL_METRIC_NAMES)
+        raise TypeError(f'metrics is a string; pass a list, [{metrics!r}], or "all"')
     metrics = list(metrics)
     if not metrics:
         raise ValueError("metrics is empty; pass None for all that one pass yields")
     for name in metrics:
-        if name in LATER:
-            raise NotImplementedError(f"metrics: {name!r} is not built yet; available: {', '.join(METRIC_NAMES)}")
         if name not in METRICS:
-            raise ValueError(f"metrics: unknown name {name!r}; {nearest(name, METRIC_NAMES)}")
-    return [name for name in METRIC_NAMES if name in metrics]
+            raise ValueError(f"metrics: unknown name {name!r}; {nearest(name, ALL_METRIC_NAMES)}")
+    return [name for name in ALL_METRIC_NAMES if name in metrics]
 
 
 def statistics_needed(metrics: Iterable[str]) -> frozenset[str]:

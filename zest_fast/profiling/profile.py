@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zest_fast import kernels
+from zest_fast.profiling.gradient_pass import GradientPass
+from zest_fast.profiling.graph import gradients_of_others, leaves_of
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
 from zest_fast.profiling.loss import check_loss, loss_of, require_finite
@@ -27,6 +29,7 @@ from zest_fast.profiling.metrics import (
 )
 from zest_fast.profiling.model_state import ModelState
 from zest_fast.profiling.nearest import some
+from zest_fast.profiling.on_request import OnRequest
 from zest_fast.profiling.statistics import Statistics
 from zest_fast.profiling.table import ancestors, build_profile
 from zest_fast.profiling.taps import Routes, Taps
@@ -41,7 +44,7 @@ def profile(
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     closure: Callable[[], Tensor] | None = None,
     layers: LayerSelection = None,
-    metrics: Iterable[str] | None = None,
+    metrics: Iterable[str] | str | None = None,
     backend: str = "auto",
     loss_scale: float = 1.0,
 ) -> LayerProfile:
@@ -63,7 +66,20 @@ def profile(
         layers: which rows: a regular expression (the whole name must match), an iterable of names, a predicate
             (module name, module) -> bool, or None = every layer but embeddings.
         metrics: names (see ``zest_fast.profiling.metrics.METRICS``); None = all that one pass yields. What only other
-            metrics need is not computed: without backward metrics there is no backward pass.
+            metrics need is not computed: without backward metrics there is no backward pass. On request only:
+
+            - "grasp": a forward and a double backward, which keep a buffer of its size for each weight and the graph of
+              the gradient. Where double backward fails, a central finite difference, which ``.info[...]["note"]`` says.
+            - "synflow": a pass in eval mode and float64 on inputs of ones, parameters positive, normalisation layers
+              (torch's; else modules without submodules that have "norm" in the name of their class) the identity. It
+              holds a float64 copy of all parameters. The embedding of the model's tokens yields ones; other integer
+              and boolean inputs (masks, positions) stay as they are. Not for a closure.
+            - "agree_dot", "agree_sign", "agree_cos": a pass each for the even and the odd samples, as if each half were
+              the batch (batch norm in train mode included; where the loss is a mean over tokens, the mean over those
+              of the half). For each weight they keep at most a gradient of its size. The batch needs two samples,
+              in the first dimension of its tensors, and a loss that is a mean over samples. Not for a closure.
+
+            "all" = every one of these, too; what cannot be had is then NaN, and ``.info[...]["note"]`` says why.
         backend: "auto" (by device and layer; ``LayerProfile.backend`` says what ran), "cpu", "triton", "cuda", or
             "reference" (float64, slow, any device).
         loss_scale: the factor that the loss already carries (as under a GradScaler); the statistics and the reported
@@ -77,7 +93,7 @@ def profile(
         TypeError, ValueError: an argument that does not fit, a model on the meta device, a loss that is not a finite
             scalar or does not depend on the model. The message names the argument or layer.
         RuntimeError: inside ``torch.inference_mode``, or inside another profile of the same model.
-        NotImplementedError: metrics that are not built yet, or TorchScript modules, which take no hooks.
+        NotImplementedError: TorchScript modules, which take no hooks.
         Whatever model, loss_fn or closure raise passes through unchanged.
     """
     names = select_metrics(metrics)
@@ -93,11 +109,12 @@ def profile(
     kernels.pick_backend(backend, _first_device(model))
     job = _Pass(model, modules, layers, names, backend)
     compute_loss = loss_of(model, batch, loss_fn, closure)
+    request = OnRequest(names, model, batch, loss_fn, closure, backend, lenient=isinstance(metrics, str))
     if any(module in _in_progress for module in modules.values()):
         raise RuntimeError("profile was called inside a profile of the same model; finish one before the next")
     _in_progress.update(modules.values())
     try:
-        return job.run(compute_loss, float(loss_scale))
+        return job.run(compute_loss, request, float(loss_scale))
     finally:
         _in_progress.difference_update(modules.values())
 
@@ -131,7 +148,7 @@ class _Pass:
         self._backward = bool(self._needed & BACKWARD)
         self._weight_gradients = bool(self._needed & (BACKWARD - {FISHER}))
 
-    def run(self, compute_loss: Callable[[], Tensor], loss_scale: float) -> LayerProfile:
+    def run(self, compute_loss: Callable[[], Tensor], request: OnRequest, loss_scale: float) -> LayerProfile:
         # For fisher alone no weight takes part, so that no dW is formed: the taps anchor the graph themselves.
         takes_part = self._weight_gradients or not self._backward
         trainable = [layer.weight.parameter for layer in self._chosen] if takes_part else []
@@ -150,6 +167,8 @@ class _Pass:
             if loss.device.type != "cpu":
                 require_finite(loss, self._model, compute_loss)
             reached = self._reached(taps, loss)
+        if request.wanted:
+            self._measure(request, reached)
         return build_profile(
             self._model,
             self._modules,
@@ -158,6 +177,7 @@ class _Pass:
             reached,
             self._metrics,
             statistics,
+            request,
             taps,
             trainable=self._trainable_before,
             loss=float(loss.detach()) / loss_scale,
@@ -185,16 +205,22 @@ class _Pass:
             if loss.device.type == "cpu":  # elsewhere a look would wait for the device: after the pass
                 require_finite(loss, self._model, compute_loss)
             if self._backward:
-                with _gradients_of_others(loss, state.parameters):
+                with gradients_of_others(loss, state.parameters):
                     taps.backward(loss)
         return taps, loss
+
+    def _measure(self, request: OnRequest, reached: list[Layer]) -> None:
+        """The passes beside the one, each from the state in which the model was handed over."""
+        weights = [layer.weight.parameter for layer in reached]
+        with torch.enable_grad(), _eager(), ModelState(self._modules.values(), weights) as state:
+            request.measure(GradientPass(reached, self._embeddings, state))
 
     def _reached(self, taps: Taps, loss: Tensor) -> list[Layer]:
         """The layers that the loss depends on."""
         if self._backward:
             reached = [layer for layer in self._chosen if taps.reached(layer)]
         else:
-            leaves, opaque = _leaves_of(loss)
+            leaves, opaque = leaves_of(loss)
             reached = [
                 layer
                 for layer in self._chosen
@@ -263,35 +289,3 @@ def _saving_nothing() -> AbstractContextManager[Any]:
         )
 
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, unpack)
-
-
-@contextmanager
-def _gradients_of_others(loss: Tensor, parameters: list[Tensor]) -> Iterator[None]:
-    """Tensors that a closure brings along (inputs, another model's weights) keep the .grad that they have."""
-    own = {id(p) for p in parameters}
-    others = [(leaf, leaf.grad) for key, leaf in _leaves_of(loss)[0].items() if key not in own]
-    for leaf, _ in others:
-        leaf.grad = None
-    try:
-        yield
-    finally:
-        for leaf, grad in others:
-            leaf.grad = grad
-
-
-def _leaves_of(loss: Tensor) -> tuple[dict[int, Tensor], bool]:
-    """Leaf tensors (by id) in the graph of a loss, and whether reentrant checkpointing hides a part of it."""
-    leaves: dict[int, Tensor] = {}
-    opaque = False
-    seen: set[Any] = set()
-    todo: list[Any] = [loss.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        opaque = opaque or node.name() == "CheckpointFunctionBackward"
-        if hasattr(node, "variable"):
-            leaves[id(node.variable)] = node.variable
-        todo += [next_node for next_node, _ in node.next_functions]
-    return leaves, opaque

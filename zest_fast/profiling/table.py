@@ -9,6 +9,7 @@ from zest_fast.profiling.heads import find_head
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.layers import Layer, unsupported
 from zest_fast.profiling.metrics import FISHER, METRICS, OUTPUT
+from zest_fast.profiling.on_request import OnRequest
 from zest_fast.profiling.statistics import Statistics
 from zest_fast.profiling.taps import Taps
 
@@ -21,6 +22,7 @@ def build_profile(
     reached: list[Layer],
     metrics: list[str],
     statistics: Statistics,
+    request: OnRequest,
     taps: Taps,
     *,
     trainable: dict[Layer, bool],
@@ -35,6 +37,7 @@ def build_profile(
     info = {}
     for i, layer in enumerate(rows):
         found, nonfinite = statistics.of(layer, loss_scale)
+        request.add_to(found, layer.weight, loss_scale)
         values[i] = [METRICS[name].value(found) for name in metrics]
         info[layer.name] = {
             "numel": layer.weight.parameter.numel(),
@@ -48,7 +51,7 @@ def build_profile(
             "parameter": layer.parameter_name,
             "module": layer.module_name,
             "nonfinite": nonfinite,
-            "note": layer.note or _missing_output(layer, statistics),
+            "note": "; ".join(filter(None, [layer.note or _missing_output(layer, statistics), *request.notes])),
         }
     return LayerProfile(
         [layer.name for layer in rows],

@@ -205,7 +205,7 @@ class Taps(AbstractContextManager["Taps"]):
                 hook = self._leaf_hook(counts)
                 self._handles.append(counts.weight.parameter.register_post_accumulate_grad_hook(hook))
         if self._routes.anchored:
-            self._handles += [module.register_forward_hook(_require_grad) for module in self._embeddings]
+            self._handles += anchor_outputs(self._embeddings)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -270,7 +270,7 @@ class Taps(AbstractContextManager["Taps"]):
     def _before(self, tiled: _Counts | None) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._count(module, args)
-            if tiled is not None and torch.is_grad_enabled() and _is_dense(_first_input(args, kwargs)):
+            if tiled is not None and torch.is_grad_enabled() and _is_dense(first_input(args, kwargs)):
                 tiled.weight.parameter.requires_grad_(False)
 
         return hook
@@ -299,7 +299,7 @@ class Taps(AbstractContextManager["Taps"]):
                     self._observer.output(layer, output.detach())
             if not torch.is_grad_enabled() or not (frozen or (self._output_gradients and observed)):
                 return None
-            return self._tap(observed, tiled if frozen else None, _first_input(args, kwargs), output)
+            return self._tap(observed, tiled if frozen else None, first_input(args, kwargs), output)
 
         return hook
 
@@ -393,7 +393,7 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """X of a layer: the first argument, whichever way it was handed over."""
     return args[0] if args else next(iter(kwargs.values()), None)
 
@@ -405,6 +405,11 @@ def _is_dense(x: Any) -> bool:
 def _is_reshaped(base: Tensor, y: Tensor) -> bool:
     """Whether y is all of base in the same order, so that a gradient of one is a reshaped gradient of the other."""
     return base.numel() == y.numel() and base.is_contiguous() and y.is_contiguous()
+
+
+def anchor_outputs(embeddings: Iterable[nn.Module]) -> list[Any]:
+    """Hooks that make outputs of embeddings require a gradient: reentrant checkpointing drops what follows else."""
+    return [module.register_forward_hook(_require_grad) for module in embeddings]
 
 
 def _require_grad(module: nn.Module, args: Any, output: Any) -> None:

@@ -22,7 +22,7 @@ from zest_fast.finetuning.delta import hash_tensors
 from zest_fast.finetuning.trainable_layers import Part, chosen_layers
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
 from zest_fast.profiling.loss import call_model
-from zest_fast.profiling.metrics import METRIC_NAMES
+from zest_fast.profiling.metrics import ALL_METRIC_NAMES
 from zest_fast.profiling.model_state import ModelState
 from zest_fast.profiling.profile import profile
 from zest_fast.sweeping.boundaries import Boundary, Call, Trace, trace_calls
@@ -210,7 +210,7 @@ class _Sweep:
 
     def _profile(self, seed: int, state: str) -> None:
         known = self._records.get("profile", seed, state)
-        if known is not None and known["metrics"] == list(METRIC_NAMES):
+        if known is not None and known["metrics"] == list(ALL_METRIC_NAMES):
             return  # else the library has learned more metrics since
         if state == "warm":
             self._set_head(self._head_record(seed))
@@ -220,7 +220,7 @@ class _Sweep:
                 self._head.reset_parameters()
         inputs, targets = self._splits["train"]
         rows = self._draws[seed][: self._recipe.profile_samples]
-        table = profile(self._model, (rows_of(inputs, rows), targets[rows]))
+        table = profile(self._model, (rows_of(inputs, rows), targets[rows]), metrics="all")
         wanted = {layer.name for layer in self._layers}
         values = {name: {**dict(table[name]), **table.info[name]} for name in table.names if name in wanted}
         self._records.append(

@@ -1,0 +1,110 @@
+"""Passes beside the one of a profile: a forward and a backward that hand over each dW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from zest_fast.profiling.graph import gradients_of_others
+from zest_fast.profiling.layer_rules import linear_gradient_factors
+from zest_fast.profiling.layers import Layer, Weight
+from zest_fast.profiling.loss import check_loss
+from zest_fast.profiling.model_state import ModelState
+from zest_fast.profiling.taps import Routes, Taps
+
+Receive = Callable[[Weight, Tensor], None]
+ReceiveFactors = Callable[[Weight, Tensor, Tensor], None]
+
+
+class GradientPass:
+    """Runs losses of one model again and again, each from the buffers, modes and random state of a plain forward.
+
+    Args:
+        layers: whose weights require a gradient (inside ``state``).
+        embeddings: as for ``Taps``.
+        state: what a pass starts from; entered.
+    """
+
+    def __init__(self, layers: Iterable[Layer], embeddings: Iterable[nn.Module], state: ModelState) -> None:
+        self.layers = list(layers)
+        self.embeddings = list(embeddings)
+        self._state = state
+
+    @property
+    def weights(self) -> list[Weight]:
+        """Every weight, once."""
+        return list({layer.weight: None for layer in self.layers})
+
+    def rewind(self) -> None:
+        """Everything as before the first pass."""
+        self._state.clear_gradients()
+        self._state.rewind()
+
+    def run(
+        self, compute_loss: Callable[[], Tensor], receive: Receive, receive_factors: ReceiveFactors | None = None
+    ) -> None:
+        """One forward and one backward; ``receive`` gets (weight, dW), all uses together, one dW at a time.
+
+        Where ``receive_factors`` is given, dW of a linear layer with one use is not formed: it gets (weight, L, R) with
+        dW = LᵀR. Either may be called again for a weight, with what then counts: some models show only while they run
+        how their gradients have to be collected (see ``Taps.revised``).
+        """
+        routes: Routes | None = Routes(tiles=receive_factors is not None)
+        while routes is not None:
+            self.rewind()
+            taps = Taps(
+                self.layers,
+                self.embeddings,
+                [],
+                _Receiver(receive, receive_factors),
+                routes,
+                outputs=False,
+                gradients=True,
+                output_gradients=False,
+                keep_outputs=False,
+            )
+            with taps:
+                loss = compute_loss()
+                check_loss(loss)
+                with gradients_of_others(loss, self._state.parameters):
+                    taps.backward(loss)
+            routes = taps.revised()
+
+
+class _Receiver:
+    """The observer of taps that watch weight gradients only."""
+
+    def __init__(self, receive: Receive, receive_factors: ReceiveFactors | None) -> None:
+        self._receive = receive
+        self._receive_factors = receive_factors
+
+    def weight_gradient(self, weight: Weight, dw: Tensor) -> None:
+        self._receive(weight, dw.detach())
+
+    def linear(self, layer: Layer, x: Tensor, g: Tensor, y: Callable[[], Tensor]) -> None:
+        assert self._receive_factors is not None  # without it no weight is on the tile route
+        self._receive_factors(layer.weight, *linear_gradient_factors(layer.module, x, g))
+
+    def output(self, *_: object) -> None:
+        raise AssertionError("outputs are not observed")
+
+    output_gradient = output
+
+
+@contextmanager
+def replaced(tensors: Iterable[Tensor], change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+    """Parameters with other values, of another dtype if need be: ``change(i, values)`` for the i-th.
+
+    Their own storage is set aside and put back, not written to: signs of zeros and payloads of NaN included, they are
+    afterwards as before.
+    """
+    before = [(tensor, tensor.data) for tensor in tensors]
+    try:
+        for i, (tensor, values) in enumerate(before):
+            tensor.data = change(i, values)
+        yield
+    finally:
+        for tensor, values in before:
+            tensor.data = values

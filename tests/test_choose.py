@@ -205,6 +205,7 @@ def test_a_transformers_model_needs_no_batch():
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers" in name]
     choice = zest_fast.choose(ranking_of(dict.fromkeys(names, 1.0)), 1, model=model, prefer="cheap-cut")
     assert choice == (names[-1],)
+    assert "counted on a batch of [1, 512]; pass batch= for yours" in choice.explanation
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -21,7 +22,6 @@ PRICE = 2.0
 """What a share of the promised gain is worth in shares of a step: 1 % of what the n best layers promise over average
 ones is given up for no less than 2 % of the FLOPs. Fixed on simulated rankings (bench/choose.py shows other prices)."""
 
-_Z80 = 1.2815515655446004  # half of an 80 % interval of a normal error, in standard deviations
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -82,18 +82,20 @@ def choose(
         argument = "batch" if batch is not None else "max_memory"
         raise ValueError(f"{argument} needs model=: a step is counted on the model itself")
     limit = None if max_memory is None else _bytes(max_memory)
+    assumed = ""
     if model is not None and batch is None:
         batch = stand_in_batch(model)
+        assumed = f"\n  counted on a batch of {list(next(iter(batch.values())).shape)}; pass batch= for yours"
     costs = costs_of_ranking(ranking) if model is None else measured_costs(model, batch)
     candidates = Candidates(ranking, n, costs)
     sets = candidates.sets()
     chosen = candidates.cheap_cut() if prefer == "cheap-cut" else sets[0]
     peak = None
     if model is not None and limit is not None:
-        parameters = {names: trainable_parameters(model, names, costs.head) for names in sets}
         higher = [names for names in sets if candidates.cut(names) > candidates.cut(chosen)]
-        chosen, peak = _first_that_fits([chosen, *higher], lambda s: peak_bytes(model, batch, parameters[s]), limit)
+        chosen, peak = _first_that_fits([chosen, *higher], partial(_peak, model, batch, costs.head), limit)
     choice = candidates.choice(chosen, peak)
+    choice.explanation += assumed
     _log.info(choice.explanation)
     return choice
 
@@ -106,8 +108,8 @@ class Candidates:
         head = ranking.explain()["head"].to_numpy(dtype=bool)
         self._by, self._costs, self._n, self._price = ranking.by, costs, len(top), price
         half = (ranking.intervals[:, 1] - ranking.intervals[:, 0]) / 2
-        rows = zip(ranking.names, ranking.scores.tolist(), (half / _Z80).tolist(), head, strict=True)
-        self._rows = {name: (score, sigma) for name, score, sigma, head in rows if not head and not math.isnan(score)}
+        rows = zip(ranking.names, ranking.scores.tolist(), half.tolist(), head, strict=True)
+        self._rows = {name: (score, half) for name, score, half, head in rows if not head and not math.isnan(score)}
         for name in self._rows:
             if name not in costs.layers:
                 missing = f"the ranking has the layer {name!r}, the model has not"
@@ -141,9 +143,9 @@ class Candidates:
         return (top - chosen) / lead if lead > 0 else 0.0
 
     def _equal(self, out: str, taken: str) -> bool:
-        """Whether the interval of the difference of their scores holds zero, errors independent."""
-        (score, sigma), (lower_score, lower_sigma) = self._rows[out], self._rows[taken]
-        return score == lower_score or score - lower_score <= _Z80 * math.hypot(sigma, lower_sigma)
+        """Whether the interval of the difference of their scores holds zero, errors normal and independent."""
+        (score, half), (lower_score, lower_half) = self._rows[out], self._rows[taken]
+        return score == lower_score or score - lower_score <= math.hypot(half, lower_half)
 
     def choice(self, names: tuple[str, ...], peak: int | None) -> Choice:
         """The set with what it traded."""
@@ -183,8 +185,8 @@ class Candidates:
             yield f"a step of AdamW holds {choice.peak_bytes / 1e9:.2f} GB at the most"
 
     def _score(self, name: str) -> str:
-        score, sigma = self._rows[name]
-        return f"{score:.4g}" + ("" if math.isnan(sigma) else f" ± {_Z80 * sigma:.2g}")
+        score, half = self._rows[name]
+        return f"{score:.4g}" + ("" if math.isnan(half) else f" ± {half:.2g}")
 
     def _lowest(self, names: Sequence[str]) -> str:
         return min(names, key=lambda name: self._costs.layers[name].cut)
@@ -195,6 +197,10 @@ def _exchanges(top: Sequence[str], names: Sequence[str]) -> list[tuple[str, str]
     out = [name for name in top if name not in names]
     taken = [name for name in names if name not in top]
     return list(zip(out, taken, strict=True))
+
+
+def _peak(model: nn.Module, batch: Any, head: Sequence[str], names: Sequence[str]) -> int:
+    return peak_bytes(model, batch, trainable_parameters(model, names, head))
 
 
 def _first_that_fits(

@@ -179,13 +179,18 @@ def _commit() -> str:
         return "unknown"
 
 
-def write_result(name: str, settings: dict[str, object], results: list[dict], out: Path | None = None) -> Path:
-    """Write bench/results/<name>.json (or into `out`) with machine, versions and command line beside the results."""
+def write_result(
+    name: str, settings: dict[str, object], results: list[dict], out: Path | None = None, module: str | None = None
+) -> Path:
+    """Write bench/results/<name>.json (or into `out`) with machine, versions and command line beside the results.
+
+    module: of bench, that the command runs; None = the one of that name.
+    """
     folder = out or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     document = {
         "benchmark": name,
-        "command": " ".join(["python", "-m", f"bench.{name}", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", f"bench.{module or name}", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "machine": describe_machine(),
         "versions": describe_versions(),

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.measure import RESULTS, ROOT
+from bench.ranking_report import draw, is_drawn, ranking_text
 
 MIB = 2**20
 KERNEL_SIZES = (4 * MIB, 256 * MIB)  # of the four sizes measured: cache-resident, and far beyond
@@ -30,7 +31,8 @@ def main() -> None:
     wanted = render(found, options.results)
     if not options.check:
         options.readme.write_text(wanted, encoding="utf-8")
-    elif found != wanted:
+        draw_plots(options.results)
+    elif found != wanted or not plots_are_drawn(options.results):
         sys.exit(f"{options.readme.name} does not show the figures of bench/results: run python -m bench.readme")
 
 
@@ -49,6 +51,19 @@ def render(readme: str, results: Path) -> str:
         _, _, after = rest.partition(end)
         readme = f"{before}{start}\n{_block(name, results)}\n{end}{after}"
     return readme
+
+
+def draw_plots(results: Path) -> None:
+    """ranking.svg beside ranking.json, where there is one. Raises ImportError without matplotlib."""
+    source = results / "ranking.json"
+    if not plots_are_drawn(results):
+        draw(source.read_bytes(), source.with_suffix(".svg"))
+
+
+def plots_are_drawn(results: Path) -> bool:
+    """Whether the plot is that of the figures; it holds the hash of its JSON."""
+    source = results / "ranking.json"
+    return not source.exists() or is_drawn(source.read_bytes(), source.with_suffix(".svg"))
 
 
 def _block(name: str, results: Path) -> str:
@@ -168,6 +183,23 @@ def demo_table(document: dict) -> str:
     return "\n\n".join(part for part in (document.get("title"), table, document.get("finding")) if part)
 
 
+def sweep_speed_table(document: dict) -> str:
+    """Processor seconds of a sweep with reuse of frozen prefixes and without, and how far the scores differ."""
+    rows = [
+        [
+            result["pair"],
+            str(result["layers"]),
+            *(f"{result['seconds'][name]['median']:.0f}" for name in ("naive", "reuse")),
+            _interval(result["ratio"]),
+            f"{result['largest_difference_of_a_score']:.0e}",
+        ]
+        for result in document["results"]
+    ]
+    return _markdown(
+        ["model/data", "layers", "naive loop, s", "sweep, s", "ratio", "largest difference of a score"], rows
+    )
+
+
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table whose first column is text and the others figures."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
@@ -182,6 +214,9 @@ LEGENDS = {
     "memory": "Beyond model and batch, from the allocator's own events. *Gradients dropped*: all parameters trainable, "
     "each gradient dropped in a post-accumulate hook. The claim: without fisher at most 16 MiB more than that; fisher "
     "adds at most the outputs that nobody else keeps.",
+    "sweep_speed": "Processor seconds of a quarter of one seed. Naive loop: the same recipe and head, all else frozen, "
+    "each pass from the input. Planning and the passes that fill the caches count; head and profiles do not. The "
+    "range is that of the rounds.",
     "kernels": "All threads. The read bandwidth is that of the fastest of three read-only torch passes over as many "
     "bytes in the same rounds. *Lean torch*: shared sums over cache-sized blocks; it and torch.compile lose digits on "
     "offset data, the kernels do not.",
@@ -190,6 +225,8 @@ BLOCKS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "profile": ("profile.json", "python -m bench.profile", profile_table),
     "memory": ("profile.json", "python -m bench.profile", memory_table),
     "kernels": ("kernels.json", "python -m bench.kernels", kernels_table),
+    "sweep_speed": ("sweep_speed.json", "python -m bench.sweeps --speed", sweep_speed_table),
+    "ranking": ("ranking.json", "python -m bench.ranking", ranking_text),
     "demo": ("demo.json", "zest-fast demo", demo_table),
     "demo_minilm": ("demo_minilm.json", "zest-fast demo --task minilm", demo_table),
     "demo_smollm2": ("demo_smollm2.json", "zest-fast demo --task smollm2", demo_table),

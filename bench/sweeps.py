@@ -4,7 +4,7 @@ python -m bench.sweeps --out records/                      # every pair, in an o
 python -m bench.sweeps --out records/ --pairs minilm/trec minilm/sms-spam
 python -m bench.sweeps --out records/ --consolidate zest_fast/sweeping/data/records.parquet
 python -m bench.sweeps --probe minilm/trec # how the learning rate of a family was chosen
-python -m bench.sweeps --speed efficientnet-lite0/mnist    # what prefix reuse saves
+python -m bench.sweeps --speed             # what prefix reuse saves, into bench/results/sweep_speed.json
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from bench.data import DATASETS, MODELS, find, load_pair
-from zest_fast.sweeping.inputs import rows_of
+from bench.measure import RESULTS
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.sweep import sweep
 from zest_fast.sweeping.tables import consolidate, sweeps_of
@@ -58,9 +58,9 @@ RECIPES = {
         train_samples=320,
         seeds=(0, 1),
         note="16 tokens; 300 sentences scored; every third of the 210 layers; products of matrices in bfloat16; rates "
-        "from a short probe of late layers on smollm2/trec (head alone 0.911): factor 0.001 0.904 and 0.003 0.896 (v_proj "
-        "of block 20, 24 steps), 0.01 0.875 (20 steps), 0.03 is beyond the limit; batches of 8 and a head rate of 5e-4 "
-        "made most layers worse than the head",
+        "from a short probe of late layers on smollm2/trec (head alone 0.911): factor 0.001 0.904 and 0.003 0.896 "
+        "(v_proj of block 20, 24 steps), 0.01 0.875 (20 steps), 0.03 is beyond the limit; batches of 8 and a head rate "
+        "of 5e-4 made most layers worse than the head",
     ),
 }
 """By family of models. The factor of the layers' rate is the best of PROBED by the mean loss of five layers of one pair
@@ -82,6 +82,7 @@ MATMUL_PRECISION = {"smollm2": "medium"}
 LAYERS = {"smollm2": every_third}
 """Of families where the sweep of every layer would take too long; all layers elsewhere."""
 
+SPEED_PAIRS = ("efficientnet-lite0/mnist", "minilm/trec")
 PROBED = (3e-3, 1e-2, 3e-2)
 
 PAIRS = (
@@ -126,14 +127,18 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), metavar="MODEL/DATASET")
     parser.add_argument("--consolidate", type=Path, metavar="PARQUET", help="write the records in --out into one file")
     parser.add_argument("--probe", metavar="MODEL/DATASET", help="compare learning rates on five layers")
-    parser.add_argument("--speed", metavar="MODEL/DATASET", help="time a sweep with and without prefix reuse")
+    parser.add_argument(
+        "--speed", nargs="*", metavar="MODEL/DATASET", help="time sweeps with and without prefix reuse, into a JSON"
+    )
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.probe:
         probe(arguments.probe)
-    elif arguments.speed:
-        speed(arguments.speed)
+    elif arguments.speed is not None:
+        from bench.sweep_speed import measure
+
+        measure({pair: RECIPES[find(*_parts(pair))[0].family] for pair in arguments.speed or SPEED_PAIRS}, RESULTS)
     elif arguments.out is None:
         parser.error("--out is needed")
     elif arguments.consolidate:
@@ -192,31 +197,6 @@ def probe(pair: str) -> None:
             + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()),
             flush=True,
         )
-
-
-def speed(pair: str) -> None:
-    """Processor seconds of a quarter of one seed (steps, training and scored samples) with reuse and without it.
-
-    Head and profiles, the same in both, are counted.
-    """
-    model_name, dataset_name = _parts(pair)
-    model, splits = load_pair(model_name, dataset_name)
-    inputs, targets = splits["score"]
-    few = torch.arange(len(targets) // 4)
-    splits = {**splits, "score": (rows_of(inputs, few), targets[few])}
-    recipe = RECIPES[MODELS[model_name].family]
-    recipe = replace(recipe, seeds=(0,), steps=recipe.steps // 4, train_samples=recipe.train_samples // 4)
-    seconds, frames = {}, {}
-    for reuse in (True, False):
-        with tempfile.TemporaryDirectory() as folder:
-            began = time.process_time()
-            frames[reuse] = sweep(model, splits, recipe=recipe, out=Path(folder, "speed.jsonl"), reuse=reuse)
-            seconds[reuse] = time.process_time() - began
-    difference = (frames[True].loss - frames[False].loss).abs().max()
-    print(
-        f"{pair}: {len(frames[True]) // 2} layers, {seconds[True]:.1f} s with reuse, {seconds[False]:.1f} s without "
-        f"({seconds[True] / seconds[False]:.2f}x); scores differ by {difference:.1e} at most"
-    )
 
 
 def _parts(pair: str) -> tuple[str, str]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -96,6 +100,23 @@ class Peek(nn.Module):
 
     def forward(self, x):
         return (x @ self.other[0].weight).tanh()
+
+
+class Mortal(nn.Module):
+    """Kills the process that trains it, unless that is the one that made it, so many times altogether."""
+
+    def __init__(self, inner, folder, lives):
+        super().__init__()
+        self.inner, self.folder, self.lives, self.parent = inner, Path(folder), lives, os.getpid()
+
+    def forward(self, x):
+        if os.getpid() != self.parent and torch.is_grad_enabled():
+            for life in range(self.lives):
+                mark = self.folder / f"died-{life}"
+                if not mark.exists():
+                    mark.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+        return self.inner(x)
 
 
 class OneLayer(nn.Module):

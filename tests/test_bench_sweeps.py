@@ -2,14 +2,16 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sweeping_models import RECIPE, Residual, make
 from torch import nn
 
-from bench import data, sweeps
+from bench import data, readme, sweep_speed, sweeps
 
 
 def emoji_package(folder, version="16.0.0"):
@@ -81,3 +83,17 @@ def test_every_pair_exists_fits_together_and_has_a_recipe() -> None:
     for pair in sweeps.PAIRS:
         model, _ = data.find(*pair.split("/"))
         assert model.family in sweeps.RECIPES
+
+
+def test_the_speed_of_a_sweep_is_measured_beside_the_naive_loop(tmp_path, monkeypatch) -> None:
+    model, splits = make(Residual)
+    monkeypatch.setattr(sweep_speed, "load_pair", lambda *_: (model, splits))
+    recipe = replace(RECIPE, steps=4)
+    sweep_speed.measure({"residual/toys": recipe}, tmp_path)
+    document = json.loads((tmp_path / "sweep_speed.json").read_text())
+    (result,) = document["results"]
+    assert result["pair"] == "residual/toys" and result["layers"] == 7
+    assert 0 <= result["largest_difference_of_a_score"] < 1e-4
+    assert result["ratio"]["n"] == sweep_speed.ROUNDS and result["ratio"]["low"] > 0
+    table = readme.sweep_speed_table(document)
+    assert f"| {result['ratio']['median']:.2f} (" in table and "residual/toys" in table

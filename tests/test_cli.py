@@ -219,7 +219,7 @@ def test_rank_leaves_the_head_and_undefined_scores_out(run, tmp_path):
     assert found["scores"] == [9.0, 3.0, 1.0, None]
     assert found["top"] == ["encoder.1", "encoder.0"]
     assert document(run("rank", path, "--by", "plain", "--top", 1, "--json"))["top"] == ["encoder.0"]
-    table = run("rank", path, "--top", 2).stdout
+    table = run("rank", path, "--by", "snip", "--top", 2).stdout
     assert table.index("encoder.1") < table.index("encoder.0") and "encoder.2" not in table
 
 
@@ -228,7 +228,7 @@ def test_rank_needs_no_torch(tmp_path):
     code = (
         "import sys; from zest_fast.cli import app\ntry: app()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
     )
-    words = [sys.executable, "-c", code, "rank", str(path), "--top", "1"]
+    words = [sys.executable, "-c", code, "rank", str(path), "--by", "snip", "--top", "1"]
     result = subprocess.run(words, capture_output=True, text=True, check=True)
     assert "encoder.1" in result.stdout and result.stderr == "False\n"
 
@@ -385,7 +385,7 @@ def test_what_finetune_refuses_is_one_line(run, words, parts, tmp_path):
 def test_rank_refuses_an_unknown_metric_and_a_torn_profile(run, tmp_path):
     path = saved_profile(tmp_path / "p.json")
     refused(run("rank", path, "--by", "snipp"), "'snipp'", "nearest: 'snip'")
-    refused(run("rank", path, "--top", 9), "n=9", "3 layers")
+    refused(run("rank", path, "--by", "snip", "--top", 9), "n=9", "3 layers")
     path.write_text(path.read_text()[:60])
     refused(run("rank", path), str(path))
 

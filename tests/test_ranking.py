@@ -7,6 +7,7 @@ from profiles import make_profile
 
 from zest_fast.profiling import heat_map, layer_profile, profile_files
 from zest_fast.ranking import ranking as module
+from zest_fast.ranking import shipped
 from zest_fast.ranking.ranking import rank
 
 NAN = float("nan")
@@ -57,7 +58,8 @@ def test_top_says_how_many_there_are():
         ranking.top(1.5)
 
 
-def test_refusals_name_what_can_be_used():
+def test_refusals_name_what_can_be_used(monkeypatch, tmp_path):
+    monkeypatch.setattr(shipped, "SHIPPED", tmp_path / "none.json")
     profile = make_profile({"a": 1.0})
     with pytest.raises(NotImplementedError, match=r"no Ranker ships.*snip, plain"):
         rank(profile)

@@ -218,6 +218,13 @@ def test_one_model_under_two_recipes_and_a_pair_twice_are_refused(tmp_path) -> N
         consolidate([one, again], tmp_path / "records.parquet")
 
 
+def test_metrics_of_two_definitions_are_refused(tmp_path) -> None:
+    one = fill(tmp_path / "one.jsonl")
+    later = {**HEADER, "model": "other", "versions": {"definitions": 2}}
+    with pytest.raises(ValueError, match=r"of definitions 2, those of .* of 1; their records are not mixed"):
+        consolidate([one, fill(tmp_path / "two.jsonl", later)], tmp_path / "records.parquet")
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1 and so on", None])
 def test_a_foreign_or_torn_table_is_refused_by_name(tmp_path, content) -> None:
     path = tmp_path / "records.parquet"

@@ -25,6 +25,7 @@ from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.profiling.loss import call_model
 from zest_fast.profiling.metrics import ALL_METRIC_NAMES, METRIC_NAMES
 from zest_fast.sweeping import sweep as sweep_module
+from zest_fast.sweeping import trials as trials_module
 from zest_fast.sweeping.boundaries import trace_calls
 from zest_fast.sweeping.head import choose_strength, fit_head
 from zest_fast.sweeping.inputs import rows_of
@@ -32,6 +33,7 @@ from zest_fast.sweeping.prefix_cache import PrefixCache, find_boundary
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.records import read_records
 from zest_fast.sweeping.sweep import sweep
+from zest_fast.sweeping.trials import Trials, draw
 
 
 def run(kind, path, **arguments):
@@ -131,7 +133,7 @@ def test_scores_are_those_of_a_loop_that_a_user_would_write(tmp_path) -> None:
             logits = model(splits["score"][0])
         return nn.functional.cross_entropy(logits, splits["score"][1]).item()
 
-    rows = sweep_module._draw(40, 16, seed)
+    rows = draw(40, 16, seed)
     head_loss = score()
     rate = min(RECIPE.layer_lr_factor * model.blocks[1].first.weight.square().mean().sqrt().item(), RECIPE.max_layer_lr)
     with SelectiveBackward(model, [layer]):
@@ -142,7 +144,7 @@ def test_scores_are_those_of_a_loop_that_a_user_would_write(tmp_path) -> None:
             ]
         )
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 3)
-        for batch in sweep_module._batches_of(rows, 3, 8, seed):
+        for batch in trials_module._batches_of(rows, 3, 8, seed):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(splits["train"][0][batch]), splits["train"][1][batch]).backward()
             optimizer.step()
@@ -162,7 +164,7 @@ def test_rows_hold_the_profiles_with_the_warm_and_the_fresh_head(tmp_path) -> No
     assert "head" not in set(frame.layer)
     model, splits = make(Residual)
     model.eval()
-    rows = sweep_module._draw(40, 16, 0)[:8]
+    rows = draw(40, 16, 0)[:8]
     torch.manual_seed(0)
     model.head.reset_parameters()
     expected = profile(model, (splits["train"][0][rows], splits["train"][1][rows])).to_pandas()
@@ -226,7 +228,7 @@ def test_seeds_differ_and_each_is_the_same_again(tmp_path) -> None:
 
 
 def test_seeds_train_on_disjoint_samples_as_far_as_there_are_enough() -> None:
-    draws = [set(sweep_module._draw(40, 16, seed).tolist()) for seed in range(3)]
+    draws = [set(draw(40, 16, seed).tolist()) for seed in range(3)]
     assert not draws[0] & draws[1]
     assert all(len(draw) == 16 for draw in draws) and draws[2] not in draws[:2]
 
@@ -248,14 +250,14 @@ def test_the_model_is_afterwards_as_it_was(tmp_path) -> None:
 def test_the_model_is_as_it_was_after_an_error_in_the_middle(tmp_path, monkeypatch) -> None:
     model, splits = make(Residual)
     before = snapshot(model)
-    train = sweep_module._Sweep._train
+    train = Trials._train
 
     def fail_later(self, part, *arguments):
         train(self, part, *arguments)
         if part.name == "blocks.1.second":
             raise MemoryError
 
-    monkeypatch.setattr(sweep_module._Sweep, "_train", fail_later)
+    monkeypatch.setattr(Trials, "_train", fail_later)
     with pytest.raises(MemoryError):
         sweep(model, splits, out=tmp_path / "records.jsonl", recipe=RECIPE)
     assert_same(before, snapshot(model))
@@ -274,9 +276,9 @@ def test_a_sweep_that_was_killed_goes_on_and_loses_nothing(tmp_path) -> None:
     program = (
         "import time, torch; torch.set_num_threads(1)\n"
         "from sweeping_models import RECIPE, Residual, make\n"
-        "from zest_fast.sweeping import sweep as module\n"
-        "evaluate = module._Sweep._evaluate\n"
-        "module._Sweep._evaluate = lambda *a: (time.sleep(0.2), evaluate(*a))[1]\n"
+        "from zest_fast.sweeping import sweep as module, trials\n"
+        "evaluate = trials.evaluate\n"
+        "trials.evaluate = lambda *a: (time.sleep(0.2), evaluate(*a))[1]\n"
         "model, splits = make(Residual)\n"
         f"module.sweep(model, splits, recipe=RECIPE, out={str(path)!r})\n"
     )
@@ -314,7 +316,7 @@ def test_new_metrics_take_new_profiles_and_no_training(tmp_path, monkeypatch) ->
     monkeypatch.setattr(sweep_module, "profile", few)
     old = run(OneLayer, tmp_path / "records.jsonl")
     monkeypatch.undo()
-    monkeypatch.setattr(sweep_module._Sweep, "_train", lambda *_: pytest.fail("a layer was trained again"))
+    monkeypatch.setattr(Trials, "_train", lambda *_: pytest.fail("a layer was trained again"))
     new = run(OneLayer, tmp_path / "records.jsonl")
     later = [name for name in ALL_METRIC_NAMES if name not in METRIC_NAMES]
     assert not set(later) & set(old) and new[later].notna().all(axis=None)

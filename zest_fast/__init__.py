@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 __all__ = [
     "LayerProfile",
+    "Ranker",
     "Ranking",
     "Recipe",
     "SelectiveBackward",
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from zest_fast.finetuning.selective_backward import SelectiveBackward
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.profiling.profile import profile
+    from zest_fast.ranking.ranker import Ranker
     from zest_fast.ranking.ranking import Ranking, rank
     from zest_fast.sweeping.recipe import Recipe
     from zest_fast.sweeping.sweep import sweep
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 else:
     _HOMES = {
         "LayerProfile": "zest_fast.profiling.layer_profile",
+        "Ranker": "zest_fast.ranking.ranker",
         "Ranking": "zest_fast.ranking.ranking",
         "Recipe": "zest_fast.sweeping.recipe",
         "SelectiveBackward": "zest_fast.finetuning.selective_backward",

@@ -144,31 +144,6 @@ def profile(
 
 
 @app.command()
-def rank(
-    profile_file: Annotated[Path, typer.Argument(help="What `zest-fast profile --out` saved.", show_default=False)],
-    by: Annotated[str, typer.Option(help="The metric to rank by.")] = "snip",
-    top: Annotated[int, typer.Option(min=1, help="How many layers to choose.")] = 5,
-    as_json: Json = False,
-) -> None:
-    """Rank the layers of a saved profile, best first."""
-    from zest_fast.integrations.references import nearest_path
-    from zest_fast.profiling.layer_profile import LayerProfile
-    from zest_fast.ranking.ranking import rank as rank_layers
-
-    if not profile_file.is_file():
-        raise ValueError(f"profile {str(profile_file)!r} does not exist; {nearest_path(profile_file)}")
-    saved = LayerProfile.load(profile_file)
-    ranking = rank_layers(saved, by=by)
-    chosen = ranking.top(top)
-    if as_json:
-        show.json_document(
-            {"by": by, "names": list(ranking.names), "scores": list(ranking.scores), "top": list(chosen)}
-        )
-    else:
-        show.ranking_table(ranking, saved, by, chosen)
-
-
-@app.command()
 def finetune(
     model: Model,
     data: Data,

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
+    import pandas
+
     from zest_fast.integrations.models import LoadedModel
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.ranking.ranking import Ranking
@@ -63,15 +65,41 @@ def profile_table(profile: LayerProfile, metrics: Sequence[str] | None) -> None:
         console.print(f"not covered: {name} ({reason})", highlight=False, markup=False)
 
 
-def ranking_table(ranking: Ranking, profile: LayerProfile, by: str, chosen: Sequence[str]) -> None:
-    table = Table("rank", _name_column(), "kind", box=SIMPLE_HEAD, title=f"by {by}: the {len(chosen)} layers to train")
-    for name in ("depth", "weights", by):
+def ranking_table(ranking: Ranking, profile: LayerProfile, chosen: Sequence[str]) -> None:
+    title = f"by {ranking.by}: the {len(chosen)} layers to train"
+    table = Table("rank", _name_column(), "kind", box=SIMPLE_HEAD, title=title)
+    score = "score" if ranking.note else ranking.by
+    for name in ("depth", "weights", score, *(["80% interval"] if ranking.note else [])):
         table.add_column(name, justify="right")
-    scores = dict(zip(ranking.names, ranking.scores, strict=True))
+    rows = {
+        name: (score, ends) for name, score, ends in zip(ranking.names, ranking.scores, ranking.intervals, strict=True)
+    }
     for place, name in enumerate(chosen, start=1):
-        info = profile.info[name]
-        table.add_row(str(place), name, info["kind"], str(info["depth"]), f"{info['numel']:,}", f"{scores[name]:.4g}")
+        info, (score, (low, high)) = profile.info[name], rows[name]
+        interval = [f"{low:.2f} to {high:.2f}"] if ranking.note else []
+        cells = (str(info["depth"]), f"{info['numel']:,}", f"{score:.4g}", *interval)
+        table.add_row(str(place), name, info["kind"], *cells)
+    console = results()
+    console.print(table)
+    if ranking.note:
+        console.print(ranking.note, highlight=False, markup=False)
+
+
+def cross_validation_table(found: pandas.DataFrame, title: str) -> None:
+    """found: what `cross_validate` gave; the last line is the mean over the pairs."""
+    table = Table("model", "data set", box=SIMPLE_HEAD, title=title)
+    numbers = [str(name) for name in found.select_dtypes("number")]
+    for name in numbers:
+        table.add_column(name.replace("_", " "), justify="right")
+    for row in found.to_dict("records"):
+        table.add_row(row["model"], row["dataset"], *(_tau(row[name]) for name in numbers))
+    table.add_section()
+    table.add_row("mean", "", *(_tau(found[name].mean()) for name in numbers))
     results().print(table)
+
+
+def _tau(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2f}"
 
 
 def finetuning_table(report: Mapping[str, Any]) -> None:
@@ -94,6 +122,20 @@ def finetuning_table(report: Mapping[str, Any]) -> None:
     for label, value in rows.items():
         table.add_row(label, value)
     results().print(table)
+
+
+def sweep_table(document: Mapping[str, Any]) -> None:
+    head = document["head"]
+    title = f"{document['layers']} layers; the head alone: loss {head['loss']:.4f}, accuracy {head['accuracy']:.1%}"
+    table = Table("rank", _name_column(), box=SIMPLE_HEAD, title=title)
+    for name in ("loss gained", "between seeds", "accuracy"):
+        table.add_column(name, justify="right")
+    for place, row in enumerate(document["best"], start=1):
+        deviation = "" if math.isnan(row["deviation"]) else f"± {row['deviation']:.4f}"
+        table.add_row(str(place), row["layer"], f"{row['gain']:+.4f}", deviation, f"{row['accuracy']:.1%}")
+    console = results()
+    console.print(table)
+    console.print(f"records: {document['records']}", highlight=False, markup=False)
 
 
 def notes(console: Console, loaded: LoadedModel) -> None:

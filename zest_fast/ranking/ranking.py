@@ -11,52 +11,60 @@ import numpy as np
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.nearest import nearest
 from zest_fast.profiling.text_table import number, shorten, text_table
+from zest_fast.ranking.assessment import Assessment
+from zest_fast.ranking.shipped import shipped_ranker
 
 if TYPE_CHECKING:
     import pandas
 
 
 @runtime_checkable
-class Ranker(Protocol):
-    """What can score the layers of a profile."""
+class Scorer(Protocol):
+    """What can score the layers of a profile, such as a Ranker."""
 
     def predict(self, profile: LayerProfile) -> np.ndarray:
         """Scores, float64 [layers], in the order of `profile.names`; larger is better."""
 
 
-def rank(profile: LayerProfile, by: str | Ranker | None = None) -> Ranking:
+def rank(profile: LayerProfile, by: str | Scorer | None = None) -> Ranking:
     """Order the layers of `profile`, best first.
 
-    by: the name of a metric of the profile (larger is better), an object with `.predict(profile)` that returns a score
-    for each row, or None = the shipped Ranker, of which there is none yet (NotImplementedError).
+    by: the name of a metric of the profile (larger is better), a Ranker or another object with `.predict(profile)` that
+    returns a score for each row, or None = the Ranker that ships (NotImplementedError where none does).
     Raises ValueError for a metric that the profile does not hold and for scores of another shape.
     """
     if not isinstance(profile, LayerProfile):
         raise TypeError(f"profile must be a LayerProfile, not {type(profile).__name__}")
-    if by is None:
-        raise NotImplementedError(
-            "no Ranker ships with this version yet; pass by= with a metric of the profile: "
-            + ", ".join(profile.metrics)
-        )
     if isinstance(by, str):
         if by not in profile.metrics:
             raise ValueError(f"by={by!r} is no metric of this profile; {nearest(by, profile.metrics)}")
         return Ranking(profile, profile.column(by), by=by)
-    if not isinstance(by, Ranker):
+    if by is None:
+        by = shipped_ranker(f"pass by= with a metric of the profile: {', '.join(profile.metrics)}")
+    if not isinstance(by, Scorer):
         raise TypeError(f"by must be a metric name or have .predict(profile), not {type(by).__name__}")
-    return Ranking(profile, by.predict(profile), by=type(by).__name__)
+    name = type(by).__name__
+    if hasattr(by, "assess"):
+        assessment = by.assess(profile)
+        return Ranking(profile, assessment.scores, by=name, assessment=assessment)
+    return Ranking(profile, by.predict(profile), by=name)
 
 
 class Ranking:
     """Layers, best first: largest score first, NaN last, equal scores by depth.
 
     names: every row of the profile, the head included. scores: float64 [layers] in the order of `names`.
-    intervals: float64 [layers, 2], the lower and the upper end of each score; NaN where nothing estimates them, as for
-    a single metric of one batch. by: the metric or the Ranker that gave the scores.
+    intervals: float64 [layers, 2], the lower and the upper end of each score (80 %, of a Ranker); NaN where nothing
+    estimates them, as for a single metric of one batch. by: the metric or the Ranker that gave the scores.
     """
 
-    def __init__(self, profile: LayerProfile, scores: np.ndarray, *, by: str) -> None:
-        """scores: float [layers], in the order of `profile.names`. Raises ValueError for another shape."""
+    def __init__(
+        self, profile: LayerProfile, scores: np.ndarray, *, by: str, assessment: Assessment | None = None
+    ) -> None:
+        """scores: float [layers], in the order of `profile.names`. Raises ValueError for another shape.
+
+        assessment: what a Ranker says beyond the scores, in the same order.
+        """
         scores = np.asarray(scores, dtype=np.float64)
         if scores.shape != (len(profile),):
             raise ValueError(
@@ -67,7 +75,8 @@ class Ranking:
         self.by = by
         self.names = [profile.names[row] for row in order]
         self.scores = scores[order]
-        self.intervals = np.full((len(order), 2), np.nan)
+        self.intervals = np.full((len(order), 2), np.nan) if assessment is None else assessment.intervals[order]
+        self._assessment = assessment
         self._info = [profile.info[name] for name in self.names]
         for array in (self.scores, self.intervals):
             array.setflags(write=False)
@@ -97,6 +106,8 @@ class Ranking:
 
         rank: 1 = best. percentile: how many of the other scored layers it beats, in percent (half of a tie). z_score:
         distance from the mean score in standard deviations. depth, kind, numel and head: as in the profile.
+        Of a Ranker also low and high, the interval, and what each part of the base (base_...) and each feature adds to
+        the score (see Ranker.explain); features that add nothing to any layer are left out.
         """
         import pandas
 
@@ -112,7 +123,17 @@ class Ranking:
         }
         for key in ("depth", "kind", "numel", "head"):
             columns[key] = [info.get(key) for info in self._info]
-        return pandas.DataFrame(columns, index=pandas.Index(self.names, name="layer"))
+        frame = pandas.DataFrame(columns, index=pandas.Index(self.names, name="layer"))
+        if self._assessment is None:
+            return frame
+        frame["low"], frame["high"] = self.intervals.T
+        added = self._assessment.explain()
+        return frame.join(added.loc[:, (added != 0).any()])
+
+    @property
+    def note(self) -> str:
+        """Of a Ranker whether it knows the architecture, and how sure it is; "" of anything else."""
+        return "" if self._assessment is None else self._assessment.note
 
     def __len__(self) -> int:
         return len(self.names)
@@ -122,22 +143,21 @@ class Ranking:
 
     def __repr__(self) -> str:
         head = f"Ranking of {len(self)} layers by {self.by}"
-        missing = int(np.isnan(self.scores).sum())
+        missing = sum(np.isnan(score) and not info.get("head") for _, score, info in self._rows())
         head += f", {missing} of them without a score" if missing else ""
+        head += f": {self.note}" if self.note else ""
         if not self.names:
             return head
+        header = ["", "layer", "kind", "score", *(["low", "high"] if self.note else [])]
         shown = list(self._rows())[:10]
-        rows = [
-            [
-                str(place),
-                shorten(name) + (" (head)" if info.get("head") else ""),
-                str(info.get("kind", "")),
-                number(score),
-            ]
-            for place, (name, score, info) in enumerate(shown, start=1)
-        ]
+        rows = [self._cells(place, *row)[: len(header)] for place, row in enumerate(shown)]
         rest = f"\n… and {len(self) - len(shown)} more" if len(self) > len(shown) else ""
-        return f"{head}\n{text_table(['', 'layer', 'kind', 'score'], rows, left=3)}{rest}"
+        return f"{head}\n{text_table(header, rows, left=3)}{rest}"
+
+    def _cells(self, place: int, name: str, score: float, info: dict) -> list[str]:
+        label = shorten(name) + (" (head)" if info.get("head") else "")
+        ends = [number(end) for end in self.intervals[place].tolist()]
+        return [str(place + 1), label, str(info.get("kind", "")), number(score), *ends]
 
     def _rows(self) -> Iterator[tuple[str, float, dict]]:
         return zip(self.names, self.scores.tolist(), self._info, strict=True)

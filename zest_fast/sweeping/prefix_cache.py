@@ -24,7 +24,7 @@ from zest_fast.sweeping.boundaries import (
     intercepted,
     tensors,
 )
-from zest_fast.sweeping.inputs import Inputs, batches, count, logits_of, rows_of
+from zest_fast.sweeping.inputs import Inputs, batches, count, logits_of, rows_of, take
 
 TRACED, VERIFIED = 2, 3  # samples; different numbers, so that a shape taken from the trace does not go unnoticed
 TOLERANCE = 1e-5  # of the largest logit: other batch sizes choose other kernels
@@ -134,7 +134,7 @@ class PrefixCache:
     def _replay(self, rows: Tensor, call: Call, _: Callable[[], Any]) -> Any:
         if call in self._kept:
             kept = iter(self._kept[call])
-            return tree_map(lambda leaf: next(kept)[rows] if isinstance(leaf, Tensor) else leaf, call.output)
+            return tree_map(lambda leaf: take(next(kept), rows) if isinstance(leaf, Tensor) else leaf, call.output)
         # Verified not to matter, so it need not even be filled.
         return tree_map(lambda leaf: _empty(leaf, len(rows)) if isinstance(leaf, Tensor) else leaf, call.output)
 
@@ -147,7 +147,7 @@ class PrefixCache:
                 return self._replay(rows, call, run)
             output = run()
             for store, leaf in zip(fresh[call], tensors(output), strict=True):
-                store[rows] = leaf
+                store[rows[0] : rows[-1] + 1] = leaf  # rows that follow one another: a copy, not a scatter
             waiting.discard(call)
             if not waiting:
                 raise _Reached

@@ -7,10 +7,8 @@ import os
 import platform
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from zest_fast.finetuning.delta import hash_tensors
-from zest_fast.finetuning.trainable_layers import Part, chosen_layers
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
-from zest_fast.profiling.loss import call_model
 from zest_fast.profiling.metrics import ALL_METRIC_NAMES
 from zest_fast.profiling.model_state import ModelState
 from zest_fast.profiling.profile import profile
-from zest_fast.sweeping.boundaries import Boundary, Call, Trace, trace_calls
 from zest_fast.sweeping.head import choose_strength, classifier_of, features_of, fit_head
-from zest_fast.sweeping.inputs import Inputs, batches, count, logits_of, rows_of
-from zest_fast.sweeping.prefix_cache import TRACED, VERIFIED, PrefixCache, find_boundary
+from zest_fast.sweeping.inputs import Inputs, rows_of
+from zest_fast.sweeping.local_workers import local_pool
+from zest_fast.sweeping.planning import plan
+from zest_fast.sweeping.prefix_cache import PrefixCache
 from zest_fast.sweeping.progress import Progress
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.records import RecordFile
 from zest_fast.sweeping.tables import records_to_frame
+from zest_fast.sweeping.trials import Trial, Trials, draw, evaluate, saved_parameters, set_head
+from zest_fast.sweeping.workers import distribute
 
 if TYPE_CHECKING:
     import pandas
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 SPLITS = ("head", "train", "score")
 DEFINITIONS = 1
 """Of what the numbers in a record mean; raised when a metric or the way to a score changes its meaning."""
-EVALUATION_BATCH = 64
 CACHE_BYTES = 2 << 30
 
 
@@ -56,6 +54,7 @@ def sweep(
     family: str | None = None,
     reuse: bool = True,
     cache_bytes: int = CACHE_BYTES,
+    workers: int | str = 1,
     progress: bool = True,
 ) -> pandas.DataFrame:
     """Fine-tune every layer alone (its weight and bias, with the head; all else frozen) and score it, seed by seed.
@@ -75,7 +74,11 @@ def sweep(
         model_name, dataset_name, family: how the records call them (default: the model's class, "dataset", and the
             name of the data set). Data sets that share samples are one family.
         reuse: False runs every pass from the input: for measuring what reuse is worth.
-        cache_bytes: how much may be kept in memory; beyond, it is memory-mapped beside `out`.
+        cache_bytes: how much may be kept in memory (by each worker of Ray; by all local ones together); beyond, it is
+            memory-mapped beside `out`.
+        workers: so many processes on this machine, torch's threads shared among them; or "ray", or the address of a Ray
+            cluster: a worker for each of its processors. Numbers do not depend on it, but for the rounding of other
+            numbers of threads. A worker that dies is replaced and its trial done again.
         progress: show a bar with an estimate of the time left on a terminal.
 
     Returns:
@@ -84,11 +87,12 @@ def sweep(
 
     Raises:
         ValueError, TypeError: arguments that do not fit, and a record file of another sweep or a damaged one.
-        RuntimeError: a record file that cannot be written or is in use.
+        RuntimeError: a record file that cannot be written or is in use, and a trial in which worker after worker dies.
     """
     recipe = recipe or Recipe()
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe is a {type(recipe).__name__}; a zest_fast Recipe is needed")
+    _check_workers(workers)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module is needed")
     splits = {name: _split(dataset, name) for name in SPLITS}
@@ -112,27 +116,10 @@ def sweep(
         "versions": {"definitions": DEFINITIONS, "torch": torch.__version__.partition("+")[0]},
         "environment": {"command": _command(), **_environment()},
     }
-    with RecordFile(out, header) as records, _in_eval_mode(model), _saved(head):
-        job = _Sweep(model, head_name, head, chosen, splits, recipe, records, reuse, cache_bytes)
+    with RecordFile(out, header) as records, _in_eval_mode(model), saved_parameters(tuple(head.parameters())):
+        job = _Sweep(model, head_name, head, chosen, splits, recipe, records, reuse, cache_bytes, workers)
         job.run(progress)
         return records_to_frame(header, records.records)
-
-
-@dataclass(eq=False)
-class _Task:
-    """One layer with what is left to do for it."""
-
-    layer: Layer
-    part: Part
-    seeds: list[int]
-    place: Call
-    """The first call that uses the layer's weight."""
-    boundary: Boundary
-
-    @property
-    def cost(self) -> float:
-        """Seconds of a traced pass from the boundary on: what the layer costs, up to a factor."""
-        return self.boundary.trace.seconds - self.boundary.start
 
 
 class _Sweep:
@@ -147,6 +134,7 @@ class _Sweep:
         records: RecordFile,
         reuse: bool,
         cache_bytes: int,
+        workers: int | str,
     ) -> None:
         self._model = model
         self._head_name = head_name
@@ -157,7 +145,8 @@ class _Sweep:
         self._records = records
         self._reuse = reuse
         self._cache_bytes = cache_bytes
-        self._draws = {seed: _draw(len(splits["train"][1]), recipe.train_samples, seed) for seed in recipe.seeds}
+        self._workers = workers
+        self._draws = {seed: draw(len(splits["train"][1]), recipe.train_samples, seed) for seed in recipe.seeds}
 
     def run(self, progress: bool) -> None:
         for seed in self._recipe.seeds:
@@ -166,7 +155,7 @@ class _Sweep:
                 self._profile(seed, state)
         reached = self._reached_layers()
         left = {
-            layer: [seed for seed in self._recipe.seeds if ("layer", seed, layer.name) not in self._records]
+            layer: tuple(seed for seed in self._recipe.seeds if ("layer", seed, layer.name) not in self._records)
             for layer in self._layers
             if layer.name in reached
         }
@@ -175,7 +164,7 @@ class _Sweep:
             return
         total = len(self._recipe.seeds) * len(reached)
         with ModelState(list(self._model.modules()), []), Progress(f"{len(reached)} layers", total, progress) as bar:
-            self._measure(self._planned(left), bar)
+            self._measure(left, bar)
 
     # The head, and the profiles with it
 
@@ -184,7 +173,7 @@ class _Sweep:
             return
         began = time.perf_counter()
         inputs, targets = self._splits["head"]
-        rows = _draw(len(targets), self._recipe.head_samples, seed)
+        rows = draw(len(targets), self._recipe.head_samples, seed)
         features, targets = features_of(self._model, self._head, rows_of(inputs, rows)), targets[rows]
         classes = self._head.out_features
         known = self._records.get("strength")
@@ -196,24 +185,18 @@ class _Sweep:
         weight, bias = fit_head(features, targets, classes, strength, biased=self._head.bias is not None)
         # Float32 whatever the model's dtype; what the records hold is what every layer starts from.
         kept = {"weight": _encode(weight), "bias": _encode(bias)}
-        self._set_head(kept)
+        set_head(self._head, *_head_of(kept))
         score_inputs, score_targets = self._splits["score"]
-        score = self._evaluate(PrefixCache(self._model, score_inputs, limit=0, folder=Path()), score_targets)
+        score = evaluate(PrefixCache(self._model, score_inputs, limit=0, folder=Path()), score_targets)
         seconds = time.perf_counter() - began
         self._records.append({"record": "head", "seed": seed, **kept, **score, "seconds": round(seconds, 3)})
-
-    def _set_head(self, record: Mapping[str, Any]) -> None:
-        with torch.no_grad():
-            self._head.weight.copy_(_decode(record["weight"]).view_as(self._head.weight))
-            if self._head.bias is not None:
-                self._head.bias.copy_(_decode(record["bias"]))
 
     def _profile(self, seed: int, state: str) -> None:
         known = self._records.get("profile", seed, state)
         if known is not None and known["metrics"] == list(ALL_METRIC_NAMES):
             return  # else the library has learned more metrics since
         if state == "warm":
-            self._set_head(self._head_record(seed))
+            set_head(self._head, *_head_of(self._head_record(seed)))
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -248,143 +231,44 @@ class _Sweep:
 
     # The layers
 
-    def _planned(self, left: Mapping[Layer, list[int]]) -> list[_Task]:
-        """What is left to do, in the order of the boundaries."""
-        inputs, _ = self._splits["train"]
-        probe = rows_of(inputs, torch.arange(min(count(inputs), TRACED + VERIFIED)))
-        traced = rows_of(probe, torch.arange(min(count(probe), TRACED)))
-        call_model(self._model, traced)  # the first pass is slower than the others
-        trace = trace_calls(self._model, lambda: call_model(self._model, traced), count(traced))
-        tasks = []
-        for layer, seeds in left.items():
-            place = _first_use(self._model, layer, trace)
-            boundary = Boundary(trace, 0.0, (), ())
-            if self._reuse and count(probe) == TRACED + VERIFIED:
-                boundary = find_boundary(
-                    self._model, trace, place, layer.weight.parameter, probe, self._bytes_per_sample
-                )
-            tasks.append(_Task(layer, chosen_layers(self._model, [layer.name])[0], seeds, place, boundary))
-        first = min(task.place.start for task in tasks)
-        recomputed = [task.layer.name for task in tasks if not task.boundary.skipped and task.place.start > first]
-        if self._reuse and recomputed:
-            warnings.warn(
-                f"what lies below {len(recomputed)} of {len(tasks)} layers (such as {recomputed[0]!r}) cannot be "
-                "reused: the full forward pass runs for them, which takes longer",
-                stacklevel=4,
-            )
-        return sorted(tasks, key=lambda task: task.boundary.start)
+    def _measure(self, left: Mapping[Layer, tuple[int, ...]], bar: Progress) -> None:
+        trials = self._trials(left)
+        bar.plan([task.cost for task in trials.tasks.values() for _ in task.seeds])
 
-    @property
-    def _bytes_per_sample(self) -> int:
-        return self._cache_bytes // (len(self._score_targets) + len(self._train_rows()))
+        def save(trial: Trial, result: Mapping[str, float]) -> None:
+            self._records.append({"record": "layer", "seed": trial.seed, "layer": trial.layer, **result})
+            bar.advance(trials.tasks[trial.layer].cost)
 
-    @property
-    def _score_targets(self) -> Tensor:
-        return self._splits["score"][1]
+        if isinstance(self._workers, str):
+            from zest_fast.sweeping.ray_workers import ray_pool
 
-    def _train_rows(self) -> Tensor:
-        return torch.cat(list(self._draws.values())).unique()
+            with ray_pool(trials, self._workers) as actors:
+                distribute(trials.left(), actors, save)
+        elif self._workers > 1:
+            with local_pool(trials, self._workers, self._records.close) as processes:
+                distribute(trials.left(), processes, save)
+        else:
+            for trial in trials.left():
+                save(trial, trials.run(trial))
 
-    def _measure(self, tasks: list[_Task], bar: Progress) -> None:
-        train_rows = self._train_rows()
-        train_inputs, train_targets = self._splits["train"]
-        folder = self._records.path.parent
-        limit = self._bytes_per_sample
-        score = PrefixCache(self._model, self._splits["score"][0], limit=limit, folder=folder)
-        train = PrefixCache(self._model, rows_of(train_inputs, train_rows), limit=limit, folder=folder)
-        targets = train_targets[train_rows]
-        bar.plan([task.cost for task in tasks for _ in task.seeds])
-        for task in tasks:
-            score.advance(task.boundary)
-            train.advance(task.boundary)
-            for seed in task.seeds:
-                began = time.perf_counter()
-                rows = torch.searchsorted(train_rows, self._draws[seed])
-                result = self._score_of(task, seed, train, rows, targets, score)
-                seconds = round(time.perf_counter() - began, 3)
-                self._records.append(
-                    {"record": "layer", "seed": seed, "layer": task.layer.name, **result, "seconds": seconds}
-                )
-                bar.advance(task.cost)
-
-    def _score_of(
-        self, task: _Task, seed: int, train: PrefixCache, rows: Tensor, targets: Tensor, score: PrefixCache
-    ) -> dict[str, float]:
-        self._set_head(self._head_record(seed))
-        with _saved_parameters(task.part.parameters):
-            self._train(task.part, seed, train, rows, targets)
-            return self._evaluate(score, self._score_targets)
-
-    def _train(self, part: Part, seed: int, cache: PrefixCache, rows: Tensor, targets: Tensor) -> None:
-        recipe = self._recipe
-        rms = float(part.parameters[0].detach().double().square().mean().sqrt())
-        head = list(self._head.parameters())
-        groups = [
-            {"params": list(part.parameters), "lr": recipe.layer_lr(rms)},
-            {"params": head, "lr": recipe.head_lr},
-        ]
-        trained = [*part.parameters, *head]
-        optimizer = torch.optim.Adam(groups)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        try:
-            with torch.enable_grad():
-                for step, batch in enumerate(_batches_of(rows, recipe.steps, recipe.batch_size, seed)):
-                    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                        group["lr"] = rate * recipe.learning_rate_scale(step)
-                    loss = nn.functional.cross_entropy(logits_of(cache.run(batch)), targets[batch])
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(False)
-                parameter.grad = None
-
-    @torch.no_grad()
-    def _evaluate(self, cache: PrefixCache, targets: Tensor) -> dict[str, float]:
-        loss, correct = 0.0, 0
-        for rows in batches(len(targets), EVALUATION_BATCH):
-            logits = logits_of(cache.run(rows)).double()
-            loss += float(nn.functional.cross_entropy(logits, targets[rows], reduction="sum"))
-            correct += int((logits.argmax(1) == targets[rows]).sum())
-        return {"accuracy": correct / len(targets), "loss": loss / len(targets)}
-
-
-def _first_use(model: nn.Module, layer: Layer, trace: Trace) -> Call:
-    """The first call that may use the layer's weight: of an owner, or where that is never called of what holds it."""
-    modules = dict(model.named_modules())
-    calls = []
-    for owner in layer.weight.layers:
-        names = [owner.module_name]
-        while names[-1]:
-            names.append(names[-1].rpartition(".")[0])
-        found = (trace.first_call(module) for module in (owner.called_module, *(modules[name] for name in names)))
-        calls.append(next(call for call in found if call is not None))
-    return min(calls, key=lambda call: call.start)
-
-
-def _draw(available: int, wanted: int | None, seed: int) -> Tensor:
-    """Row numbers for a seed: its own part of one permutation, or random ones where the split is too small for that."""
-    if wanted is None or wanted >= available:
-        return torch.arange(available)
-    if (seed + 1) * wanted <= available:
-        order = torch.randperm(available, generator=torch.Generator().manual_seed(0))
-        return order[seed * wanted : (seed + 1) * wanted]
-    return torch.randperm(available, generator=torch.Generator().manual_seed(seed + 1))[:wanted]
-
-
-def _batches_of(rows: Tensor, steps: int, size: int, seed: int) -> Iterator[Tensor]:
-    """The same batches for every layer of a seed: epochs in random order, without the incomplete batch at the end."""
-    generator = torch.Generator().manual_seed(seed)
-    size = min(size, len(rows))
-    done = 0
-    while done < steps:
-        order = rows[torch.randperm(len(rows), generator=generator)]
-        for batch in order[: len(rows) // size * size].split(size)[: steps - done]:
-            yield batch
-            done += 1
+    def _trials(self, left: Mapping[Layer, tuple[int, ...]]) -> Trials:
+        inputs, targets = self._splits["train"]
+        used = torch.cat(list(self._draws.values())).unique()
+        samples = len(used) + len(self._splits["score"][1])
+        processes = self._workers if isinstance(self._workers, int) else 1
+        limit = self._cache_bytes // samples // processes
+        return Trials(
+            model=self._model,
+            head=self._head,
+            recipe=self._recipe,
+            heads={seed: _head_of(self._head_record(seed)) for seed in self._recipe.seeds},
+            rows={seed: torch.searchsorted(used, rows) for seed, rows in self._draws.items()},
+            tasks=plan(self._model, left, inputs, reuse=self._reuse, limit=limit),
+            train=(rows_of(inputs, used), targets[used]),
+            score=self._splits["score"],
+            limit=limit,
+            folder=self._records.path.parent,
+        )
 
 
 def _split(dataset: Mapping[str, Any], name: str) -> tuple[Inputs, Tensor]:
@@ -407,6 +291,15 @@ def _split(dataset: Mapping[str, Any], name: str) -> tuple[Inputs, Tensor]:
         sizes = [len(column) for column in columns]
         raise ValueError(f"dataset[{name!r}] has {sizes} rows of inputs and {len(targets)} targets; as many are needed")
     return inputs, targets
+
+
+def _check_workers(workers: Any) -> None:
+    if isinstance(workers, bool) or not isinstance(workers, int | str):
+        raise TypeError(
+            f"workers is {workers!r}; a number of processes, 'ray' or the address of a Ray cluster is needed"
+        )
+    if workers == "" or (isinstance(workers, int) and workers < 1):
+        raise ValueError(f"workers is {workers!r}; at least one is needed")
 
 
 def _check_targets(splits: Mapping[str, tuple[Inputs, Tensor]], head: nn.Linear) -> None:
@@ -452,6 +345,11 @@ def _encode(tensor: Tensor) -> str:
     return base64.b64encode(tensor.float().contiguous().numpy().tobytes()).decode()
 
 
+def _head_of(record: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Weight and bias, flat."""
+    return _decode(record["weight"]), _decode(record["bias"])
+
+
 def _decode(text: str) -> Tensor:
     return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.float32).copy())
 
@@ -465,19 +363,3 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def _saved_parameters(parameters: tuple[nn.Parameter, ...]) -> Iterator[None]:
-    """At the end the values of these parameters are what they were."""
-    before = [parameter.detach().clone() for parameter in parameters]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
-                parameter.copy_(value)
-
-
-def _saved(head: nn.Linear) -> Any:
-    return _saved_parameters(tuple(head.parameters()))

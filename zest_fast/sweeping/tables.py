@@ -64,7 +64,8 @@ def consolidate(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[
     """Write the records of finished sweeps into one Parquet file, beside those that it holds already.
 
     Unfinished sweeps, which lack the late layers, are left out; a pair of model and data set that is there already is
-    replaced. Raises ValueError where a model was swept under two recipes, or two files hold the same pair.
+    replaced. Raises ValueError where a model was swept under two recipes, the metrics are of two versions, or two files
+    hold the same pair.
     """
     import pandas
     import pyarrow
@@ -90,6 +91,7 @@ def consolidate(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[
         frames = [*(frame[(frame.model == m) & (frame.dataset == d)] for m, d in map(_pair, kept)), *frames]
         sweeps = [*kept, *sweeps]
     _check_one_recipe_a_model(sweeps)
+    _check_one_meaning(sweeps)
     table = pyarrow.Table.from_pandas(pandas.concat(frames, ignore_index=True), preserve_index=False)
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), _METADATA: json.dumps(sweeps).encode()})
     with replacing(out) as temporary:
@@ -109,6 +111,17 @@ def _check_one_recipe_a_model(sweeps: list[dict[str, Any]]) -> None:
             raise ValueError(
                 f"{sweep['model']} was swept under different recipes on {other['dataset']} and {sweep['dataset']}; "
                 "their records are not mixed"
+            )
+
+
+def _check_one_meaning(sweeps: list[dict[str, Any]]) -> None:
+    first = sweeps[0]
+    for sweep in sweeps:
+        if sweep["versions"]["definitions"] != first["versions"]["definitions"]:
+            raise ValueError(
+                f"the metrics of {sweep['model']} on {sweep['dataset']} are of definitions "
+                f"{sweep['versions']['definitions']}, those of {first['model']} on {first['dataset']} of "
+                f"{first['versions']['definitions']}; their records are not mixed"
             )
 
 

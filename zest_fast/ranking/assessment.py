@@ -1,0 +1,48 @@
+"""What a Ranker says of a profile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas
+
+
+class Known(NamedTuple):
+    """How much of an architecture the records hold."""
+
+    share: float
+    """Of the profile's layers (the head apart), those that match a swept architecture by name and shape, 0..1."""
+    model: str | None
+    """The name under which it was swept; None where the profile is of no known architecture."""
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Of one profile; arrays in its row order, NaN for the head."""
+
+    scores: np.ndarray
+    intervals: np.ndarray
+    known: Known
+    expected_tau: float
+    """Kendall's tau that the Ranker reached on held-out records of this sort; NaN where it was never tested."""
+    explain: Callable[[], pandas.DataFrame]
+    """Contributions of the features, computed when called."""
+
+    @property
+    def note(self) -> str:
+        """One line: whether the architecture is known, and how sure the scores are."""
+        if self.known.model is not None:
+            text = f"knows {self.known.model} ({self.known.share:.0%} of the layers)"
+            test = "on other data"
+        else:
+            text, test = "has not seen this architecture", "on other architectures"
+        if np.isfinite(self.expected_tau):
+            text += f", held-out tau {self.expected_tau:.2f} {test}"
+        widths = self.intervals[:, 1] - self.intervals[:, 0]
+        defined = widths[np.isfinite(widths)]
+        return text + (f", 80% intervals {np.median(defined):.2f} wide" if len(defined) else "")

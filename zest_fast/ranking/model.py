@@ -1,0 +1,104 @@
+"""What a fitted Ranker knows, and how it scores a group of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas
+
+from zest_fast.profiling.nearest import some
+from zest_fast.ranking.architectures import Architecture, Match, find
+from zest_fast.ranking.assessment import Assessment, Known
+from zest_fast.ranking.boosted_trees import explain_trees, predict_trees
+from zest_fast.ranking.features import FEATURES, KIND_PRIOR, LAYER_PRIOR, STRUCTURE, features_of
+from zest_fast.ranking.groups import Group
+from zest_fast.ranking.kind_prior import kind_prior
+from zest_fast.ranking.layer_prior import layer_prior, usual_metrics
+from zest_fast.ranking.linear_base import LinearBase, has_prior
+from zest_fast.ranking.selection import Errors
+
+if TYPE_CHECKING:
+    import lightgbm
+
+
+@dataclass(frozen=True)
+class Model:
+    """score = 1/2 + slope x (strength x base + trees, minus the mean of the group)."""
+
+    features: tuple[str, ...]
+    base: LinearBase
+    strength: float
+    trees: lightgbm.Booster
+    known: Errors
+    new: Errors
+    architectures: tuple[Architecture, ...]
+    metrics: tuple[str, ...]
+    """Those that a profile must hold."""
+
+    def assess(self, group: Group) -> Assessment:
+        """Raises ValueError where the group lacks metrics."""
+        missing = [metric for metric in self.metrics if metric not in group.metrics]
+        if missing:
+            raise ValueError(
+                f"the profile lacks {some(missing)}, which this Ranker learned from; profile with metrics=None, "
+                "or rank by one metric"
+            )
+        matches = find(group, self.architectures)
+        values = self._values(group, matches)
+        prior = has_prior(values)
+        whole = [slice(0, len(group))]
+        raw = self.strength * self.base.predict(values, whole)
+        raw = raw + predict_trees(self.trees, values, features=self.features)
+        scores = 0.5 + _centred(self._slopes(prior) * raw)
+        known = bool(matches) and matches[0].known
+        return Assessment(
+            scores=group.in_table(scores),
+            intervals=group.in_table(self._intervals(scores, prior)),
+            known=Known(matches[0].share if matches else 0.0, matches[0].architecture.model if known else None),
+            expected_tau=(self.known if known else self.new).tau,
+            explain=lambda: self._explain(group, values),
+        )
+
+    def _values(self, group: Group, matches: Sequence[Match]) -> np.ndarray:
+        """As in training: the kind prior of a known architecture comes from others."""
+        own = [match.architecture for match in matches if match.known]
+        others = [a for a in self.architectures if not any(a.is_kin_of(known) for known in own)]
+        usual = usual_metrics(group, matches)
+        return features_of(group, layer_prior(group, matches), kind_prior(group.layout, others), usual)
+
+    def _slopes(self, prior: np.ndarray) -> np.ndarray:
+        return np.where(prior, self.known.slope, self.new.slope)
+
+    def _intervals(self, scores: np.ndarray, prior: np.ndarray) -> np.ndarray:
+        """[layers, 2], within 0..1 as far as the score is; what is known less is never narrower."""
+        known, new = np.array(self.known.span), np.array(self.new.span)
+        new = np.array([np.fmin(new[0], known[0]), np.fmax(new[1], known[1])]) if self.new.pairs else new
+        spans = np.where(prior[:, None], known, new)
+        low = np.maximum(scores + spans[:, 0], np.minimum(scores, 0.0))
+        high = np.minimum(scores + spans[:, 1], np.maximum(scores, 1.0))
+        return np.column_stack([low, high])
+
+    def _explain(self, group: Group, values: np.ndarray) -> pandas.DataFrame:
+        base = self.strength * self.base.parts(values, [slice(0, len(group))])
+        columns = {f"base_{name}": base[:, list(index)].sum(axis=1) for name, index in _PARTS.items()}
+        trees = explain_trees(self.trees, values, features=self.features)
+        columns |= {name: trees[:, column] for column, name in enumerate(self.features)}
+        slopes = self._slopes(has_prior(values))
+        frame = pandas.DataFrame({name: _centred(slopes * part) for name, part in columns.items()})
+        frame.index = pandas.Index(group.names, name="layer")
+        return frame.iloc[np.argsort(group.rows)]
+
+
+_PARTS = {
+    "layer_prior": [FEATURES.index(LAYER_PRIOR)],
+    "kind_prior": [FEATURES.index(KIND_PRIOR)],
+    "structure": [FEATURES.index(name) for name in STRUCTURE],
+    "metrics": [c for c, name in enumerate(FEATURES) if name not in (LAYER_PRIOR, KIND_PRIOR, *STRUCTURE)],
+}
+
+
+def _centred(values: np.ndarray) -> np.ndarray:
+    return values - values.mean()

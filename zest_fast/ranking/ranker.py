@@ -1,0 +1,171 @@
+"""Layers in the order that real fine-tuning runs have shown, predicted from a profile. No torch.
+
+A score is where a layer is expected to stand among the layers of its profile: 1/2 is the middle, towards 1 the best,
+towards 0 the worst. It is a sum of what the features add (`explain`), so the ends can be passed a little.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+
+from zest_fast.profiling.layer_profile import LayerProfile
+from zest_fast.ranking.architectures import architectures_of
+from zest_fast.ranking.assessment import Assessment, Known
+from zest_fast.ranking.boosted_trees import STRENGTH, trees_from
+from zest_fast.ranking.contributions import OUTCOMES, check_sweeps, pairs_of
+from zest_fast.ranking.features import DYNAMIC_FEATURES, FEATURES, METRICS, ON_REQUEST
+from zest_fast.ranking.groups import IDENTITY, Group, group_of
+from zest_fast.ranking.model import Model
+from zest_fast.ranking.ranker_files import load_ranker, save_ranker
+from zest_fast.ranking.selection import Selection, fit_base, fit_trees, select
+from zest_fast.ranking.training_rows import training_rows
+
+FEATURE_SETS = {"all": FEATURES, "metrics": DYNAMIC_FEATURES}
+
+
+class Ranker:
+    """Learns from records of sweeps what makes a layer worth fine-tuning.
+
+    seed: of the trees. features: "all", or "metrics", an ablation that sees the batch and nothing of the architecture:
+    no sizes, kinds, weights or priors.
+    """
+
+    def __init__(self, *, seed: int = 0, features: str = "all") -> None:
+        if features not in FEATURE_SETS:
+            raise ValueError(f"features must be 'all' or 'metrics', not {features!r}")
+        self.seed, self.features = int(seed), features
+        self._model: Model | None = None
+        self._metadata: dict[str, Any] = {}
+
+    def fit(self, records: pandas.DataFrame, *, sweeps: Sequence[Mapping[str, Any]] | None = None) -> Ranker:
+        """Learn from records (columns of `load_records()`); seconds. What was learned before is replaced.
+
+        sweeps: what `sweeps_of()` says of each sweep, of which recipes and definitions are checked and kept.
+        Raises ValueError where the records do not fit together or order no layers; a pair of one layer, or of equal
+        contributions, is left out with a warning.
+        """
+        if sweeps is not None:
+            check_sweeps(sweeps)
+        pairs = pairs_of(records)
+        architectures = architectures_of(pairs)
+        names = FEATURE_SETS[self.features]
+        rows = training_rows(pairs, architectures, known=self.features == "all")
+        chosen = select(rows, features=names, seed=self.seed)
+        trees = fit_trees(rows, rows.views, names, STRENGTH * chosen.base, rounds=chosen.rounds, seed=self.seed)
+        self._model = Model(
+            features=names,
+            base=fit_base(rows, rows.views, names, chosen.penalties),
+            strength=STRENGTH,
+            # As `load` has them: a Ranker is the same before and after its file.
+            trees=trees_from(trees.model_to_string()),
+            known=chosen.known,
+            new=chosen.new,
+            architectures=tuple(architectures) if self.features == "all" else (),
+            metrics=tuple(m for m in METRICS if m not in ON_REQUEST and _defined(records, m)),
+        )
+        self._metadata = _metadata(records, sweeps, chosen, pairs=[pair.name for pair in pairs])
+        return self
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What it was fitted to, the settings that were chosen, and what held-out records said of it."""
+        return dict(self._metadata)
+
+    def assess(self, profile: LayerProfile | pandas.DataFrame | Group) -> Assessment:
+        """Scores, intervals and what is known, of one profile at once; see `predict`, `intervals` and `knows`."""
+        if self._model is None:
+            raise RuntimeError("this Ranker has learned nothing yet; fit it to records, or load one")
+        return self._model.assess(group_of(profile))
+
+    def predict(self, profile: LayerProfile | pandas.DataFrame) -> np.ndarray:
+        """Scores, float64 [rows], in row order; larger is better, NaN for the head.
+
+        profile: a LayerProfile, or its rows as `to_pandas()` and `load_records()` have them, of one model, data set,
+        seed and state of the head. Raises ValueError where it lacks metrics that the Ranker has learned from.
+        """
+        return self.assess(profile).scores
+
+    def intervals(self, profile: LayerProfile | pandas.DataFrame) -> np.ndarray:
+        """80 % intervals of the scores, float64 [rows, 2], from errors on held-out records: of other data sets where
+        the architecture is known, of other architectures where it is not. NaN where the records allowed no such test.
+        """
+        return self.assess(profile).intervals
+
+    def knows(self, profile: LayerProfile | pandas.DataFrame) -> Known:
+        """Which share of the layers matches an architecture of the records, and its name, or None."""
+        return self.assess(profile).known
+
+    def explain(self, profile: LayerProfile | pandas.DataFrame) -> pandas.DataFrame:
+        """What adds up to score - 1/2: a row for each layer but the head (index "layer", in row order).
+
+        Columns: base_layer_prior, base_kind_prior, base_structure and base_metrics, the parts of the smooth base, then
+        one for each feature, what the trees add for it (SHAP values), all relative to the mean layer of the profile.
+        """
+        return self.assess(profile).explain()
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one JSON file with a checksum; no pickle. Raises RuntimeError where there is nothing to save yet."""
+        if self._model is None:
+            raise RuntimeError("this Ranker has learned nothing yet; fit it to records before saving it")
+        settings = {"seed": self.seed, "features": self.features}
+        return save_ranker(path, settings, self._model, self._metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Ranker:
+        """Read what `save` wrote. Raises ValueError, naming the file, if it is torn, foreign, or of other features."""
+        settings, model, metadata = load_ranker(path)
+        ranker = cls(**settings)
+        ranker._model, ranker._metadata = model, metadata
+        return ranker
+
+    def __repr__(self) -> str:
+        if self._model is None:
+            return "Ranker, not fitted"
+        held_out = ", ".join(
+            f"{errors.tau:.2f} on {what}"
+            for errors, what in ((self._model.known, "other data sets"), (self._model.new, "other architectures"))
+            if errors.pairs
+        )
+        count = len(self._metadata["pairs"])
+        pairs = f"{count} pair{'s' if count > 1 else ''} of model and data set"
+        return f"Ranker of {pairs}" + (f", held-out tau {held_out}" if held_out else "")
+
+
+def _defined(records: pandas.DataFrame, metric: str) -> bool:
+    return metric in records and bool(records[metric].notna().any())
+
+
+def _metadata(
+    records: pandas.DataFrame,
+    sweeps: Sequence[Mapping[str, Any]] | None,
+    chosen: Selection,
+    pairs: Sequence[str],
+) -> dict[str, Any]:
+    import lightgbm
+
+    sweeps = list(sweeps or ())
+    return {
+        "pairs": list(pairs),
+        "records": records_hash(records),
+        "recipes": {sweep["model"]: sweep["recipe_hash"] for sweep in sweeps},
+        "definitions": next((sweep.get("versions", {}).get("definitions") for sweep in sweeps), None),
+        "settings": {
+            "penalties": list(chosen.penalties),
+            "rounds": chosen.rounds,
+        },
+        "versions": {"lightgbm": lightgbm.__version__, "numpy": np.__version__},
+    }
+
+
+def records_hash(records: pandas.DataFrame) -> str:
+    """Sixteen hexadecimal digits of what is learned from, whatever the order of the rows."""
+    columns = [c for c in (*IDENTITY, "family", "layer", *OUTCOMES, *METRICS) if c in records]
+    rows = records[columns].sort_values([*IDENTITY, "layer"], kind="stable")
+    return hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()[:16]

@@ -1,0 +1,59 @@
+"""Which trials there are, in which order, and where each takes the forward pass up."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from zest_fast.finetuning.trainable_layers import chosen_layers
+from zest_fast.profiling.layers import Layer
+from zest_fast.profiling.loss import call_model
+from zest_fast.sweeping.boundaries import Boundary, Call, Trace, trace_calls
+from zest_fast.sweeping.inputs import Inputs, count, rows_of
+from zest_fast.sweeping.prefix_cache import TRACED, VERIFIED, find_boundary
+from zest_fast.sweeping.trials import Task
+
+
+def plan(
+    model: nn.Module, left: Mapping[Layer, tuple[int, ...]], inputs: Inputs, *, reuse: bool, limit: int
+) -> dict[str, Task]:
+    """By layer, in the order of the boundaries; warns where the full forward pass has to run.
+
+    left: the seeds that are left to do for each layer. inputs: a few samples are run. limit: bytes a sample.
+    """
+    probe = rows_of(inputs, torch.arange(min(count(inputs), TRACED + VERIFIED)))
+    traced = rows_of(probe, torch.arange(min(count(probe), TRACED)))
+    call_model(model, traced)  # the first pass is slower than the others
+    trace = trace_calls(model, lambda: call_model(model, traced), count(traced))
+    tasks = []
+    for layer, seeds in left.items():
+        place = _first_use(model, layer, trace)
+        boundary = Boundary(trace, 0.0, (), ())
+        if reuse and count(probe) == TRACED + VERIFIED:
+            boundary = find_boundary(model, trace, place, layer.weight.parameter, probe, limit)
+        tasks.append(Task(chosen_layers(model, [layer.name])[0], seeds, place, boundary))
+    first = min(task.place.start for task in tasks)
+    recomputed = [task.part.name for task in tasks if not task.boundary.skipped and task.place.start > first]
+    if reuse and recomputed:
+        warnings.warn(
+            f"what lies below {len(recomputed)} of {len(tasks)} layers (such as {recomputed[0]!r}) cannot be "
+            "reused: the full forward pass runs for them, which takes longer",
+            stacklevel=5,
+        )
+    return {task.part.name: task for task in sorted(tasks, key=lambda task: task.boundary.start)}
+
+
+def _first_use(model: nn.Module, layer: Layer, trace: Trace) -> Call:
+    """The first call that may use the layer's weight: of an owner, or where that is never called of what holds it."""
+    modules = dict(model.named_modules())
+    calls = []
+    for owner in layer.weight.layers:
+        names = [owner.module_name]
+        while names[-1]:
+            names.append(names[-1].rpartition(".")[0])
+        found = (trace.first_call(module) for module in (owner.called_module, *(modules[name] for name in names)))
+        calls.append(next(call for call in found if call is not None))
+    return min(calls, key=lambda call: call.start)

@@ -1,0 +1,169 @@
+"""Trials: one layer trained alone with the head under one seed, then scored. What a worker of a sweep does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zest_fast.finetuning.trainable_layers import Part
+from zest_fast.sweeping.boundaries import Boundary, Call
+from zest_fast.sweeping.inputs import Inputs, batches, logits_of
+from zest_fast.sweeping.prefix_cache import PrefixCache
+from zest_fast.sweeping.recipe import Recipe
+
+EVALUATION_BATCH = 64
+
+
+class Trial(NamedTuple):
+    layer: str
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One layer with what is left to do for it, and where its passes are taken up."""
+
+    part: Part
+    seeds: tuple[int, ...]
+    place: Call
+    """The first call that uses the layer's weight."""
+    boundary: Boundary
+
+    @property
+    def cost(self) -> float:
+        """Seconds of a traced pass from the boundary on: what a trial costs, up to a factor."""
+        return self.boundary.trace.seconds - self.boundary.start
+
+
+@dataclass(eq=False)
+class Trials:
+    """All that trials need. A worker has its own, pickled or forked: a trial changes the model and changes it back."""
+
+    model: nn.Module
+    head: nn.Linear
+    recipe: Recipe
+    heads: Mapping[int, tuple[Tensor, Tensor]]
+    """Weight and bias of the head that each seed starts from."""
+    rows: Mapping[int, Tensor]
+    """The samples of `train` that each seed trains on."""
+    tasks: Mapping[str, Task]
+    """By layer, in the order of the boundaries."""
+    train: tuple[Inputs, Tensor]
+    score: tuple[Inputs, Tensor]
+    limit: int
+    """Bytes a sample that are kept in memory; beyond, on disk in `folder`."""
+    folder: Path
+    _caches: tuple[PrefixCache, PrefixCache] | None = field(default=None, init=False)
+
+    def left(self) -> list[Trial]:
+        """What is to be done, in the order that moves the boundary upwards only."""
+        return [Trial(layer, seed) for layer, task in self.tasks.items() for seed in task.seeds]
+
+    def run(self, trial: Trial) -> dict[str, float]:
+        """Accuracy and loss after the training, and the seconds that it all took."""
+        began = time.perf_counter()
+        part = self.tasks[trial.layer].part
+        train, score = self._caches_at(self.tasks[trial.layer].boundary)
+        set_head(self.head, *self.heads[trial.seed])
+        with saved_parameters(part.parameters):
+            self._train(part, trial.seed, train)
+            result = evaluate(score, self.score[1])
+        return {**result, "seconds": round(time.perf_counter() - began, 3)}
+
+    def _caches_at(self, boundary: Boundary) -> tuple[PrefixCache, PrefixCache]:
+        if self._caches is None:
+            self._caches = tuple(  # type: ignore[assignment]
+                PrefixCache(self.model, inputs, limit=self.limit, folder=self.folder)
+                for inputs, _ in (self.train, self.score)
+            )
+        assert self._caches is not None
+        for cache in self._caches:
+            cache.advance(boundary)
+        return self._caches
+
+    def _train(self, part: Part, seed: int, cache: PrefixCache) -> None:
+        recipe, targets = self.recipe, self.train[1]
+        rms = float(part.parameters[0].detach().double().square().mean().sqrt())
+        head = list(self.head.parameters())
+        groups = [
+            {"params": list(part.parameters), "lr": recipe.layer_lr(rms)},
+            {"params": head, "lr": recipe.head_lr},
+        ]
+        trained = [*part.parameters, *head]
+        optimizer = torch.optim.Adam(groups)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                for step, batch in enumerate(_batches_of(self.rows[seed], recipe.steps, recipe.batch_size, seed)):
+                    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                        group["lr"] = rate * recipe.learning_rate_scale(step)
+                    loss = nn.functional.cross_entropy(logits_of(cache.run(batch)), targets[batch])
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+
+@torch.no_grad()
+def evaluate(cache: PrefixCache, targets: Tensor) -> dict[str, float]:
+    """Accuracy and mean loss of the model as it is, over all samples of the cache."""
+    loss, correct = 0.0, 0
+    for rows in batches(len(targets), EVALUATION_BATCH):
+        logits = logits_of(cache.run(rows)).double()
+        loss += float(nn.functional.cross_entropy(logits, targets[rows], reduction="sum"))
+        correct += int((logits.argmax(1) == targets[rows]).sum())
+    return {"accuracy": correct / len(targets), "loss": loss / len(targets)}
+
+
+@torch.no_grad()
+def set_head(head: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    """The bias is ignored where the head has none."""
+    head.weight.copy_(weight.view_as(head.weight))
+    if head.bias is not None:
+        head.bias.copy_(bias)
+
+
+@contextmanager
+def saved_parameters(parameters: tuple[nn.Parameter, ...]) -> Iterator[None]:
+    """At the end the values of these parameters are what they were."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+
+
+def draw(available: int, wanted: int | None, seed: int) -> Tensor:
+    """Row numbers for a seed: its own part of one permutation, or random ones where the split is too small for that."""
+    if wanted is None or wanted >= available:
+        return torch.arange(available)
+    if (seed + 1) * wanted <= available:
+        order = torch.randperm(available, generator=torch.Generator().manual_seed(0))
+        return order[seed * wanted : (seed + 1) * wanted]
+    return torch.randperm(available, generator=torch.Generator().manual_seed(seed + 1))[:wanted]
+
+
+def _batches_of(rows: Tensor, steps: int, size: int, seed: int) -> Iterator[Tensor]:
+    """The same batches for every layer of a seed: epochs in random order, without the incomplete batch at the end."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(size, len(rows))
+    done = 0
+    while done < steps:
+        order = rows[torch.randperm(len(rows), generator=generator)]
+        for batch in order[: len(rows) // size * size].split(size)[: steps - done]:
+            yield batch
+            done += 1

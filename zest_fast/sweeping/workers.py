@@ -1,0 +1,77 @@
+"""Trials dealt out to workers that may die. No worker writes records: the caller saves each result as it arrives."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from zest_fast.sweeping.trials import Trial
+
+Result = dict[str, float]
+DEATHS = 3
+"""So many workers may die in one trial before the sweep gives up."""
+
+
+@dataclass(frozen=True)
+class Died:
+    """What came of a trial whose worker is gone."""
+
+    reason: str
+
+
+class Pool(Protocol):
+    """Workers by number. What a trial raises, `wait` raises; a worker that dies is an outcome."""
+
+    size: int
+
+    def start(self, worker: int, trial: Trial) -> None: ...
+
+    def wait(self) -> list[tuple[int, Result | Died]]:
+        """Outcomes of started trials, at least one."""
+        ...
+
+    def replace(self, worker: int) -> None:
+        """Put a new worker in the place of one that died."""
+        ...
+
+
+def distribute(trials: Iterable[Trial], pool: Pool, save: Callable[[Trial, Result], None]) -> None:
+    """Run each trial once; one whose worker dies is done by another.
+
+    Raises RuntimeError where DEATHS workers died in the same trial.
+    """
+    waiting = list(trials)
+    running: dict[int, Trial] = {}
+    deaths: Counter[Trial] = Counter()
+    layers: dict[int, str] = {}
+    """What each worker did last."""
+    while waiting or running:
+        for worker in range(pool.size):
+            if waiting and worker not in running:
+                trial = _next(waiting, layers.get(worker), {trial.layer for trial in running.values()})
+                waiting.remove(trial)
+                running[worker], layers[worker] = trial, trial.layer
+                pool.start(worker, trial)
+        for worker, outcome in pool.wait():
+            trial = running.pop(worker)
+            if not isinstance(outcome, Died):
+                save(trial, outcome)
+                continue
+            deaths[trial] += 1
+            if deaths[trial] == DEATHS:
+                raise RuntimeError(
+                    f"{DEATHS} workers died while they trained {trial.layer!r} with seed {trial.seed} (the last one: "
+                    f"{outcome.reason}); what is finished is recorded. Is there memory for so many workers? Sweep with "
+                    "fewer, or with workers=1 to see what happens"
+                )
+            waiting.insert(0, trial)
+            pool.replace(worker)
+
+
+def _next(waiting: list[Trial], last: str | None, busy: set[str]) -> Trial:
+    """The layer that the worker did last, else one that no other is at: each boundary is reached by few workers."""
+    same = (trial for trial in waiting if trial.layer == last)
+    free = (trial for trial in waiting if trial.layer not in busy)
+    return next(same, next(free, waiting[0]))

@@ -13,6 +13,7 @@ __all__ = [
     "Recipe",
     "SelectiveBackward",
     "apply_delta",
+    "choose",
     "kernels",
     "load_records",
     "merge_delta",
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from zest_fast import kernels
     from zest_fast.finetuning.deltas import DeltaSwitch, apply_delta, merge_delta
     from zest_fast.finetuning.plan import plan
+    from zest_fast.finetuning.choose import choose
     from zest_fast.finetuning.selective_backward import SelectiveBackward
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.profiling.profile import profile
@@ -46,6 +48,7 @@ else:
         "Recipe": "zest_fast.sweeping.recipe",
         "SelectiveBackward": "zest_fast.finetuning.selective_backward",
         "apply_delta": "zest_fast.finetuning.deltas",
+        "choose": "zest_fast.finetuning.choose",
         "load_records": "zest_fast.sweeping.tables",
         "merge_delta": "zest_fast.finetuning.deltas",
         "plan": "zest_fast.finetuning.plan",

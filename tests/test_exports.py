@@ -1,0 +1,251 @@
+"""Exports select exactly the chosen layers by the matching rule of the trainer that they are for.
+
+PEFT is asked itself. axolotl and LLaMA-Factory pull in CUDA packages, so their rules are written down here as their
+sources state them:
+axolotl, src/axolotl/utils/freeze.py at 107c67ae: LayerNamePattern, freeze_layers_except.
+LLaMA-Factory, src/llamafactory/model/adapter.py at 01d87b82: _setup_freeze_tuning, _setup_lora_tuning.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
+from small_models import Recurrent, llama
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+from typer.testing import CliRunner
+
+import zest_fast
+from zest_fast.cli import app
+from zest_fast.integrations.exports import as_yaml, axolotl, llama_factory
+from zest_fast.integrations.peft import lora_config
+
+CHOSEN = ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj", "model.layers.2.self_attn.o_proj")
+
+
+class Nested(nn.Module):
+    """A layer whose whole name is the end of another's: "block.0" and "outer.block.0"."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(4, 4))
+        self.outer = nn.ModuleDict({"block": nn.Sequential(nn.Linear(4, 4))})
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.outer["block"](self.block(x)))
+
+
+def bert():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 12, "num_attention_heads": 2}
+    return BertForSequenceClassification(BertConfig(vocab_size=30, **sizes))
+
+
+def parameters_of(model, layers):
+    return {name for name, _ in model.named_parameters() if name.rpartition(".")[0] in layers}
+
+
+def unfrozen_by_axolotl(model, patterns):
+    """Dots that no + follows are literal, and the pattern has to match from the beginning of the name."""
+    found = set()
+    for name, parameter in model.named_parameters():
+        for pattern in patterns:
+            assert not re.match(r"^(.+)\[([0-9]*)(?::([0-9]*))?\]$", pattern), "read as a range of rows"
+            if re.compile(re.sub(r"\.(?!\+)", r"\\.", pattern)).match(name):
+                found.add(name)
+        assert len(parameter)  # it takes the length of each
+    return found
+
+
+def unfrozen_by_llama_factory(model, settings):
+    count, depth = settings["freeze_trainable_layers"], model.config.num_hidden_layers
+    blocks = range(max(0, depth - count), depth) if count > 0 else range(min(-count, depth))
+    names = [name for name, _ in model.named_parameters()]
+    inside = {name.split(".0.")[-1].split(".")[0] for name in names if ".0." in name}
+    outside = {name.split(".")[-2] for name in names if re.search(r"\.\d+\.", name) is None}
+    modules = [name.strip() for name in settings["freeze_trainable_modules"].split(",")]
+    extra = [name.strip() for name in settings.get("freeze_extra_modules", "").split(",") if name]
+    assert set(modules) <= inside and set(extra) <= outside
+    marks = [f".{block}.{module}" for block in blocks for module in modules] + extra
+    return {name for name in names if any(mark in name for mark in marks)}
+
+
+def adapted_by_peft(model, config):
+    wrapped = get_peft_model(model, config)
+    prefix = "base_model.model."
+    return {name.removeprefix(prefix): m for name, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
+
+
+# axolotl
+
+
+@pytest.mark.parametrize(
+    ("make", "layers"),
+    [
+        (llama, CHOSEN),
+        (bert, ("bert.encoder.layer.1.output.dense", "bert.encoder.layer.11.attention.self.key")),  # 1 is not 11 or 10
+        (Nested, ("block.0",)),
+    ],
+    ids=["llama", "bert", "nested"],
+)
+def test_axolotl_unfreezes_exactly_these(make, layers):
+    model = make()
+    for settings in (axolotl(layers, model), axolotl(layers)):
+        assert unfrozen_by_axolotl(model, settings["unfrozen_parameters"]) == parameters_of(model, layers)
+
+
+def test_axolotl_takes_layers_that_go_by_a_parameter():
+    settings = axolotl(["rnn.weight_ih_l0"], Recurrent())
+    assert unfrozen_by_axolotl(Recurrent(), settings["unfrozen_parameters"]) == {"rnn.weight_ih_l0", "rnn.bias_ih_l0"}
+
+
+# LLaMA-Factory
+
+
+def test_llama_factory_lora_adapts_exactly_these():
+    settings = llama_factory(CHOSEN, llama(), r=4)
+    assert settings["finetuning_type"] == "lora" and settings["lora_rank"] == 4
+    targets = [name.strip() for name in settings["lora_target"].split(",")]  # then it makes a LoraConfig of them
+    assert set(adapted_by_peft(llama(), lora_config(targets, llama()))) == set(CHOSEN)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "modules", "extra", "count"),
+    [
+        ((1, 2), ("mlp",), (), 2),
+        ((0,), ("self_attn",), (), -1),
+        ((2,), ("mlp", "self_attn"), ("lm_head",), 1),
+        ((0, 1, 2), ("mlp",), (), 3),
+    ],
+)
+def test_llama_factory_freeze_trains_exactly_these(blocks, modules, extra, count):
+    model = llama()
+    marks = [f"layers.{block}.{module}." for block in blocks for module in modules]
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(m in name for m in marks)
+    ]
+    layers += extra
+    settings = llama_factory(layers, model, method="freeze")
+    assert settings["freeze_trainable_layers"] == count
+    assert unfrozen_by_llama_factory(model, settings) == parameters_of(model, layers)
+
+
+def test_what_llama_factory_cannot_say_is_refused():
+    with pytest.raises(ValueError, match=r"no setting trains exactly these layers.*layers\.0\.mlp.*method='lora'"):
+        llama_factory(["model.layers.0.mlp.up_proj"], llama(), method="freeze")
+    with pytest.raises(ValueError, match="needs a model whose configuration has one of"):
+        llama_factory(["block.0"], Nested(), method="freeze")
+    with pytest.raises(ValueError, match=r"would bring in outer\.block\.0; export to PEFT"):
+        llama_factory(["block.0"], Nested())
+    with pytest.raises(ValueError, match="needs model="):
+        llama_factory(CHOSEN, method="freeze")
+    with pytest.raises(ValueError, match="method='full' is unknown"):
+        llama_factory(CHOSEN, method="full")
+
+
+# PEFT
+
+
+@pytest.mark.parametrize(
+    ("make", "layers"), [(llama, CHOSEN), (Nested, ("block.0",)), (Nested, ("outer.block.0",))], ids=str
+)
+def test_peft_adapts_exactly_these(make, layers):
+    model = make()
+    assert set(adapted_by_peft(model, lora_config(layers, model, head=None))) == set(layers)
+
+
+def test_ranks_and_head_go_where_they_belong():
+    model = bert()
+    layers = ["bert.encoder.layer.1.output.dense", "bert.encoder.layer.11.output.dense"]
+    config = lora_config(layers, model, r=8, ranks={layers[0]: 2}, lora_alpha=16)
+    adapted = adapted_by_peft(model, config)
+    assert {name: layer.r["default"] for name, layer in adapted.items()} == {layers[0]: 2, layers[1]: 8}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if "lora" not in name} == {
+        f"classifier.modules_to_save.default.{kind}" for kind in ("weight", "bias")
+    }
+
+
+def test_lora_on_the_top_of_a_ranking_learns():
+    """LoRA + ZEST of the paper: rank 8 on the n best layers."""
+    model = llama()
+    ids = torch.randint(40, (4, 8), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids}
+    ranking = zest_fast.rank(zest_fast.profile(model, batch), by="snip")
+    config = lora_config(ranking, model, n=2)
+    assert config.task_type == "CAUSAL_LM" and config.modules_to_save is None
+    wrapped = get_peft_model(model, config)
+    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    assert len(trained) == 4  # an A and a B for each of two layers
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = wrapped(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: lora_config(["rnn.weight_ih_l0"], Recurrent(), head=None), ValueError, "not rnn.weight_ih_l0"),
+        (lambda: lora_config(CHOSEN, llama(), ranks={"lm_head": 4}), ValueError, "ranks names layers that are not"),
+        (lambda: lora_config(["model.layers.1.mlp.up"], llama()), ValueError, "no layer 'model.layers.1.mlp.up'"),
+        (lambda: axolotl(["model.layers.1.mlp.up"], llama()), ValueError, "nearest: 'model.layers.1.mlp.up_proj'"),
+        (lambda: axolotl([]), ValueError, "layers is empty"),
+        (lambda: axolotl("lm_head"), TypeError, "such as ['lm_head']"),
+        (lambda: axolotl(CHOSEN, n=2), ValueError, "n is for a Ranking"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+# From the shell
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    model = llama()
+    ids = torch.randint(40, (2, 8), generator=torch.Generator().manual_seed(0))
+    profile = zest_fast.profile(model, {"input_ids": ids, "labels": ids}, metrics=["snip"])
+    profile.save(folder / "profile.json")
+    model.save_pretrained(folder / "model")
+    return folder, zest_fast.rank(profile, by="snip").top(2)
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, ["export", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_the_command_writes_what_the_functions_return(saved):
+    folder, top = saved
+    common = (folder / "profile.json", "--by", "snip", "--top", 2, "--to")
+    assert run(*common, "axolotl") == as_yaml(axolotl(top))
+    assert run(*common, "llama-factory", "--r", 4) == as_yaml(llama_factory(top, r=4))
+    assert json.loads(run(*common, "peft"))["target_modules"] == list(top)
+    checked = run(*common, "axolotl", "--model", folder / "model")
+    assert checked == as_yaml(axolotl(top, llama()))
+    assert checked.startswith(f'unfrozen_parameters:\n  - "^{top[0]}.weight$"\n')
+    run(*common, "peft", "--model", folder / "model", "--out", folder / "adapter_config.json")
+    assert json.loads((folder / "adapter_config.json").read_text())["target_modules"] == sorted(top)
+
+
+def test_the_command_names_an_unknown_target(saved):
+    folder, _ = saved
+    result = CliRunner().invoke(app, ["export", str(folder / "profile.json"), "--to", "axolotle"])
+    assert result.exit_code == 2 and "nearest: 'axolotl'" in result.output

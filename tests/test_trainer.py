@@ -1,0 +1,166 @@
+"""ZestCallback and prepare: Trainer's optimizer holds what was chosen, the rest stays bit for bit."""
+
+from __future__ import annotations
+
+import logging
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import llama
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+from zest_fast.finetuning.selective_backward import SelectiveBackward
+from zest_fast.integrations.trainer import DELTA, ZestCallback, check_optimizer, prepare
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+QUERY = "bert.encoder.layer.1.attention.self.query"
+
+
+def bert():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return BertForSequenceClassification(BertConfig(vocab_size=30, num_labels=3, **sizes))
+
+
+def classified(count=8):
+    ids = torch.randint(30, (count, 6), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": row, "labels": torch.tensor(place % 3)} for place, row in enumerate(ids)]
+
+
+def texts(count=8):
+    ids = torch.randint(40, (count, 6), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def trainer_of(model, data, folder, **kwargs):
+    arguments = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "max_steps": 2, **kwargs.pop("arguments", {})}
+    options = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_strategy": "no", **arguments}
+    return Trainer(model=model, args=TrainingArguments(str(folder), **options), train_dataset=data, **kwargs)
+
+
+def changed(before, model):
+    return {name for name, tensor in model.state_dict().items() if not torch.equal(before[name], tensor)}
+
+
+def copy_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("make", "data", "layer", "trained"),
+    [
+        (bert, classified(), QUERY, {f"{QUERY}.weight", f"{QUERY}.bias", "classifier.weight", "classifier.bias"}),
+        (llama, texts(), "model.layers.2.mlp.up_proj", {"model.layers.2.mlp.up_proj.weight"}),
+    ],
+    ids=["bert", "llama"],
+)
+def test_only_the_chosen_layers_move(tmp_path, caplog, make, data, layer, trained):
+    model = make()
+    callback = ZestCallback([layer])
+    with caplog.at_level(logging.INFO, "zest_fast"):
+        trainer = trainer_of(model, data, tmp_path, callbacks=[callback])
+    assert f"layers    {layer}" in caplog.text
+    before = copy_of(model)
+    trainer.train()
+    assert changed(before, model) == trained == set(callback.tuned.trainable_names)
+    assert callback.tuned.cut == layer
+    callback.tuned.remove()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_prepare_chooses_on_the_first_batch_and_disturbs_nothing(tmp_path):
+    model = bert()
+    trainer = trainer_of(model, classified(), tmp_path)
+    random = torch.get_rng_state()
+    tuned = prepare(trainer, 2, by="rgn", head="classifier")
+    assert torch.equal(torch.get_rng_state(), random)
+    assert len(tuned.summary().layers) == 2 and tuned.summary().head == ("classifier",)
+    before = copy_of(model)
+    trainer.train()
+    assert changed(before, model) == set(tuned.trainable_names)
+
+
+def test_a_checkpoint_holds_the_delta(tmp_path):
+    model = bert()
+    callback = ZestCallback([QUERY], save_delta=True)
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    trainer_of(model, classified(), tmp_path, callbacks=[callback], arguments=saving).train()
+    other = bert()
+    SelectiveBackward(other, [QUERY]).load(tmp_path / "checkpoint-2" / DELTA)
+    assert not changed(copy_of(model), other)
+
+
+def test_an_optimizer_that_was_built_before_is_named(tmp_path):
+    model = bert()
+    SelectiveBackward(model, ["bert.pooler.dense"]).remove()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("bert.pooler"))
+    early = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    message = (
+        f"it lacks {QUERY}.weight, {QUERY}.bias, classifier.weight, classifier.bias and holds "
+        "bert.pooler.dense.bias, bert.pooler.dense.weight, which are frozen"
+    )
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        trainer_of(model, classified(), tmp_path, callbacks=[ZestCallback([QUERY])], optimizers=(early, None))
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
+
+def test_an_optimizer_of_exactly_what_trains_may_come_from_outside(tmp_path):
+    model = bert()
+    with SelectiveBackward(model, [QUERY]) as tuned:
+        optimizer = torch.optim.SGD(tuned.parameters(), lr=0.1)
+        check_optimizer(tuned, optimizer)
+    callback = ZestCallback([QUERY])
+    before = copy_of(model)
+    trainer_of(model, classified(), tmp_path, callbacks=[callback], optimizers=(optimizer, None)).train()
+    assert changed(before, model) == set(callback.tuned.trainable_names)
+
+
+def test_prepare_after_training_is_too_late(tmp_path):
+    trainer = trainer_of(bert(), classified(), tmp_path)
+    trainer.train()
+    with pytest.raises(RuntimeError, match=r"has its optimizer already.*before train\(\)"):
+        prepare(trainer, [QUERY])
+
+
+def test_a_callback_that_comes_too_late_is_refused(tmp_path):
+    trainer = trainer_of(bert(), classified(), tmp_path)
+    trainer.add_callback(ZestCallback([QUERY]))
+    with pytest.raises(RuntimeError, match=r"prepare\(trainer, layers\)"):
+        trainer.train()
+
+
+def test_one_callback_serves_one_trainer(tmp_path):
+    callback = ZestCallback([QUERY])
+    trainer_of(bert(), classified(), tmp_path, callbacks=[callback])
+    with pytest.raises(RuntimeError, match="in a Trainer already"):
+        trainer_of(bert(), classified(), tmp_path, callbacks=[callback])
+
+
+@pytest.mark.parametrize("name", ["accelerate_loop", "lora_on_the_best_layers"])
+def test_the_examples_run_as_they_are(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    losses = [float(loss) for loss in re.findall(r"loss ([0-9.]+)", capsys.readouterr().out)]
+    assert len(losses) >= 2 and losses[-1] < losses[0]
+    assert (tmp_path / "delta.safetensors").exists() == (name == "accelerate_loop")
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "message"),
+    [
+        (["bert.encoder.layer.1.attention.self.querry"], ValueError, f"nearest: '{QUERY}'"),
+        (QUERY, TypeError, "layers must be an iterable of layer names"),
+        (100, ValueError, "n=100, but there are only"),
+    ],
+)
+def test_bad_layers_leave_the_model_alone(tmp_path, layers, error, message):
+    model = bert()
+    trainer = trainer_of(model, classified(), tmp_path)
+    with pytest.raises(error, match=re.escape(message)):
+        prepare(trainer, layers, by="rgn")
+    assert all(parameter.requires_grad for parameter in model.parameters())

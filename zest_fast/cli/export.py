@@ -1,0 +1,73 @@
+"""`zest-fast export`: the best layers of a saved profile as a configuration of PEFT, axolotl or LLaMA-Factory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from zest_fast.cli.commands import app
+from zest_fast.profiling.nearest import nearest
+
+TARGETS = ("peft", "axolotl", "llama-factory", "llama-factory-freeze")
+
+
+@app.command()
+def export(
+    profile_file: Annotated[Path, typer.Argument(help="What `zest-fast profile --out` saved.", show_default=False)],
+    to: Annotated[str, typer.Option(help=f"One of {', '.join(TARGETS)}.", show_default=False)],
+    by: Annotated[str | None, typer.Option(help="The metric to rank by; by default the shipped ranker.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many layers to choose.")] = 5,
+    r: Annotated[int, typer.Option(min=1, help="Rank of the adapters (peft, llama-factory).")] = 8,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The model that was profiled: checks that exactly these layers are selected (loads it)."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A file instead of stdout.")] = None,
+) -> None:
+    """Write the best layers as settings for another trainer."""
+    if to not in TARGETS:
+        raise ValueError(f"--to {to!r} is unknown; {nearest(to, TARGETS)}")
+    from zest_fast.integrations.references import nearest_path
+    from zest_fast.profiling.layer_profile import LayerProfile
+    from zest_fast.ranking.ranking import rank
+
+    if not profile_file.is_file():
+        raise ValueError(f"profile {str(profile_file)!r} does not exist; {nearest_path(profile_file)}")
+    chosen = rank(LayerProfile.load(profile_file), by=by).top(top)
+    text = _settings(to, chosen, r, _load(model))
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        out.write_text(text)
+
+
+def _settings(to: str, chosen: tuple[str, ...], r: int, model: Any) -> str:
+    if to == "peft":
+        if model is None:
+            return (
+                json.dumps({"peft_type": "LORA", "r": r, "lora_alpha": r, "target_modules": list(chosen)}, indent=2)
+                + "\n"
+            )
+        from zest_fast.integrations.peft import lora_config
+
+        config = lora_config(chosen, model, r=r).to_dict()
+        kept = {key: config[key] for key in ("peft_type", "task_type", "r", "lora_alpha", "modules_to_save")}
+        targets = config["target_modules"]
+        kept["target_modules"] = targets if isinstance(targets, str) else sorted(targets)
+        return json.dumps(kept, indent=2) + "\n"
+    from zest_fast.integrations.exports import as_yaml, axolotl, llama_factory
+
+    if to == "axolotl":
+        return as_yaml(axolotl(chosen, model))
+    return as_yaml(llama_factory(chosen, model, method="freeze" if to.endswith("freeze") else "lora", r=r))
+
+
+def _load(source: str | None) -> Any:
+    if source is None:
+        return None
+    from zest_fast.integrations.models import load_model
+
+    return load_model(source).model

@@ -1,0 +1,150 @@
+"""A choice of layers as a configuration of LLaMA-Factory or axolotl, which selects exactly these layers there.
+
+Both match names their own way: axolotl matches regular expressions at the beginning of parameter names, with a literal
+dot; LLaMA-Factory trains whole modules of its first or last blocks, or hands names to PEFT, which takes every module
+whose name ends in one. With a `model`, an export is checked against all of its names and refused where it would select
+others as well; without, parameters are taken to be called weight and bias.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from zest_fast.finetuning.trainable_layers import chosen_layers
+from zest_fast.profiling.nearest import nearest, some
+from zest_fast.ranking.ranking import Ranking
+
+METHODS = ("lora", "freeze")
+
+
+def axolotl(layers: Ranking | Iterable[str], model: nn.Module | None = None, *, n: int | None = None) -> dict[str, Any]:
+    """`{"unfrozen_parameters": [...]}` for axolotl's YAML, without an `adapter:` there: weight and bias of these train.
+
+    layers: names, or a Ranking of which the `n` best are taken.
+    """
+    names = selected(layers, n)
+    if model is None:
+        return {"unfrozen_parameters": [f"^{_literal(name)}.(weight|bias)$" for name in names]}
+    return {"unfrozen_parameters": [f"^{_literal(name)}$" for name in parameter_names(model, names)]}
+
+
+def llama_factory(
+    layers: Ranking | Iterable[str],
+    model: nn.Module | None = None,
+    *,
+    n: int | None = None,
+    method: str = "lora",
+    r: int = 8,
+) -> dict[str, Any]:
+    """Settings for LLaMA-Factory's YAML.
+
+    method: "lora" = adapters of rank `r` on exactly these layers. "freeze" = train the layers themselves, which
+        LLaMA-Factory can say only of whole modules (self_attn, mlp) in its first or last blocks; it needs the model.
+
+    Raises ValueError where LLaMA-Factory would train other layers as well, naming some of them.
+    """
+    names = selected(layers, n)
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; {nearest(method, METHODS)}")
+    if method == "freeze":
+        if model is None:
+            raise ValueError("method='freeze' needs model=: its names tell whether whole blocks can say this choice")
+        return _frozen_blocks(model, names)
+    if model is not None and (others := suffix_matches(model, names)):
+        raise ValueError(
+            f"lora_target matches the ends of names, so these layers would bring in {some(others)}; "
+            "export to PEFT instead, whose configuration can hold a regular expression"
+        )
+    return {"finetuning_type": "lora", "lora_target": ",".join(names), "lora_rank": r}
+
+
+def selected(layers: Ranking | Iterable[str], n: int | None) -> tuple[str, ...]:
+    """The names: given, or the n best of a Ranking."""
+    if isinstance(layers, Ranking):
+        if n is None:
+            raise ValueError("layers is a Ranking of every layer: say how many to take with n=, or pass ranking.top(5)")
+        return layers.top(n)
+    if n is not None:
+        raise ValueError("n is for a Ranking; layers holds names already")
+    if isinstance(layers, str):
+        raise TypeError(f"layers must be an iterable of layer names, such as [{layers!r}]")
+    names = tuple(dict.fromkeys(layers))
+    if not names:
+        raise ValueError("layers is empty: nothing would train")
+    return names
+
+
+def parameter_names(model: nn.Module, layers: Sequence[str]) -> list[str]:
+    """Full names of the weights and biases of these layers, under every name where they are tied."""
+    trained = {id(parameter) for part in chosen_layers(model, layers) for parameter in part.parameters}
+    return [name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in trained]
+
+
+def suffix_matches(model: nn.Module, layers: Sequence[str]) -> list[str]:
+    """Other modules that PEFT takes for one of these names, because their own name ends in it."""
+    chosen_layers(model, layers)  # an unknown name is an error
+    ends = tuple(f".{name}" for name in layers)
+    return [name for name, _ in model.named_modules() if name.endswith(ends) and name not in layers]
+
+
+def as_yaml(settings: Mapping[str, Any]) -> str:
+    """The settings as YAML; strings are quoted as in JSON, which is YAML too."""
+    lines: list[str] = []
+    for key, value in settings.items():
+        if isinstance(value, list):
+            lines += [f"{key}:", *(f"  - {json.dumps(entry)}" for entry in value)]
+        else:
+            lines.append(f"{key}: {json.dumps(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _literal(name: str) -> str:
+    """As a pattern of axolotl, which escapes the dots by itself."""
+    return ".".join(re.escape(part) for part in name.split("."))
+
+
+def _frozen_blocks(model: nn.Module, layers: Sequence[str]) -> dict[str, Any]:
+    """finetuning_type: freeze. Its rule: a parameter trains if its name contains `.BLOCK.MODULE` for one of the first
+    or last blocks and one of freeze_trainable_modules, or one of freeze_extra_modules.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    wanted = set(parameter_names(model, layers)) & set(names)
+    modules = sorted({found[1] for name in wanted if (found := _IN_A_BLOCK.search(name))})
+    extra = sorted({name.split(".")[-2] for name in wanted if not _IN_A_BLOCK.search(name)})
+    depth = _depth(model)
+    closest: set[str] = set(names)
+    for count in range(1, depth + 1) if modules else ():
+        for sign, blocks in ((1, range(depth - count, depth)), (-1, range(count))):
+            marks = [f".{block}.{module}" for block in blocks for module in modules] + extra
+            trained = {name for name in names if any(mark in name for mark in marks)}
+            if trained == wanted:
+                settings = {
+                    "finetuning_type": "freeze",
+                    "freeze_trainable_layers": sign * count,
+                    "freeze_trainable_modules": ",".join(modules),
+                }
+                return settings | ({"freeze_extra_modules": ",".join(extra)} if extra else {})
+            if wanted < trained and len(trained) < len(closest):
+                closest = trained
+    raise ValueError(
+        "LLaMA-Factory's freeze trains whole modules of the first or last blocks; no setting trains exactly these "
+        f"layers, and the closest trains {some(sorted(closest - wanted))} as well; use method='lora', or axolotl"
+    )
+
+
+_IN_A_BLOCK = re.compile(r"\.\d+\.([^.]+)")
+
+
+def _depth(model: nn.Module) -> int:
+    config: Any = getattr(model, "config", None)
+    config = getattr(config, "text_config", config)
+    keys = ("num_hidden_layers", "num_layers", "n_layer")  # the ones that LLaMA-Factory looks for
+    depth = next((getattr(config, key) for key in keys if getattr(config, key, None)), None)
+    if depth is None:
+        raise ValueError(f"LLaMA-Factory's freeze needs a model whose configuration has one of {', '.join(keys)}")
+    return depth

@@ -1,0 +1,128 @@
+"""SelectiveBackward in transformers' Trainer: freeze before the optimizer exists, check that it holds what trains.
+
+Trainer builds its optimizer from the parameters that require a gradient when `train()` is called. A callback that
+freezes later, at the beginning of training, leaves the optimizer with the old ones; one at the end of Trainer's
+`__init__` is in time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from zest_fast.finetuning.selective_backward import SelectiveBackward
+from zest_fast.profiling.nearest import some
+from zest_fast.profiling.profile import profile
+from zest_fast.ranking.ranking import rank
+
+DELTA = "zest_delta.safetensors"
+
+_log = logging.getLogger("zest_fast")
+
+
+class ZestCallback(TrainerCallback):
+    """Train only these layers: `Trainer(model=model, callbacks=[ZestCallback(ranking.top(5))], ...)`.
+
+    layers, head: as in SelectiveBackward, with whose other `options` the model is wrapped.
+    save_delta: write what trained as zest_delta.safetensors into every checkpoint folder, beside Trainer's own files.
+
+    tuned: the SelectiveBackward once a Trainer has taken the callback; `tuned.remove()` gives the model back.
+
+    Raises RuntimeError where the optimizer was built before (`Trainer(optimizers=...)`) from other parameters than
+    those that train, and when training begins, should it hold others by then.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[str],
+        *,
+        head: str | Iterable[str] | None = "auto",
+        save_delta: bool = False,
+        **options: Any,
+    ) -> None:
+        self.layers = layers if isinstance(layers, str) else tuple(layers)  # a string is refused by name when wrapping
+        self.options = {"head": head, **options}
+        self.save_delta = save_delta
+        self.tuned: SelectiveBackward | None = None
+
+    def on_init_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        """The model is there and the optimizer is not: the moment to freeze."""
+        if self.tuned is not None:
+            raise RuntimeError("this ZestCallback is in a Trainer already; make another one")
+        tuned = SelectiveBackward(model, self.layers, **self.options)
+        try:
+            if optimizer is not None:
+                check_optimizer(tuned, optimizer)
+        except BaseException:
+            tuned.remove()
+            raise
+        self.tuned = tuned
+        _log.info("%s", tuned.summary())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """The optimizer is there: does it hold what trains, and nothing else?"""
+        if self.tuned is None:
+            raise RuntimeError(
+                "ZestCallback was added after the Trainer was made, which may be too late to freeze: pass it in "
+                "Trainer(callbacks=[...]), or call zest_fast.integrations.trainer.prepare(trainer, layers) instead"
+            )
+        check_optimizer(self.tuned, optimizer)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.save_delta and self.tuned is not None and state.is_world_process_zero:
+            self.tuned.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / DELTA)
+
+
+def prepare(trainer: Trainer, layers: int | Iterable[str], *, by: Any = None, **options: Any) -> SelectiveBackward:
+    """Freeze all but `layers` in a Trainer that is there already, before its `train()`; returns the SelectiveBackward.
+
+    layers: names, or how many: then the first batch of the trainer's own training data is profiled and ranked (`by` as
+        in `rank`). options: those of ZestCallback.
+
+    Raises RuntimeError where the Trainer has its optimizer already; the model is then as it was.
+    """
+    if trainer.optimizer is not None:
+        raise RuntimeError(
+            "the Trainer has its optimizer already, built from all parameters that required a gradient: call prepare() "
+            "before train(), and leave the optimizer to the Trainer"
+        )
+    names = _best(trainer, layers, by) if isinstance(layers, int) else layers
+    callback = ZestCallback(names, **options)
+    callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    trainer.add_callback(callback)
+    assert callback.tuned is not None
+    return callback.tuned
+
+
+def check_optimizer(tuned: SelectiveBackward, optimizer: torch.optim.Optimizer) -> None:
+    """Raises RuntimeError, naming parameters, unless the optimizer holds exactly what trains.
+
+    One that was built before the layers were chosen lacks what was frozen then, and its states take memory for nothing.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {id(p): name for name, p in zip(tuned.trainable_names, tuned.parameters(), strict=True)}
+    missing = [name for key, name in trained.items() if key not in held]
+    names = {id(parameter): name for name, parameter in tuned.model.named_parameters()}
+    frozen = [names.get(key, "a parameter that the model does not have") for key in held - set(trained)]
+    if missing or frozen:
+        found = [f"lacks {some(missing)}"] if missing else []
+        found += [f"holds {some(sorted(frozen))}, which are frozen"] if frozen else []
+        raise RuntimeError(
+            f"the optimizer was built before the layers were chosen, or from something else: it {' and '.join(found)}; "
+            "leave it to the Trainer, or build it from SelectiveBackward's .parameters() and wrap the model before"
+        )
+
+
+def _best(trainer: Trainer, n: int, by: Any) -> tuple[str, ...]:
+    """The n best layers by one batch; neither the random state nor the trainer's data loader moves on."""
+    with torch.random.fork_rng():
+        batch = next(iter(trainer.get_train_dataloader()))
+    model: Any = trainer.model
+    return rank(profile(model, batch), by=by).top(n)

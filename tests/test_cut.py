@@ -94,9 +94,14 @@ SWITCHES = {
 def assert_minimal(cost, minimum, recomputed=0):
     assert cost.flops <= 1.05 * minimum.flops + recomputed
     assert cost.saved <= 1.05 * minimum.saved
-    assert cost.gradients.keys() == minimum.gradients.keys()
-    for name, gradient in minimum.gradients.items():
-        assert torch.equal(cost.gradients[name], gradient), name
+    assert_close(cost.gradients, minimum.gradients)
+
+
+def assert_close(gradients, wanted):
+    """To 1e-6: lean saving sums the loss of a language model in another order."""
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert (gradients[name] - gradient).abs().max() <= 1e-6 * gradient.abs().max(), name
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
@@ -325,8 +330,7 @@ def test_accumulation_evaluation_and_generation_between_passes():
             with torch.inference_mode():
                 loss_of(one)
             one.generate(IDS[:, :3], max_new_tokens=2, do_sample=False, pad_token_id=0)
-    gradients = [one.get_submodule(LAYER).weight.grad for one in (model, reference)]
-    assert torch.equal(*gradients)
+    assert_close({LAYER: model.get_submodule(LAYER).weight.grad}, {LAYER: reference.get_submodule(LAYER).weight.grad})
 
 
 def test_a_copy_has_a_cut_of_its_own(frozen_by_hand):

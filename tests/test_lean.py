@@ -12,6 +12,7 @@ from untouched import changes, state_of
 
 from bench.lean import keeping, measure_block
 from zest_fast.finetuning import lean_bits, lean_loss
+from zest_fast.finetuning.frozen_norms import keep_frozen_norms_in_eval
 from zest_fast.finetuning.lean import apply_lean
 from zest_fast.finetuning.lean_logits import DeferredLogits
 from zest_fast.finetuning.selective_backward import SelectiveBackward
@@ -277,14 +278,23 @@ def tuned(name):
     model, part, batch = MODELS[name][0]()
     layers = [n for n, m in model.named_modules() if part in n and getattr(m, "weight", None) is not None]
     layer = next(n for n in layers if model.get_submodule(n).weight.dim() > 1)
-    return SelectiveBackward(model.train(), [layer], lean=False), lambda: model(**batch).loss
+    return frozen_but_for(model.train(), layer), lambda: model(**batch).loss
+
+
+def frozen_but_for(model, layer):
+    """The model as SelectiveBackward freezes it, without the cut, which takes the place of its forward."""
+    with SelectiveBackward(model, [layer], lean=False) as selective:
+        chosen = set(selective.trainable_names)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+    keep_frozen_norms_in_eval(model)
+    return model
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_model_yields_the_same_and_keeps_less(name, monkeypatch):
     monkeypatch.setattr(lean_loss, "FEWEST_TOKENS", 4)
-    selective, loss = tuned(name)
-    model = selective.model
+    model, loss = tuned(name)
     plain, keeps = run(model, loss), kept_bytes(model, loss)
     before, signature = state_of(model), inspect.signature(model.forward)
     handle = apply_lean(model)
@@ -345,8 +355,7 @@ def rms_norm_of(width):
 def test_bfloat16_is_no_worse_than_plain(monkeypatch):
     """Errors of plain and lean gradients against float64."""
     monkeypatch.setattr(lean_loss, "FEWEST_TOKENS", 4)
-    selective, loss = tuned("llama")
-    model = selective.model
+    model, loss = tuned("llama")
     exact = run(model.double(), loss)[1]
     model.bfloat16()
     with apply_lean(model):
@@ -368,8 +377,7 @@ def test_compiled_model_is_plain(monkeypatch):
 
 @pytest.mark.parametrize("name", ["resnet", "llama"])
 def test_evaluation_is_plain(name):
-    selective, _ = tuned(name)
-    model, batch = selective.model.eval(), MODELS[name][0]()[2]
+    model, batch = tuned(name)[0].eval(), MODELS[name][0]()[2]
     with torch.no_grad():
         plain = model(**batch)
         with apply_lean(model):
@@ -523,8 +531,7 @@ def few_tokens(monkeypatch):
 
 @pytest.mark.parametrize("arguments", ["plain", "ignored", "items", "shifted", "all ignored"])
 def test_loss_over_chunks(few_tokens, arguments):
-    selective, _ = tuned("llama")
-    model, batch = selective.model, text_batch()
+    model, batch = tuned("llama")[0], text_batch()
     if "ignored" in arguments:
         batch["labels"] = batch["labels"].clone()
         batch["labels"][:, 5 if arguments == "ignored" else 0 :] = -100
@@ -539,8 +546,7 @@ def test_loss_over_chunks(few_tokens, arguments):
 
 
 def test_logits_are_computed_when_they_are_read(few_tokens):
-    selective, _ = tuned("llama")
-    model, batch = selective.model, text_batch()
+    model, batch = tuned("llama")[0], text_batch()
     plain = model(**batch)
     with apply_lean(model):
         lean = model(**batch)
@@ -559,12 +565,12 @@ def test_logits_that_the_model_changes_are_computed(few_tokens):
         intermediate_size=24, vocab_size=40, final_logit_softcapping=2.0, tie_word_embeddings=False,
     )  # fmt: skip
     model = transformers_class("models.gemma2", "Gemma2ForCausalLM")(config).train()
-    with SelectiveBackward(model, ["model.layers.0.self_attn.v_proj"], lean=False):
-        loss = lambda: model(**text_batch()).loss  # noqa: E731
-        plain = run(model, loss)
-        with apply_lean(model) as handle:
-            assert "loss over chunks" in handle.applied and len(handle.applied["norm"]) == 9
-            assert_equal(plain, run(model, loss))
+    frozen_but_for(model, "model.layers.0.self_attn.v_proj")
+    loss = lambda: model(**text_batch()).loss  # noqa: E731
+    plain = run(model, loss)
+    with apply_lean(model) as handle:
+        assert "loss over chunks" in handle.applied and len(handle.applied["norm"]) == 9
+        assert_equal(plain, run(model, loss))
 
 
 @pytest.mark.parametrize(

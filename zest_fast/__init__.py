@@ -28,9 +28,9 @@ __all__ = [
 # OpenMP runtime both use.)
 if TYPE_CHECKING:
     from zest_fast import kernels
+    from zest_fast.finetuning.choose import choose
     from zest_fast.finetuning.deltas import DeltaSwitch, apply_delta, merge_delta
     from zest_fast.finetuning.plan import plan
-    from zest_fast.finetuning.choose import choose
     from zest_fast.finetuning.selective_backward import SelectiveBackward
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.profiling.profile import profile

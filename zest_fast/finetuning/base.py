@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 UNHASHED = ""  # the digest of what is not there to be read
 
@@ -49,9 +50,9 @@ def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """blake2b of dtype, shape and bytes; UNHASHED for a tensor on the meta device and for one without plain bytes."""
+    """blake2b of dtype, shape and bytes; UNHASHED for a tensor without contents or without plain bytes."""
     state = hashlib.blake2b(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode(), digest_size=16)
-    if tensor.is_meta:
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
         return UNHASHED
     if tensor.numel():
         try:

@@ -44,6 +44,8 @@ class LeanHandle:
         kinds = ", ".join(f"{len(names)} {kind}" for kind, names in self.applied.items())
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
+            if reason == _TRAINS:
+                continue  # which is no news
             reasons.setdefault(reason, []).append(name or "the model")
         lines = [f"lean: {kinds or 'nothing'}"]
         lines += [
@@ -102,12 +104,15 @@ def _apply(model: nn.Module, trains: set[int], handle: LeanHandle) -> None:
             handle.put_in(kind.name, name, forwards)
 
 
+_TRAINS = "it trains"
+
+
 def _why_plain(module: nn.Module, trains: set[int]) -> str:
     """What is in the way of lean saving in a module of any kind; "" if nothing is."""
     if "forward" in vars(module):
         return f"its forward was replaced by {vars(module)['forward']!r:.80}"
     if any(id(parameter) in trains for parameter in module.parameters(recurse=False)):
-        return "it trains"
+        return _TRAINS
     return ""
 
 

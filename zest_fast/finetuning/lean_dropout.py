@@ -36,7 +36,7 @@ class _Dropout(torch.autograd.Function):
             kept = noise != 0
             noise.div_(1 - p)
             y = x * noise
-            ctx.factor = torch.ones((), dtype=x.dtype).div_(1 - p).item()  # rounded as in the forward pass
+            ctx.factor = torch.ones((), dtype=x.dtype).div_(1 - p)  # rounded as in the forward pass
         ctx.order = memory_order(kept)
         mask, bits = flat(kept, ctx.order), empty_bits(x.numel(), x.device)
         for elements, packed in blocks(x.numel(), x.device):

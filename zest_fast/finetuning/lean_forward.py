@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor  # a plan counts what lean keeps
 from torch.autograd import forward_ad
 
 
@@ -43,7 +44,7 @@ class LeanForward:
         return (
             self.enabled
             and builds_plain_graph()
-            and type(x) in (Tensor, nn.Parameter)
+            and type(x) in (Tensor, nn.Parameter, FakeTensor)
             and x.requires_grad
             and x.is_floating_point()
             and x.numel() > 0

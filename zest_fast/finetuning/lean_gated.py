@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zest_fast.finetuning.lean_forward import plain_forward
 from zest_fast.finetuning.lean_recompute import recomputed
 from zest_fast.finetuning.lean_stand_in import agree, inputs_like, small_linear, stand_in
 
@@ -97,9 +98,9 @@ def obstacle(module: nn.Module) -> str:
 
 
 def _gated(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
-    return act(gate) * up
+    # Not act(gate): hooks on every module (FlopCounterMode has such) would see it once more in the backward pass.
+    return plain_forward(act)(gate) * up
 
 
 def _gated_halves(act: nn.Module, gate_and_up: Tensor) -> Tensor:
-    gate, up = gate_and_up.chunk(2, dim=-1)
-    return act(gate) * up
+    return _gated(act, *gate_and_up.chunk(2, dim=-1))

@@ -33,8 +33,8 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
-        inputs = ctx.saved_tensors
         again = torch.is_grad_enabled()  # a gradient of a gradient is being built
+        inputs = ctx.saved_tensors
         if not again:
             inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
         with torch.enable_grad(), torch.autocast(**ctx.autocast):

@@ -15,6 +15,7 @@ from zest_fast.finetuning.base import Base, digests, saved_buffers
 from zest_fast.finetuning.cut import Cut
 from zest_fast.finetuning.delta import Delta, check_tensors, read_delta, write_delta
 from zest_fast.finetuning.frozen_norms import keep_frozen_norms_in_eval
+from zest_fast.finetuning.lean import apply_lean
 from zest_fast.finetuning.optimizer_check import check_optimizer
 from zest_fast.finetuning.recomputation import AboveCut
 from zest_fast.finetuning.run_state import Stateful, read_run, restore, set_random_state, write_run
@@ -36,7 +37,9 @@ class SelectiveBackward:
     head: "auto" = the last layer of a classifier, nothing for a language model (ValueError where that cannot be told);
         a name or names of modules, each with all its parameters; None.
     checkpoint: "above-cut" = blocks recompute their activations in backward; None = as the model does.
-    lean: no effect yet. frozen: not built yet, NotImplementedError.
+    lean: frozen modules above the cut keep only what the gradient of their input needs, where that is exact (see
+        lean.py); `.summary()` names those that stay plain. False = as torch keeps them.
+    frozen: not built yet, NotImplementedError.
 
     While wrapped, a forward pass makes no graph below the lowest weight that trains (see cut.py): not with gradient
     checkpointing of transformers, which leaves the blocks down there alone, nor with inputs that require a gradient,
@@ -81,15 +84,18 @@ class SelectiveBackward:
         self._removed = False
         self._handles: list[Any] = []  # whatever has .remove()
         try:
-            self._freeze(chosen, checkpoint)
+            self._freeze(chosen, checkpoint, lean)
         except BaseException:
             self.remove()
             raise
 
-    def _freeze(self, chosen: set[int], checkpoint: str | None) -> None:
+    def _freeze(self, chosen: set[int], checkpoint: str | None, lean: bool) -> None:
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
         self._handles += keep_frozen_norms_in_eval(self.model)
+        self._lean = apply_lean(self.model) if lean else None
+        if self._lean is not None:
+            self._handles.append(self._lean)
         if checkpoint is not None:
             self._handles.append(AboveCut(self.model))
         self._cut = Cut(self.model, self._chosen())
@@ -121,6 +127,7 @@ class SelectiveBackward:
             cut=cut,
             tied=tied,
             skipped_parameters=sum(parameter.numel() for parameter in skipped.values()),
+            lean=str(self._lean) if self._lean is not None else "",
             foreign=0 if optimizer is None else check_optimizer(optimizer, self._chosen(), self.model),
         )
 

@@ -45,7 +45,9 @@ class Cut:
         self._model = model
         self._chosen = dict(chosen)
         self._first_backward = FirstBackward(chosen)
-        self._warned = self._running = self._below = False
+        self._warned = self._running = self._below = self._learning = False
+        self._order: dict[str, int] = {}  # of first use
+        self._met: dict[str, None] = {}  # the outermost below the cut, and the holders of what trains on the way there
         self._holding: nn.Module | None = None  # the module that turned gradients off
         self._handles: dict[str, list[RemovableHandle]] = {}
         self._plan(_trained(model))
@@ -112,7 +114,9 @@ class Cut:
             self._plan(trained)
         for name, module in self._frozen.items():  # the last word on outputs, also after hooks registered later
             if len(module._forward_hooks) > 1 and name in self._handles:
-                module._forward_hooks.move_to_end(self._handles[name][1].id)
+                module._forward_hooks.move_to_end(  # type: ignore[attr-defined]
+                    self._handles[name][1].id
+                )
 
     def _warn_of_inputs_that_train(self) -> None:
         if not self._warned:
@@ -136,10 +140,10 @@ class Cut:
         first = {id(module): name for name, module in reversed(modules.items())}  # of several names
         self._owners = [name for name in owners if first[id(modules[name])] == name]
         self.owner = next(iter(self._owners), "")
-        self._order: dict[str, int] = {}  # of first use
+        self._order = {}
         self._frozen: dict[str, nn.Module] = {}
         self.skipped: tuple[str, ...] = ()
-        self._met: dict[str, None] = {}  # the outermost below the cut, and the holders of what trains on the way there
+        self._met = {}
         self._learning = True
         for name in first.values():
             if name and id(modules[name]) in holders:

@@ -103,10 +103,10 @@ class Plan:
         settings = list(
             self._settings(
                 self._blocks(lowest_blocks),
-                [dtype_name(dtype) for dtype in dtypes or [self.setting.dtype]],
+                [dtype_name(dtype) for dtype in (dtypes if dtypes else [self.setting.dtype])],
                 list(optimizers or [self.setting.optimizer]),
                 list(batch_sizes or [self.setting.batch_size * factor for factor in (1, 2, 4)]),
-                list(sequence_lengths or [self.setting.sequence_length]),
+                [*(sequence_lengths if sequence_lengths else [self.setting.sequence_length])],
             )
         )
         rows = []
@@ -128,7 +128,7 @@ class Plan:
         table = self.table(**axes)
         fitting = table[[fits(peak, limit) for peak in table["peak_bytes"]]]
         if fitting.empty:
-            closest = table.loc[table["peak_bytes"].idxmin()]
+            closest = table.iloc[int(table["peak_bytes"].argmin())]
             words = ", ".join(f"{name} {closest[name]}" for name in _axes(table) if closest[name] is not None)
             raise ValueError(
                 f"max_memory={max_memory!r}: nothing of the {len(table)} settings fits. Closest comes {words} with "

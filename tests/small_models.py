@@ -46,7 +46,7 @@ def llama(**config):
         "intermediate_size": 24,
         "vocab_size": 40,
     }
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **config))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **config}))
 
 
 def step(parameters, loss):

@@ -1,15 +1,21 @@
 import copy
+import dataclasses
 import json
+import resource
+import signal
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from profiles import make_profile
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, load_model, save_file
 from small_models import Mlp, Recurrent, assert_same, conv_net, images, llama, snapshot, step
 from torch import nn
 
-from zest_fast.finetuning.delta import hash_tensors
+from zest_fast.finetuning.delta import hash_tensors, read_delta
+from zest_fast.finetuning.deltas import DeltaSwitch, apply_delta, merge_delta
 from zest_fast.finetuning.selective_backward import SelectiveBackward
+from zest_fast.ranking.ranking import rank
 
 
 @pytest.fixture(autouse=True)
@@ -185,8 +191,11 @@ def test_foreign_newer_and_missing_files(tmp_path):
     save_file({"a.weight": torch.zeros(4, 4)}, path)
     with pytest.raises(ValueError, match=r"its format is None, not 'zest_fast\.delta'"):
         tuned.load(path)
-    save_file({"a.weight": torch.zeros(4, 4)}, path, {"format": "zest_fast.delta", "version": "2"})
-    with pytest.raises(ValueError, match=r"format version 2, .*upgrade zest_fast"):
+    save_file({"a.weight": torch.zeros(4, 4)}, path, {"format": "zest_fast.delta", "version": "3"})
+    with pytest.raises(ValueError, match=r"format version 3, .*upgrade zest_fast"):
+        tuned.load(path)
+    save_file({"a.weight": torch.zeros(4, 4)}, path, {"format": "zest_fast.delta", "version": "1"})
+    with pytest.raises(ValueError, match=r"format version 1, .*save it again"):
         tuned.load(path)
     with pytest.raises(FileNotFoundError):
         tuned.load(tmp_path / "missing.safetensors")
@@ -264,3 +273,110 @@ def test_buffers_that_are_not_plain_memory(buffer, tmp_path):
     model.register_buffer("extra", buffer)
     tuned = SelectiveBackward(model, ["0"], head=["3"])
     tuned.load(tuned.save(tmp_path / "delta.safetensors"))
+
+
+def test_ranking_and_recipe_travel_as_metadata(tmp_path):
+    @dataclasses.dataclass
+    class Recipe:
+        rate: float = 0.1
+        decay: tuple = (1, 2)
+
+    model = Mlp()
+    tuned = SelectiveBackward(model, ["a"])
+    ranking = rank(make_profile({"a": 1.0, "b": float("nan"), "head": 3.0}, heads=("head",)), by="snip")
+    delta = read_delta(tuned.save(tmp_path / "delta.safetensors", ranking=ranking, recipe=Recipe()))
+    assert delta.ranking == {"by": "snip", "names": ["head", "a", "b"], "scores": [3.0, 1.0, None]}
+    assert delta.recipe == {"rate": 0.1, "decay": [1, 2]} and delta.dtypes == ("float32",)
+    with pytest.raises(TypeError, match="recipe must be plain data"):
+        tuned.save(tmp_path / "delta.safetensors", recipe={"loss": torch.nn.functional.mse_loss})
+    assert read_delta(tmp_path / "delta.safetensors").recipe == delta.recipe
+
+
+def several_deltas(folder):
+    """A base, the state of two models tuned from it, and the files of their deltas; the second changes buffers too."""
+    base, states, paths = norm_net(), [], []
+    for number, head in enumerate((["3"], ["1", "3"])):
+        model = copy.deepcopy(base)
+        with SelectiveBackward(model, ["0"] if number else [], head=head) as tuned:
+            step(tuned.parameters(), model.train()(torch.randn(16, 6)).square().sum())
+            paths.append(tuned.save(folder / f"{number}.safetensors"))
+        states.append(model.state_dict())
+    return base, states, paths
+
+
+def assert_state(model, state):
+    for name, tensor in state.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_switching_between_deltas_and_back_to_the_base(tmp_path):
+    model, states, paths = several_deltas(tmp_path)
+    base = copy.deepcopy(model.state_dict())
+    with DeltaSwitch(model) as switch:
+        for number in (0, 1, 1, 0):
+            assert switch.use(paths[number]).current == paths[number]
+            assert_state(model, states[number])
+        assert switch.use(None).current is None
+        assert_state(model, base)
+        switch.use(paths[1])
+        paths[0].write_bytes(paths[0].read_bytes()[:-8])
+        with pytest.raises(ValueError, match="torn"):
+            switch.use(paths[0])
+        assert_state(model, states[1])
+    assert_state(model, base)
+
+
+def test_applying_and_merging(tmp_path):
+    model, states, paths = several_deltas(tmp_path)
+    base = copy.deepcopy(model.state_dict())
+    merged = merge_delta(model, paths[1], tmp_path / "merged.safetensors")
+    assert_state(model, base)
+    fresh = norm_net()
+    load_model(fresh, merged)
+    assert_state(fresh, states[1])
+    assert apply_delta(model, paths[1]).layers == ("0",)
+    assert_state(model, states[1])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"0\.safetensors' does not fit: .*differ from those it was trained on"):
+        apply_delta(model, paths[0])  # its base is no longer there
+    with pytest.raises(ValueError, match=r"'0\.bias' has shape \[8\] in the delta and \[9\]"):
+        apply_delta(nn.Sequential(nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 3)), paths[1])
+    assert_same(before, snapshot(model))
+
+
+def test_merging_tied_weights(tmp_path):
+    model = llama(tie_word_embeddings=True)
+    fresh = copy.deepcopy(model)
+    with SelectiveBackward(model, ["lm_head"]) as tuned:
+        nn.init.normal_(model.lm_head.weight)
+        path = tuned.save(tmp_path / "delta.safetensors")
+    merged = merge_delta(fresh, path, tmp_path / "merged.safetensors")
+    load_model(fresh, merged)
+    assert torch.equal(fresh.lm_head.weight, model.lm_head.weight)
+    assert fresh.lm_head.weight is fresh.model.embed_tokens.weight
+
+
+def test_a_full_disk_keeps_the_old_files(tmp_path):
+    _, _, paths = several_deltas(tmp_path)
+    model = norm_net()
+    tuned, merged, run = SelectiveBackward(model, ["0"], head=["3"]), tmp_path / "merged", tmp_path / "run"
+    optimizer = torch.optim.SGD(tuned.parameters(), lr=0.1)
+    for path in (merged, run):
+        path.write_bytes(b"before")
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    state = copy.deepcopy(model.state_dict())
+    found = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, found[1]))
+    try:
+        for write in (
+            lambda: tuned.save(paths[0]),
+            lambda: merge_delta(model, paths[1], merged),
+            lambda: tuned.save_run(run, optimizer),
+        ):
+            with pytest.raises((OSError, RuntimeError, SafetensorError)):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, found)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+    assert_state(model, state)

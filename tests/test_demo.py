@@ -30,7 +30,6 @@ TINY = Budget(
     scales=(1e-2,),
     head_scales=(1e-1,),
     full_scales=(1e-3,),
-    metrics=("snip", "rgn"),
     chosen=2,
     draws=2,
     checks=1,

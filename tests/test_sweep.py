@@ -28,7 +28,7 @@ from zest_fast.sweeping import sweep as sweep_module
 from zest_fast.sweeping import trials as trials_module
 from zest_fast.sweeping.boundaries import trace_calls
 from zest_fast.sweeping.head import choose_strength, fit_head
-from zest_fast.sweeping.inputs import rows_of
+from zest_fast.sweeping.inputs import rows_of, take
 from zest_fast.sweeping.prefix_cache import PrefixCache, find_boundary
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.records import read_records
@@ -167,7 +167,7 @@ def test_rows_hold_the_profiles_with_the_warm_and_the_fresh_head(tmp_path) -> No
     rows = draw(40, 16, 0)[:8]
     torch.manual_seed(0)
     model.head.reset_parameters()
-    expected = profile(model, (splits["train"][0][rows], splits["train"][1][rows])).to_pandas()
+    expected = profile(model, (splits["train"][0][rows], splits["train"][1][rows]), metrics="all").to_pandas()
     fresh = frame[(frame.head_state == "fresh") & (frame.seed == 0)].set_index("layer")
     assert list(fresh.columns[9:]) == list(expected.columns)
     pandas.testing.assert_frame_equal(fresh[expected.columns], expected.loc[fresh.index], check_dtype=False)
@@ -378,6 +378,16 @@ def test_a_recipe_comes_back_from_its_dictionary_and_its_hash_tells_recipes_apar
     assert Recipe.from_dict(RECIPE.to_dict()).hash == RECIPE.hash != replace(RECIPE, note="other").hash
     with pytest.raises(ValueError, match="'warmup'"):
         Recipe.from_dict({"warmup": 3})
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_rows_keep_values_and_memory_format(layout) -> None:
+    images = torch.randn(6, 3, 4, 5).to(memory_format=layout)
+    taken = take(images, torch.tensor([4, 0, 4]))
+    assert torch.equal(taken, images[[4, 0, 4]]) and taken.is_contiguous(memory_format=layout)
+    assert taken.data_ptr() != images.data_ptr()  # a model may write into what it gets
+    with pytest.raises(IndexError):
+        take(images, torch.tensor([6]))
 
 
 def test_inputs_are_taken_by_rows() -> None:

@@ -6,14 +6,18 @@ import importlib
 from typing import TYPE_CHECKING
 
 __all__ = [
+    "DeltaSwitch",
     "LayerProfile",
     "Ranker",
     "Ranking",
     "Recipe",
     "SelectiveBackward",
+    "apply_delta",
     "choose",
     "kernels",
     "load_records",
+    "merge_delta",
+    "plan",
     "profile",
     "rank",
     "sweep",
@@ -25,6 +29,8 @@ __all__ = [
 if TYPE_CHECKING:
     from zest_fast import kernels
     from zest_fast.finetuning.choose import choose
+    from zest_fast.finetuning.deltas import DeltaSwitch, apply_delta, merge_delta
+    from zest_fast.finetuning.plan import plan
     from zest_fast.finetuning.selective_backward import SelectiveBackward
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.profiling.profile import profile
@@ -35,13 +41,17 @@ if TYPE_CHECKING:
     from zest_fast.sweeping.tables import load_records
 else:
     _HOMES = {
+        "DeltaSwitch": "zest_fast.finetuning.deltas",
         "LayerProfile": "zest_fast.profiling.layer_profile",
         "Ranker": "zest_fast.ranking.ranker",
         "Ranking": "zest_fast.ranking.ranking",
         "Recipe": "zest_fast.sweeping.recipe",
         "SelectiveBackward": "zest_fast.finetuning.selective_backward",
+        "apply_delta": "zest_fast.finetuning.deltas",
         "choose": "zest_fast.finetuning.choose",
         "load_records": "zest_fast.sweeping.tables",
+        "merge_delta": "zest_fast.finetuning.deltas",
+        "plan": "zest_fast.finetuning.plan",
         "profile": "zest_fast.profiling.profile",
         "rank": "zest_fast.ranking.ranking",
         "sweep": "zest_fast.sweeping.sweep",

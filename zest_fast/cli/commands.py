@@ -150,10 +150,12 @@ def finetune(
     task: Task = None,
     text_column: TextColumn = "text",
     label_column: LabelColumn = None,
-    by: Annotated[str, typer.Option(help="The metric that chooses the layers.")] = "snip",
+    by: Annotated[
+        str | None, typer.Option(help="The metric that chooses the layers; by default the Ranker that ships does.")
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many layers to train beside the head.")] = 5,
     layers: Annotated[
-        str | None, typer.Option(help="Exact layer names, separated by commas, instead of --by and --top.")
+        str | None, typer.Option(help="Exact layer names, separated by commas, instead of ranked ones.")
     ] = None,
     head: Annotated[
         str, typer.Option(help="auto (the output layer of a classifier), none, or exact names, separated by commas.")

@@ -22,7 +22,7 @@ def finetune_job(
     *,
     layers: Sequence[str] | None,
     head: str,
-    by: str,
+    by: str | None,
     top: int,
     epochs: int,
     steps: int | None,
@@ -30,14 +30,16 @@ def finetune_job(
     out: Path,
     console: Console,
 ) -> dict[str, Any]:
-    """Trains `layers` (None = the `top` ones by metric `by`) and the head; returns the report, ready for JSON.
+    """Trains `layers` and the head; returns the report, ready for JSON.
 
+    layers: None = the `top` ones of a ranking, by a metric or (by=None) by the Ranker that ships.
     head: "auto", "none", or the names of modules, separated by commas.
     """
-    chosen_by = by if layers is None else None
+    ranking = None
     if layers is None:
         with console.status("profiling one batch"):
-            layers = rank(profile(job.model, job.first_batch(), metrics=[by]), by=by).top(top)
+            ranking = rank(profile(job.model, job.first_batch(), metrics=None if by is None else [by]), by=by)
+        layers = ranking.top(top)
     with SelectiveBackward(job.model, layers, head=_head(job, head, layers)) as tuned:
         parameters = list(tuned.parameters())
         before = _score(job)
@@ -58,7 +60,7 @@ def finetune_job(
         cut = tuned.cut
     return {
         "layers": list(layers),
-        "by": chosen_by,
+        "by": ranking.by if ranking is not None else None,
         "trainable": list(tuned.trainable_names),
         "cut": cut,
         "trainable_parameters": sum(parameter.numel() for parameter in parameters),

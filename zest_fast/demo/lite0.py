@@ -22,7 +22,6 @@ BUDGET = Budget(
     scales=(3e-3, 1e-2, 3e-2),
     head_scales=(3e-2, 1e-1, 3e-1),
     full_scales=(3e-4, 1e-3, 3e-3),
-    metrics=("grad_mean", "rgn", "snip"),
 )
 
 

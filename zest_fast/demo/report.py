@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from zest_fast.demo.arms import Run
 from zest_fast.demo.results import ArmResult, difference
 
 PACKAGES = (
@@ -97,12 +96,6 @@ def _describe_run(result: ArmResult, number: int) -> dict:
     if result.costs:
         described |= vars(result.costs[number])
     return described
-
-
-def describe_candidate(run: Run) -> dict:
-    """A metric's top layers and how they did on the validation split."""
-    _, loss, accuracy = run.curve[-1]
-    return {"name": run.arm.name, "layers": list(run.arm.layers or ()), "loss": loss, "accuracy": accuracy}
 
 
 def describe_gap(a: ArmResult, b: ArmResult) -> dict:

@@ -28,7 +28,7 @@ class ArmResult:
         return _standard_error(self.hits.mean(0), self.hits.mean(1))
 
     def best_on_validation(self, name: str) -> "ArmResult":
-        """The one run that the validation split picks: the fair peer of an arm whose metric it picked, too."""
+        """The one run that the validation split picks: what a search over random choices would find."""
         best = min(range(len(self.runs)), key=lambda number: self.runs[number].loss)
         return ArmResult(name, [self.runs[best]], self.tried, self.hits[best : best + 1], self.costs[best : best + 1])
 

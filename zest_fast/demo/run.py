@@ -25,7 +25,9 @@ TASKS = {"lite0": lite0, "minilm": minilm, "smollm2": smollm2}
 NOTES = (
     "every arm starts from the same weights (the head warmed on its own split) and takes the same number of steps on "
     "the same batches (Adam, linear decay)",
-    "the learning rate of each arm, and the metric, are chosen on the validation split",
+    "the layers are the best of the Ranker that ships; it has learned from sweeps, of this very pair where it is among "
+    "the shipped records",
+    "the learning rate of each arm is chosen on the validation split",
     "normalisation layers use their stored statistics and dropout is off in every arm (eval mode)",
     "standard errors cover the sampling of test samples and of random layers, not the randomness of training",
     COUNTS,
@@ -72,7 +74,6 @@ class Demo:
 
     def __init__(self, task: Task, seed: int, progress: Progress):
         self.task, self.budget, self.seed = task, task.budget, seed
-        self.runs: dict[tuple[str, float], Run] = {}
         self.progress, self.bar = progress, progress.add_task("start", total=self._total_steps())
 
     def run(self, out: Path) -> tuple[dict, list[ArmResult]]:
@@ -80,7 +81,8 @@ class Demo:
         self.start = validate(self.task)
         layer_profile, profile_seconds = self._profile()
         layer_profile.plot(out / "heatmap.png")
-        chosen, candidates = self._choose_metric(layer_profile)
+        ranking = rank(layer_profile)
+        chosen = Arm(f"top {self.budget.chosen} by ZEST", ranking.top(self.budget.chosen), self.budget.scales)
         results = self._results(chosen, self._random_arms(layer_profile))
         by_name = {result.name: result for result in results}
         top, full = by_name[chosen.name], by_name["all layers"]
@@ -101,7 +103,7 @@ class Demo:
                 "seconds": profile_seconds,
             },
             "head_strength": strength,
-            "metrics_tried": candidates,
+            "ranking": {"by": ranking.by, "note": ranking.note},
             "arms": [report.describe_arm(result) for result in results],
             "differences": [report.describe_gap(top, other) for other in rest],
             "budget": asdict(self.budget),
@@ -123,16 +125,6 @@ class Demo:
         batch = self.task.splits["train"].batch(slice(self.budget.profile_batch))
         began = time.perf_counter()
         return profile(self.task.model, batch, loss_fn=F.cross_entropy), time.perf_counter() - began
-
-    def _choose_metric(self, layer_profile: LayerProfile) -> tuple[Arm, list[dict]]:
-        """The metric whose top layers do best on the validation split, at the middle learning rate."""
-        middle = self.budget.scales[len(self.budget.scales) // 2]
-        count, scales = self.budget.chosen, self.budget.scales
-        tops = {metric: rank(layer_profile, by=metric).top(count) for metric in self.budget.metrics}
-        arms = [Arm(f"top {count} by {metric}", layers, scales) for metric, layers in tops.items()]
-        candidates = [self._train(arm, middle) for arm in arms]
-        best = min(candidates, key=lambda run: run.loss)
-        return best.arm, [report.describe_candidate(run) for run in candidates]
 
     def _random_arms(self, layer_profile: LayerProfile) -> list[Arm]:
         """Draws from the layers that the ranking chooses from: all but the head."""
@@ -167,19 +159,11 @@ class Demo:
             tried.append({"scale": scale, "loss": loss, "accuracy": accuracy})
             if not best or loss < sum(run.loss for run in best) / len(best):
                 best = runs
-        for arm in arms:  # let go of the weights of rates that were not chosen
-            for scale in arm.scales:
-                self.runs.pop((arm.name, scale))
         return best, tried
 
     def _train(self, arm: Arm, scale: float) -> Run:
-        """Train, unless the choice of the metric has already done this very run."""
-        if (arm.name, scale) not in self.runs:
-            self._say(arm.name)
-            self.runs[arm.name, scale] = train(
-                self.task, arm, scale, start=self.start, seed=self.seed, on_step=self._advance
-            )
-        return self.runs[arm.name, scale]
+        self._say(arm.name)
+        return train(self.task, arm, scale, start=self.start, seed=self.seed, on_step=self._advance)
 
     def _advance(self) -> None:
         self.progress.advance(self.bar)
@@ -195,6 +179,6 @@ class Demo:
     def _total_steps(self) -> int:
         """Training steps of all runs, for the progress bar."""
         budget, scales = self.budget, len(self.budget.scales)
-        runs = len(budget.metrics) + (scales - 1) + scales * budget.draws + len(budget.full_scales)
+        runs = scales * (1 + budget.draws) + len(budget.full_scales)
         runs += len(budget.head_scales) if self.task.head is not None else 0
         return runs * budget.steps

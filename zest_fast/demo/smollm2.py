@@ -26,7 +26,6 @@ BUDGET = Budget(
     scales=(1e-2, 3e-2),
     head_scales=(),
     full_scales=(1e-3, 3e-3),
-    metrics=("rgn",),
     draws=2,
     timing_rounds=3,
 )

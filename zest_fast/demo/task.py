@@ -24,7 +24,6 @@ class Budget:
     scales: tuple[float, ...]  # learning rates tried for the arms that train chosen layers (see arms.learning_rate)
     head_scales: tuple[float, ...]  # the same for head only, which wants larger ones
     full_scales: tuple[float, ...]  # the same for full fine-tuning, which wants smaller ones
-    metrics: tuple[str, ...]  # metrics whose top layers are tried on the validation split
     chosen: int = 5  # layers to fine-tune
     draws: int = 3  # random choices to compare with
     checks: int = 2  # points of each validation curve after its start

@@ -1,69 +1,258 @@
-"""Where backward ends: the first module of the forward pass whose parameters train."""
+"""The cut: a forward pass makes no graph before it uses a weight that trains, whatever asks for one.
+
+Freezing alone lets autograd skip everything below the lowest trained weight, until something makes an activation down
+there require a gradient (`enable_input_require_grads()` of transformers, an input of the user). Here modules without
+anything that trains run under `no_grad` while nothing trained has been used in the pass, so they save nothing and are
+not checkpointed; activations that require a gradient for their own sake are detached on the way. Once a module that
+owns a trained weight is entered, everything is plain autograd.
+
+That is decided in every pass from what requires a gradient now, not from a list made once: an adapter that is added
+below moves the cut. Where an input of a frozen module does depend on something that trains, the module runs as usual;
+a gradient is never lost to a wrong guess.
+"""
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
+from zest_fast.finetuning.dependence import tensors_in, trains
+from zest_fast.finetuning.first_backward import FirstBackward
+from zest_fast.finetuning.modules import modules_of, upwards
+from zest_fast.finetuning.recomputation import is_lost_in_recomputation, non_reentrant
 from zest_fast.profiling.profile import is_being_profiled
 
 
-class CutFinder:
-    """Knows the lowest of some modules: by registration at first, by the order of use after the first forward pass.
+class Cut:
+    """Keeps backward above the lowest weight that trains; `remove()` takes it off again.
 
-    Its hooks only note the order of the first forward pass of `model` and go away with it. A module that is never
-    called, because its parent uses its weight directly (nn.MultiheadAttention.out_proj), counts where the parent runs.
-    Warns where backward will not end there, because the input of the lowest module requires a gradient.
+    owner: the module whose weight is that: the first in registration until a forward pass has shown the order of use. A
+    module that is never called, because its parent uses its weight directly (nn.MultiheadAttention.out_proj), counts
+    where the parent runs.
+    skipped: the outermost modules that ran without a graph in that pass; empty before.
     """
 
-    def __init__(self, model: nn.Module, owners: Mapping[str, nn.Module]) -> None:
-        """owners: the modules that own a parameter that trains, by name, in the order of registration."""
-        self.owner = next(iter(owners))
-        self._owners = list(owners)
-        self._order: dict[str, int] = {}  # of first use
-        self._passes_on: set[str] = set()  # whose input requires a gradient
-        watched = dict.fromkeys(place for name in owners for place in _upwards(name) if place)
-        self._handles = [model.register_forward_pre_hook(self._begin), model.register_forward_hook(self._end)]
-        for name in watched:
-            self._handles.append(
-                model.get_submodule(name).register_forward_pre_hook(partial(self._note, name), with_kwargs=True)
-            )
+    def __init__(self, model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
+        """chosen: what has to train, by name; a pass in which one does not require a gradient is refused."""
+        self._model = model
+        self._chosen = dict(chosen)
+        self._first_backward = FirstBackward(chosen)
+        self._warned = self._running = self._below = False
+        self._holding: nn.Module | None = None  # the module that turned gradients off
+        self._handles: dict[str, list[RemovableHandle]] = {}
+        self._plan(_trained(model))
+        self._found = {name: model.__dict__[name] for name in _REPLACED if name in model.__dict__}
+        self._forward = _Forward(self, model.forward)
+        model.forward = self._forward
+        model._replicate_for_data_parallel = self._replicate  # type: ignore[method-assign]
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._unhook(list(self._handles))
+        self._first_backward.remove()
+        self._forward.cut = None  # whoever has wrapped it meanwhile keeps a plain forward
+        if self._model.__dict__.get("forward") is self._forward:
+            del self._model.forward
+        self._model.__dict__.pop("_replicate_for_data_parallel", None)
+        self._model.__dict__.update({name: self._found[name] for name in self._found if name not in vars(self._model)})
 
-    def _begin(self, module: nn.Module, inputs: Any) -> None:
-        self._order, self._passes_on = {"": 0}, set()  # afresh: an earlier forward pass may have raised
+    def run(self, forward: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """The forward pass of the model."""
+        if not self._applies():
+            return forward(*args, **keywords)
+        self._first_backward.check()
+        self._look_at_what_trains()
+        wanting = [tensor for tensor in tensors_in((args, keywords)) if tensor.requires_grad]
+        if any(tensor.grad_fn is not None or trains(tensor) for tensor in wanting):
+            self._warn_of_inputs_that_train()
+            return forward(*args, **keywords)
+        if wanting:
+            args, keywords = _detached((args, keywords))
+        if self._learning:  # an earlier pass may have raised
+            self._order, self._met = {"": 0}, {}
+        self._running = self._below = True
+        try:
+            with non_reentrant(self._model):
+                output = forward(*args, **keywords)
+        finally:
+            self._running = self._below = False
+            self._holding = None
+            torch.set_grad_enabled(True)  # as it was: hooks do not see a KeyboardInterrupt
+        self._learn()
+        return output
 
-    def _note(self, name: str, module: nn.Module, inputs: Any, keywords: dict[str, Any]) -> None:
-        self._order.setdefault(name, len(self._order))
-        if any(isinstance(x, torch.Tensor) and x.requires_grad for x in (*inputs, *keywords.values())):
-            self._passes_on.add(name)
+    def _applies(self) -> bool:
+        """Not to nested calls, to recomputation in backward, to functional transforms and to a profile."""
+        return (
+            torch.is_grad_enabled()
+            and not self._running
+            and not torch.compiler.is_compiling()
+            and torch._C._current_graph_task_id() == -1
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and not is_being_profiled(self._model)
+        )
 
-    def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if is_being_profiled(module):
-            return
-        self.owner = min(self._owners, key=self._position)  # the first in registration where they tie
-        self.remove()
-        if self.owner in self._passes_on:
+    def _look_at_what_trains(self) -> None:
+        frozen = [name for name, parameter in self._chosen.items() if not parameter.requires_grad]
+        if frozen:
+            raise RuntimeError(
+                f"{frozen[0]!r} was chosen to train and no longer requires a gradient: something froze it after "
+                "SelectiveBackward (peft's get_peft_model freezes all but its adapters: call it first); "
+                "call .remove() and wrap again, or set requires_grad"
+            )
+        trained = _trained(self._model)
+        if len(trained) != len(self._trained) or any(a is not b for a, b in zip(trained, self._trained, strict=True)):
+            self._plan(trained)
+        for name, module in self._frozen.items():  # the last word on outputs, also after hooks registered later
+            if len(module._forward_hooks) > 1 and name in self._handles:
+                module._forward_hooks.move_to_end(self._handles[name][1].id)
+
+    def _warn_of_inputs_that_train(self) -> None:
+        if not self._warned:
+            self._warned = True
             warnings.warn(
-                f"backward will run on below {self.owner!r}, where it should end, because the input of that module "
-                "requires a gradient; after gradient_checkpointing_enable(), call disable_input_require_grads()",
-                stacklevel=2,
+                f"an input of {type(self._model).__name__} was computed from something that trains, so backward runs "
+                "on through the whole model to it; detach the input if it should not",
+                stacklevel=4,
             )
 
+    # Hooks, planned for the parameters that train
+
+    def _plan(self, trained: list[nn.Parameter]) -> None:
+        """Hook the modules: those that hold one of the `trained` parameters, and those that hold none."""
+        self._unhook(list(self._handles))
+        self._trained = trained
+        ids = {id(parameter) for parameter in trained}
+        modules = dict(self._model.named_modules(remove_duplicate=False))
+        owners = [name for name, module in modules.items() if not ids.isdisjoint(map(id, module._parameters.values()))]
+        holders = {id(modules[place]) for name in owners for place in upwards(name)}
+        first = {id(module): name for name, module in reversed(modules.items())}  # of several names
+        self._owners = [name for name in owners if first[id(modules[name])] == name]
+        self.owner = next(iter(self._owners), "")
+        self._order: dict[str, int] = {}  # of first use
+        self._frozen: dict[str, nn.Module] = {}
+        self.skipped: tuple[str, ...] = ()
+        self._met: dict[str, None] = {}  # the outermost below the cut, and the holders of what trains on the way there
+        self._learning = True
+        for name in first.values():
+            if name and id(modules[name]) in holders:
+                self._hook_holder(name, modules[name])
+            elif name:
+                self._hook_frozen(name, modules[name])
+
+    def _hook_holder(self, name: str, module: nn.Module) -> None:
+        hook = partial(self._enter_holder, name, name in self._owners)
+        self._handles[name] = [module.register_forward_pre_hook(hook, with_kwargs=True)]
+
+    def _hook_frozen(self, name: str, module: nn.Module) -> None:
+        self._frozen[name] = module
+        self._handles[name] = [
+            module.register_forward_pre_hook(partial(self._enter_frozen, name), with_kwargs=True),
+            module.register_forward_hook(self._leave_frozen, always_call=True),
+        ]
+
+    def _unhook(self, names: list[str]) -> None:
+        for name in names:
+            for handle in self._handles.pop(name, ()):
+                handle.remove()
+
+    def _enter_holder(
+        self, name: str, is_owner: bool, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._running and self._learning:
+            self._order.setdefault(name, len(self._order))
+        if not self._below:
+            return None
+        self._met[name] = None
+        if is_owner and not torch.is_grad_enabled() and is_lost_in_recomputation():
+            raise RuntimeError(
+                f"{name!r} trains and runs inside reentrant checkpointing without an input that requires a gradient, "
+                "so it would get none: pass use_reentrant=False to torch.utils.checkpoint.checkpoint"
+            )
+        found = list(tensors_in((args, keywords)))
+        depends = any(trains(tensor) for tensor in found)
+        self._below = not (is_owner or depends)
+        if depends or not any(tensor.requires_grad for tensor in found):
+            return None
+        return _detached((args, keywords))
+
+    def _enter_frozen(self, name: str, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if not self._below or not torch.is_grad_enabled():
+            return
+        if any(trains(tensor) for tensor in tensors_in((args, keywords))):
+            self._below = False
+            return
+        self._holding = module
+        self._met[name] = None
+        torch.set_grad_enabled(False)
+
+    def _leave_frozen(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._holding is not module:
+            return None
+        self._holding = None
+        torch.set_grad_enabled(True)
+        # A view that was made without gradients may not be changed in place by something that has one.
+        if any(tensor.requires_grad or tensor._is_view() for tensor in tensors_in(output)):
+            return _detached(output)
+        return None
+
+    def _learn(self) -> None:
+        """After the first pass: the cut is known, and hooks that had nothing to do go away."""
+        if not self._learning:
+            return
+        self._learning = False
+        if self._owners:
+            self.owner = min(self._owners, key=self._position)  # the first in registration where they tie
+        self.skipped = tuple(name for name in self._met if name in self._frozen)
+        self._unhook([name for name in self._handles if name not in self._met])
+
     def _position(self, name: str) -> int:
-        return next(self._order[place] for place in _upwards(name) if place in self._order)
+        return next(self._order[place] for place in upwards(name) if place in self._order)
+
+    def _replicate(self) -> nn.Module:
+        """A copy for another device (nn.DataParallel): frozen alike, without the cut, which belongs to one thread."""
+        replica = type(self._model)._replicate_for_data_parallel(self._model)
+        for name in _REPLACED:
+            replica.__dict__.pop(name, None)
+        return replica
 
 
-def _upwards(name: str) -> list[str]:
-    """The name, those of its parents, and "" for the root."""
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)] + ([""] if name else [])
+_REPLACED = ("forward", "_replicate_for_data_parallel")
+
+
+class _Forward:
+    """Stands in for the forward of a model, with its signature; can be copied and pickled with the model.
+
+    A hook could not do: nothing calls it when a KeyboardInterrupt leaves the forward pass.
+    """
+
+    def __init__(self, cut: Cut, original: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        self.cut: Cut | None = cut
+        self._original = original
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        if self.cut is None:
+            return self._original(*args, **keywords)
+        return self.cut.run(self._original, args, keywords)
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    """What requires a gradient, in a fixed order."""
+    return [
+        parameter
+        for module in modules_of(model)
+        for parameter in module._parameters.values()
+        if parameter is not None and parameter.requires_grad
+    ]
+
+
+def _detached(values: Any) -> Any:
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, values)

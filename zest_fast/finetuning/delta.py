@@ -1,7 +1,8 @@
 """What fine-tuning changed, as one safetensors file that fits only the model it was made from.
 
 The tensors are the trained parameters (whole, not differences: loading is exact to the bit) and the buffers that
-changed, under their names in the model. The metadata tells which layers trained and holds a hash of everything frozen.
+changed, under their names in the model. The metadata tells which layers trained, how they were chosen and trained where
+the user says so, the dtypes of the model, and holds a hash of everything frozen.
 """
 
 from __future__ import annotations
@@ -11,32 +12,42 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from zest_fast.finetuning.base import plain_bytes
 from zest_fast.profiling.replacing import replacing
+from zest_fast.ranking.ranking import Ranking
 
 FORMAT = "zest_fast.delta"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class Delta:
-    """layers, head: what trained. base: hash of the frozen parameters, and of the buffers as they were found."""
+    """layers, head: what trained. base: hash of the frozen parameters, and of the buffers as they were found.
+
+    dtypes: of the parameters of the whole model. ranking, recipe: how the layers were chosen and trained, as plain
+    JSON; None where nobody said.
+    """
 
     layers: tuple[str, ...]
     head: tuple[str, ...]
     base: str
     parameters: Mapping[str, torch.Tensor]
     buffers: Mapping[str, torch.Tensor]
+    dtypes: tuple[str, ...] = ()
+    ranking: Any = None
+    recipe: Any = None
 
 
 def write_delta(path: str | os.PathLike[str], delta: Delta) -> Path:
-    """Write `delta` completely or not at all."""
+    """Write `delta` completely or not at all. Raises TypeError for a ranking or recipe that is no JSON."""
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -44,6 +55,9 @@ def write_delta(path: str | os.PathLike[str], delta: Delta) -> Path:
         "head": json.dumps(delta.head),
         "base": delta.base,
         "buffers": json.dumps(list(delta.buffers)),
+        "dtypes": json.dumps(delta.dtypes),
+        "ranking": _as_json("ranking", delta.ranking),
+        "recipe": _as_json("recipe", delta.recipe),
         "torch": torch.__version__,
         "zest_fast": _own_version(),
     }
@@ -58,25 +72,27 @@ def write_delta(path: str | os.PathLike[str], delta: Delta) -> Path:
 
 
 def read_delta(path: str | os.PathLike[str]) -> Delta:
-    """Read what `write_delta` wrote. Raises ValueError, naming the file, if torn, foreign or of a newer format."""
+    """Read what `write_delta` wrote. Raises ValueError, naming the file, if torn, foreign or of another format."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
             version = int(metadata["version"])
-            if version <= VERSION:
+            if version == VERSION:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
                 buffers = {name: tensors.pop(name) for name in json.loads(metadata["buffers"])}
-                layers, head = tuple(json.loads(metadata["layers"])), tuple(json.loads(metadata["head"]))
-                return Delta(layers, head, metadata["base"], tensors, buffers)
+                layers, head, dtypes = (tuple(json.loads(metadata[key])) for key in ("layers", "head", "dtypes"))
+                ranking, recipe = (json.loads(metadata[key]) for key in ("ranking", "recipe"))
+                return Delta(layers, head, metadata["base"], tensors, buffers, dtypes, ranking, recipe)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{os.fspath(path)!r} is no delta that can be read ({type(error).__name__}: {error}): torn, or written by "
             "something else; save it again, or name a file that SelectiveBackward.save wrote"
         ) from error
     raise ValueError(
-        f"{os.fspath(path)!r} has format version {version}, this zest_fast reads up to {VERSION}: upgrade zest_fast"
+        f"{os.fspath(path)!r} has format version {version}, this zest_fast reads version {VERSION}: "
+        + ("upgrade zest_fast" if version > VERSION else "save it again")
     )
 
 
@@ -90,8 +106,7 @@ def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
                 f"{name!r} is on the meta device (offloaded): a delta cannot vouch for its base; load it first"
             )
         if tensor.numel():
-            dense = tensor.detach().cpu().to_dense().resolve_conj().resolve_neg().contiguous()
-            state.update(dense.view(-1).view(torch.uint8).numpy().data)
+            state.update(plain_bytes(tensor))
     return state.hexdigest()
 
 
@@ -105,6 +120,20 @@ def check_tensors(kind: str, saved: Mapping[str, torch.Tensor], there: Mapping[s
             if ours != theirs:
                 ours, theirs = (list(x) if what == "shape" else x for x in (ours, theirs))
                 raise ValueError(f"{kind} {name!r} has {what} {theirs} in the delta and {ours} in the model")
+
+
+def _as_json(argument: str, value: Any) -> str:
+    if isinstance(value, Ranking):
+        scores = [None if score != score else score for score in value.scores.tolist()]  # JSON knows no NaN
+        value = {"by": value.by, "names": value.names, "scores": scores}
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{argument} must be plain data that JSON can hold, a dataclass of such or (as ranking) a Ranking: {error}"
+        ) from error
 
 
 def _own_version() -> str:

@@ -36,3 +36,10 @@ def keep_frozen_norms_in_eval(model: nn.Module) -> list[RemovableHandle]:
             handles.append(module.register_forward_pre_hook(hooks.enter, prepend=True))
             handles.append(module.register_forward_hook(hooks.leave, always_call=True))  # also when forward raises
     return handles
+
+
+def is_kept_in_eval(module: nn.Module) -> bool:
+    """Whether `keep_frozen_norms_in_eval` has hooked this module, whose forward then always runs in eval mode."""
+    return any(
+        isinstance(getattr(hook, "__self__", None), _EvalForOneCall) for hook in module._forward_pre_hooks.values()
+    )

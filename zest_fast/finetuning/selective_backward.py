@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -12,13 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from zest_fast.finetuning.cut import CutFinder
-from zest_fast.finetuning.delta import Delta, check_tensors, hash_tensors, read_delta, write_delta
+from zest_fast.finetuning.base import Base, digests, saved_buffers
+from zest_fast.finetuning.cut import Cut
+from zest_fast.finetuning.delta import Delta, check_tensors, read_delta, write_delta
 from zest_fast.finetuning.frozen_norms import keep_frozen_norms_in_eval
+from zest_fast.finetuning.lean import apply_lean
+from zest_fast.finetuning.optimizer_check import check_optimizer
+from zest_fast.finetuning.recomputation import AboveCut
+from zest_fast.finetuning.run_state import Stateful, read_run, restore, set_random_state, write_run
 from zest_fast.finetuning.summary import Summary
 from zest_fast.finetuning.trainable_layers import Part, chosen_layers, head_layers
-
-_wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every module of every wrapped model
+from zest_fast.finetuning.verification import verify
+from zest_fast.finetuning.wrapped_models import mark_wrapped, refuse_wrapped, unmark_wrapped
 
 
 class SelectiveBackward:
@@ -27,19 +31,30 @@ class SelectiveBackward:
     Use the model as before; give `.parameters()` to the optimizer. `.remove()`, or the end of a `with` block, gives the
     model back as found, with its tuned weights.
 
-    model: any nn.Module that is not wrapped yet; torch.compile and DistributedDataParallel come afterwards.
+    model: any nn.Module that is not wrapped yet; torch.compile, DistributedDataParallel and accelerate come afterwards,
+        peft before (its get_peft_model freezes what it finds).
     layers: names as in a profile, such as `ranking.top(5)`.
     head: "auto" = the last layer of a classifier, nothing for a language model (ValueError where that cannot be told);
         a name or names of modules, each with all its parameters; None.
-    lean: no effect yet. checkpoint, frozen: not built yet, NotImplementedError.
+    checkpoint: "above-cut" = blocks recompute their activations in backward; None = as the model does.
+    lean: frozen modules above the cut keep only what the gradient of their input needs, where that is exact (see
+        lean.py); `.summary()` names those that stay plain. False = as torch keeps them.
+    frozen: not built yet, NotImplementedError.
 
-    While wrapped, batch norm whose parameters are frozen runs in eval mode, also after `model.train()`. The `.grad` of
-    what is frozen is neither read nor cleared. Choosing a layer that shares its weight with an embedding makes backward
-    run down to the embedding. So does `gradient_checkpointing_enable()` of transformers, which makes the embedding's
-    output require a gradient, until `disable_input_require_grads()`: the first forward pass warns of it.
+    While wrapped, a forward pass makes no graph below the lowest weight that trains (see cut.py): not with gradient
+    checkpointing of transformers, which leaves the blocks down there alone, nor with inputs that require a gradient,
+    which are detached. Whatever else is made to train (an adapter) moves the cut. Choosing a layer that shares its
+    weight with an embedding makes backward run down to the embedding. Batch norm whose parameters are frozen runs in
+    eval mode, also after `model.train()`. The `.grad` of what is frozen is neither read nor cleared.
+
+    Compiled code (torch.compile of the wrapped model, without graph breaks) has the cut that freezing gives: it holds
+    as long as nothing below requires a gradient, so leave `enable_input_require_grads()` off there.
+
+    Every tensor is hashed once, for `.verify()` and `.save()`: a second for each GB and core.
 
     Raises ValueError for a layer that does not exist or cannot train, RuntimeError for a model that is wrapped,
-    compiled or in DistributedDataParallel already; the model is then untouched.
+    compiled or in DistributedDataParallel already; the model is then untouched. A layer that the first backward pass
+    does not reach is named in a warning, one that something freezes later in a RuntimeError.
     """
 
     def __init__(
@@ -48,12 +63,15 @@ class SelectiveBackward:
         layers: Iterable[str],
         *,
         head: str | Iterable[str] | None = "auto",
-        checkpoint: object = None,
+        checkpoint: str | None = None,
         lean: bool = True,
         frozen: object = None,
     ) -> None:
-        _refuse_what_is_not_built(checkpoint=checkpoint, frozen=frozen)
-        _refuse_wrapped(model)
+        if frozen is not None:
+            raise NotImplementedError(f"frozen={frozen!r}: frozen is not built yet; leave it None")
+        if checkpoint not in (None, "above-cut"):
+            raise ValueError(f"checkpoint must be None or 'above-cut', not {checkpoint!r}")
+        refuse_wrapped(model)
         self._layers = chosen_layers(model, layers)
         self._head = head_layers(model, head)
         if not self._layers and not self._head:
@@ -62,41 +80,45 @@ class SelectiveBackward:
         chosen = {id(parameter) for part in (*self._layers, *self._head) for parameter in part.parameters}
         self.trainable_names = tuple(name for name, parameter in model.named_parameters() if id(parameter) in chosen)
         self._found = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self._buffers = {name: buffer.detach().clone() for name, buffer in _saved_buffers(model).items()}
+        self._base = Base(model)
         self._removed = False
         self._handles: list[Any] = []  # whatever has .remove()
         try:
-            self._freeze(chosen)
+            self._freeze(chosen, checkpoint, lean)
         except BaseException:
             self.remove()
             raise
 
-    def _freeze(self, chosen: set[int]) -> None:
+    def _freeze(self, chosen: set[int], checkpoint: str | None, lean: bool) -> None:
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
         self._handles += keep_frozen_norms_in_eval(self.model)
-        owners = {
-            name: module
-            for name, module in self.model.named_modules()
-            if any(id(parameter) in chosen for parameter in module.parameters(recurse=False))
-        }
-        self._cut = CutFinder(self.model, owners)
+        self._lean = apply_lean(self.model) if lean else None
+        if self._lean is not None:
+            self._handles.append(self._lean)
+        if checkpoint is not None:
+            self._handles.append(AboveCut(self.model))
+        self._cut = Cut(self.model, self._chosen())
         self._handles.append(self._cut)
-        _wrapped.update(self.model.modules())
+        mark_wrapped(self.model)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What trains, for the optimizer: each parameter once, in the order of `trainable_names`."""
-        parameters = dict(self.model.named_parameters())
-        return (parameters[name] for name in self.trainable_names)
+        return iter(self._chosen().values())
 
     @property
     def cut(self) -> str:
         """The lowest layer that trains: by registration before the first forward pass, then by the order of use."""
         return self._cut_and_tie()[0]
 
-    def summary(self) -> Summary:
-        """What trains and where backward ends; print it."""
+    def summary(self, optimizer: torch.optim.Optimizer | None = None) -> Summary:
+        """What trains, where backward ends and what it skips; print it.
+
+        optimizer: is checked: ValueError when it lacks something that trains, or holds something frozen because it was
+        built before the model was wrapped.
+        """
         cut, tied = self._cut_and_tie()
+        skipped = {id(p): p for name in self._cut.skipped for p in self.model.get_submodule(name).parameters()}
         return Summary(
             trainable_parameters=sum(parameter.numel() for parameter in self.parameters()),
             total_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
@@ -104,53 +126,85 @@ class SelectiveBackward:
             head=_names(self._head),
             cut=cut,
             tied=tied,
+            skipped_parameters=sum(parameter.numel() for parameter in skipped.values()),
+            lean=str(self._lean) if self._lean is not None else "",
+            foreign=0 if optimizer is None else check_optimizer(optimizer, self._chosen(), self.model),
         )
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def verify(self) -> None:
+        """After training: raise RuntimeError, naming each, unless every chosen weight moved and is finite, and every
+        frozen parameter and buffer is bit for bit as it was when wrapped. Takes a second for each GB and core.
+        """
+        verify(self.model, self._base, self._chosen())
+
+    def save(self, path: str | os.PathLike[str], *, ranking: Any = None, recipe: Any = None) -> Path:
         """Write the trained parameters and the buffers that changed as a safetensors delta; returns the path.
 
-        Hashing the frozen parameters takes about a second for each GB. An existing file is replaced at once or kept.
+        An existing file is replaced at once or kept, also where the disk is full.
+        ranking, recipe: how the layers were chosen and trained, for the record: a Ranking, a dataclass or plain data.
         """
-        buffers = {
-            name: buffer
-            for name, buffer in _saved_buffers(self.model).items()
-            if name not in self._buffers or _differ(self._buffers[name], buffer)
-        }
-        parameters = dict(zip(self.trainable_names, self.parameters(), strict=True))
-        return write_delta(path, Delta(_names(self._layers), _names(self._head), self._base(), parameters, buffers))
+        return write_delta(path, self._delta(ranking, recipe))
 
     def load(self, path: str | os.PathLike[str]) -> SelectiveBackward:
         """Put a saved delta into the model, exact to the bit; returns itself.
 
         Raises ValueError, with the model untouched, when the file is torn or foreign, when other layers trained, or
-        when the frozen parameters differ from those that the delta was made on.
+        when the frozen parameters were others than those that the delta was made on.
         """
         delta = read_delta(path)
-        parameters = dict(zip(self.trainable_names, self.parameters(), strict=True))
-        buffers = _saved_buffers(self.model)
+        self._check(path, delta)
+        self._put(delta)
+        return self
+
+    def save_run(
+        self,
+        path: str | os.PathLike[str],
+        optimizer: torch.optim.Optimizer,
+        scheduler: Stateful | None = None,
+        *,
+        progress: Any = None,
+        **others: Stateful,
+    ) -> Path:
+        """Write all that `resume` needs to go on as if the run had not stopped; returns the path.
+
+        That is the trained parameters, changed buffers, the states of optimizer, scheduler and `others` (a GradScaler,
+        a sampler: what has a state_dict), and of the random generators of torch, NumPy and Python. Not the place in the
+        data: say in `progress` (plain data) where you are. An existing file is replaced at once or kept.
+        """
+        return write_run(path, self._delta(), _stateful(optimizer, scheduler, others), progress)
+
+    def resume(
+        self,
+        path: str | os.PathLike[str],
+        optimizer: torch.optim.Optimizer,
+        scheduler: Stateful | None = None,
+        **others: Stateful,
+    ) -> Any:
+        """Put back what `save_run` wrote, exact to the bit, into this model and these objects; returns `progress`.
+
+        Raises ValueError, with everything as it was, when the file is torn or foreign, or fits neither this model,
+        these layers nor these objects.
+        """
+        delta, rest = read_run(path)
+        self._check(path, delta)
         try:
-            self._check(delta, parameters, buffers)
+            restore(_stateful(optimizer, scheduler, others), rest["states"])
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)!r} does not fit: {error}") from error
-        with torch.no_grad():
-            for name, tensor in delta.parameters.items():
-                parameters[name].copy_(tensor)
-            for name, buffer in buffers.items():  # those that had not changed are as they were when wrapped
-                wanted = delta.buffers.get(name, self._buffers.get(name, buffer))
-                if _differ(wanted, buffer):
-                    buffer.copy_(wanted)
-        return self
+        self._put(delta)
+        set_random_state(rest["random"])
+        return rest["progress"]
 
     def remove(self) -> None:
         """Give the model back: `requires_grad` as found, no hooks, tuned weights. A second call does nothing."""
         if self._removed:
             return
         self._removed = True
-        for handle in self._handles:
+        for handle in reversed(self._handles):
             handle.remove()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._found.get(name, parameter.requires_grad))
-        _wrapped.difference_update(self.model.modules())
+        unmark_wrapped(self.model)
 
     def __enter__(self) -> SelectiveBackward:
         return self
@@ -164,28 +218,59 @@ class SelectiveBackward:
         state = "removed; while wrapped: " if self._removed else ""
         return f"SelectiveBackward({type(self.model).__name__}): {state}{self.summary()}"
 
-    def _base(self) -> str:
-        trainable = set(self.trainable_names)
-        frozen = [(name, tensor) for name, tensor in self.model.named_parameters() if name not in trainable]
-        return hash_tensors([*frozen, *self._buffers.items()])
+    def _chosen(self) -> dict[str, nn.Parameter]:
+        """By name, so that parameters that were replaced since (`load_state_dict(assign=True)`) are the new ones."""
+        there = dict(self.model.named_parameters())
+        gone = next((name for name in self.trainable_names if name not in there), None)
+        if gone is not None:
+            raise RuntimeError(f"the model has no {gone!r} any more: its module was replaced after wrapping")
+        return {name: there[name] for name in self.trainable_names}
 
-    def _check(self, delta: Delta, parameters: dict[str, nn.Parameter], buffers: dict[str, torch.Tensor]) -> None:
+    def _delta(self, ranking: Any = None, recipe: Any = None) -> Delta:
+        buffers = saved_buffers(self.model)
+        changed = {name for name, now in digests(buffers).items() if now != self._base.digests.get(name)}
+        return Delta(
+            layers=_names(self._layers),
+            head=_names(self._head),
+            base=self._base.hash(without=self.trainable_names),
+            parameters=self._chosen(),
+            buffers={name: buffer for name, buffer in buffers.items() if name in changed},
+            dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in self.model.parameters()})),
+            ranking=ranking,
+            recipe=recipe,
+        )
+
+    def _check(self, path: str | os.PathLike[str], delta: Delta) -> None:
+        try:
+            self._check_fit(delta)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)!r} does not fit: {error}") from error
+
+    def _check_fit(self, delta: Delta) -> None:
         for argument, saved, ours in (("layers", delta.layers, self._layers), ("head", delta.head, self._head)):
             if set(saved) != set(_names(ours)):
                 raise ValueError(
                     f"it was saved with {argument}={list(saved)}, this model is wrapped with {list(_names(ours))}; "
                     f"wrap it with the same {argument}"
                 )
+        parameters = self._chosen()
         missing = sorted(set(parameters) - set(delta.parameters))
         if missing:
             raise ValueError(f"it lacks the parameter {missing[0]!r}")
         check_tensors("parameter", delta.parameters, parameters)
-        check_tensors("buffer", delta.buffers, buffers)
-        if delta.base != self._base():
+        check_tensors("buffer", delta.buffers, saved_buffers(self.model))
+        if delta.base != self._base.hash(without=self.trainable_names):
             raise ValueError(
                 "the frozen parameters or buffers of this model differ from those it was trained on: "
                 "load the same base weights in the same dtype first"
             )
+
+    @torch.no_grad()
+    def _put(self, delta: Delta) -> None:
+        for name, parameter in self._chosen().items():
+            parameter.copy_(delta.parameters[name])
+        for name, buffer in saved_buffers(self.model).items():  # one that had not changed is as it was when wrapped
+            buffer.copy_(delta.buffers.get(name, self._base.buffers.get(name, buffer)))
 
     def _cut_and_tie(self) -> tuple[str, str]:
         """The name of the cut, and of the layer that it is tied to where it was not itself chosen."""
@@ -195,48 +280,15 @@ class SelectiveBackward:
             if owner in part.owners:
                 return part.name, ""
         own = {id(parameter) for parameter in self.model.get_submodule(owner).parameters(recurse=False)}
-        return owner, next(part.name for part in parts if any(id(parameter) in own for parameter in part.parameters))
+        tied = (part.name for part in parts if any(id(parameter) in own for parameter in part.parameters))
+        return owner, next(tied, "")  # neither chosen nor tied: something that was made to train later, an adapter
 
 
 def _names(parts: tuple[Part, ...]) -> tuple[str, ...]:
     return tuple(part.name for part in parts)
 
 
-def _differ(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return hash_tensors([("", a)]) != hash_tensors([("", b)])
-
-
-def _saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Buffers that belong to the state of the model; the others (such as rotary tables) are computed anew."""
-    computed = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        for name in module._non_persistent_buffers_set
-    }
-    return {name: buffer for name, buffer in model.named_buffers() if name not in computed and not buffer.is_meta}
-
-
-def _refuse_what_is_not_built(**arguments: object) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            raise NotImplementedError(f"{name}={value!r}: {name} is not built yet; leave it None")
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        kind = type(model).__name__
-        raise RuntimeError(
-            f"the model is in a {kind}, which counts on its gradients: wrap model.module, then build {kind}"
-        )
-    for module in model.modules():
-        if module in _wrapped:
-            raise RuntimeError(
-                f"{type(module).__name__} is wrapped by a SelectiveBackward already: call its .remove() "
-                "(or leave its with block) before wrapping again"
-            )
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            raise RuntimeError(
-                "the model is compiled, and compiled code misses new hooks: wrap it first, then compile it"
-            )
+def _stateful(
+    optimizer: torch.optim.Optimizer, scheduler: Stateful | None, others: dict[str, Stateful]
+) -> dict[str, Stateful]:
+    return {"optimizer": optimizer, **({} if scheduler is None else {"scheduler": scheduler}), **others}

@@ -10,7 +10,9 @@ class Summary:
     """Counts of parameters (each once, however many modules share it), what trains, and where backward ends.
 
     cut: the lowest layer that trains. tied: the chosen layer or head whose weight the cut shares; "" if the cut itself
-    was chosen.
+    was chosen. lean: what keeps less for the backward pass, and what stays plain and why; "" without lean saving.
+    skipped_parameters: of the modules that ran without a graph in the first forward pass; 0 before.
+    foreign: parameters of something else in the optimizer that was checked.
     """
 
     trainable_parameters: int
@@ -19,6 +21,9 @@ class Summary:
     head: tuple[str, ...]
     cut: str
     tied: str = ""
+    lean: str = ""
+    skipped_parameters: int = 0
+    foreign: int = 0
 
     @property
     def share(self) -> float:
@@ -33,4 +38,10 @@ class Summary:
             "  head      " + ", ".join(self.head or ["none"]),
             f"  backward  ends at {self.cut}{because}",
         ]
+        lines += [f"  {line}" for line in self.lean.splitlines()]
+        if self.skipped_parameters:
+            share = self.skipped_parameters / self.total_parameters
+            lines.append(f"  skipped   {self.skipped_parameters:,} parameters below ({share:.2%}) ran without a graph")
+        if self.foreign:
+            lines.append(f"  optimizer also holds {self.foreign:,} parameters that are not of this model")
         return "\n".join(lines)

@@ -1,0 +1,289 @@
+"""Accuracy, time and memory of fine-tuning a few layers, on real data: Table 3 and Figure 3 of the paper, and more.
+
+python -m bench.finetune                                       # every pair; run it again and it goes on
+python -m bench.finetune --pairs minilm/trec --threads 1
+python -m bench.finetune --collect                             # finetune.json from what is there
+
+Protocol. Every arm of a pair starts from the same weights (the head fitted on its own split), takes the same number of
+steps on the same batches of the split "train" (AdamW, linear decay, no weight decay) and runs in eval mode. The rate is
+the one of RATES with the least loss on the split "score" after the first seed; the head's rate is the same in every arm
+but "head only", which has it from RATES too. Then every seed is trained at that rate, and the split "test" is looked at
+once for each. ZEST ranks the profile of one batch of the seed's training samples with a Ranker that was
+fitted without that family of data sets. "contribution" ranks by the records of the sweep, which are losses on "score":
+what a ranking could reach at best. Random layers are drawn twice for each seed. Seconds and peak bytes of a step are
+relative to full fine-tuning in the same rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import torch
+from torch import Tensor, nn
+
+from bench.data import DATASETS, load_pair
+from bench.finetune_arms import NAMES, Arm, Orders, Trained, arms
+from bench.measure import (
+    RESULTS,
+    describe_machine,
+    describe_versions,
+    interleave,
+    median,
+    peak_bytes,
+    ratio,
+    write_result,
+)
+from bench.ranking_baselines import Spectrum
+from bench.spectra import load_spectra
+from zest_fast.profiling.loss import call_model
+from zest_fast.profiling.profile import profile
+from zest_fast.profiling.replacing import replacing
+from zest_fast.ranking.ranker import Ranker
+from zest_fast.ranking.ranking import rank
+from zest_fast.sweeping.head import choose_strength, classifier_of, features_of, fit_head
+from zest_fast.sweeping.inputs import batches, logits_of, rows_of
+from zest_fast.sweeping.tables import load_records, sweeps_of
+
+PAIRS = (
+    "efficientnet-lite0/mnist",
+    "minilm/trec",
+    "mobilenet-v2/fashion",
+    "smollm2/trec",
+    "efficientnet-lite0/animals",
+    "minilm/movie-sentiment",
+    "mobilenet-v2/animals",
+    "efficientnet-lite0/fashion",
+    "minilm/amazon-sentiment",
+    "smollm2/sms-spam",
+)
+SEEDS = (0, 1, 2)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+STEPS = 64
+CURVE = (0, 8, 16, 32, 64)
+CURVE_SAMPLES = 400
+PROFILED = 64
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
+FOLDER = RESULTS / "finetune"
+_IMAGES = {"batch_size": 32, "head_rate": 5e-4}
+_TEXTS = {"batch_size": 16, "head_rate": 5e-3}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", nargs="+", default=list(PAIRS), metavar="MODEL/DATASET")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="one file for each pair, written after every run")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--collect", action="store_true", help="only write finetune.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if not arguments.collect:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        for pair in arguments.pairs:
+            Pair(pair, arguments.folder).run()
+    print(collect(arguments.folder))
+
+
+def collect(folder: Path, out: Path | None = None) -> Path:
+    """finetune.json from the files of the pairs that are finished."""
+    documents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    results = [{key: d[key] for key in ("pair", "tests", "arms")} for d in documents if d["finished"]]
+    settings = {"rates": RATES, "steps": STEPS, "seeds": SEEDS, "images": _IMAGES, "texts": _TEXTS}
+    return write_result("finetune", settings, results, out)
+
+
+class Pair:
+    """The runs of one model on one data set; what is done is in the file, and is not done again."""
+
+    def __init__(self, pair: str, folder: Path) -> None:
+        self.name = pair
+        self.path = folder / f"{pair.replace('/', '--')}.json"
+        self.model_name, _, self.dataset = pair.partition("/")
+        self.document: dict[str, Any] = {"pair": pair, "finished": False, "runs": {}}
+        if self.path.exists():
+            self.document = json.loads(self.path.read_text())
+
+    def run(self) -> None:
+        """Everything that is left to do."""
+        if self.document["finished"]:
+            return
+        self.model, self.splits = load_pair(self.model_name, self.dataset)
+        self.settings = _TEXTS if isinstance(self.splits["train"][0], Mapping) else _IMAGES
+        self.head, _ = classifier_of(self.model)
+        self._fit_head()
+        orders = {seed: self._orders(seed) for seed in SEEDS}
+        for name in NAMES:
+            self._arm(name, orders)
+            print(f"{self.name}: {name} {self._mean_accuracy(name):.3f}", flush=True)
+        self.document["arms"] = {name: self._summary(name, orders) for name in NAMES}
+        self.document["tests"] = len(self.splits["test"][1])
+        self._write(finished=True)
+
+    # What every arm starts from
+
+    def _fit_head(self) -> None:
+        head = self.model.get_submodule(self.head)
+        inputs, targets = self.splits["head"]
+        features = features_of(self.model, head, inputs)
+        strength = choose_strength(features, targets, head.out_features, STRENGTHS)
+        weight, bias = fit_head(features, targets, head.out_features, strength)
+        with torch.no_grad():
+            head.weight.copy_(weight)
+            head.bias.copy_(bias)
+
+    def _orders(self, seed: int) -> Orders:
+        inputs, targets = self.splits["train"]
+        rows = self._order(seed)[:PROFILED]
+        table = profile(self.model, (rows_of(inputs, rows), targets[rows]))
+        by = {"ZEST": rank(table, by=self._ranker), "RGN": rank(table, by="rgn")}
+        orders = {name: ranking.top(len(table) - 1) for name, ranking in by.items()}
+        body = [name for name in table.names if not table.info[name]["head"]]
+        orders["Spectrum"] = self._by_spectrum(body)
+        orders["contribution"] = self._contributions()
+        return Orders(orders, tuple(sorted(body, key=lambda name: table.info[name]["depth"])))
+
+    @property
+    def _ranker(self) -> Ranker:
+        if not hasattr(self, "_fitted"):
+            records = load_records()
+            others = records[records.family != DATASETS[self.dataset].family]
+            self._fitted = Ranker().fit(others, sweeps=sweeps_of())
+        return self._fitted
+
+    def _by_spectrum(self, body: list[str]) -> tuple[str, ...]:
+        layers = pandas.DataFrame({"model": self.model_name, "layer": body})
+        scores = Spectrum(load_spectra([self.model_name])).predict(layers)
+        return tuple(layers.layer[np.argsort(-scores, kind="stable")])
+
+    def _contributions(self) -> tuple[str, ...]:
+        records = load_records()
+        own = records[(records.model == self.model_name) & (records.dataset == self.dataset)]
+        return tuple(own.groupby("layer").loss.mean().sort_values().index)
+
+    # Runs
+
+    def _arm(self, name: str, orders: Mapping[int, Orders]) -> None:
+        """The rate by the first seed, then every seed at that rate, tested once."""
+        first = arms(name, orders[SEEDS[0]], self.model, SEEDS[0])
+        losses = {rate: statistics.mean(self._train(arm, SEEDS[0], rate)["loss"] for arm in first) for rate in RATES}
+        rate = min(losses, key=losses.__getitem__)
+        for seed in SEEDS:
+            for arm in arms(name, orders[seed], self.model, seed):
+                self._train(arm, seed, rate, test=True)
+
+    def _train(self, arm: Arm, seed: int, rate: float, *, test: bool = False) -> dict[str, Any]:
+        key = f"{arm.name} | seed {seed} | rate {rate:g}" + (" | test" if test else "")
+        if key not in self.document["runs"]:
+            self.document["runs"][key] = self._trained(arm, seed, rate, test)
+            self._write()
+        return self.document["runs"][key]
+
+    def _trained(self, arm: Arm, seed: int, rate: float, test: bool) -> dict[str, Any]:
+        trained = Trained(self.model, self.head, arm)
+        step = self._steps(trained, arm, rate)
+        curve = []
+        for number, rows in enumerate(self._batches(seed)):
+            if number in CURVE:
+                curve.append([number, *self._evaluate(trained.model, "score", CURVE_SAMPLES)])
+            step(rows, 1 - number / STEPS)
+        curve.append([STEPS, *self._evaluate(trained.model, "score", CURVE_SAMPLES)])
+        loss, accuracy = self._evaluate(trained.model, "score")
+        run = {"arm": arm.name, "layers": arm.layers, "seed": seed, "rate": rate, "loss": loss, "accuracy": accuracy}
+        run |= {"trained": sum(p.numel() for p in trained.parameters.values()), "curve": curve}
+        if test:
+            run["test_loss"], run["test_accuracy"] = self._evaluate(trained.model, "test")
+        return run
+
+    def _steps(self, trained: Trained, arm: Arm, rate: float) -> Callable[[Tensor, float], None]:
+        """A function that takes one step on the training samples with these numbers, at a share of the rates."""
+        head_rate = rate if arm.name == "head only" else self.settings["head_rate"]
+        rates = [head_rate if name in trained.head_names else rate for name in trained.parameters]
+        groups = [{"params": [p], "lr": r} for p, r in zip(trained.parameters.values(), rates, strict=True)]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        inputs, targets = self.splits["train"]
+
+        def step(rows: Tensor, scale: float) -> None:
+            for group, full in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = full * scale
+            logits = logits_of(call_model(trained.model, rows_of(inputs, rows)))
+            nn.functional.cross_entropy(logits, targets[rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def _order(self, seed: int) -> Tensor:
+        return torch.randperm(len(self.splits["train"][1]), generator=torch.Generator().manual_seed(seed))
+
+    def _batches(self, seed: int) -> Iterator[Tensor]:
+        size, order = int(self.settings["batch_size"]), self._order(seed)
+        whole = order.repeat(-(-STEPS * size // len(order)))
+        return iter(whole[: STEPS * size].split(size))
+
+    @torch.no_grad()
+    def _evaluate(self, model: nn.Module, split: str, samples: int | None = None) -> tuple[float, float]:
+        """Mean loss and accuracy."""
+        inputs, targets = self.splits[split]
+        targets = targets[:samples]
+        loss, correct = 0.0, 0
+        for rows in batches(len(targets), 64):
+            logits = logits_of(call_model(model, rows_of(inputs, rows))).double()
+            loss += float(nn.functional.cross_entropy(logits, targets[rows], reduction="sum"))
+            correct += int((logits.argmax(1) == targets[rows]).sum())
+        return loss / len(targets), correct / len(targets)
+
+    # Results
+
+    def _summary(self, name: str, orders: Mapping[int, Orders]) -> dict[str, Any]:
+        runs = self._tested(name)
+        first = arms(name, orders[SEEDS[0]], self.model, SEEDS[0])[0]
+        return {
+            "test_accuracy": [run["test_accuracy"] for run in runs],
+            "test_loss": [run["test_loss"] for run in runs],
+            "rate": runs[0]["rate"],
+            "trained": statistics.mean(run["trained"] for run in runs),
+            "curve": [[statistics.mean(values) for values in zip(*points, strict=True)]
+                      for points in zip(*(run["curve"] for run in runs), strict=True)],
+            **self._cost(first, Arm("full", None)),
+        }  # fmt: skip
+
+    def _tested(self, name: str) -> list[dict[str, Any]]:
+        runs = self.document["runs"].values()
+        return [run for run in runs if run["arm"].split(" draw ")[0] == name and "test_accuracy" in run]
+
+    def _mean_accuracy(self, name: str) -> float:
+        return statistics.mean(run["test_accuracy"] for run in self._tested(name))
+
+    def _cost(self, arm: Arm, full: Arm) -> dict[str, Any]:
+        """Seconds and peak bytes (beyond model and batch) of a step, and of full fine-tuning in the same rounds."""
+        rows = next(self._batches(SEEDS[0]))
+        steps = {
+            which: partial(self._steps(Trained(self.model, self.head, a), a, RATES[0]), rows, 1.0)
+            for which, a in (("arm", arm), ("full", full))
+        }
+        seconds = interleave(steps, rounds=7)
+        peaks = {which: peak_bytes(step) for which, step in steps.items()}
+        return {
+            "seconds": median(seconds["arm"]).as_dict(),
+            "to_full": ratio(seconds, "arm", "full").as_dict(),
+            "peak_bytes": peaks["arm"],
+            "peak_bytes_full": peaks["full"],
+        }
+
+    def _write(self, *, finished: bool = False) -> None:
+        self.document |= {"finished": finished, "machine": describe_machine(), "versions": describe_versions()}
+        with replacing(self.path) as temporary:
+            temporary.write_text(json.dumps(self.document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

@@ -1,0 +1,125 @@
+"""What the arms of bench.finetune train: which layers each takes, whole or through LoRA."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from zest_fast.finetuning.selective_backward import SelectiveBackward
+
+RANK = 8  # of LoRA, as in the paper
+
+
+@dataclass(frozen=True)
+class Arm:
+    """layers: beside the head; none = the head alone, None = every parameter. lora: the rank of adapters there."""
+
+    name: str
+    layers: tuple[str, ...] | None
+    lora: int = 0
+
+
+@dataclass(frozen=True)
+class Orders:
+    """Layers, best first, by what ranks them; the head is in none of them. Only "contribution" has seen scores."""
+
+    by: Mapping[str, tuple[str, ...]]
+    used: tuple[str, ...]
+    """In the order of the forward pass."""
+
+
+CHOOSERS: dict[str, Callable[[Orders, int, int], tuple[str, ...]]] = {
+    "ZEST": lambda orders, count, seed: orders.by["ZEST"][:count],
+    "contribution": lambda orders, count, seed: orders.by["contribution"][:count],
+    "RGN": lambda orders, count, seed: orders.by["RGN"][:count],
+    "Spectrum": lambda orders, count, seed: orders.by["Spectrum"][:count],
+    "last": lambda orders, count, seed: orders.used[-count:],
+    "random": lambda orders, count, seed: tuple(random.Random(seed).sample(sorted(orders.used), count)),
+}
+
+NAMES = (
+    "head only",
+    "full",
+    *(f"{chooser}@{count}" for chooser in ("contribution", "ZEST") for count in (3, 5, 10)),
+    *(f"{chooser}@5" for chooser in ("random", "RGN", "Spectrum", "last")),
+    f"LoRA r{RANK}",
+    *(f"LoRA+ZEST@{count}" for count in (3, 5, 10)),
+)
+DRAWS = 2
+"""Of random layers for each seed."""
+
+
+def arms(name: str, orders: Orders, model: nn.Module, seed: int) -> list[Arm]:
+    """The arm of this name for this seed; of random layers, one for each draw.
+
+    LoRA adapts linear layers and dense convolutions that PEFT can build another one of.
+    """
+    if name == "head only":
+        return [Arm(name, ())]
+    if name == "full":
+        return [Arm(name, None)]
+    if name == f"LoRA r{RANK}":
+        return [Arm(name, _adapted(model, orders.used), lora=RANK)]
+    chooser, _, count = name.removeprefix("LoRA+").partition("@")
+    if chooser == "random":
+        draws = [CHOOSERS["random"](orders, int(count), 1000 * seed + draw) for draw in range(DRAWS)]
+        return [Arm(f"{name} draw {draw}", layers) for draw, layers in enumerate(draws)]
+    if name.startswith("LoRA+"):
+        # The best that can be adapted: LoRA has no depthwise convolutions to offer.
+        can = set(_adapted(model, orders.used))
+        ranked = tuple(layer for layer in orders.by[chooser] if layer in can)
+        return [Arm(name, ranked[: int(count)], lora=RANK)]
+    return [Arm(name, CHOOSERS[chooser](orders, int(count), seed))]
+
+
+def _adapted(model: nn.Module, layers: tuple[str, ...]) -> tuple[str, ...]:
+    modules = dict(model.named_modules())
+    return tuple(layer for layer in layers if _can_adapt(modules[layer]))
+
+
+def _can_adapt(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):  # PEFT: the rank must be a multiple of the groups
+        return RANK % module.groups == 0 and (type(module) is nn.Conv2d or _is_plain(module))
+    return type(module) is nn.Linear
+
+
+def _is_plain(module: nn.Conv2d) -> bool:
+    """EfficientNet-Lite's own class where it pads as torch does."""
+    padding = getattr(module, "static_padding", None)
+    return padding is not None and not isinstance(padding, nn.ZeroPad2d)
+
+
+class Trained:
+    """A copy of the model in which an arm trains: `.model`, and `.parameters` by name, the head's among them."""
+
+    def __init__(self, model: nn.Module, head: str, arm: Arm) -> None:
+        self.model = copy.deepcopy(model)
+        if arm.lora:
+            self._adapt(head, arm)
+        elif arm.layers is None:
+            self.model.requires_grad_(True)
+        else:
+            SelectiveBackward(self.model, arm.layers, head=head)
+        self.parameters: dict[str, Tensor] = {
+            name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
+        }
+        self.head_names = frozenset(name for name in self.parameters if name.startswith(f"{head}."))
+
+    def _adapt(self, head: str, arm: Arm) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        for module in self.model.modules():
+            if isinstance(module, nn.Conv2d) and _is_plain(module):
+                module.__class__ = (
+                    nn.Conv2d
+                )  # PEFT builds adapters of the same class, and this one wants more arguments
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(arm.layers or ()))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            inject_adapter_in_model(config, self.model)
+        self.model.get_submodule(head).requires_grad_(True)

@@ -1,0 +1,78 @@
+"""What a model holds, as digests: whether it is the base of a delta, and what changed since."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+UNHASHED = ""  # the digest of what is not there to be read
+
+
+class Base:
+    """The parameters and saved buffers of a model as they are now.
+
+    Takes a second for each GB and core (`python -m bench.selective` measures it); on a GPU the weights are copied to
+    the host one by one.
+    digests: name -> digest of dtype, shape and bytes. buffers: copies, for those that training may change.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        buffers = saved_buffers(model)
+        self.buffers = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+        self.digests = digests({**dict(model.named_parameters()), **buffers})
+
+    def hash(self, without: Collection[str]) -> str:
+        """One hash of everything but the tensors of these names: a delta that replaces those fits what has this hash.
+
+        Raises ValueError where a tensor could not be read.
+        """
+        state = hashlib.blake2b(digest_size=32)
+        for name in sorted(set(self.digests) - set(without)):
+            if self.digests[name] == UNHASHED:
+                raise ValueError(
+                    f"{name!r} is on the meta device (offloaded) or of a kind without plain bytes: a delta cannot "
+                    "vouch for its base; load it first"
+                )
+            state.update(f"{name}|{self.digests[name]}\n".encode())
+        return state.hexdigest()
+
+
+def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Digests of tensors, on as many threads as there are cores (hashlib lets go of the interpreter)."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return dict(zip(tensors, threads.map(digest, tensors.values()), strict=True))
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """blake2b of dtype, shape and bytes; UNHASHED for a tensor without contents or without plain bytes."""
+    state = hashlib.blake2b(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode(), digest_size=16)
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        return UNHASHED
+    if tensor.numel():
+        try:
+            state.update(plain_bytes(tensor))
+        except (RuntimeError, NotImplementedError, TypeError):  # what subclasses of other libraries say
+            return UNHASHED
+    return state.hexdigest()
+
+
+def plain_bytes(tensor: torch.Tensor) -> memoryview:
+    """The entries in order, whatever the strides or the device."""
+    dense = tensor.detach().cpu().to_dense().resolve_conj().resolve_neg().contiguous()
+    return dense.view(-1).view(torch.uint8).numpy().data
+
+
+def saved_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that belong to the state of the model; the others (such as rotary tables) are computed anew."""
+    computed = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    return {name: buffer for name, buffer in model.named_buffers() if name not in computed and not buffer.is_meta}

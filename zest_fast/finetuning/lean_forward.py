@@ -1,0 +1,86 @@
+"""A forward that keeps less for the backward pass, put into one module in place of its class's.
+
+It is an attribute of the instance: names, type, hooks and state_dict of the module stay as they are. It copies and
+pickles with the module.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor  # a plan counts what lean keeps
+from torch.autograd import forward_ad
+
+
+class LeanForward:
+    """Calls `lean(module, x)` where that is exact and pays, and the plain forward of the class everywhere else.
+
+    Everywhere else: below the cut, where x needs no gradient; under no_grad; with other arguments than one tensor; in
+    torch.compile, which decides by itself what to keep; in torch.func, torch.jit and forward-mode differentiation; and
+    while a parameter of the module itself trains.
+
+    lean: a function of module level, so that the module can be pickled.
+    element_sizes: the sizes in bytes of the floating-point types in which lean keeps less than plain.
+    """
+
+    def __init__(
+        self, module: nn.Module, lean: Callable[[nn.Module, Tensor], Tensor], element_sizes: tuple[int, ...] = (2, 4, 8)
+    ) -> None:
+        self.module = module
+        self.lean = lean
+        self.element_sizes = element_sizes
+        self.enabled = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and self._pays(args[0]):
+            return self.lean(self.module, args[0])
+        return plain_forward(self.module)(*args, **kwargs)
+
+    def _pays(self, x: Any) -> bool:
+        return (
+            self.enabled
+            and builds_plain_graph()
+            and type(x) in (Tensor, nn.Parameter, FakeTensor)
+            and x.requires_grad
+            and x.is_floating_point()
+            and x.numel() > 0
+            and x.element_size() in self.element_sizes
+            and not owns_trainable(self.module)
+        )
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(plain_forward(self.module))
+
+    def put_in(self) -> None:
+        vars(self.module)["forward"] = self
+
+    def remove(self) -> None:
+        """Give the module its plain forward back; where someone has wrapped this one since, it becomes a plain one."""
+        self.enabled = False
+        if vars(self.module).get("forward") is self:
+            del vars(self.module)["forward"]
+
+
+def plain_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward of the module's class."""
+    return type(module).forward.__get__(module)
+
+
+def builds_plain_graph() -> bool:
+    """Whether autograd records what happens now, in the plain way that autograd functions are written for."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def owns_trainable(module: nn.Module) -> bool:
+    return any(p is not None and p.requires_grad for p in module._parameters.values())

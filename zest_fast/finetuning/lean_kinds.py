@@ -1,0 +1,82 @@
+"""Which modules can be lean, and what makes them so: one entry for each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from zest_fast.finetuning import (
+    lean_activation,
+    lean_batch_norm,
+    lean_convolution,
+    lean_dropout,
+    lean_gated,
+    lean_linear,
+    lean_loss,
+    lean_norm,
+)
+from zest_fast.finetuning.lean_forward import LeanForward
+
+
+class Kind(NamedTuple):
+    """forwards: the lean forwards that make a module of this kind lean, its own first; or why it is left plain."""
+
+    name: str
+    is_one: Callable[[nn.Module], bool]
+    forwards: Callable[[nn.Module], list[LeanForward] | str]
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The kind of this module; None for modules that no lean function is known for."""
+    return next((kind for kind in KINDS if kind.is_one(module)), None)
+
+
+def _of_class(
+    name: str,
+    classes: tuple[type[nn.Module], ...],
+    lean: Callable[[nn.Module, Tensor], Tensor],
+    obstacle: Callable[[nn.Module], str] = lambda module: "",
+) -> Kind:
+    """A kind that is known by its class, subclasses with a forward of their own excepted."""
+
+    def forwards(module: nn.Module) -> list[LeanForward] | str:
+        if not any(type(module).forward is own.forward for own in classes):
+            return f"its class {type(module).__name__} has a forward of its own"
+        if getattr(module, "weight", None) is not module._parameters.get("weight"):
+            return "its weight is no parameter but computed from others"
+        return obstacle(module) or [LeanForward(module, lean)]
+
+    return Kind(name, lambda module: isinstance(module, classes), forwards)
+
+
+def _run_again(module: nn.Module) -> list[LeanForward] | str:
+    sizes = lean_norm.element_sizes(module)
+    return sizes if isinstance(sizes, str) else [LeanForward(module, lean_norm.run_again, sizes)]
+
+
+def _gated(module: nn.Module) -> list[LeanForward] | str:
+    return lean_gated.obstacle(module) or [LeanForward(module, lean_gated.multiply_gated)]
+
+
+def _language_model(module: nn.Module) -> list[LeanForward] | str:
+    head = lean_loss.head_of(module)
+    assert head is not None
+    return lean_loss.obstacle(module, head) or [
+        lean_loss.LeanLanguageModel(module),
+        lean_loss.LeanHead(head, lean_linear.multiply),
+    ]
+
+
+KINDS: tuple[Kind, ...] = (
+    _of_class("convolution", lean_convolution.CLASSES, lean_convolution.convolve, lean_convolution.obstacle),
+    _of_class("batch norm", lean_batch_norm.CLASSES, lean_batch_norm.normalise, lean_batch_norm.obstacle),
+    _of_class("activation", lean_activation.CLASSES, lean_activation.activate),
+    _of_class("dropout", lean_dropout.CLASSES, lean_dropout.drop, lean_dropout.obstacle),
+    _of_class("linear under autocast", lean_linear.CLASSES, lean_linear.multiply),
+    Kind("norm", lean_norm.is_norm, _run_again),
+    Kind("activation of several operations", lean_norm.is_activation, _run_again),
+    Kind("gated block", lambda module: lean_gated.form_of(module) is not None, _gated),
+    Kind("loss over chunks", lambda module: lean_loss.head_of(module) is not None, _language_model),
+)

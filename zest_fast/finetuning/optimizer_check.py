@@ -1,0 +1,40 @@
+"""Whether an optimizer holds what trains, and nothing that is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+
+def check_optimizer(optimizer: Any, chosen: Mapping[str, nn.Parameter], model: nn.Module) -> int:
+    """How many parameters of something else than `model` the optimizer holds.
+
+    Raises ValueError when one of the `chosen` is missing, or when it holds parameters of the model that are frozen;
+    TypeError for what is no optimizer.
+    """
+    groups = getattr(optimizer, "param_groups", None)
+    if groups is None:
+        raise TypeError(f"optimizer must be a torch optimizer with param_groups, not {type(optimizer).__name__}")
+    held = {id(parameter): parameter for group in groups for parameter in group["params"]}
+    own = {id(parameter): name for name, parameter in model.named_parameters()}
+    missing = [name for name, parameter in chosen.items() if id(parameter) not in held]
+    frozen = [own[key] for key, parameter in held.items() if key in own and not parameter.requires_grad]
+    foreign = len(held.keys() - own.keys())
+    problems = []
+    if missing:
+        strangers = f" (it holds {foreign} parameters of something else: was the model copied since?)" * bool(foreign)
+        problems.append(f"lacks {listed(missing)}, which train{strangers}")
+    if frozen:
+        problems.append(f"holds {listed(frozen)}, which are frozen: it was built before the model was wrapped")
+    if problems:
+        raise ValueError(f"the optimizer {'; and it '.join(problems)}; build it from .parameters() after wrapping")
+    return foreign
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Names for a message: the first ones, and how many more."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more

@@ -1,0 +1,236 @@
+"""The books of a dry run: every storage that came and went, what it was for, and the FLOPs of every operator.
+
+A TorchDispatchMode sees the result of each operator in forward, backward and the update alike. It does not see scratch
+inside of operators; real steps differ from it by less than 2 % (tests/test_plan.py).
+"""
+
+from __future__ import annotations
+
+import bisect
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._autograd import _get_sequence_nr
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+KINDS = ("weights", "gradients", "optimizer", "activations", "loss")
+
+_UNIT = 512  # bytes: torch's allocator for CUDA hands out multiples of it
+
+
+@dataclass(eq=False, slots=True)
+class Allocation:
+    """One storage. module: whose forward, backward or update made it; "" is the model itself. operator: "" if it was
+    there from the start. phase: in which it was made, "before" if before the step.
+    """
+
+    size: int
+    kind: str
+    module: str
+    phase: str
+    operator: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment at which most bytes are alive: what is alive then, and the allocation that came last."""
+
+    size: int
+    alive: tuple[Allocation, ...]
+    last: Allocation
+
+
+class Ledger(TorchDispatchMode):
+    """Counts from its construction on; `start` sets the moment from which on a peak counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = "before"
+        self.flops: dict[str, int] = {}  #: by phase
+        self._open: dict[int, Allocation] = {}  # by address of the storage
+        self._packed: dict[int, int] = {}  # bytes of a quantised weight when it is unpacked, by address
+        self._events: list[tuple[Allocation, bool]] = []  # came, or went
+        self._first = 0
+        self._modules = _RunningModules()
+        self.enter("before")
+
+    def watch(self, model: nn.Module, head: str | None) -> None:
+        """Attribute allocations to the modules of `model`; what follows the start of `head` belongs to the loss."""
+        self._modules.watch(model, head)
+
+    def enter(self, phase: str) -> None:
+        """phase: "before" (the states of the optimizer arise), "forward", "backward" or "update"."""
+        self.phase = phase
+        self._modules.kind = "optimizer" if phase in ("before", "update") else "activations"
+
+    def hold(self, tensor: Tensor, kind: str, name: str, packed: int | None = None) -> None:
+        """Enter a tensor that is there before the step. packed: its bytes if it is kept quantised, and unpacked for as
+        long as an operator computes with it.
+        """
+        module = name.rpartition(".")[0]
+        key = tensor.untyped_storage()._cdata
+        if key in self._open:
+            return
+        self._enter(tensor, kind, module, "", packed)
+        if packed is not None:
+            self._packed[key] = _rounded(tensor.untyped_storage().nbytes())
+
+    def relabel(self, tensor: Tensor, kind: str, name: str) -> None:
+        """What an operator made turned out to be something else: a gradient, say."""
+        allocation = self._open.get(tensor.untyped_storage()._cdata)
+        if allocation is not None and allocation.kind != "weights":
+            allocation.kind, allocation.module = kind, name.rpartition(".")[0]
+
+    def count(self, flops: int) -> None:
+        """FLOPs that no operator shows."""
+        self.flops[self.phase] = self.flops.get(self.phase, 0) + flops
+
+    def start(self) -> None:
+        """Forget FLOPs and peaks so far."""
+        self._first, self.flops = len(self._events), {}
+
+    def peak(self) -> Peak:
+        """The highest sum of bytes since `start`."""
+        alive = highest = 0
+        moment = self._first - 1
+        for index, (allocation, came) in enumerate(self._events):
+            alive += allocation.size if came else -allocation.size
+            if index >= self._first and alive > highest:
+                highest, moment = alive, index
+        there = dict.fromkeys(allocation for allocation, came in self._events[: moment + 1] if came)
+        for allocation, came in self._events[: moment + 1]:
+            if not came:
+                del there[allocation]
+        return Peak(highest, tuple(there), self._events[moment][0])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        unpacked = None
+        if packet in _FLOPS:
+            self.count(_FLOPS[packet](*args, **kwargs, out_val=out))
+            unpacked = self._unpack(args) if self._packed else None
+        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._open:
+                module, kind = self._modules.now()
+                module = self._owner(args) if kind == "optimizer" else module
+                self._enter(tensor, kind, module, packet.__name__)
+        if unpacked is not None:
+            self._events.append((unpacked, False))
+        return out
+
+    def _owner(self, args: Any) -> str:
+        """The module of the parameter that an operator of the update works on."""
+        for tensor in tree_leaves(args):
+            if isinstance(tensor, Tensor):
+                allocation = self._open.get(tensor.untyped_storage()._cdata)
+                if allocation is not None and allocation.module:
+                    return allocation.module
+        return ""
+
+    def _unpack(self, args: Iterable[Any]) -> Allocation | None:
+        """The dense copy of a quantised weight among the operands."""
+        for tensor in args:
+            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) in self._packed:
+                dense = Allocation(
+                    self._packed[key],
+                    "weights",
+                    self._open[key].module,
+                    self.phase,
+                    "dequantise",
+                    tuple(tensor.shape),
+                    tensor.dtype,
+                )
+                self._events.append((dense, True))
+                return dense
+        return None
+
+    def _enter(self, tensor: Tensor, kind: str, module: str, operator: str, size: int | None = None) -> None:
+        storage = tensor.untyped_storage()
+        size = _rounded(storage.nbytes() if size is None else size)
+        allocation = Allocation(size, kind, module, self.phase, operator, tuple(tensor.shape), tensor.dtype)
+        self._open[storage._cdata] = allocation
+        self._events.append((allocation, True))
+        weakref.finalize(storage, self._free, storage._cdata).atexit = False
+
+    def _free(self, key: int) -> None:
+        self._packed.pop(key, None)
+        self._events.append((self._open.pop(key), False))
+
+
+class _RunningModules:
+    """Which module runs: in forward by hooks, in backward by the number that autograd gave to the node in forward."""
+
+    def __init__(self) -> None:
+        self.kind = "activations"  #: of what forward makes now; "loss" from the head on
+        self._stack: list[str] = []
+        self._numbers: list[int] = []
+        self._places: list[tuple[str, str]] = []  # module and kind of the nodes from the number beside it on
+
+    def watch(self, model: nn.Module, head: str | None) -> None:
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(self._entering(name, name == head), prepend=True)
+            module.register_forward_hook(self._leave, always_call=True)
+
+    def now(self) -> tuple[str, str]:
+        """Name of the module and the kind of what it makes."""
+        node = torch._C._current_autograd_node()
+        if self._stack or node is None or self.kind == "optimizer":  # forward, a recomputation, or the update
+            return self._stack[-1] if self._stack else "", self.kind
+        if node.name().endswith("AccumulateGrad"):
+            return "", "gradients"
+        place = bisect.bisect_right(self._numbers, node._sequence_nr()) - 1
+        return self._places[place] if place >= 0 else ("", "activations")
+
+    def _entering(self, name: str, is_head: bool) -> Callable[..., None]:
+        def enter(module: nn.Module, inputs: Any) -> None:
+            if is_head and torch._C._current_graph_task_id() == -1:  # not recomputed in backward
+                self.kind = "loss"
+            self._stack.append(name)
+            self._mark()
+
+        return enter
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._stack.pop()
+        self._mark()
+
+    def _mark(self) -> None:
+        self._numbers.append(_get_sequence_nr())
+        self._places.append((self._stack[-1] if self._stack else "", self.kind))
+
+
+def _rounded(size: int) -> int:
+    return -(-size // _UNIT) * _UNIT
+
+
+def _convolution_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any, output_mask: Any = None, out_val: Any = None
+) -> int:
+    """dX and dW cost as much as the forward pass each, in groups or not (torch's formula takes groups for one)."""
+    mask = output_mask if output_mask is not None else rest[-1]
+    transposed = rest[4]
+    positions = x if transposed else gradient
+    return 2 * positions.numel() * (weight.numel() // weight.shape[0]) * (bool(mask[0]) + bool(mask[1]))
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """torch's formulas, and those of attention for its CPU variants, which torch leaves out."""
+    aten = torch.ops.aten
+    known = {**flop_registry, aten.convolution_backward: _convolution_backward}
+    for end in ("", "_backward"):
+        formula = known[getattr(aten, f"_scaled_dot_product_flash_attention{end}")]
+        known[getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{end}")] = formula
+    return known
+
+
+_FLOPS = _formulas()

@@ -1,0 +1,132 @@
+"""Activation checkpointing above the cut: blocks recompute their activations in backward, those below save none anyway.
+
+Below the cut gradients are off, and torch and transformers checkpoint nothing without gradients.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial, update_wrapper
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
+
+from zest_fast.finetuning.modules import modules_of
+
+_FUNCTION = "_gradient_checkpointing_func"  # where a transformers module keeps what it checkpoints with
+_INPUT_HOOKS = ("_require_grads_hooks", "_require_grads_hook")  # and those of enable_input_require_grads()
+
+
+@contextmanager
+def non_reentrant(model: nn.Module) -> Iterator[None]:
+    """Let transformers checkpoint without re-entering autograd while the block runs.
+
+    Reentrant checkpointing gives the weights inside no gradient unless an input requires one, and above the cut none
+    does. The gradients are the same.
+    """
+    found = [(module, vars(module)[_FUNCTION]) for module in modules_of(model) if _is_reentrant(module)]
+    for module, function in found:
+        keywords = {**function.keywords, "use_reentrant": False}
+        setattr(module, _FUNCTION, partial(function.func, *function.args, **keywords))
+    try:
+        yield
+    finally:
+        for module, function in found:
+            setattr(module, _FUNCTION, function)
+
+
+def _is_reentrant(module: nn.Module) -> bool:
+    function = vars(module).get(_FUNCTION)
+    return isinstance(function, partial) and bool(function.keywords.get("use_reentrant", True))
+
+
+def is_lost_in_recomputation() -> bool:
+    """Whether this runs in reentrant checkpointing none of whose inputs requires a gradient: weights get none then."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return not any(frame.f_locals["ctx"].needs_input_grad)
+    return False
+
+
+class AboveCut:
+    """Checkpoints the blocks of a model, without re-entering autograd, until `remove()`.
+
+    Models of transformers checkpoint the blocks that they know, in train mode as usual; of other models the blocks are
+    those members of an nn.ModuleList or nn.Sequential that have modules of their own and a class that repeats there.
+    Raises ValueError where there are none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        names = ("forward", "gradient_checkpointing", _FUNCTION, *_INPUT_HOOKS)
+        self._found = [
+            (module, {n: vars(module)[n] for n in names if n in vars(module)}) for module in modules_of(model)
+        ]
+        self._blocks: list[nn.Module] = []
+        if _enable_in_transformers(model):
+            self._put_back(*_INPUT_HOOKS)
+            return
+        self._blocks = _repeated_blocks(model)
+        if not self._blocks:
+            raise ValueError(
+                f"checkpoint='above-cut': {type(model).__name__} has no repeated blocks (members of one class in an "
+                "nn.ModuleList or nn.Sequential); leave checkpoint=None"
+            )
+        for block in self._blocks:
+            block.forward = _Recomputed(block.forward)
+
+    def remove(self) -> None:
+        self._put_back(*(["forward"] if self._blocks else ["gradient_checkpointing", _FUNCTION]))
+        self._found.clear()
+
+    def _put_back(self, *names: str) -> None:
+        for module, found in self._found:
+            if names != ("forward",) or module in self._blocks:
+                for name in names:
+                    vars(module).pop(name, None)
+                vars(module).update({name: found[name] for name in names if name in found})
+
+
+class _Recomputed:
+    """Stands in for the forward of a block; can be copied and pickled with its model."""
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        update_wrapper(self, original)
+        self._original = original
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._original(*args, **keywords)
+        return checkpoint(self._original, *args, use_reentrant=False, **keywords)
+
+
+def _enable_in_transformers(model: nn.Module) -> bool:
+    """Whether the model could be told to checkpoint by itself."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        return False
+    new = hasattr(model, "activation_checkpointing_enable")  # since transformers 5.24
+    enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})  # type: ignore[operator]
+    model.disable_input_require_grads()  # type: ignore[operator]  # turned on with it, of no use above the cut
+    return True
+
+
+def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    found: list[nn.Module] = []
+    pending = [model]
+    while pending:
+        module = pending.pop()
+        children = list(module.children())
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            repeats = Counter(type(child) for child in children)
+            blocks = [c for c in children if repeats[type(c)] > 1 and next(c.children(), None) is not None]
+            found += blocks
+            children = [child for child in children if child not in blocks]
+        pending += children
+    return list(dict.fromkeys(found))

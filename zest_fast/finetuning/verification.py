@@ -1,0 +1,42 @@
+"""The proof after training: what was chosen moved, and nothing else did."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from zest_fast.finetuning.base import UNHASHED, Base, digests, saved_buffers
+from zest_fast.finetuning.optimizer_check import listed
+
+
+def verify(model: nn.Module, base: Base, chosen: Mapping[str, nn.Parameter]) -> None:
+    """Raise RuntimeError, naming each, unless every chosen weight moved and all else is bit for bit as it was.
+
+    base: of the model when it was wrapped. Biases and other vectors may rest (some have no gradient by construction),
+    and buffers beside a parameter that trains (batch norm in a head) may change.
+    """
+    frozen = dict(model.named_parameters())
+    for name in chosen:
+        frozen.pop(name, None)
+    buffers = saved_buffers(model)
+    places = {name.rpartition(".")[0] for name in chosen}
+    still = {**frozen, **{name: buffer for name, buffer in buffers.items() if name.rpartition(".")[0] not in places}}
+    now = digests({**still, **chosen})
+    before = base.digests
+    found = {
+        "chosen, but did not move (no gradient, no step, or steps too small for the dtype)": [
+            name for name, parameter in chosen.items() if parameter.dim() > 1 and now[name] == before[name]
+        ],
+        "chosen, but not finite any more (was the loss NaN?)": [
+            name for name, parameter in chosen.items() if not torch.isfinite(parameter).all()
+        ],
+        "frozen, but changed": [name for name in still if name in before and now[name] != before[name]],
+        "not there when the model was wrapped": [name for name in still if name not in before],
+        "gone since the model was wrapped": sorted(before.keys() - frozen.keys() - buffers.keys() - chosen.keys()),
+        "could not be read, so nobody knows": [name for name, digest in now.items() if digest == UNHASHED],
+    }
+    problems = [f"{what}: {listed(names)}" for what, names in found.items() if names]
+    if problems:
+        raise RuntimeError("verify: " + "; ".join(problems))

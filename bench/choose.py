@@ -13,6 +13,7 @@ has other prices as well, for whoever asks how much hangs on it.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,13 @@ import numpy as np
 import pandas
 import torch
 
-from bench.data import load_pair
+from bench.data import IMAGE_SIZE, MODELS
 from bench.measure import write_result
 from zest_fast.finetuning import choose
 from zest_fast.finetuning.step_costs import StepCosts, measured_costs
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.metrics import METRICS
 from zest_fast.ranking.ranking import rank
-from zest_fast.sweeping.inputs import rows_of
 from zest_fast.sweeping.tables import load_records
 
 INFO = ("numel", "kind", "depth", "uses", "shape", "head", "trainable", "shared_with", "parameter", "module")
@@ -64,13 +64,13 @@ def main() -> None:
 def evaluate(
     records: pandas.DataFrame,
     make_ranker: Callable[[], Any],
-    costs_of: Callable[[str, str], StepCosts],
+    costs_of: Callable[[str], StepCosts],
     sizes: list[int],
     models: list[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A row for each pair, n and price, means over the seeds.
 
-    make_ranker: an unfitted Ranker. costs_of: of the model in the sweep of (model, data set).
+    make_ranker: an unfitted Ranker. costs_of: of a model, at the size of its sweeps.
     """
     gains = records[records.head_state == HEAD_STATE].assign(gain=lambda rows: rows.head_loss - rows.loss)
     contribution = gains.groupby(["model", "dataset", "layer"]).gain.mean()
@@ -79,7 +79,7 @@ def evaluate(
         for (model, dataset), pair in held_out[held_out.head_state == HEAD_STATE].groupby(["model", "dataset"]):
             if models and model not in models:
                 continue
-            costs, gain = costs_of(model, dataset), contribution[model, dataset]
+            costs, gain = costs_of(model), contribution[model, dataset]
             rankings = [rank(profile_of(rows), by=ranker) for _, rows in pair.groupby("seed")]
             for n in (n for n in sizes if n <= len(gain)):
                 for price in _prices():
@@ -136,17 +136,14 @@ def profile_of(rows: pandas.DataFrame) -> LayerProfile:
     )
 
 
-_costs: dict[str, StepCosts] = {}
-
-
-def planned_costs(model_name: str, dataset: str) -> StepCosts:
-    """Of a model of bench.data at the size of its sweep; the number of classes changes the head alone."""
-    if model_name not in _costs:
-        model, splits = load_pair(model_name, dataset)
-        inputs, targets = splits["train"]
-        rows = torch.arange(BATCH)
-        _costs[model_name] = measured_costs(model, (rows_of(inputs, rows), targets[rows]))
-    return _costs[model_name]
+@functools.cache
+def planned_costs(name: str) -> StepCosts:
+    """Of a model of bench.data at the size of its sweeps; the number of classes changes the head alone."""
+    model = MODELS[name]
+    samples = (
+        ["a"] * BATCH if model.kind == "text" else torch.zeros(BATCH, IMAGE_SIZE, IMAGE_SIZE, 3, dtype=torch.uint8)
+    )
+    return measured_costs(model.load(2), (model.prepare(samples), torch.zeros(BATCH, dtype=torch.long)))
 
 
 def _prices() -> tuple[float, ...]:

@@ -259,7 +259,7 @@ def synthetic_records():
 
 def test_bench_choose_compares_gain_and_flops_out_of_fold(tmp_path):
     costs = costs_of_ranking(ranking_of({f"layer.{depth}": 0.0 for depth in range(6)}))
-    rows = list(bench_choose.evaluate(synthetic_records(), DepthRanker, lambda model, dataset: costs, [2, 9]))
+    rows = list(bench_choose.evaluate(synthetic_records(), DepthRanker, lambda model: costs, [2, 9]))
     assert {row["dataset"] for row in rows} == {"one-set", "two-set", "three-set"}
     assert {row["n"] for row in rows} == {2}  # there are no nine layers
     for row in rows:

@@ -80,9 +80,13 @@ def selected(layers: Ranking | Iterable[str], n: int | None) -> tuple[str, ...]:
 
 
 def parameter_names(model: nn.Module, layers: Sequence[str]) -> list[str]:
-    """Full names of the weights and biases of these layers, under every name where they are tied."""
-    trained = {id(parameter) for part in chosen_layers(model, layers) for parameter in part.parameters}
-    return [name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in trained]
+    """Full names of the weights and biases of these layers, in their order, under every name where they are tied."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [
+        name for part in chosen_layers(model, layers) for parameter in part.parameters for name in names[id(parameter)]
+    ]
 
 
 def suffix_matches(model: nn.Module, layers: Sequence[str]) -> list[str]:

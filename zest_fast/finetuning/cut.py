@@ -45,9 +45,7 @@ class Cut:
         self._model = model
         self._chosen = dict(chosen)
         self._first_backward = FirstBackward(chosen)
-        self._warned = self._running = self._below = self._learning = False
-        self._order: dict[str, int] = {}  # of first use
-        self._met: dict[str, None] = {}  # the outermost below the cut, and the holders of what trains on the way there
+        self._learning, self._warned, self._running, self._below = True, False, False, False
         self._holding: nn.Module | None = None  # the module that turned gradients off
         self._handles: dict[str, list[RemovableHandle]] = {}
         self._plan(_trained(model))
@@ -78,7 +76,8 @@ class Cut:
         if wanting:
             args, keywords = _detached((args, keywords))
         if self._learning:  # an earlier pass may have raised
-            self._order, self._met = {"": 0}, {}
+            self._order.clear()
+            self._met.clear()
         self._running = self._below = True
         try:
             with non_reentrant(self._model):
@@ -114,9 +113,7 @@ class Cut:
             self._plan(trained)
         for name, module in self._frozen.items():  # the last word on outputs, also after hooks registered later
             if len(module._forward_hooks) > 1 and name in self._handles:
-                module._forward_hooks.move_to_end(  # type: ignore[attr-defined]
-                    self._handles[name][1].id
-                )
+                module._forward_hooks.move_to_end(self._handles[name][1].id)  # type: ignore[attr-defined]
 
     def _warn_of_inputs_that_train(self) -> None:
         if not self._warned:
@@ -140,10 +137,10 @@ class Cut:
         first = {id(module): name for name, module in reversed(modules.items())}  # of several names
         self._owners = [name for name in owners if first[id(modules[name])] == name]
         self.owner = next(iter(self._owners), "")
-        self._order = {}
+        self._order: dict[str, int] = {}  # of first use
         self._frozen: dict[str, nn.Module] = {}
         self.skipped: tuple[str, ...] = ()
-        self._met = {}
+        self._met: dict[str, None] = {}  # the outermost below the cut, and the holders of what trains on the way there
         self._learning = True
         for name in first.values():
             if name and id(modules[name]) in holders:
@@ -171,7 +168,7 @@ class Cut:
         self, name: str, is_owner: bool, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._running and self._learning:
-            self._order.setdefault(name, len(self._order))
+            self._order.setdefault(name, 1 + len(self._order))
         if not self._below:
             return None
         self._met[name] = None
@@ -218,7 +215,7 @@ class Cut:
         self._unhook([name for name in self._handles if name not in self._met])
 
     def _position(self, name: str) -> int:
-        return next(self._order[place] for place in upwards(name) if place in self._order)
+        return next((self._order[place] for place in upwards(name) if place in self._order), 0)  # in the root itself
 
     def _replicate(self) -> nn.Module:
         """A copy for another device (nn.DataParallel): frozen alike, without the cut, which belongs to one thread."""

@@ -16,10 +16,11 @@ from untouched import state_of
 
 import zest_fast
 from bench import choose as bench_choose
-from bench.measure import peak_bytes as measured_peak
 from zest_fast.finetuning import choose as choose_module
-from zest_fast.finetuning.dry_run import faked, flop_counter, peak_bytes
-from zest_fast.finetuning.step_costs import costs_of_ranking, measured_costs, trainable_parameters
+from zest_fast.finetuning.fake_pass import faked, flop_counter
+from zest_fast.finetuning.plan import planned_peak
+from zest_fast.finetuning.selective_backward import SelectiveBackward
+from zest_fast.finetuning.step_costs import costs_of_ranking, measured_costs
 from zest_fast.profiling.loss import loss_of
 
 LAYERS = {f"layer.{place}": score for place, score in enumerate([10.0, 3.0, 9.9, 9.8, 2.0, 9.7, 1.0])}
@@ -112,12 +113,7 @@ def test_step_costs_are_what_torch_counts(model, batch):
     costs = measured_costs(model, batch)
     rows = [name for name, layer in costs.layers.items() if layer.flops and name not in costs.head]
     for chosen in ([rows[0]], rows[len(rows) // 2 :][:2], [rows[-1]]):
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        parameters = dict(model.named_parameters())
-        for name in trainable_parameters(model, chosen, costs.head):
-            parameters[name].requires_grad_(True)
-        with flop_counter() as counter:
+        with SelectiveBackward(model, chosen, head=costs.head or None, lean=False), flop_counter() as counter:
             loss_of(model, batch, None, None)().backward()
         too_much = costs.step(chosen) - counter.get_total_flops()
         # Layers side by side count as one above the other, so do the halves of attention's gradients; flash attention
@@ -154,32 +150,11 @@ def test_a_dry_run_leaves_model_and_random_state_as_they_were():
     model[0].weight.requires_grad_(False)
     batch = conv_batch()
     before = state_of(model)
-    peak_bytes(model, batch, ["3.weight", "5.bias"])
-    with pytest.raises(RuntimeError, match="interrupted"), faked(model, batch) as (compute_loss, _):
+    measured_costs(model, batch)
+    with pytest.raises(RuntimeError, match="interrupted"), faked(model, batch) as compute_loss:
         compute_loss()
         raise RuntimeError("interrupted")
     assert state_of(model) == before
-
-
-@pytest.mark.parametrize("chosen", ["encoder.layer.0.attention.self.query", "encoder.layer.2.output.dense"])
-def test_peak_of_the_dry_run_is_that_of_a_real_step(chosen):
-    model, batch = bert(attention_probs_dropout_prob=0.0), tokens(labels=torch.tensor([0, 1]))
-    batch = {name: tensor.repeat(8, *[1] * (tensor.dim() - 1)) for name, tensor in batch.items()}
-    names = trainable_parameters(model, [f"bert.{chosen}"], ["classifier"])
-    predicted = peak_bytes(model, batch, names)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in names)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), foreach=False)
-
-    def steps():
-        for _ in range(2):
-            model(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    model.train()
-    static = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers(), *batch.values()))
-    assert predicted == pytest.approx(static + measured_peak(steps), rel=0.05)
 
 
 # What fits
@@ -194,7 +169,7 @@ def test_max_memory_raises_the_cut_until_a_step_fits():
     tight = best.peak_bytes - 4096
     choice = zest_fast.choose(ranking, 2, model=model, batch=batch, max_memory=tight)
     assert choice.peak_bytes <= tight and choice != best
-    assert choice.peak_bytes == peak_bytes(model, batch, trainable_parameters(model, choice, ()))
+    assert choice.peak_bytes == planned_peak(model, batch, choice)
     assert min(map(names.index, choice)) > 0
     with pytest.raises(ValueError, match=r"no 2 layers fit into 0\.00 GB; with the highest cut a step of AdamW holds"):
         zest_fast.choose(ranking, 2, model=model, batch=batch, max_memory="1KB")

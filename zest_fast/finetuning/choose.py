@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 from torch import nn
 
-from zest_fast.finetuning.dry_run import peak_bytes, stand_in_batch
-from zest_fast.finetuning.step_costs import StepCosts, costs_of_ranking, measured_costs, trainable_parameters
+from zest_fast.finetuning.fake_pass import stand_in_batch
+from zest_fast.finetuning.plan import planned_peak
+from zest_fast.finetuning.planning.settings import memory_bytes
+from zest_fast.finetuning.step_costs import StepCosts, costs_of_ranking, measured_costs
 from zest_fast.profiling.nearest import nearest
 from zest_fast.ranking.ranking import Ranking
 
@@ -21,9 +21,6 @@ PREFERENCES = ("score", "cheap-cut")
 PRICE = 2.0
 """What a share of the promised gain is worth in shares of a step: 1 % of what the n best layers promise over average
 ones is given up for no less than 2 % of the FLOPs. Fixed on simulated rankings (bench/choose.py shows other prices)."""
-
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 _log = logging.getLogger("zest_fast")
 
@@ -81,7 +78,7 @@ def choose(
     if model is None and (batch is not None or max_memory is not None):
         argument = "batch" if batch is not None else "max_memory"
         raise ValueError(f"{argument} needs model=: a step is counted on the model itself")
-    limit = None if max_memory is None else _bytes(max_memory)
+    limit = None if max_memory is None else memory_bytes(max_memory)
     assumed = ""
     if model is not None and batch is None:
         batch = stand_in_batch(model)
@@ -93,7 +90,9 @@ def choose(
     peak = None
     if model is not None and limit is not None:
         higher = [names for names in sets if candidates.cut(names) > candidates.cut(chosen)]
-        chosen, peak = _first_that_fits([chosen, *higher], partial(_peak, model, batch, costs.head), limit)
+        chosen, peak = _first_that_fits(
+            [chosen, *higher], lambda names: planned_peak(model, batch, names, head=costs.head or None), limit
+        )
     choice = candidates.choice(chosen, peak)
     choice.explanation += assumed
     _log.info(choice.explanation)
@@ -199,10 +198,6 @@ def _exchanges(top: Sequence[str], names: Sequence[str]) -> list[tuple[str, str]
     return list(zip(out, taken, strict=True))
 
 
-def _peak(model: nn.Module, batch: Any, head: Sequence[str], names: Sequence[str]) -> int:
-    return peak_bytes(model, batch, trainable_parameters(model, names, head))
-
-
 def _first_that_fits(
     sets: Sequence[tuple[str, ...]], needs: Callable[[tuple[str, ...]], int], limit: int
 ) -> tuple[tuple[str, ...], int]:
@@ -220,12 +215,3 @@ def _first_that_fits(
         peaks[middle] = needs(sets[middle])
         low, high = (low, middle) if peaks[middle] <= limit else (middle + 1, high)
     return sets[low], peaks[low]
-
-
-def _bytes(text: str | int) -> int:
-    if isinstance(text, int) and not isinstance(text, bool):
-        return text
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text) if isinstance(text, str) else None
-    if found is None or (found[2].upper() or "B") not in _UNITS:
-        raise ValueError(f"max_memory={text!r} is no size; write bytes, '16GB' (10^9 bytes) or '16GiB' (2^30)")
-    return int(float(found[1]) * _UNITS[found[2].upper() or "B"])

@@ -8,15 +8,15 @@ as one above the other. Operators that torch's counter does not know (recurrent 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from zest_fast.finetuning.dry_run import faked, flop_counter
-from zest_fast.finetuning.trainable_layers import chosen_layers, head_layers
+from zest_fast.finetuning.fake_pass import faked, flop_counter
+from zest_fast.finetuning.trainable_layers import head_layers
 from zest_fast.profiling.layers import find_layers
 from zest_fast.ranking.ranking import Ranking
 
@@ -78,7 +78,7 @@ def measured_costs(model: nn.Module, batch: Any) -> StepCosts:
     rows = find_layers(dict(model.named_modules()))
     chains = {row.name: _upwards(row.module_name.split(".parametrizations.")[0]) for row in rows}
     owners = {chain[0] for chain in chains.values()}
-    with faked(model, batch) as (compute_loss, _), flop_counter() as counter:
+    with faked(model, batch) as compute_loss, flop_counter() as counter:
         clock = _Clock(model, owners, {name for chain in chains.values() for name in chain}, counter.get_total_flops)
         try:
             compute_loss()
@@ -100,13 +100,6 @@ def measured_costs(model: nn.Module, batch: Any) -> StepCosts:
         for row in rows
     }
     return StepCosts(layers, clock.between, _head(model), measured=True)
-
-
-def trainable_parameters(model: nn.Module, layers: Sequence[str], head: Sequence[str]) -> list[str]:
-    """Full names of the parameters that train when these layers and this head do."""
-    parts = (*chosen_layers(model, layers), *(head_layers(model, head) if head else ()))
-    wanted = {id(parameter) for part in parts for parameter in part.parameters}
-    return [name for name, parameter in model.named_parameters() if id(parameter) in wanted]
 
 
 class _Clock:

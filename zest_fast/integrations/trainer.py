@@ -16,7 +16,6 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from zest_fast.finetuning.selective_backward import SelectiveBackward
-from zest_fast.profiling.nearest import some
 from zest_fast.profiling.profile import profile
 from zest_fast.ranking.ranking import rank
 
@@ -33,8 +32,8 @@ class ZestCallback(TrainerCallback):
 
     tuned: the SelectiveBackward once a Trainer has taken the callback; `tuned.remove()` gives the model back.
 
-    Raises RuntimeError where the optimizer was built before (`Trainer(optimizers=...)`) from other parameters than
-    those that train, and when training begins, should it hold others by then.
+    Raises ValueError where the optimizer was built before (`Trainer(optimizers=...)`) from other parameters than those
+    that train, and when training begins, should it hold others by then.
     """
 
     def __init__(
@@ -58,8 +57,7 @@ class ZestCallback(TrainerCallback):
             raise RuntimeError("this ZestCallback is in a Trainer already; make another one")
         tuned = SelectiveBackward(model, self.layers, **self.options)
         try:
-            if optimizer is not None:
-                check_optimizer(tuned, optimizer)
+            tuned.summary(optimizer)  # ValueError where it lacks what trains or holds what is frozen
         except BaseException:
             tuned.remove()
             raise
@@ -73,7 +71,7 @@ class ZestCallback(TrainerCallback):
                 "ZestCallback was added after the Trainer was made, which may be too late to freeze: pass it in "
                 "Trainer(callbacks=[...]), or call zest_fast.integrations.trainer.prepare(trainer, layers) instead"
             )
-        check_optimizer(self.tuned, optimizer)
+        self.tuned.summary(optimizer)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.save_delta and self.tuned is not None and state.is_world_process_zero:
@@ -99,25 +97,6 @@ def prepare(trainer: Trainer, layers: int | Iterable[str], *, by: Any = None, **
     trainer.add_callback(callback)
     assert callback.tuned is not None
     return callback.tuned
-
-
-def check_optimizer(tuned: SelectiveBackward, optimizer: torch.optim.Optimizer) -> None:
-    """Raises RuntimeError, naming parameters, unless the optimizer holds exactly what trains.
-
-    One that was built before the layers were chosen lacks what was frozen then, and its states take memory for nothing.
-    """
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    trained = {id(p): name for name, p in zip(tuned.trainable_names, tuned.parameters(), strict=True)}
-    missing = [name for key, name in trained.items() if key not in held]
-    names = {id(parameter): name for name, parameter in tuned.model.named_parameters()}
-    frozen = [names.get(key, "a parameter that the model does not have") for key in held - set(trained)]
-    if missing or frozen:
-        found = [f"lacks {some(missing)}"] if missing else []
-        found += [f"holds {some(sorted(frozen))}, which are frozen"] if frozen else []
-        raise RuntimeError(
-            f"the optimizer was built before the layers were chosen, or from something else: it {' and '.join(found)}; "
-            "leave it to the Trainer, or build it from SelectiveBackward's .parameters() and wrap the model before"
-        )
 
 
 def _best(trainer: Trainer, n: int, by: Any) -> tuple[str, ...]:

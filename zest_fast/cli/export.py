@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from zest_fast.cli.commands import app
+from zest_fast.cli.app import app
 from zest_fast.profiling.nearest import nearest
 
 TARGETS = ("peft", "axolotl", "llama-factory", "llama-factory-freeze")

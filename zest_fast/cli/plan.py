@@ -11,7 +11,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from zest_fast.cli import show
-from zest_fast.cli.commands import Json, _names, _work, app
+from zest_fast.cli.app import app
+from zest_fast.cli.options import Json, split_names, work
 
 if TYPE_CHECKING:
     from zest_fast.finetuning.planning.report import Plan
@@ -57,7 +58,7 @@ def plan(
     if model is None and file is None:
         raise ValueError("pass a model, or --file with a configuration of a trainer")
     sizes: dict[str, Any] = {"sequence_length": sequence_length, "image_size": image_size}
-    with _work() as console:
+    with work() as console:
         with console.status("planning"):
             source = _source(model)
             if file is not None:
@@ -107,7 +108,7 @@ def _layers(source: Any, layers: str, lowest_block: int) -> Any:
     if layers == "all":
         return layers
     if not layers.isdecimal():
-        return _names(layers)
+        return split_names(layers)
     from zest_fast.finetuning.planning.blocks import layout_of
     from zest_fast.finetuning.planning.models import named_model
 

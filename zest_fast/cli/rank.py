@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from zest_fast.cli import show
-from zest_fast.cli.commands import Json, app
+from zest_fast.cli.app import app
+from zest_fast.cli.options import Json
 
 
 @app.command()

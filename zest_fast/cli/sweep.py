@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zest_fast.cli import show
-from zest_fast.cli.commands import (
+from zest_fast.cli.app import app
+from zest_fast.cli.options import (
     Data,
     ImageSize,
     Json,
@@ -18,10 +19,9 @@ from zest_fast.cli.commands import (
     Seed,
     Task,
     TextColumn,
-    _check_writable,
-    _pattern,
-    _work,
-    app,
+    check_writable,
+    compiled,
+    work,
 )
 
 if TYPE_CHECKING:
@@ -61,13 +61,13 @@ def sweep_command(
     as_json: Json = False,
 ) -> None:
     """Fine-tune every layer alone with the head, score it, and show the best. Takes long; run again, it goes on."""
-    _check_writable(out, {".jsonl"})
-    chosen = _pattern(layers)
+    check_writable(out, {".jsonl"})
+    chosen = compiled(layers)
     changes: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "layer_lr_factor": layer_lr_factor, "head_lr": head_lr,
         "seeds": None if seeds is None else tuple(range(seeds)),
     }  # fmt: skip
-    with _work() as console:
+    with work() as console:
         with console.status("loading model and data"):
             from zest_fast.cli.job import open_job
             from zest_fast.sweeping.recipe import Recipe

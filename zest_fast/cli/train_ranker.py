@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from zest_fast.cli import show
-from zest_fast.cli.commands import Json, _check_writable, _work, app
+from zest_fast.cli.app import app
+from zest_fast.cli.options import Json, check_writable, work
 
 if TYPE_CHECKING:
     import pandas
@@ -32,8 +33,8 @@ def train_ranker(
     as_json: Json = False,
 ) -> None:
     """Fit a Ranker to your records beside the shipped ones, and say what it is worth on data it has not seen."""
-    _check_writable(out, {".json"})
-    with _work() as console, console.status("reading records") as status:
+    check_writable(out, {".json"})
+    with work() as console, console.status("reading records") as status:
         from zest_fast.ranking.cross_validation import cross_validate
         from zest_fast.ranking.ranker import Ranker
 

@@ -74,15 +74,20 @@ def apply_lean(model: nn.Module, trainable: Iterable[nn.Parameter | str] | None 
 
     trainable: the parameters (or their names) that train; None = those that require a gradient. Their modules stay
         plain. A module whose parameter trains later runs plainly from then on.
+    A lean copy is made lean anew.
     Raises TypeError for something else than a module, ValueError for a name that is no parameter, RuntimeError for a
     model that is lean already; the model is then untouched.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")
     trains = _trainable(model, trainable)
-    for name, module in model.named_modules():
-        if isinstance(vars(module).get("forward"), LeanForward):
+    lean = {name: vars(module).get("forward") for name, module in model.named_modules()}
+    lean = {name: forward for name, forward in lean.items() if isinstance(forward, LeanForward)}
+    for name, forward in lean.items():
+        if not forward.is_copied:
             raise RuntimeError(f"{name or 'the model'!r} is lean already: call .remove() of the handle that made it so")
+    for forward in lean.values():
+        forward.remove()
     handle = LeanHandle()
     try:
         _apply(model, trains, handle)

@@ -7,6 +7,7 @@ pickles with the module.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -58,12 +59,21 @@ class LeanForward:
 
     def put_in(self) -> None:
         vars(self.module)["forward"] = self
+        _put_in.add(self)
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether it came with a copy or a pickle of a module, so that no handle would remove it."""
+        return self not in _put_in
 
     def remove(self) -> None:
         """Give the module its plain forward back; where someone has wrapped this one since, it becomes a plain one."""
         self.enabled = False
         if vars(self.module).get("forward") is self:
             del vars(self.module)["forward"]
+
+
+_put_in: weakref.WeakSet[LeanForward] = weakref.WeakSet()
 
 
 def plain_forward(module: nn.Module) -> Callable[..., Any]:

@@ -71,6 +71,8 @@ STEPS = 64
 CURVE = (0, 8, 16, 32, 64)
 CURVE_SAMPLES = 400
 PROFILED = 64
+ROUNDS = 7
+"""Of timed steps."""
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 FOLDER = RESULTS / "finetune"
 _IMAGES = {"batch_size": 32, "head_rate": 5e-4}
@@ -269,7 +271,7 @@ class Pair:
             which: partial(self._steps(Trained(self.model, self.head, a), a, RATES[0]), rows, 1.0)
             for which, a in (("arm", arm), ("full", full))
         }
-        seconds = interleave(steps, rounds=7)
+        seconds = interleave(steps, ROUNDS)
         peaks = {which: peak_bytes(step) for which, step in steps.items()}
         return {
             "seconds": median(seconds["arm"]).as_dict(),

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.finetune_report import finetune_text
 from bench.measure import RESULTS, ROOT
 from bench.ranking_report import draw, is_drawn, ranking_text
 
@@ -227,6 +228,7 @@ BLOCKS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "kernels": ("kernels.json", "python -m bench.kernels", kernels_table),
     "sweep_speed": ("sweep_speed.json", "python -m bench.sweeps --speed", sweep_speed_table),
     "ranking": ("ranking.json", "python -m bench.ranking", ranking_text),
+    "finetune": ("finetune.json", "python -m bench.finetune", finetune_text),
     "demo": ("demo.json", "zest-fast demo", demo_table),
     "demo_minilm": ("demo_minilm.json", "zest-fast demo --task minilm", demo_table),
     "demo_smollm2": ("demo_smollm2.json", "zest-fast demo --task smollm2", demo_table),

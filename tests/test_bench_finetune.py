@@ -1,0 +1,142 @@
+"""bench.finetune: what each arm trains, that a run goes on where it stopped, and what the README shows of it."""
+
+from __future__ import annotations
+
+import json
+
+import pandas
+import pytest
+import torch
+from torch import nn
+
+from bench import finetune, readme
+from bench.finetune_arms import NAMES, Arm, Orders, Trained, arms
+from zest_fast.ranking.ranking import Ranking
+
+LAYERS = tuple(f"body.{2 * place}" for place in range(12))
+
+
+class Classifier(nn.Module):
+    """Twelve linear layers and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(*(part for _ in LAYERS for part in (nn.Linear(6, 6), nn.Tanh())))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Classifier().eval()
+
+
+def orders():
+    best_first = {"ZEST": LAYERS, "contribution": LAYERS[::-1], "RGN": LAYERS[::2] + LAYERS[1::2], "Spectrum": LAYERS}
+    return Orders(best_first, LAYERS)
+
+
+def trained_names(model, arm):
+    return {name for name in Trained(model, "head", arm).parameters if not name.startswith("head.")}
+
+
+def test_arms_train_what_they_are_called_after(model):
+    found = {name: arms(name, orders(), model, seed=0) for name in NAMES}
+    assert found["head only"] == [Arm("head only", ())] and found["full"] == [Arm("full", None)]
+    assert found["ZEST@3"][0].layers == LAYERS[:3] and found["contribution@3"][0].layers == LAYERS[:-4:-1]
+    assert found["last@5"][0].layers == LAYERS[-5:]
+    first, second = found["random@5"]
+    assert first.layers != second.layers and len({*first.layers}) == 5
+    assert arms("random@5", orders(), model, seed=1)[0].layers != first.layers
+    assert trained_names(model, found["head only"][0]) == set()
+    assert trained_names(model, found["ZEST@3"][0]) == {f"{n}.{p}" for n in LAYERS[:3] for p in ("weight", "bias")}
+    assert len(trained_names(model, found["full"][0])) == 24
+    adapters = trained_names(model, found["LoRA+ZEST@3"][0])
+    assert len(adapters) == 6 and all("lora_" in name and name.split(".lora_")[0] in LAYERS[:3] for name in adapters)
+
+
+def test_an_arm_leaves_the_model_that_it_copies_alone(model):
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trained = Trained(model, "head", Arm("LoRA r8", LAYERS, lora=8))
+    with torch.no_grad():
+        for parameter in trained.parameters.values():
+            parameter.add_(1.0)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class FirstLayersFirst:
+    """Stands in for a fitted Ranker: the lower, the better."""
+
+    def fit(self, records, *, sweeps=None):
+        assert "digits" not in set(records.family), "it must not see the family that it is judged on"
+        return self
+
+    def predict(self, profile):
+        return -torch.arange(float(len(profile))).double().numpy()
+
+
+@pytest.fixture
+def small(monkeypatch, model):
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(96, 6, generator=generator)
+    targets = (inputs[:, 0] > 0).long()
+    splits = dict.fromkeys(("head", "train", "score", "test"), (inputs, targets))
+    rows = [
+        {"model": "toy", "dataset": data, "family": family, "layer": layer, "loss": float(place)}
+        for data, family in (("digits", "digits"), ("letters", "letters"))
+        for place, layer in enumerate(LAYERS)
+    ]
+    monkeypatch.setattr(finetune, "load_pair", lambda *_: (model, splits))
+    monkeypatch.setattr(finetune, "load_records", lambda: pandas.DataFrame(rows))
+    monkeypatch.setattr(finetune, "sweeps_of", list)
+    monkeypatch.setattr(finetune, "Ranker", FirstLayersFirst)
+    monkeypatch.setattr(finetune, "load_spectra", lambda names: {"toy": {name: {"snr": 1.0} for name in LAYERS}})
+    monkeypatch.setitem(finetune.DATASETS, "digits", type("D", (), {"family": "digits"}))
+    for name, value in {"SEEDS": (0, 1), "RATES": (1e-3, 1e-2), "STEPS": 3, "CURVE": (0, 2), "PROFILED": 8}.items():
+        monkeypatch.setattr(finetune, name, value)
+    return model
+
+
+def test_a_run_goes_on_where_it_stopped_and_ends_in_a_table(small, tmp_path, monkeypatch):
+    trained = []
+    train = finetune.Pair._trained
+
+    def stop_in_the_middle(self, arm, seed, rate, test):
+        if len(trained) == 30:
+            raise KeyboardInterrupt
+        trained.append((arm.name, seed, rate, test))
+        return train(self, arm, seed, rate, test)
+
+    monkeypatch.setattr(finetune.Pair, "_trained", stop_in_the_middle)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.Pair("toy/digits", tmp_path).run()
+    assert not json.loads((tmp_path / "toy--digits.json").read_text())["finished"]
+    monkeypatch.setattr(
+        finetune.Pair,
+        "_trained",
+        lambda *a: trained.append((a[1].name, *a[2:])) or train(*a),  # type: ignore[func-returns-value]
+    )
+    finetune.Pair("toy/digits", tmp_path).run()
+    assert len(trained) == len(set(trained))  # nothing twice
+    document = json.loads(finetune.collect(tmp_path, tmp_path / "out").read_text())
+    (pair,) = document["results"]
+    assert list(pair["arms"]) == list(NAMES)
+    zest, draws = pair["arms"]["ZEST@5"], pair["arms"]["random@5"]
+    assert len(zest["test_accuracy"]) == 2 and len(draws["test_accuracy"]) == 4 and zest["rate"] in (1e-3, 1e-2)
+    assert zest["trained"] == 5 * 42 + 14 and [point[0] for point in zest["curve"]] == [0, 2, 3]
+    assert zest["peak_bytes"] < zest["peak_bytes_full"]
+    text = readme.BLOCKS["finetune"][2](document)
+    assert "| ZEST@5 | " in text and f"{100 * sum(zest['test_accuracy']) / 2:.1f} ±" in text
+
+
+def test_the_head_is_in_no_order(small, tmp_path):
+    pair = finetune.Pair("toy/digits", tmp_path)
+    pair.model, pair.splits = finetune.load_pair("toy", "digits")
+    pair.settings, pair.head = finetune._IMAGES, "head"
+    found = pair._orders(0)
+    assert found.used == LAYERS and all(set(order) == set(LAYERS) for order in found.by.values())
+    assert found.by["contribution"] == LAYERS and issubclass(Ranking, object)

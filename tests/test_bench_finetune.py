@@ -11,7 +11,6 @@ from torch import nn
 
 from bench import finetune, readme
 from bench.finetune_arms import NAMES, Arm, Orders, Trained, arms
-from zest_fast.ranking.ranking import Ranking
 
 LAYERS = tuple(f"body.{2 * place}" for place in range(12))
 
@@ -96,7 +95,7 @@ def small(monkeypatch, model):
     monkeypatch.setattr(finetune, "Ranker", FirstLayersFirst)
     monkeypatch.setattr(finetune, "load_spectra", lambda names: {"toy": {name: {"snr": 1.0} for name in LAYERS}})
     monkeypatch.setitem(finetune.DATASETS, "digits", type("D", (), {"family": "digits"}))
-    for name, value in {"SEEDS": (0, 1), "RATES": (1e-3, 1e-2), "STEPS": 3, "CURVE": (0, 2), "PROFILED": 8}.items():
+    for name, value in {"SEEDS": (0, 1), "RATES": (1e-3, 1e-2), "STEPS": 3, "CURVE": (0, 2), "PROFILED": 8, "ROUNDS": 1}.items():
         monkeypatch.setattr(finetune, name, value)
     return model
 
@@ -128,7 +127,7 @@ def test_a_run_goes_on_where_it_stopped_and_ends_in_a_table(small, tmp_path, mon
     zest, draws = pair["arms"]["ZEST@5"], pair["arms"]["random@5"]
     assert len(zest["test_accuracy"]) == 2 and len(draws["test_accuracy"]) == 4 and zest["rate"] in (1e-3, 1e-2)
     assert zest["trained"] == 5 * 42 + 14 and [point[0] for point in zest["curve"]] == [0, 2, 3]
-    assert zest["peak_bytes"] < zest["peak_bytes_full"]
+    assert 0 < zest["peak_bytes"] <= zest["peak_bytes_full"] and zest["to_full"]["median"] > 0
     text = readme.BLOCKS["finetune"][2](document)
     assert "| ZEST@5 | " in text and f"{100 * sum(zest['test_accuracy']) / 2:.1f} ±" in text
 
@@ -139,4 +138,4 @@ def test_the_head_is_in_no_order(small, tmp_path):
     pair.settings, pair.head = finetune._IMAGES, "head"
     found = pair._orders(0)
     assert found.used == LAYERS and all(set(order) == set(LAYERS) for order in found.by.values())
-    assert found.by["contribution"] == LAYERS and issubclass(Ranking, object)
+    assert found.by["contribution"] == LAYERS

@@ -117,7 +117,7 @@ def run_fold(fold: Fold, records: pandas.DataFrame, spectra: Spectra, contest: C
     train, test = rows_of(records, fold.train), rows_of(records, fold.test)
     gains = mean_gain(test)
     unseen = test.drop(columns=list(OUTCOMES))
-    fitted = {name: contestant.fit(train) for name, contestant in contest(train, spectra).items()}
+    fitted = {name: contestant.fit(train) for name, contestant in contest(records, spectra).items()}
     if fold.setting != "known models":
         fitted.pop("layer prior", None)  # it has nothing to say of a model without records
     families = {(pair.model, pair.dataset): pair for pair in fold.test}

@@ -30,11 +30,14 @@ class Contestant(Protocol):
     def predict(self, profile: pandas.DataFrame) -> np.ndarray: ...
 
 
-def contestants(train: pandas.DataFrame, spectra: Spectra) -> dict[str, Contestant]:
-    """Every contestant by its name in the results, unfitted. The metrics are those that `train` holds."""
+def contestants(records: pandas.DataFrame, spectra: Spectra) -> dict[str, Contestant]:
+    """Every contestant by its name in the results, unfitted.
+
+    Single metrics are those that any pair of `records` holds; where a profile lacks one, that has no order.
+    """
     from zest_fast import Ranker
 
-    metrics = present(train)
+    metrics = present(records)
     return {
         "ranker": Ranker(),
         "ranker, metrics only": Ranker(features="metrics"),

@@ -95,7 +95,14 @@ def small(monkeypatch, model):
     monkeypatch.setattr(finetune, "Ranker", FirstLayersFirst)
     monkeypatch.setattr(finetune, "load_spectra", lambda names: {"toy": {name: {"snr": 1.0} for name in LAYERS}})
     monkeypatch.setitem(finetune.DATASETS, "digits", type("D", (), {"family": "digits"}))
-    for name, value in {"SEEDS": (0, 1), "RATES": (1e-3, 1e-2), "STEPS": 3, "CURVE": (0, 2), "PROFILED": 8, "ROUNDS": 1}.items():
+    for name, value in {
+        "SEEDS": (0, 1),
+        "RATES": (1e-3, 1e-2),
+        "STEPS": 3,
+        "CURVE": (0, 2),
+        "PROFILED": 8,
+        "ROUNDS": 1,
+    }.items():
         monkeypatch.setattr(finetune, name, value)
     return model
 

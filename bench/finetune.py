@@ -50,8 +50,10 @@ from zest_fast.profiling.replacing import replacing
 from zest_fast.ranking.ranker import Ranker
 from zest_fast.ranking.ranking import rank
 from zest_fast.sweeping.head import choose_strength, classifier_of, features_of, fit_head
-from zest_fast.sweeping.inputs import batches, logits_of, rows_of
+from zest_fast.sweeping.inputs import logits_of, rows_of
+from zest_fast.sweeping.prefix_cache import PrefixCache
 from zest_fast.sweeping.tables import load_records, sweeps_of
+from zest_fast.sweeping.trials import evaluate, set_head
 
 PAIRS = (
     "efficientnet-lite0/mnist",
@@ -137,9 +139,7 @@ class Pair:
         features = features_of(self.model, head, inputs)
         strength = choose_strength(features, targets, head.out_features, STRENGTHS)
         weight, bias = fit_head(features, targets, head.out_features, strength)
-        with torch.no_grad():
-            head.weight.copy_(weight)
-            head.bias.copy_(bias)
+        set_head(head, weight, bias)
 
     def _orders(self, seed: int) -> Orders:
         inputs, targets = self.splits["train"]
@@ -230,17 +230,11 @@ class Pair:
         whole = order.repeat(-(-STEPS * size // len(order)))
         return iter(whole[: STEPS * size].split(size))
 
-    @torch.no_grad()
     def _evaluate(self, model: nn.Module, split: str, samples: int | None = None) -> tuple[float, float]:
         """Mean loss and accuracy."""
         inputs, targets = self.splits[split]
-        targets = targets[:samples]
-        loss, correct = 0.0, 0
-        for rows in batches(len(targets), 64):
-            logits = logits_of(call_model(model, rows_of(inputs, rows))).double()
-            loss += float(nn.functional.cross_entropy(logits, targets[rows], reduction="sum"))
-            correct += int((logits.argmax(1) == targets[rows]).sum())
-        return loss / len(targets), correct / len(targets)
+        score = evaluate(PrefixCache(model, inputs, limit=0, folder=Path()), targets[:samples])
+        return score["loss"], score["accuracy"]
 
     # Results
 

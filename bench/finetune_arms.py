@@ -111,14 +111,16 @@ class Trained:
         self.head_names = frozenset(name for name in self.parameters if name.startswith(f"{head}."))
 
     def _adapt(self, head: str, arm: Arm) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import inject_adapter_in_model
+
+        from zest_fast.integrations.peft import lora_config
 
         for module in self.model.modules():
             if isinstance(module, nn.Conv2d) and _is_plain(module):
                 module.__class__ = (
                     nn.Conv2d
                 )  # PEFT builds adapters of the same class, and this one wants more arguments
-        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(arm.layers or ()))
+        config = lora_config(arm.layers or (), self.model, r=RANK, head=None, lora_alpha=2 * RANK)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             inject_adapter_in_model(config, self.model)

@@ -1,3 +1,15 @@
 import os
 
+import pytest
+import torch
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses the network; it is read when transformers is first imported
+
+
+@pytest.fixture
+def one_thread():
+    """A second thread only makes models this small wait for each other, and adds in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

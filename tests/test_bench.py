@@ -18,12 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MIB = 2**20
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run_bench(name: str, *arguments: str) -> subprocess.CompletedProcess:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -272,17 +271,9 @@ def test_a_finished_sweep_is_read_without_running_the_model(tmp_path) -> None:
     pandas.testing.assert_frame_equal(first, again)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As in another process: gradients of gradients are summed in another order by more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_a_sweep_that_was_killed_goes_on_and_loses_nothing(tmp_path) -> None:
+    # One thread, as the other process has: more sum gradients of gradients in another order.
     path = tmp_path / "records.jsonl"
     program = (
         "import time, torch; torch.set_num_threads(1)\n"

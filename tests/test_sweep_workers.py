@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pandas
 import pytest
-import torch
 from small_models import assert_same, snapshot
 from sweeping_models import RECIPE, Mortal, Residual, make
 from torch import nn
@@ -30,12 +29,7 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="
 SHORT = replace(RECIPE, seeds=(0,), steps=1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(path, workers, kind=Residual, recipe=RECIPE, **arguments):

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
+from zest_fast.finetuning.flop_formulas import OWN
 from zest_fast.finetuning.frozen_norms import keep_frozen_norms_in_eval
 from zest_fast.profiling.heads import is_language_model
 from zest_fast.profiling.loss import loss_of
@@ -65,20 +66,8 @@ def _put_back(there: dict[str, Any], found: dict[str, Any]) -> None:
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter, which does not know the attention of the CPU by itself."""
-    aten = torch.ops.aten
-
-    def forward(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    def backward(grad: Any, query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
-        return sdpa_backward_flop_count(grad, query, key, value)
-
-    attention = {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    return FlopCounterMode(display=False, custom_mapping=attention)
+    """torch's counter with our formulas where its own lack something."""
+    return FlopCounterMode(display=False, custom_mapping=OWN)
 
 
 def stand_in_batch(model: nn.Module) -> dict[str, Tensor]:

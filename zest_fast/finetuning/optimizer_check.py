@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+
+from zest_fast.profiling.nearest import some
 
 
 def check_optimizer(optimizer: Any, chosen: Mapping[str, nn.Parameter], model: nn.Module) -> int:
@@ -25,16 +27,9 @@ def check_optimizer(optimizer: Any, chosen: Mapping[str, nn.Parameter], model: n
     problems = []
     if missing:
         strangers = f" (it holds {foreign} parameters of something else: was the model copied since?)" * bool(foreign)
-        problems.append(f"lacks {listed(missing)}, which train{strangers}")
+        problems.append(f"lacks {some(map(repr, missing))}, which train{strangers}")
     if frozen:
-        problems.append(f"holds {listed(frozen)}, which are frozen: it was built before the model was wrapped")
+        problems.append(f"holds {some(map(repr, frozen))}, which are frozen: it was built before the model was wrapped")
     if problems:
         raise ValueError(f"the optimizer {'; and it '.join(problems)}; build it from .parameters() after wrapping")
     return foreign
-
-
-def listed(names: Iterable[str], most: int = 5) -> str:
-    """Names for a message: the first ones, and how many more."""
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more

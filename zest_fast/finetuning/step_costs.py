@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from zest_fast.finetuning.fake_pass import faked, flop_counter
+from zest_fast.finetuning.modules import upwards
 from zest_fast.finetuning.trainable_layers import head_layers
 from zest_fast.profiling.layers import find_layers
 from zest_fast.ranking.ranking import Ranking
@@ -76,7 +77,7 @@ def costs_of_ranking(ranking: Ranking) -> StepCosts:
 def measured_costs(model: nn.Module, batch: Any) -> StepCosts:
     """From one forward pass on fake tensors, whose FLOPs are read wherever a layer begins or ends."""
     rows = find_layers(dict(model.named_modules()))
-    chains = {row.name: _upwards(row.module_name.split(".parametrizations.")[0]) for row in rows}
+    chains = {row.name: upwards(row.module_name.split(".parametrizations.")[0]) for row in rows}
     owners = {chain[0] for chain in chains.values()}
     with faked(model, batch) as compute_loss, flop_counter() as counter:
         clock = _Clock(model, owners, {name for chain in chains.values() for name in chain}, counter.get_total_flops)
@@ -150,12 +151,6 @@ class _Clock:
     def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.tick()
         self._ended = max(self._ended, self.order[self._running.pop()])
-
-
-def _upwards(name: str) -> list[str]:
-    """The name, those of its parents, and "" for the root."""
-    parts = name.split(".") if name else []
-    return [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
 
 
 def _head(model: nn.Module) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from zest_fast.finetuning.base import UNHASHED, Base, digests, saved_buffers
-from zest_fast.finetuning.optimizer_check import listed
+from zest_fast.profiling.nearest import some
 
 
 def verify(model: nn.Module, base: Base, chosen: Mapping[str, nn.Parameter]) -> None:
@@ -37,6 +37,6 @@ def verify(model: nn.Module, base: Base, chosen: Mapping[str, nn.Parameter]) -> 
         "gone since the model was wrapped": sorted(before.keys() - frozen.keys() - buffers.keys() - chosen.keys()),
         "could not be read, so nobody knows": [name for name, digest in now.items() if digest == UNHASHED],
     }
-    problems = [f"{what}: {listed(names)}" for what, names in found.items() if names]
+    problems = [f"{what}: {some(map(repr, names))}" for what, names in found.items() if names]
     if problems:
         raise RuntimeError("verify: " + "; ".join(problems))

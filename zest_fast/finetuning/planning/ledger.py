@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch._C._autograd import _get_sequence_nr
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+
+from zest_fast.finetuning.flop_formulas import FORMULAS
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "loss")
 
@@ -116,8 +117,8 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **kwargs)
         packet = func._overloadpacket
         unpacked = None
-        if packet in _FLOPS:
-            self.count(_FLOPS[packet](*args, **kwargs, out_val=out))
+        if packet in FORMULAS:
+            self.count(FORMULAS[packet](*args, **kwargs, out_val=out))
             unpacked = self._unpack(args) if self._packed else None
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._open:
@@ -211,26 +212,3 @@ class _RunningModules:
 
 def _rounded(size: int) -> int:
     return -(-size // _UNIT) * _UNIT
-
-
-def _convolution_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any, output_mask: Any = None, out_val: Any = None
-) -> int:
-    """dX and dW cost as much as the forward pass each, in groups or not (torch's formula takes groups for one)."""
-    mask = output_mask if output_mask is not None else rest[-1]
-    transposed = rest[4]
-    positions = x if transposed else gradient
-    return 2 * positions.numel() * (weight.numel() // weight.shape[0]) * (bool(mask[0]) + bool(mask[1]))
-
-
-def _formulas() -> dict[Any, Callable[..., int]]:
-    """torch's formulas, and those of attention for its CPU variants, which torch leaves out."""
-    aten = torch.ops.aten
-    known = {**flop_registry, aten.convolution_backward: _convolution_backward}
-    for end in ("", "_backward"):
-        formula = known[getattr(aten, f"_scaled_dot_product_flash_attention{end}")]
-        known[getattr(aten, f"_scaled_dot_product_flash_attention_for_cpu{end}")] = formula
-    return known
-
-
-_FLOPS = _formulas()

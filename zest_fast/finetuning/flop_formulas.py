@@ -1,0 +1,48 @@
+"""FLOPs of operators: torch's formulas, and what they lack.
+
+torch leaves out attention's variants for the CPU, and takes the groups of a convolution for one in its backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+
+def _of_tensors(formula: Callable[..., int]) -> Callable[..., int]:
+    """The mark by which FlopCounterMode knows a formula that is called with tensors, not with their shapes."""
+
+    def count(*args: Any, **kwargs: Any) -> int:
+        return formula(*args, **kwargs)
+
+    count._get_raw = True  # type: ignore[attr-defined]
+    return count
+
+
+def _convolution_backward(
+    gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any, output_mask: Any = None, out_val: Any = None
+) -> int:
+    """dX and dW cost as much as the forward pass each, in groups or not."""
+    mask = output_mask if output_mask is not None else rest[-1]
+    transposed = rest[4]
+    positions = x if transposed else gradient
+    return 2 * positions.numel() * (weight.numel() // weight.shape[0]) * (bool(mask[0]) + bool(mask[1]))
+
+
+_ATEN = torch.ops.aten
+OWN: dict[Any, Callable[..., int]] = {
+    _ATEN.convolution_backward: _of_tensors(_convolution_backward),
+    **{
+        getattr(_ATEN, f"_scaled_dot_product_flash_attention_for_cpu{end}"): _of_tensors(
+            flop_registry[getattr(_ATEN, f"_scaled_dot_product_flash_attention{end}")]
+        )
+        for end in ("", "_backward")
+    },
+}
+"""What differs from torch, as `FlopCounterMode(custom_mapping=)` takes it."""
+FORMULAS: dict[Any, Callable[..., int]] = {**flop_registry, **OWN}
+"""Operator -> formula(*arguments, out_val=result)."""

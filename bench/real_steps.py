@@ -15,12 +15,14 @@ from zest_fast.finetuning.planning.optimizers import build_optimizer
 from zest_fast.profiling.layers import find_layers
 
 
-def counted_step(model: nn.Module, batch: dict[str, Tensor], layers: Sequence[str] | str, optimizer: str) -> int:
+def counted_step(
+    model: nn.Module, batch: dict[str, Tensor], layers: Sequence[str] | str, optimizer: str, **options: Any
+) -> int:
     """Peak bytes of the second of two steps on the CPU: what is there before it, and what the allocator hands out.
 
-    layers: names for SelectiveBackward, or "all". The model comes back trained.
+    layers, options: names and more for SelectiveBackward, or "all". The model comes back trained.
     """
-    selective = nullcontext() if layers == "all" else zest_fast.SelectiveBackward(model, layers)
+    selective = nullcontext() if layers == "all" else zest_fast.SelectiveBackward(model, layers, **options)
     with selective as tuned:
         parameters = list(model.parameters() if tuned is None else tuned.parameters())
         update = build_optimizer(optimizer, parameters)

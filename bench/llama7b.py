@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,9 @@ from zest_fast.finetuning.plan import plan, plan_profile
 GIB = 2**30
 LAYERS = 5
 RUNS = 2
-NEEDED = 17.0  # GiB that must be available: below that the machine would swap
+SPARE = (
+    2.5  # GiB that must be available beyond the plan: Python, torch, scratch of kernels; else the machine would swap
+)
 GOALS = {("profile", 128, None): 14.5, ("finetune", 128, None): 15.0}  # GiB
 TINY = {
     "hidden_size": 64,
@@ -101,17 +103,11 @@ class _Results:
     def add(self, row: dict) -> None:
         key = row["kind"], row["tokens"], row["frozen"]
         self.rows[key] = row
-        ordered = sorted(
-            self.rows.items(), key=lambda item: (item[0][0] != "profile", str(item[0][2] or ""), item[0][1])
-        )
-        settings = {
-            "dtype": "bfloat16",
-            "batch": 1,
-            "layers": LAYERS,
-            "optimizer": "fused adamw in backward",
-            "runs": RUNS,
-        }
-        write_result("llama7b", settings, [row for _, row in ordered], self._out)
+        rows = [
+            self.rows[key] for key in sorted(self.rows, key=lambda key: (key[0] != "profile", key[2] or "", key[1]))
+        ]
+        settings: dict[str, object] = {"dtype": "bfloat16", "batch": 1, "layers": LAYERS, "runs": RUNS}
+        write_result("llama7b", {**settings, "optimizer": "fused adamw in backward"}, rows, self._out)
         goal = f" (goal {row['goal_gib']})" if row["goal_gib"] else ""
         name = " ".join(map(str, filter(None, key)))
         times = f"{row['seconds'][-1]:.1f} s, {row['to_forward_dx']:.2f} x forward + dX"
@@ -123,16 +119,29 @@ def _with_layers(case: Case, results: _Results) -> Case:
     if not any(kind == "profile" for kind, _, _ in results.rows):
         results.add(_run(Case("profile", case.tokens, None, case.tiny, case.threads)))
     profiles = {tokens: row for (kind, tokens, _), row in results.rows.items() if kind == "profile"}
-    return Case(**{**asdict(case), "layers": tuple(profiles[min(profiles)]["layers"])})
+    return replace(case, layers=tuple(profiles[min(profiles)]["layers"]))
 
 
 def _run(case: Case) -> dict:
+    """The case in a process of its own, if there is memory for it; what is quantised needs the plain weights first."""
+    needed = _planned_gib(replace(case, frozen=None)) + SPARE
     available = _status("/proc/meminfo", "MemAvailable") / GIB
-    if not case.tiny and available < NEEDED:
-        sys.exit(f"{case.key}: {NEEDED} GiB of memory must be available, and {available:.1f} are; nothing was started")
+    if available < needed:
+        sys.exit(f"{case}: {needed:.1f} GiB of memory must be available, and {available:.1f} are; nothing was started")
     command = [sys.executable, "-m", "bench.llama7b", case.kind, "--case", json.dumps(asdict(case))]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout)
+    return {**json.loads(done.stdout), "planned_gib": _planned_gib(case)}
+
+
+def _planned_gib(case: Case) -> float:
+    sizes: dict[str, Any] = {"batch_size": 1, "sequence_length": case.tokens}
+    if case.kind == "profile":
+        planned = plan_profile(_config(case.tiny), **sizes)
+    else:
+        planned = plan(
+            _config(case.tiny), case.layers, optimizer="adamw-fused-in-backward", frozen=case.frozen, **sizes
+        )
+    return planned.peak_bytes / GIB
 
 
 def measure(case: Case) -> dict:
@@ -163,10 +172,10 @@ def measure(case: Case) -> dict:
 
 def build(tiny: bool, progress: Progress) -> Any:
     """LLaMA-7B with random weights: on the meta device first, then parameter by parameter."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config = LlamaConfig(**(TINY if tiny else {}), use_cache=False)
+    config = _config(tiny)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.model.rotary_emb = LlamaRotaryEmbedding(config)  # computed, not trained
@@ -182,6 +191,12 @@ def build(tiny: bool, progress: Progress) -> Any:
     return model.train()
 
 
+def _config(tiny: bool) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**(TINY if tiny else {}), use_cache=False)
+
+
 def _profile(model: nn.Module, batch: dict[str, Tensor], case: Case, advance: Callable[[], None]) -> dict:
     profiles: list[Any] = []
 
@@ -191,14 +206,11 @@ def _profile(model: nn.Module, batch: dict[str, Tensor], case: Case, advance: Ca
 
     seconds = [_timed(run, advance) for _ in range(RUNS)]
     peak = _peak_gib()
-    planned = plan_profile(model, batch_size=1, sequence_length=case.tokens, dtype=None)
     layers = zest_fast.rank(profiles[0]).top(LAYERS)
-    return {"peak_gib": peak, "planned_gib": planned.peak_bytes / GIB, "seconds": seconds, "layers": layers}
+    return {"peak_gib": peak, "seconds": seconds, "layers": layers}
 
 
 def _finetune(model: nn.Module, batch: dict[str, Tensor], case: Case, advance: Callable[[], None]) -> dict:
-    sizes = {"batch_size": 1, "sequence_length": case.tokens, "dtype": None, "frozen": case.frozen}
-    planned = plan(model, case.layers, optimizer="adamw-fused-in-backward", **sizes)
     started = time.perf_counter()
     tuned = zest_fast.SelectiveBackward(model, case.layers, frozen=case.frozen)
     gc.collect()
@@ -217,9 +229,9 @@ def _finetune(model: nn.Module, batch: dict[str, Tensor], case: Case, advance: C
     peak = _peak_gib()
     tuned.verify()
     row = {"cut": tuned.cut, "losses": losses, "wrapping_seconds": wrapping, "layers": case.layers}
-    row["weights_gib"] = _weights_gib(model)
+    row["weights_gib"] = _weights_gib(model)  # quantised
     tuned.remove()
-    return {"peak_gib": peak, "planned_gib": planned.peak_bytes / GIB, "seconds": seconds, **row}
+    return {"peak_gib": peak, "seconds": seconds, **row}
 
 
 def _weights_gib(model: nn.Module) -> float:

@@ -250,6 +250,7 @@ def test_chosen_layers_of_a_quantised_model_are_unpacked(bits):
         chosen = model.get_submodule(LAYERS[0])
         assert type(chosen) is nn.Linear and chosen.weight.dtype == torch.bfloat16
         assert type(model.model.layers[0].mlp.up_proj) is kind
+        assert tuned.summary().total_parameters == sum(p.numel() for p in language_model().parameters())
         assert torch.cosine_similarity(chosen.weight.flatten().float(), exact.flatten().float(), dim=0) > 0.99
         _, found = gradients(model, tuned.parameters())
         assert all(torch.isfinite(gradient).all() and gradient.any() for gradient in found)

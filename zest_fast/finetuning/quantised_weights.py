@@ -5,6 +5,7 @@ Only weights are quantised: what is computed is what the same model computes wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from types import NoneType
 from typing import Any
@@ -152,12 +153,17 @@ def head_name(model: nn.Module) -> str | None:
 
 def weight_counts(model: nn.Module) -> dict[int, int]:
     """By id of each parameter, how many weights of the model it stands for: packed ones for those that they hold."""
-    counts = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    counts = {id(parameter): _stands_for(parameter) for parameter in model.parameters()}
     for module in model.modules():
         if isinstance(module, QuantisedLinear):
             counts[id(module.packed)] = module.in_features * module.out_features
             counts[id(module.scale)] = 0
     return counts
+
+
+def _stands_for(parameter: Tensor) -> int:
+    state = getattr(parameter, "quant_state", None)  # of bitsandbytes, in 4 bits
+    return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def _pack(module: nn.Module, format: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zest_fast.ranking.features import FEATURES, PRIORS
+from zest_fast.ranking.features import FEATURES, FIRST_ORDER, PRIORS
 
 if TYPE_CHECKING:
     import lightgbm
@@ -16,9 +16,9 @@ ROUNDS = (5, 15, 40)
 STRENGTH = 6.0
 """What the base is multiplied by: log odds, between two layers, of a difference of 1 in position."""
 
-INCREASING = (*PRIORS, "rgn_rank", "agree_dot_rank", "agree_sign_rank", "agree_cos_rank")
-"""Theory gives these a sign: a prior is an expected position; agreement estimates the gain of a step on unseen samples;
-a large gradient relative to the weight is a large relative change at the same rate."""
+INCREASING = (*PRIORS, *(f"{name}_rank" for name in (*FIRST_ORDER, "agree_dot", "agree_sign", "agree_cos")))
+"""Theory gives these a sign: a prior is an expected position, FIRST_ORDER an expected gain, and agreement estimates the
+gain of a step on unseen samples."""
 
 
 def train_trees(

@@ -2,7 +2,7 @@
 
 Three views of each metric: its rank in the group, its rank among the layers of its kind, and the z-score of its
 logarithm; where the layer is known a fourth, how far that z-score is from what is usual for the layer. None of them
-changes when the loss, the batch or the weights are scaled.
+changes when the loss or the batch is scaled. Beside the metrics of the profile stand FIRST_ORDER, what theory predicts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import pandas
 
 from zest_fast.ranking.groups import Group
 
-SIGNED_METRICS = ("weight_mean", "act_mean", "grad_mean", "plain", "grasp", "agree_dot", "agree_sign", "agree_cos")
+SIGNED_METRICS = (
+    *("weight_mean", "act_mean", "grad_mean", "plain", "grasp", "agree_dot", "agree_sign", "agree_cos", "agreed_gain"),
+)
 METRICS = (
     *("weight_mean", "weight_std", "act_mean", "act_std", "act_abs_mean", "act_abs_std"),
     *("grad_mean", "grad_std", "grad_abs_mean", "grad_abs_std", "grad_norm"),
@@ -26,7 +28,15 @@ ON_REQUEST = METRICS[-5:]
 STATIC_METRICS = ("weight_mean", "weight_std", "synflow")
 """Constants of the model, whatever the data: within one model they tell which layer it is."""
 
-DYNAMIC_METRICS = tuple(metric for metric in METRICS if metric not in STATIC_METRICS)
+GRADIENT_L1, STEP_GAIN, AGREED_GAIN = FIRST_ORDER = ("gradient_l1", "step_gain", "agreed_gain")
+"""By how much the loss falls, to first order, when every weight of a layer moves by the same step against the sign of
+its gradient, as Adam does at first: Σ|dW| x step. The step is 1, or the layer's rate in the recipe of the sweeps, which
+is proportional to RMS(W) up to a limit. `agreed_gain` takes the sign from one half of the batch and the gradient from
+the other, so that it does not count noise as progress; it needs agreement."""
+_LARGEST_RMS = 0.2
+"""Where the limit of that rate begins: max_layer_lr over layer_lr_factor of `sweeping.recipe.Recipe`."""
+
+DYNAMIC_METRICS = (*(metric for metric in METRICS if metric not in STATIC_METRICS), *FIRST_ORDER)
 
 LAYER_PRIOR, KIND_PRIOR = PRIORS = ("layer_prior", "kind_prior")
 STRUCTURE = (
@@ -37,12 +47,14 @@ SURPRISES = tuple(f"{metric}_surprise" for metric in DYNAMIC_METRICS)
 FEATURES = (
     *PRIORS,
     *STRUCTURE,
-    *(f"{metric}_{view}" for metric in METRICS for view in ("rank", "rank_in_kind", "z")),
+    *(f"{metric}_{view}" for metric in (*METRICS, *FIRST_ORDER) for view in ("rank", "rank_in_kind", "z")),
     *SURPRISES,
 )
 OF_KNOWN_LAYERS = (LAYER_PRIOR, *SURPRISES)
 """NaN where the architecture is new."""
-DYNAMIC_FEATURES = tuple(f"{metric}_{view}" for metric in DYNAMIC_METRICS for view in ("rank", "z"))
+DYNAMIC_FEATURES = tuple(
+    f"{metric}_{view}" for metric in DYNAMIC_METRICS if metric not in FIRST_ORDER for view in ("rank", "z")
+)
 """Those that see the batch and nothing of the architecture: for the ablation."""
 
 _MOST_DEVIATIONS = 4.0  # a layer that is far out says no more than that
@@ -55,7 +67,7 @@ def features_of(group: Group, layer_prior: np.ndarray, kind_prior: np.ndarray, u
     The priors are expected positions in (0, 1), [layers]; usual: what `metric_z` is for each layer on other data,
     [layers, DYNAMIC_METRICS]. Each may be NaN.
     """
-    raw = _metrics(group, METRICS).assign(numel=group.numels)
+    raw = _metrics(group, (*METRICS, *FIRST_ORDER)).assign(numel=group.numels)
     ranks, in_kind = positions(raw), _positions_in_kind(raw, group.kinds)
     columns: dict[str, np.ndarray] = {LAYER_PRIOR: layer_prior, KIND_PRIOR: kind_prior, **_structure(group)}
     for column, name in enumerate(raw):
@@ -78,8 +90,19 @@ def metric_z(group: Group) -> np.ndarray:
 def _metrics(group: Group, names: Sequence[str]) -> pandas.DataFrame:
     """[layers, names]: what is not finite, or not in the profile, is NaN."""
     absent = np.full(len(group), np.nan)
-    raw = pandas.DataFrame({metric: group.metrics.get(metric, absent) for metric in names})
+    found = {metric: group.metrics.get(metric, absent) for metric in METRICS}
+    raw = pandas.DataFrame(found | _first_order(found, group.numels))[list(names)]
     return raw.where(np.isfinite(raw))
+
+
+def _first_order(metrics: dict[str, np.ndarray], numels: np.ndarray) -> dict[str, np.ndarray]:
+    gradient_l1 = numels * metrics["grad_abs_mean"]
+    step = np.minimum(np.hypot(metrics["weight_std"], metrics["weight_mean"]), _LARGEST_RMS)
+    return {
+        GRADIENT_L1: gradient_l1,
+        STEP_GAIN: step * gradient_l1,
+        AGREED_GAIN: step * metrics["agree_sign"],
+    }
 
 
 def positions(values: pandas.DataFrame) -> np.ndarray:

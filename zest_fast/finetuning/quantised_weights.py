@@ -24,7 +24,7 @@ class QuantisedLinear(nn.Module):
     """What an nn.Linear is while its weight is packed; made by `QuantisedWeights` and never from scratch.
 
     packed, scale: parameters that never train, in the place of `weight`. `.weight` unpacks: the rounded weight, [out,
-    in] in `dtype`, a fresh tensor at every reading.
+    in] in `dtype`, a fresh tensor at every reading, so that writing to it changes nothing.
     """
 
     packed: nn.Parameter

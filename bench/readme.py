@@ -16,6 +16,7 @@ from pathlib import Path
 from bench import finetune_report, pictures, ranking_report
 from bench.finetune_report import finetune_text
 from bench.measure import RESULTS, ROOT
+from bench.memory_report import llama7b_text, memory_text
 from bench.ranking_report import ranking_text
 
 MIB = 2**20
@@ -235,6 +236,8 @@ BLOCKS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "sweep_speed": ("sweep_speed.json", "python -m bench.sweeps --speed", sweep_speed_table),
     "ranking": ("ranking.json", "python -m bench.ranking", ranking_text),
     "finetune": ("finetune.json", "python -m bench.finetune", finetune_text),
+    "methods": ("memory_table.json", "python -m bench.memory_table --check", memory_text),
+    "llama7b": ("llama7b.json", "python -m bench.llama7b", llama7b_text),
     "demo": ("demo.json", "zest-fast demo", demo_table),
     "demo_minilm": ("demo_minilm.json", "zest-fast demo --task minilm", demo_table),
     "demo_smollm2": ("demo_smollm2.json", "zest-fast demo --task smollm2", demo_table),

@@ -16,6 +16,7 @@ NAMES = {
     "layer prior": "layer prior",
     "kind prior": "prior of the kind of layer",
     "best single metric": "best single metric of the training pairs",
+    "step gain": "first-order gain of a step (nothing learned)",
     "depth": "depth",
     "rgn": "RGN",
     "spectrum": "Spectrum (signal to noise)",

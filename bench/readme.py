@@ -16,7 +16,7 @@ from pathlib import Path
 from bench import finetune_report, pictures, ranking_report
 from bench.finetune_report import finetune_text
 from bench.measure import RESULTS, ROOT
-from bench.memory_report import llama7b_text, memory_text
+from bench.memory_report import lean_text, llama7b_text, memory_text
 from bench.ranking_report import ranking_text
 
 MIB = 2**20
@@ -236,6 +236,7 @@ BLOCKS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "sweep_speed": ("sweep_speed.json", "python -m bench.sweeps --speed", sweep_speed_table),
     "ranking": ("ranking.json", "python -m bench.ranking", ranking_text),
     "finetune": ("finetune.json", "python -m bench.finetune", finetune_text),
+    "lean": ("lean.json", "python -m bench.lean", lean_text),
     "methods": ("memory_table.json", "python -m bench.memory_table --check", memory_text),
     "llama7b": ("llama7b.json", "python -m bench.llama7b", llama7b_text),
     "demo": ("demo.json", "zest-fast demo", demo_table),

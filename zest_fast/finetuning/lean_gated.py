@@ -1,6 +1,7 @@
 """Gated feed-forward blocks, act(gate(x)) * up(x): keep gate and up; act(gate) is computed again in the backward pass.
 
-With SiLU on the CPU that pass is one compiled kernel, which costs less than plain autograd. Known by their children, and by a trial of the class's code against ours with small layers in place of theirs.
+With SiLU on the CPU that pass is one compiled kernel, which costs less than plain autograd. Known by their children,
+and by a trial of the class's code against ours with small layers in place of theirs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,13 @@
-"""The table that README.md shows of bench/results/finetune.json."""
+"""The table and the curves that README.md shows of bench/results/finetune.json."""
 
 from __future__ import annotations
 
+import json
 import statistics
+from pathlib import Path
 from typing import Any
+
+from bench import pictures
 
 LEGEND = (
     "Accuracy on the test split in percent, mean over the seeds ± its standard error over them; every seed is in the "
@@ -15,8 +19,36 @@ LEGEND = (
 )
 
 
+CURVES = {
+    "full": "black",
+    "head only": "C7",
+    "contribution@5": "C2",
+    "ZEST@5": "C3",
+    "random@5": "C1",
+    "last@5": "C4",
+    "LoRA r8": "C0",
+}
+"""Arms in the plot, by colour."""
+
+
 def finetune_text(document: dict) -> str:
-    return "\n\n".join([finetune_table(document), LEGEND])
+    plot = "![Accuracy on the validation split by step, for each pair](bench/results/finetune.svg)"
+    return "\n\n".join([finetune_table(document), LEGEND, plot])
+
+
+def draw(source: bytes, path: Path) -> None:
+    """Accuracy on the validation split by step (Figure 3 of the paper), a panel for each pair; source: the JSON."""
+    pairs = json.loads(source)["results"]
+    with pictures.figure(3.2 * len(pairs) + 1.5, 3) as figure:
+        for axes, pair in zip(figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True):
+            for name, colour in CURVES.items():
+                steps, _, accuracies = zip(*pair["arms"][name]["curve"], strict=True)
+                axes.plot(steps, [100 * accuracy for accuracy in accuracies], "o-", color=colour, label=name, ms=3)
+            axes.set_title(pair["pair"])
+            axes.set_xlabel("step")
+        figure.axes[0].set_ylabel("accuracy on the validation split, %")
+        figure.axes[-1].legend(loc="lower right", fontsize=7)
+        pictures.save(figure, source, path)
 
 
 def finetune_table(document: dict) -> str:

@@ -19,6 +19,7 @@ from sklearn.model_selection import GroupKFold
 from bench.mlp_on_pairs import PairMLP
 from bench.ranking_measures import tau_b
 from bench.ranking_records import mean_gain, present, profiles, rank_in_profile, z_scores
+from zest_fast.ranking.features import METRICS, STEP_GAIN, first_order
 
 Spectra = Mapping[str, Mapping[str, Mapping[str, float | None]]]
 """model -> layer -> "snr" and "condition_number", as bench/spectra.py computes them."""
@@ -48,6 +49,7 @@ def contestants(records: pandas.DataFrame, spectra: Spectra) -> dict[str, Contes
         "depth": SignedMetric(("depth",)),
         "best single metric": SignedMetric(metrics),
         "rgn": LargeFirst("rgn"),
+        "step gain": StepGain(),
         "spectrum": Spectrum(spectra),
         "kappatune": KappaTune(spectra),
         "random": Random(),
@@ -100,6 +102,17 @@ class LargeFirst:
 
     def predict(self, profile: pandas.DataFrame) -> np.ndarray:
         return profile[self.metric].to_numpy(np.float64)
+
+
+class StepGain:
+    """What the first step of Adam at the rates of the sweeps gains to first order; nothing learned."""
+
+    def fit(self, train: pandas.DataFrame) -> StepGain:
+        return self
+
+    def predict(self, profile: pandas.DataFrame) -> np.ndarray:
+        metrics = {name: profile[name].to_numpy(np.float64) for name in METRICS if name in profile}
+        return first_order(metrics, profile["numel"].to_numpy(np.float64))[STEP_GAIN]
 
 
 class LayerPrior:

@@ -31,9 +31,10 @@ attain, and the share of the best possible top 3, 5 and 10's gain that the ranki
 
 Contestants. zest_fast.Ranker with its defaults; the same without static features; the paper's MLP on pairs; ridge on
 z-scored features; every single metric, and depth, with its sign learned on training pairs; the metric whose mean tau on
-training pairs is the largest in absolute value, with its sign; RGN (large first, Lee et al. 2022), Spectrum's
-signal-to-noise (large first, within each type of module), KappaTune's condition number (small first), these three with
-the sign of their authors; the layer prior (mean rank of the same layer on training pairs of the same model; known
+training pairs is the largest in absolute value, with its sign; what a step of Adam gains to first order (large first;
+added after the first evaluation, when the Ranker got it as a feature); RGN (large first, Lee et al. 2022), Spectrum's
+signal-to-noise (large first, within each type of module), KappaTune's condition number (small first), these four with
+the sign of theory; the layer prior (mean rank of the same layer on training pairs of the same model; known
 models only); the prior of the kind of layer; random (the exact expectation). Whatever learns a sign, a choice or a
 prior of kinds does so on training pairs of the same model where there are any, else on all.
 

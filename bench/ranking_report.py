@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
+
+from bench import pictures
 
 SETTINGS = ("known models", "new models", "other modality")
 NAMES = {
@@ -15,6 +16,7 @@ NAMES = {
     "layer prior": "layer prior",
     "kind prior": "prior of the kind of layer",
     "best single metric": "best single metric of the training pairs",
+    "step gain": "first-order gain of a step (nothing learned)",
     "depth": "depth",
     "rgn": "RGN",
     "spectrum": "Spectrum (signal to noise)",
@@ -97,25 +99,17 @@ def _worst(diagnosis: list[dict]) -> str:
 
 
 def draw(source: bytes, path: Path) -> None:
-    """Tau of every contestant with its interval, a panel for each setting, as an SVG that names its source.
-
-    source: the JSON; its hash goes into the picture.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure  # no pyplot: it would keep global state
-
+    """Tau of every contestant with its interval, a panel for each setting; source: the JSON."""
     summary = json.loads(source)["summary"]
     settings = [name for name in SETTINGS if name in summary]
     first = summary[settings[0]]["fresh"]["contestants"]
     order = sorted(first, key=lambda name: first[name]["tau"]["mean"])
-    with matplotlib.rc_context({"svg.hashsalt": "zest_fast", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(4 * len(settings) + 1, 0.22 * len(order) + 1), layout="constrained")
-        for axes, setting in zip(
-            figure.subplots(1, len(settings), sharey=True, squeeze=False)[0], settings, strict=True
-        ):
+    with pictures.figure(4 * len(settings) + 1, 0.22 * len(order) + 1) as figure:
+        panels = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
+        for axes, setting in zip(panels, settings, strict=True):
             _panel(axes, summary[setting]["fresh"], order)
             axes.set_title(f"{setting} ({summary[setting]['fresh']['pairs']} pairs)")
-        figure.savefig(path, format="svg", metadata={"Date": None, "Description": _mark(source)})
+        pictures.save(figure, source, path)
 
 
 def _panel(axes, part: dict, order: list[str]) -> None:
@@ -130,12 +124,3 @@ def _panel(axes, part: dict, order: list[str]) -> None:
     axes.axvline(0, color="black", linewidth=0.5)
     axes.set_yticks(range(len(order)), order)
     axes.set_xlabel("Kendall's tau, fresh head; dotted: attainable")
-
-
-def is_drawn(source: bytes, path: Path) -> bool:
-    """Whether the SVG was drawn from this JSON; whichever matplotlib drew it."""
-    return path.exists() and _mark(source) in path.read_text(encoding="utf-8")
-
-
-def _mark(source: bytes) -> str:
-    return f"drawn from ranking.json, SHA-256 {hashlib.sha256(source).hexdigest()}"

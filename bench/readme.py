@@ -13,9 +13,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from bench import finetune_report, pictures, ranking_report
 from bench.finetune_report import finetune_text
 from bench.measure import RESULTS, ROOT
-from bench.ranking_report import draw, is_drawn, ranking_text
+from bench.memory_report import llama7b_text, memory_text
+from bench.ranking_report import ranking_text
 
 MIB = 2**20
 KERNEL_SIZES = (4 * MIB, 256 * MIB)  # of the four sizes measured: cache-resident, and far beyond
@@ -55,16 +57,20 @@ def render(readme: str, results: Path) -> str:
 
 
 def draw_plots(results: Path) -> None:
-    """ranking.svg beside ranking.json, where there is one. Raises ImportError without matplotlib."""
-    source = results / "ranking.json"
-    if not plots_are_drawn(results):
-        draw(source.read_bytes(), source.with_suffix(".svg"))
+    """An SVG beside every JSON of PLOTS that is there and has none. Raises ImportError without matplotlib."""
+    for source, draw in _plots(results):
+        if not pictures.is_drawn(source.read_bytes(), source.with_suffix(".svg")):
+            draw(source.read_bytes(), source.with_suffix(".svg"))
 
 
 def plots_are_drawn(results: Path) -> bool:
-    """Whether the plot is that of the figures; it holds the hash of its JSON."""
-    source = results / "ranking.json"
-    return not source.exists() or is_drawn(source.read_bytes(), source.with_suffix(".svg"))
+    """Whether the plots are those of the figures; each holds the hash of its JSON."""
+    return all(pictures.is_drawn(source.read_bytes(), source.with_suffix(".svg")) for source, _ in _plots(results))
+
+
+def _plots(results: Path) -> list[tuple[Path, Callable[[bytes, Path], None]]]:
+    found = [(results / file, draw) for file, draw in PLOTS.items()]
+    return [(source, draw) for source, draw in found if source.exists()]
 
 
 def _block(name: str, results: Path) -> str:
@@ -222,6 +228,7 @@ LEGENDS = {
     "bytes in the same rounds. *Lean torch*: shared sums over cache-sized blocks; it and torch.compile lose digits on "
     "offset data, the kernels do not.",
 }
+PLOTS = {"ranking.json": ranking_report.draw, "finetune.json": finetune_report.draw}
 BLOCKS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "profile": ("profile.json", "python -m bench.profile", profile_table),
     "memory": ("profile.json", "python -m bench.profile", memory_table),
@@ -229,6 +236,8 @@ BLOCKS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "sweep_speed": ("sweep_speed.json", "python -m bench.sweeps --speed", sweep_speed_table),
     "ranking": ("ranking.json", "python -m bench.ranking", ranking_text),
     "finetune": ("finetune.json", "python -m bench.finetune", finetune_text),
+    "methods": ("memory_table.json", "python -m bench.memory_table --check", memory_text),
+    "llama7b": ("llama7b.json", "python -m bench.llama7b", llama7b_text),
     "demo": ("demo.json", "zest-fast demo", demo_table),
     "demo_minilm": ("demo_minilm.json", "zest-fast demo --task minilm", demo_table),
     "demo_smollm2": ("demo_smollm2.json", "zest-fast demo --task smollm2", demo_table),

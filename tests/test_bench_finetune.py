@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import finetune, readme
+from bench import finetune, finetune_report, pictures, readme
 from bench.finetune_arms import NAMES, Arm, Orders, Trained, arms
 
 LAYERS = tuple(f"body.{2 * place}" for place in range(12))
@@ -135,6 +135,10 @@ def test_a_run_goes_on_where_it_stopped_and_ends_in_a_table(small, tmp_path, mon
     assert len(zest["test_accuracy"]) == 2 and len(draws["test_accuracy"]) == 4 and zest["rate"] in (1e-3, 1e-2)
     assert zest["trained"] == 5 * 42 + 14 and [point[0] for point in zest["curve"]] == [0, 2, 3]
     assert 0 < zest["peak_bytes"] <= zest["peak_bytes_full"] and zest["to_full"]["median"] > 0
+    source = json.dumps(document).encode()
+    finetune_report.draw(source, tmp_path / "finetune.svg")
+    assert pictures.is_drawn(source, tmp_path / "finetune.svg")
+    assert not pictures.is_drawn(source + b" ", tmp_path / "finetune.svg")
     text = readme.BLOCKS["finetune"][2](document)
     assert "| ZEST@5 | " in text and f"{100 * sum(zest['test_accuracy']) / 2:.1f} ±" in text
 

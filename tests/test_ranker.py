@@ -314,7 +314,7 @@ def test_damaged_and_foreign_files_are_refused_by_name(small, tmp_path):
         json.dumps({**document, "version": 2}): "format version 2, this zest_fast reads 1",
         json.dumps(
             resigned({**document, "metadata": {**document["metadata"], "features": renamed}})
-        ): r"other features .*agree_cos_surprise, something_new",
+        ): r"other features .*agreed_gain_surprise, something_new",
     }
     for damaged, message in cases.items():
         assert damaged != text

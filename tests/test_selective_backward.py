@@ -301,7 +301,6 @@ def quantised():
         (Mlp, {"layers": "a"}, TypeError, r"layers must be an iterable of layer names, such as \['a'\]"),
         (Mlp, {"layers": 5}, TypeError, "layers must be an iterable"),
         (Mlp, {"layers": [5]}, TypeError, "layers must hold layer names, not int 5"),
-        (Mlp, {"layers": ["a"], "frozen": "int8"}, NotImplementedError, "frozen='int8': frozen is not built yet"),
         (Mlp, {"layers": ["a"], "checkpoint": True}, ValueError, "checkpoint must be None or 'above-cut', not True"),
         (Mlp, {"layers": ["a"], "checkpoint": "above-cut"}, ValueError, "Mlp has no repeated blocks"),
         (lambda: Mlp().to("meta"), {"layers": ["a"]}, ValueError, "'a' is on the meta device"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_models import llama
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.integrations.trainer import DELTA, ZestCallback, prepare
@@ -91,6 +91,20 @@ def test_a_checkpoint_holds_the_delta(tmp_path):
     other = bert()
     SelectiveBackward(other, [QUERY]).load(tmp_path / "checkpoint-2" / DELTA)
     assert not changed(copy_of(model), other)
+
+
+def test_what_training_did_is_verified_and_logged(tmp_path, caplog):
+    class Meddler(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **_):
+            with torch.no_grad():
+                model.bert.embeddings.word_embeddings.weight[0, 0] += 1
+
+    for meddlers, level, words in (([], "INFO", "verified: every"), ([Meddler()], "WARNING", "word_embeddings.weight")):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="zest_fast"):
+            trainer_of(bert(), classified(), tmp_path, callbacks=[*meddlers, ZestCallback([QUERY])]).train()
+        last = [record for record in caplog.records if record.name == "zest_fast"][-1]
+        assert last.levelname == level and words in last.getMessage()
 
 
 def test_an_optimizer_that_was_built_before_is_named(tmp_path):

@@ -17,6 +17,8 @@ from zest_fast.finetuning.delta import Delta, check_tensors, read_delta, write_d
 from zest_fast.finetuning.frozen_norms import keep_frozen_norms_in_eval
 from zest_fast.finetuning.lean import apply_lean
 from zest_fast.finetuning.optimizer_check import check_optimizer
+from zest_fast.finetuning.quantised_models import UnpackedLayers
+from zest_fast.finetuning.quantised_weights import QuantisedWeights, weight_counts
 from zest_fast.finetuning.recomputation import AboveCut
 from zest_fast.finetuning.run_state import Stateful, read_run, restore, set_random_state, write_run
 from zest_fast.finetuning.summary import Summary
@@ -39,7 +41,12 @@ class SelectiveBackward:
     checkpoint: "above-cut" = blocks recompute their activations in backward; None = as the model does.
     lean: frozen modules above the cut keep only what the gradient of their input needs, where that is exact (see
         lean.py); `.summary()` names those that stay plain. False = as torch keeps them.
-    frozen: not built yet, NotImplementedError.
+    frozen: "int8" or "nf4" (extra `quant`) = frozen nn.Linear layers but the head are kept quantised, in half or 0.28
+        of the memory of bfloat16, and unpacked one at a time; what trains keeps its dtype. Rounding is for good:
+        `.remove()` unpacks, into the memory of the plain model, and does not bring back what was lost; a delta fits a
+        model that is wrapped in the same way. While wrapped, state_dict() has `packed` and `scale` for `weight`.
+
+    Chosen layers of a model that bitsandbytes has quantised are unpacked, and stay so.
 
     While wrapped, a forward pass makes no graph below the lowest weight that trains (see cut.py): not with gradient
     checkpointing of transformers, which leaves the blocks down there alone, nor with inputs that require a gradient,
@@ -65,10 +72,8 @@ class SelectiveBackward:
         head: str | Iterable[str] | None = "auto",
         checkpoint: str | None = None,
         lean: bool = True,
-        frozen: object = None,
+        frozen: str | None = None,
     ) -> None:
-        if frozen is not None:
-            raise NotImplementedError(f"frozen={frozen!r}: frozen is not built yet; leave it None")
         if checkpoint not in (None, "above-cut"):
             raise ValueError(f"checkpoint must be None or 'above-cut', not {checkpoint!r}")
         refuse_wrapped(model)
@@ -77,21 +82,37 @@ class SelectiveBackward:
         if not self._layers and not self._head:
             raise ValueError("nothing would train: layers is empty and there is no head; choose layers or pass head=")
         self.model = model
-        chosen = {id(parameter) for part in (*self._layers, *self._head) for parameter in part.parameters}
+        self._quantised = None if frozen is None else QuantisedWeights(model, frozen, self._chosen_ids())
+        unpacked = UnpackedLayers(model, (*self._layers, *self._head))
+        if unpacked:  # these are other parameters now
+            self._layers, self._head = (
+                chosen_layers(model, _names(self._layers)),
+                head_layers(model, _names(self._head)),
+            )
+        chosen = self._chosen_ids()
         self.trainable_names = tuple(name for name, parameter in model.named_parameters() if id(parameter) in chosen)
         self._found = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self._base = Base(model)
         self._removed = False
         self._handles: list[Any] = []  # whatever has .remove()
         try:
             self._freeze(chosen, checkpoint, lean)
         except BaseException:
             self.remove()
+            unpacked.undo()
             raise
+
+    def _chosen_ids(self) -> set[int]:
+        return {id(parameter) for part in (*self._layers, *self._head) for parameter in part.parameters}
 
     def _freeze(self, chosen: set[int], checkpoint: str | None, lean: bool) -> None:
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
+        if self._quantised is not None:
+            if checkpoint is not None:
+                AboveCut(self.model).remove()  # raises what it raises before anything is rounded
+            self._handles.append(self._quantised)
+            self._quantised.put_in()
+        self._base = Base(self.model)
         self._handles += keep_frozen_norms_in_eval(self.model)
         self._lean = apply_lean(self.model) if lean else None
         if self._lean is not None:
@@ -118,16 +139,18 @@ class SelectiveBackward:
         built before the model was wrapped.
         """
         cut, tied = self._cut_and_tie()
-        skipped = {id(p): p for name in self._cut.skipped for p in self.model.get_submodule(name).parameters()}
+        counts = weight_counts(self.model)
+        skipped = {id(p) for name in self._cut.skipped for p in self.model.get_submodule(name).parameters()}
         return Summary(
             trainable_parameters=sum(parameter.numel() for parameter in self.parameters()),
-            total_parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            total_parameters=sum(counts.values()),
             layers=_names(self._layers),
             head=_names(self._head),
             cut=cut,
             tied=tied,
-            skipped_parameters=sum(parameter.numel() for parameter in skipped.values()),
+            skipped_parameters=sum(counts[key] for key in skipped),
             lean=str(self._lean) if self._lean is not None else "",
+            frozen=str(self._quantised or ""),
             foreign=0 if optimizer is None else check_optimizer(optimizer, self._chosen(), self.model),
         )
 
@@ -196,7 +219,10 @@ class SelectiveBackward:
         return rest["progress"]
 
     def remove(self) -> None:
-        """Give the model back: `requires_grad` as found, no hooks, tuned weights. A second call does nothing."""
+        """Give the model back: `requires_grad` as found, no hooks, tuned weights. A second call does nothing.
+
+        With frozen="int8" or "nf4" the frozen weights are plain again, rounded as they were.
+        """
         if self._removed:
             return
         self._removed = True

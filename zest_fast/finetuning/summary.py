@@ -11,6 +11,7 @@ class Summary:
 
     cut: the lowest layer that trains. tied: the chosen layer or head whose weight the cut shares; "" if the cut itself
     was chosen. lean: what keeps less for the backward pass, and what stays plain and why; "" without lean saving.
+    frozen: what is kept quantised; "" if nothing is.
     skipped_parameters: of the modules that ran without a graph in the first forward pass; 0 before.
     foreign: parameters of something else in the optimizer that was checked.
     """
@@ -22,6 +23,7 @@ class Summary:
     cut: str
     tied: str = ""
     lean: str = ""
+    frozen: str = ""
     skipped_parameters: int = 0
     foreign: int = 0
 
@@ -39,6 +41,8 @@ class Summary:
             f"  backward  ends at {self.cut}{because}",
         ]
         lines += [f"  {line}" for line in self.lean.splitlines()]
+        if self.frozen:
+            lines.append(f"  frozen    {self.frozen}")
         if self.skipped_parameters:
             share = self.skipped_parameters / self.total_parameters
             lines.append(f"  skipped   {self.skipped_parameters:,} parameters below ({share:.2%}) ran without a graph")

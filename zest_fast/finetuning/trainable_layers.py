@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from zest_fast.finetuning.quantised_models import can_be_unpacked
 from zest_fast.profiling.heads import find_head, is_language_model
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.layers import Layer, find_layers
@@ -125,7 +126,7 @@ def _why_not(model: nn.Module, name: str) -> str:
 
 def _check_trainable(argument: str, part: Part) -> None:
     for parameter in part.parameters:
-        if not (parameter.is_floating_point() or parameter.is_complex()):
+        if not (parameter.is_floating_point() or parameter.is_complex() or can_be_unpacked(parameter)):
             raise ValueError(
                 f"{argument}: {part.name!r} is stored as {parameter.dtype}, and only floating-point weights have "
                 "gradients; choose another layer or load the model without quantisation"

@@ -30,6 +30,8 @@ class ZestCallback(TrainerCallback):
     layers, head: as in SelectiveBackward, with whose other `options` the model is wrapped.
     save_delta: write what trained as zest_delta.safetensors into every checkpoint folder, beside Trainer's own files.
 
+    At the end of training what `tuned.verify()` finds is logged (logger "zest_fast"), as a warning where it fails.
+
     tuned: the SelectiveBackward once a Trainer has taken the callback; `tuned.remove()` gives the model back.
 
     Raises ValueError where the optimizer was built before (`Trainer(optimizers=...)`) from other parameters than those
@@ -72,6 +74,17 @@ class ZestCallback(TrainerCallback):
                 "Trainer(callbacks=[...]), or call zest_fast.integrations.trainer.prepare(trainer, layers) instead"
             )
         self.tuned.summary(optimizer)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """What moved and what did not, in the log: a warning, since an error would throw the trained model away."""
+        if self.tuned is None or not state.global_step:
+            return
+        try:
+            self.tuned.verify()
+        except RuntimeError as error:
+            _log.warning("%s", error)
+        else:
+            _log.info("verified: every chosen weight moved, every frozen tensor is bit for bit as it was")
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.save_delta and self.tuned is not None and state.is_world_process_zero:

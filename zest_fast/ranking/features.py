@@ -7,7 +7,7 @@ changes when the loss or the batch is scaled. Beside the metrics of the profile 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas
@@ -91,11 +91,12 @@ def _metrics(group: Group, names: Sequence[str]) -> pandas.DataFrame:
     """[layers, names]: what is not finite, or not in the profile, is NaN."""
     absent = np.full(len(group), np.nan)
     found = {metric: group.metrics.get(metric, absent) for metric in METRICS}
-    raw = pandas.DataFrame(found | _first_order(found, group.numels))[list(names)]
+    raw = pandas.DataFrame(found | first_order(found, group.numels))[list(names)]
     return raw.where(np.isfinite(raw))
 
 
-def _first_order(metrics: dict[str, np.ndarray], numels: np.ndarray) -> dict[str, np.ndarray]:
+def first_order(metrics: Mapping[str, np.ndarray], numels: np.ndarray) -> dict[str, np.ndarray]:
+    """FIRST_ORDER of the layers of one profile, [layers] each."""
     gradient_l1 = numels * metrics["grad_abs_mean"]
     step = np.minimum(np.hypot(metrics["weight_std"], metrics["weight_mean"]), _LARGEST_RMS)
     return {

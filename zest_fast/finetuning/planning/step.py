@@ -28,6 +28,7 @@ from zest_fast.finetuning.planning.blocks import Layout
 from zest_fast.finetuning.planning.ledger import Ledger, Peak
 from zest_fast.finetuning.planning.optimizers import build_optimizer, is_in_backward
 from zest_fast.finetuning.planning.settings import DTYPES, Setting, packed_bytes
+from zest_fast.finetuning.quantised_weights import frozen_linears
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.profiling.heads import unwrap
 from zest_fast.profiling.loss import loss_of
@@ -167,13 +168,16 @@ def _train_in_float32(model: nn.Module) -> None:
 
 
 def _packed(model: nn.Module, layout: Layout, setting: Setting) -> dict[int, int]:
-    """Bytes of the weights that are kept quantised, by id: those of frozen Linear layers but the head."""
+    """Bytes of the weights that SelectiveBackward keeps quantised, by id."""
     if setting.frozen is None:
         return {}
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    layers = frozen_linears(model, trained, layout.head)
+    if not layers:
+        raise ValueError(f"frozen={setting.frozen!r}: the model has no frozen nn.Linear to quantise; leave it None")
     return {
         id(module.weight): packed_bytes(module.weight.numel(), module.out_features, setting.frozen)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad and name != layout.head
+        for module in layers.values()
     }
 
 

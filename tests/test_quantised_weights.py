@@ -7,12 +7,15 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_model
 from small_models import Mlp, assert_same, llama, snapshot
 from torch import nn
 
 from bench import models
 from bench.real_steps import counted_step
-from zest_fast import SelectiveBackward
+from zest_fast import SelectiveBackward, merge_delta
+from zest_fast.finetuning import selective_backward
 from zest_fast.finetuning.plan import plan
 from zest_fast.finetuning.quantised_formats import FORMATS
 from zest_fast.finetuning.quantised_weights import QuantisedLinear
@@ -269,3 +272,73 @@ def test_a_quantised_layer_that_cannot_be_unpacked_is_named():
     with pytest.raises(ValueError, match="is unknown"):
         SelectiveBackward(model, LAYERS, frozen="int9")
     assert not model.get_submodule(LAYERS[0]).weight.is_floating_point()
+
+
+def test_a_merged_delta_loads_into_a_plain_model(kind, tmp_path):
+    model = language_model()
+    tuned = SelectiveBackward(model, LAYERS, frozen=kind)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += 0.5
+    wanted = model(**tokens()).loss
+    tuned.save(tmp_path / "delta.safetensors")
+    merge_delta(model, tmp_path / "delta.safetensors", tmp_path / "merged.safetensors")
+    plain = language_model()
+    load_model(plain, tmp_path / "merged.safetensors")
+    assert torch.equal(plain(**tokens()).loss, wanted)
+
+
+def test_other_precisions_are_about_the_unpacked_weight(kind):
+    model = language_model()
+    tuned = SelectiveBackward(model, LAYERS, frozen=kind)
+    rounded = model.model.layers[0].mlp.up_proj.weight
+    for change, dtype in (
+        (model.float, torch.float32),
+        (model.bfloat16, torch.bfloat16),
+        (lambda: model.type(torch.float32), torch.float32),
+    ):
+        change()
+        layer = model.model.layers[0].mlp.up_proj
+        assert layer.weight.dtype == dtype and layer.scale.dtype == torch.float32
+        assert torch.equal(layer.weight.to(torch.bfloat16), rounded)
+        assert torch.isfinite(model(**tokens()).loss)
+    tuned.remove()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_an_adapter_is_not_merged_into_what_is_packed():
+    model = get_peft_model(
+        language_model(torch.float32), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    tuned = SelectiveBackward(model, ["base_model.model.model.layers.1.mlp.up_proj"], frozen="int8", lean=False)
+    with pytest.raises(RuntimeError, match=r"call \.remove\(\)"):
+        model.merge_adapter()
+    tuned.remove()
+    loss = model(**tokens()).loss
+    model.merge_adapter()
+    assert torch.allclose(model(**tokens()).loss, loss, atol=1e-5)
+
+
+def test_what_was_rounded_before_an_error_is_said(monkeypatch):
+    monkeypatch.setattr(selective_backward, "apply_lean", lambda model: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        SelectiveBackward(language_model(), LAYERS, frozen="int8")
+    assert "load the model again" in caught.value.__notes__[0]
+
+
+def test_weights_that_are_not_finite_are_named():
+    model = language_model()
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("inf")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj' holds weights that are not finite"):
+        SelectiveBackward(model, LAYERS, frozen="int8")
+    assert_same(before, snapshot(model))
+
+
+def test_verify_belongs_before_remove():
+    tuned = SelectiveBackward(language_model(), LAYERS, frozen="int8")
+    assert tuned.frozen_format == "int8"
+    tuned.remove()
+    with pytest.raises(RuntimeError, match=r"call \.verify\(\) before it"):
+        tuned.verify()
+    assert tuned.frozen_format is None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors.torch import save_model
+from safetensors.torch import save_file, save_model
 from torch import nn
 
 from zest_fast.finetuning.base import Base, saved_buffers
 from zest_fast.finetuning.delta import Delta, check_tensors, read_delta
+from zest_fast.finetuning.quantised_weights import QuantisedLinear
 from zest_fast.profiling.replacing import replacing
 
 
@@ -31,13 +33,30 @@ def apply_delta(model: nn.Module, path: str | os.PathLike[str]) -> Delta:
 def merge_delta(model: nn.Module, path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
     """Write the whole state of `model` with the delta in it to `out`, as safetensors; the model stays as it is.
 
-    `safetensors.torch.load_model(model, out)` reads it. An existing file is replaced at once or kept. Raises as
+    `safetensors.torch.load_model(model, out)` reads it, into a plain model also where the weights of this one are kept
+    in int8 or nf4: they are written as they are rounded. An existing file is replaced at once or kept. Raises as
     `apply_delta` does.
     """
     with DeltaSwitch(model) as switch, replacing(out) as temporary:
         switch.use(path)
-        save_model(model, str(temporary), {"format": "pt"})
+        packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantisedLinear)}
+        if packed:
+            save_file(_unpacked(model, packed), str(temporary), {"format": "pt"})
+        else:
+            save_model(model, str(temporary), {"format": "pt"})
     return Path(out)
+
+
+def _unpacked(model: nn.Module, packed: Mapping[str, QuantisedLinear]) -> dict[str, torch.Tensor]:
+    """The state with plain weights in the place of packed ones; of tensors that share memory, the first."""
+    state = model.state_dict()
+    for name, module in packed.items():
+        del state[f"{name}.packed"], state[f"{name}.scale"]
+        state[f"{name}.weight"] = module.weight
+    found: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in state.items():
+        found.setdefault((tensor.data_ptr(), tensor.shape) if tensor.numel() else (id(tensor), tensor.shape), name)
+    return {name: state[name].contiguous() for name in found.values()}
 
 
 class DeltaSwitch:

@@ -1,6 +1,7 @@
 """Frozen Linear layers whose weights are kept in int8 or nf4 and unpacked one at a time, in forward and in backward.
 
-Only weights are quantised: what is computed is what the same model computes with the rounded weights, bit for bit.
+Only weights are quantised: what is computed is what the same model, wrapped alike, computes with the rounded weights,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -51,11 +52,13 @@ class QuantisedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
         """`.to(dtype)` is about the unpacked weight: its scales stay in float32."""
-        scale = self.scale.detach()
+        packed, scale = self.packed.detach(), self.scale.detach()
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
         super()._apply(fn, recurse)
         if self.scale.dtype != scale.dtype:
-            self.dtype = self.scale.dtype
             self.scale.data = scale.to(self.scale.device)
+        if self.packed.dtype != packed.dtype:  # of `.type()`
+            self.packed.data = packed.to(self.packed.device)
         return self
 
 
@@ -96,6 +99,8 @@ class QuantisedWeights:
         if format not in FORMATS:
             raise ValueError(f"frozen={format!r} is unknown; None, 'int8' or 'nf4' is needed")
         self.format = format
+        self._model = model
+        self._adapted: list[nn.Module] = []
         self._bytes = 0
         self._layers = frozen_linears(model, trained, head_name(model))
         if not self._layers:
@@ -109,13 +114,29 @@ class QuantisedWeights:
             )
 
     def put_in(self) -> None:
+        """Raises ValueError, with nothing packed, for a weight that is not finite."""
+        for name, module in self._layers.items():
+            if not torch.isfinite(module.weight.detach().sum(dtype=torch.float32)):
+                raise ValueError(f"frozen={self.format!r}: {name!r} holds weights that are not finite; mend them first")
         for module in self._layers.values():
             _pack(module, self.format)
             self._bytes += sum(parameter.nbytes for parameter in module.parameters())
+        packed = {id(module) for module in self._layers.values()}
+        self._adapted = [module for module in self._model.modules() if id(_base_of(module)) in packed]
+        for module in self._adapted:
+            vars(module).update(merge=_refuse_merge, unmerge=_refuse_merge)
 
     def remove(self) -> None:
+        for module in self._adapted:
+            for name in ("merge", "unmerge"):
+                vars(module).pop(name, None)
         for module in self._layers.values():
             _unpack(module)
+
+    @property
+    def rounded(self) -> bool:
+        """Whether any weight has been packed, be it unpacked since."""
+        return self._bytes > 0
 
     def __str__(self) -> str:
         return f"{len(self._layers)} Linear layers in {self.format}, {self._bytes / 2**20:,.1f} MiB, rounded for good"
@@ -137,10 +158,21 @@ def frozen_linears(model: nn.Module, trained: Collection[int], head: str | None)
         and name != head
         and isinstance(vars(module).get("forward"), NoneType | LeanForward)
         and (weight := module._parameters.get("weight")) is not None
+        and weight.numel() > 0
         and weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and id(weight) not in trained
         and owners[id(weight)] == 1
     }
+
+
+def _base_of(module: nn.Module) -> nn.Module | None:
+    """What an adapter of PEFT is on."""
+    base = module._modules.get("base_layer")
+    return base if hasattr(module, "merge") else None
+
+
+def _refuse_merge(*_: Any, **__: Any) -> None:
+    raise RuntimeError("an adapter cannot be merged into a quantised weight: call .remove() of SelectiveBackward first")
 
 
 def head_name(model: nn.Module) -> str | None:

@@ -96,9 +96,11 @@ class SelectiveBackward:
         self._handles: list[Any] = []  # whatever has .remove()
         try:
             self._freeze(chosen, checkpoint, lean)
-        except BaseException:
+        except BaseException as error:
             self.remove()
             unpacked.undo()
+            if self._quantised is not None and self._quantised.rounded:
+                error.add_note("frozen weights have been rounded before this happened: load the model again")
             raise
 
     def _chosen_ids(self) -> set[int]:
@@ -158,7 +160,14 @@ class SelectiveBackward:
         """After training: raise RuntimeError, naming each, unless every chosen weight moved and is finite, and every
         frozen parameter and buffer is bit for bit as it was when wrapped. Takes a second for each GB and core.
         """
+        if self._removed and self._quantised is not None:
+            raise RuntimeError("verify: the quantised weights are unpacked since .remove(); call .verify() before it")
         verify(self.model, self._base, self._chosen())
+
+    @property
+    def frozen_format(self) -> str | None:
+        """What frozen weights are kept in: "int8", "nf4" or None."""
+        return None if self._quantised is None or self._removed else self._quantised.format
 
     def save(self, path: str | os.PathLike[str], *, ranking: Any = None, recipe: Any = None) -> Path:
         """Write the trained parameters and the buffers that changed as a safetensors delta; returns the path.
@@ -221,7 +230,7 @@ class SelectiveBackward:
     def remove(self) -> None:
         """Give the model back: `requires_grad` as found, no hooks, tuned weights. A second call does nothing.
 
-        With frozen="int8" or "nf4" the frozen weights are plain again, rounded as they were.
+        With frozen="int8" or "nf4" the frozen weights are plain again, rounded as they were, in new Parameters.
         """
         if self._removed:
             return

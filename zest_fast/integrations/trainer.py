@@ -77,14 +77,20 @@ class ZestCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """What moved and what did not, in the log: a warning, since an error would throw the trained model away."""
-        if self.tuned is None or not state.global_step:
+        if self.tuned is None or not state.global_step or not state.is_world_process_zero:
             return
         try:
             self.tuned.verify()
-        except RuntimeError as error:
+        except Exception as error:
             _log.warning("%s", error)
         else:
             _log.info("verified: every chosen weight moved, every frozen tensor is bit for bit as it was")
+        if self.tuned.frozen_format:
+            _log.warning(
+                "the model's frozen weights are packed in %s, which from_pretrained does not read: call tuned.remove() "
+                "before save_model(); a delta (save_delta=True) holds what was trained",
+                self.tuned.frozen_format,
+            )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.save_delta and self.tuned is not None and state.is_world_process_zero:

@@ -17,8 +17,8 @@ LLAMA_LEGEND = (
     "Peak of resident memory (VmHWM: Python, torch and scratch of the kernels included) with random bfloat16 weights, "
     "batch 1; *planned*: tensors alone. A step: forward, backward and fused AdamW on five layers that `rank(profile)` "
     "chose from the profile of 128 tokens. Packing starts from the plain weights, 13 GiB resident, which the peaks of "
-    "*int8* and *nf4* leave out. The machine was shared, so the times are rough. Seconds are those of the faster of two runs, also relative to the plain model's own forward + dX "
-    "pass with all weights frozen, the fastest of its size."
+    "*int8* and *nf4* leave out. The machine was shared, so the times are rough. Seconds are those of the faster of "
+    "two runs, also relative to the plain model's own forward + dX pass with all weights frozen, the fastest of its size."
 )
 
 

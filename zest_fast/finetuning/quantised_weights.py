@@ -122,14 +122,14 @@ class QuantisedWeights:
             _pack(module, self.format)
             self._bytes += sum(parameter.nbytes for parameter in module.parameters())
         packed = {id(module) for module in self._layers.values()}
-        self._adapted = [module for module in self._model.modules() if id(_base_of(module)) in packed]
-        for module in self._adapted:
-            vars(module).update(merge=_refuse_merge, unmerge=_refuse_merge)
+        self._adapted = [adapter for adapter in self._model.modules() if id(_base_of(adapter)) in packed]
+        for adapter in self._adapted:
+            vars(adapter).update(merge=_refuse_merge, unmerge=_refuse_merge)
 
     def remove(self) -> None:
-        for module in self._adapted:
+        for adapter in self._adapted:
             for name in ("merge", "unmerge"):
-                vars(module).pop(name, None)
+                vars(adapter).pop(name, None)
         for module in self._layers.values():
             _unpack(module)
 

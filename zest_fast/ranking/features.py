@@ -31,8 +31,8 @@ STATIC_METRICS = ("weight_mean", "weight_std", "synflow")
 GRADIENT_L1, STEP_GAIN, AGREED_GAIN = FIRST_ORDER = ("gradient_l1", "step_gain", "agreed_gain")
 """By how much the loss falls, to first order, when every weight of a layer moves by the same step against the sign of
 its gradient, as Adam does at first: Σ|dW| x step. The step is 1, or the layer's rate in the recipe of the sweeps, which
-is proportional to RMS(W) up to a limit. `agreed_gain` is Σ sign(dW_a)·dW_b of two halves of the batch x step, so that it
-does not count noise as progress, and can be negative; it needs agreement."""
+is proportional to RMS(W) up to a limit. `agreed_gain` is step x Σ sign(dW_a)·dW_b of two halves of the batch, so that
+it does not count noise as progress, and can be negative; it needs agreement."""
 _LARGEST_RMS = 0.2
 """Where the limit of that rate begins: max_layer_lr over layer_lr_factor of `sweeping.recipe.Recipe`."""
 

@@ -18,7 +18,7 @@ LLAMA_LEGEND = (
     "batch 1; *planned*: tensors alone. A step: forward, backward and fused AdamW on five layers that `rank(profile)` "
     "chose from the profile of 128 tokens. Packing starts from the plain weights, 13 GiB resident, which the peaks of "
     "*int8* and *nf4* leave out. The machine was shared, so the times are rough. Seconds are those of the faster of "
-    "two runs, also relative to the plain model's own forward + dX pass with all weights frozen, the fastest of its size."
+    "two runs, also relative to the fastest forward + dX pass of the plain model with all weights frozen."
 )
 
 

@@ -59,6 +59,15 @@ double channel_products(std::uintptr_t y, int y_dtype, const Dims& y_strides, st
                                  reinterpret_cast<double*>(out), threads);
 }
 
+void silu_gated_backward(const std::array<std::uintptr_t, 5>& addresses, const std::array<int64_t, 5>& strides,
+                         int64_t rows, int64_t columns, int dtype, int threads) {
+    if (dtype != int(DType::float32) && dtype != int(DType::bfloat16))
+        throw std::invalid_argument("silu_gated_backward: float32 or bfloat16 is needed");
+    const auto view = [&](int i) { return cpu::Rows{reinterpret_cast<char*>(addresses[i]), strides[i]}; };
+    py::gil_scoped_release nogil;
+    cpu::silu_gated_backward({rows, columns, view(0), view(1), view(2), view(3), view(4)}, DType(dtype), threads);
+}
+
 #ifdef ZEST_CUDA
 
 void check(int error) {
@@ -127,5 +136,6 @@ PYBIND11_MODULE(_native, m) {
     m.def("moments", &moments);
     m.def("gradient_moments", &gradient_moments);
     m.def("channel_products", &channel_products);
+    m.def("silu_gated_backward", &silu_gated_backward);
     bind_cuda(m);
 }

@@ -18,4 +18,15 @@ struct Strides3 {
 double channel_products(int64_t samples, int64_t positions, int64_t channels, const Operand& y, Strides3 y_strides,
                         const Operand& g, Strides3 g_strides, double* out, int threads);
 
+// Rows of dense elements, `stride` elements apart.
+struct Rows {
+    char* data;
+    int64_t stride;
+};
+struct GatedRows {
+    int64_t rows, columns;
+    Rows g, gate, up, gate_gradient, up_gradient;  // the last two are written; float32 or bfloat16, all alike
+};
+void silu_gated_backward(const GatedRows& p, DType dtype, int threads);
+
 }  // namespace zest::cpu

@@ -1,6 +1,7 @@
 """Gated feed-forward blocks, act(gate(x)) * up(x): keep gate and up; act(gate) is computed again in the backward pass.
 
-Known by their children, and by a trial of the class's code against ours with small layers in place of theirs.
+With SiLU on the CPU that pass is one compiled kernel, which costs less than plain autograd. Known by their children,
+and by a trial of the class's code against ours with small layers in place of theirs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from zest_fast.finetuning.lean_forward import plain_forward
 from zest_fast.finetuning.lean_recompute import recomputed
 from zest_fast.finetuning.lean_stand_in import agree, inputs_like, small_linear, stand_in
+from zest_fast.kernels.cpu import silu_gated_backward
 
 _WIDTH, _INNER = 4, 6  # of the layers in a trial
 
@@ -35,7 +37,8 @@ class Separate(NamedTuple):
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         act, gate, up, down = (getattr(module, name) for name in self)
-        return down(recomputed(partial(_gated, act), gate(x), up(x)))
+        fused = silu_gated_backward if _is_silu(act) else None
+        return down(recomputed(partial(_gated, act), gate(x), up(x), fused=fused))
 
 
 class Fused(NamedTuple):
@@ -50,7 +53,8 @@ class Fused(NamedTuple):
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         act, gate_and_up, down = (getattr(module, name) for name in self)
-        return down(recomputed(partial(_gated_halves, act), gate_and_up(x)))
+        fused = _halves_backward if _is_silu(act) else None
+        return down(recomputed(partial(_gated_halves, act), gate_and_up(x), fused=fused))
 
 
 # As in LLaMA, Mistral, Qwen, Gemma; LLaMA's own code; Phi-3 and GLM.
@@ -95,6 +99,17 @@ def obstacle(module: nn.Module) -> str:
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
         return f"its class cannot be tried on small layers ({type(error).__name__}: {error})"
     return "" if same else "its class computes something else than down(act(gate) * up)"
+
+
+def _is_silu(act: nn.Module) -> bool:
+    if isinstance(act, nn.SiLU):
+        return type(act).forward is nn.SiLU.forward and not act.inplace
+    return (type(act).__module__, type(act).__name__) == ("transformers.activations", "SiLUActivation")
+
+
+def _halves_backward(g: Tensor, gate_and_up: Tensor) -> tuple[Tensor] | None:
+    gradients = silu_gated_backward(g, *gate_and_up.chunk(2, dim=-1))
+    return None if gradients is None else (torch.cat(gradients, dim=-1),)
 
 
 def _gated(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:

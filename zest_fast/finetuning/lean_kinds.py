@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -36,7 +36,7 @@ def kind_of(module: nn.Module) -> Kind | None:
 def _of_class(
     name: str,
     classes: tuple[type[nn.Module], ...],
-    lean: Callable[[nn.Module, Tensor], Tensor],
+    lean: Callable[[nn.Module], LeanForward],
     obstacle: Callable[[nn.Module], str] = lambda module: "",
 ) -> Kind:
     """A kind that is known by its class, subclasses with a forward of their own excepted."""
@@ -46,9 +46,13 @@ def _of_class(
             return f"its class {type(module).__name__} has a forward of its own"
         if getattr(module, "weight", None) is not module._parameters.get("weight"):
             return "its weight is no parameter but computed from others"
-        return obstacle(module) or [LeanForward(module, lean)]
+        return obstacle(module) or [lean(module)]
 
     return Kind(name, lambda module: isinstance(module, classes), forwards)
+
+
+def _by(lean: Callable[[Any, Tensor], Tensor]) -> Callable[[nn.Module], LeanForward]:
+    return lambda module: LeanForward(module, lean)
 
 
 def _run_again(module: nn.Module) -> list[LeanForward] | str:
@@ -70,11 +74,11 @@ def _language_model(module: nn.Module) -> list[LeanForward] | str:
 
 
 KINDS: tuple[Kind, ...] = (
-    _of_class("convolution", lean_convolution.CLASSES, lean_convolution.convolve, lean_convolution.obstacle),
-    _of_class("batch norm", lean_batch_norm.CLASSES, lean_batch_norm.normalise, lean_batch_norm.obstacle),
-    _of_class("activation", lean_activation.CLASSES, lean_activation.activate),
-    _of_class("dropout", lean_dropout.CLASSES, lean_dropout.drop, lean_dropout.obstacle),
-    _of_class("linear under autocast", lean_linear.CLASSES, lean_linear.multiply),
+    _of_class("convolution", lean_convolution.CLASSES, _by(lean_convolution.convolve), lean_convolution.obstacle),
+    _of_class("batch norm", lean_batch_norm.CLASSES, _by(lean_batch_norm.normalise), lean_batch_norm.obstacle),
+    _of_class("activation", lean_activation.CLASSES, _by(lean_activation.activate)),
+    _of_class("dropout", lean_dropout.CLASSES, _by(lean_dropout.drop), lean_dropout.obstacle),
+    _of_class("linear under autocast", lean_linear.CLASSES, lean_linear.LeanLinear),
     Kind("norm", lean_norm.is_norm, _run_again),
     Kind("activation of several operations", lean_norm.is_activation, _run_again),
     Kind("gated block", lambda module: lean_gated.form_of(module) is not None, _gated),

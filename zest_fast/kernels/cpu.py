@@ -63,6 +63,39 @@ def squared_channel_products(y: Tensor, g: Tensor) -> float:
     return _channel_products(y, g, 0)
 
 
+def silu_gated_backward(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The gradients of gate and up, given that of silu(gate) * up, computed in float32 in one pass.
+
+    None unless all three are plain CPU tensors of one shape and type, float32 or bfloat16, with rows that lie dense.
+    """
+    operands = (g, gate, up)
+    if not all(type(x) is Tensor and x.is_cpu and x.dtype == g.dtype and x.shape == g.shape for x in operands):
+        return None
+    strides = [_row_stride(x) for x in operands]
+    if g.dtype not in (torch.float32, torch.bfloat16) or None in strides:
+        return None
+    gradients = (g.new_empty(g.shape), g.new_empty(g.shape))
+    columns = g.shape[-1]
+    _native.silu_gated_backward(
+        [x.data_ptr() for x in (*operands, *gradients)],
+        [*strides, columns, columns],
+        g.numel() // columns,
+        columns,
+        _DTYPE_NUMBER[g.dtype],
+        torch.get_num_threads(),
+    )
+    return gradients
+
+
+def _row_stride(x: Tensor) -> int | None:
+    """Elements from one row (last dimension) to the next where that is one number and rows are dense; else None."""
+    if x.dim() < 2 or x.stride(-1) != 1 or x.numel() == 0:
+        return None
+    if any(x.stride(d) != x.shape[d + 1] * x.stride(d + 1) for d in range(x.dim() - 2) if x.shape[d] != 1):
+        return None
+    return x.stride(-2)
+
+
 def _channel_products(y: Tensor, g: Tensor, out: int) -> float:
     return _native.channel_products(
         y.data_ptr(),

@@ -4,7 +4,7 @@
 
 Compiles every configuration that zest_fast launches for sm_80 (A100) and sm_90 (H100), with no driver, and reads the
 machine code. It requires: no spills and no local memory; tensor-core instructions in every GEMM (HMMA on sm_80, HGMMA
-on sm_90); 128-bit loads in the moments kernels; and an epilogue of at most 60 % of the instructions of the naive one
+on sm_90); 128-bit loads in the others; and an epilogue of at most 60 % of the instructions of the naive one
 (bench/naive_epilogue.py), counted on the way that a whole tile takes. Exits non-zero on a miss.
 """
 
@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from bench.measure import write_result
 from bench.naive_epilogue import naive_reduced_gradient
 from bench.sass import Program
-from zest_fast.kernels import triton_channels, triton_gradient, triton_linear, triton_moments
+from zest_fast.kernels import triton_channels, triton_gradient, triton_lean, triton_linear, triton_moments
 
 ARCHITECTURES = (80, 90)
 LONGEST_EPILOGUE = 0.60  # of the naive one
@@ -151,6 +151,23 @@ def reductions() -> list[Kernel]:
     return found
 
 
+def leans() -> list[Kernel]:
+    """The kernels of lean saving: every activation; norms of short, usual and the widest rows."""
+    found = []
+    for dtype in ("bf16", "fp32"):
+        for activation in ("silu", "gelu", "gelu_tanh"):
+            constants = {"ACTIVATION": activation, "BLOCK": triton_lean.GATED_BLOCK}
+            pointers = dict.fromkeys(("g", "gate", "up", "d_gate", "d_up"), f"*{dtype}")
+            found.append(Kernel(f"lean {activation} {dtype}", triton_lean.gated_gradients, constants, pointers, 4))
+        for columns, centred in ((128, False), (4096, False), (4096, True), (triton_lean.WIDEST_ROW, True)):
+            rows, block, warps = triton_lean.norm_tile(columns)
+            constants = {"EPS": 1e-6, "OFFSET": 0.0, "CENTRED": centred, "ROWS": rows, "COLUMNS": block}
+            pointers = dict.fromkeys(("g", "x", "weight", "out"), f"*{dtype}")
+            name = f"lean {'layer' if centred else 'RMS'} norm {dtype} {columns}"
+            found.append(Kernel(name, triton_lean.norm_gradients, constants, pointers, warps))
+    return found
+
+
 def misses(compiled: Compiled, *, matrix: bool, naive: Compiled | None = None) -> list[str]:
     """What a kernel fails of the requirements."""
     found = []
@@ -206,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     rows = []
     for architecture in ARCHITECTURES:
-        pairs = [*gemms(architecture), *((kernel, None) for kernel in reductions())]
+        pairs = [*gemms(architecture), *((kernel, None) for kernel in [*reductions(), *leans()])]
         for kernel, naive in pairs:
             if options.match not in kernel.name:
                 continue

@@ -11,7 +11,7 @@ from torch import nn
 from untouched import changes, state_of
 
 from bench.lean import keeping, measure_block
-from zest_fast.finetuning import lean_bits, lean_loss
+from zest_fast.finetuning import lean_bits, lean_loss, lean_norm
 from zest_fast.finetuning.frozen_norms import keep_frozen_norms_in_eval
 from zest_fast.finetuning.lean import apply_lean
 from zest_fast.finetuning.lean_logits import DeferredLogits
@@ -605,3 +605,45 @@ def test_a_llama_block_keeps_what_the_formula_says():
     small = 4 * 2 + 2 * 4 + 1  # log-sum-exp of 2 heads, reciprocal deviations of 2 norms, in float32
     for name, formula in (("plain", 16 * 64 + 6 * 96), ("lean", 12 * 64 + 4 * 96)):
         assert formula <= result["bytes_per_token"][name] <= formula + small
+
+
+def as_ligers(function_or_class):
+    """A stand-in for what liger_kernel defines: lean knows it by where it is from."""
+    function_or_class.__module__ = "liger_kernel.transformers.stand_in"
+    return function_or_class
+
+
+@pytest.mark.parametrize("how", ["class", "forward of the class", "instance"])
+def test_what_liger_replaced_is_left_alone_and_named(how):
+    norm = rms_norm()
+    plain = type(norm).forward
+    forward = as_ligers(lambda self, x: plain(self, x))
+    if how == "instance":
+        norm.forward = forward.__get__(norm)
+    else:
+        kind = type("LigerStandIn", (type(norm),), {"forward": plain if how == "class" else forward})
+        norm.__class__ = as_ligers(kind) if how == "class" else kind
+    bare = as_ligers(type("LigerBlock", (nn.Module,), {"forward": lambda self, x: x}))()  # of no kind that lean knows
+    model = nn.Sequential(norm, bare).requires_grad_(False)
+    before = dict(vars(norm))
+    with apply_lean(model) as handle:
+        assert not handle.applied and set(handle.skipped) == {"0", "1"}
+        assert all("Liger" in reason for reason in handle.skipped.values())
+        assert vars(norm) == before
+
+
+@pytest.mark.parametrize(("family", "offset"), [("llama", 0.0), ("gemma", 1.0)])
+def test_norms_that_the_kernel_computes_are_known_by_a_trial(family, offset):
+    norm = rms_norm(family)
+    form = lean_norm.form_of(norm)
+    assert (form.offset, form.centred) == (offset, False)
+    norm.__class__ = type("OutsideTheRoot", (type(norm),), {"forward": epsilon_outside_the_root})
+    assert lean_norm.form_of(norm) is None
+
+
+def epsilon_outside_the_root(self, x):
+    return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + form_epsilon(self))
+
+
+def form_epsilon(norm):
+    return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zest_fast import kernels
+from zest_fast.finetuning.lean import apply_lean
 from zest_fast.kernels import reference, triton_kernels
 from zest_fast.kernels.statistics import GradientMoments, Moments
 
@@ -299,6 +300,134 @@ def test_channel_products(shape: tuple[int, int, int], dtype: torch.dtype) -> No
         size = (y.double() * g.double()).abs().sum(1)
         error = (triton_kernels.channel_products(y, g) - reference.channel_products(y, g)).abs()
         assert bool((error <= 1e-6 * size).all())
+
+
+def halves(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return randn(2, rows, columns, dtype=dtype), randn(2, rows, 2 * columns, dtype=dtype, seed=1)
+
+
+ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+}
+
+
+def assert_gradients_close(found: Tensor, expected: Tensor) -> None:
+    """Float32 arithmetic, then one rounding to the type of the result."""
+    assert found.shape == expected.shape
+    rounding = torch.finfo(found.dtype).eps
+    scale = expected.abs().amax(-1, keepdim=True)
+    assert bool(((found.double() - expected).abs() <= rounding * expected.abs() + 4e-6 * scale).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (2, 1024), (5, 1029)])
+def test_lean_gated_gradients(rows: int, columns: int, activation: str, dtype: torch.dtype) -> None:
+    g, both = halves(rows, columns, dtype)
+    gate, up = (x.double().requires_grad_(True) for x in both.chunk(2, -1))
+    expected = torch.autograd.grad(ACTIVATIONS[activation](gate) * up, (gate, up), g.double())
+    separate = triton_kernels.gated_backward(activation, g, *both.chunk(2, -1))
+    together = triton_kernels.gated_halves_backward(activation, g, both)
+    assert separate is not None and together is not None
+    for found, half, exact in zip(separate, together.chunk(2, -1), expected, strict=True):
+        assert found.dtype == dtype and torch.equal(found, half)
+        assert_gradients_close(found, exact)
+
+
+def test_lean_gated_gradients_far_from_zero_and_of_views() -> None:
+    gate = torch.tensor([-1e4, -90.0, -20.0, 0.0, 20.0, 90.0, 1e4], device=DEVICE).repeat(4, 1)
+    up = randn(7, 4).t() + 1e3
+    g = randn(1, 1).expand(4, 7)
+    for activation, act in ACTIVATIONS.items():
+        inputs = [x.double().requires_grad_(True) for x in (gate, up)]
+        expected = torch.autograd.grad(act(inputs[0]) * inputs[1], inputs, g.double())
+        for found, exact in zip(triton_kernels.gated_backward(activation, g, gate, up), expected, strict=True):
+            assert_gradients_close(found, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [0.0, 1e2])
+@pytest.mark.parametrize(("centred", "offset"), [(False, 0.0), (False, 1.0), (True, 0.0)])
+@pytest.mark.parametrize("columns", [2, 7, 128, 1030, 4096])
+def test_lean_norm_gradients(columns: int, centred: bool, offset: float, shift: float, dtype: torch.dtype) -> None:
+    g, w = randn(5, 3, columns, dtype=dtype), randn(columns, dtype=dtype, seed=1)
+    x = (randn(columns, 5, 3, seed=2).permute(1, 2, 0) + shift).to(dtype)
+    found = triton_kernels.norm_backward(g, x, w, 1e-5, offset=offset, centred=centred)
+    exact = x.double().requires_grad_(True)
+    value = exact - exact.mean(-1, keepdim=True) if centred else exact
+    y = (w.double() + offset) * value * torch.rsqrt(value.square().mean(-1, keepdim=True) + 1e-5)
+    (expected,) = torch.autograd.grad(y, exact, g.double())
+    assert found is not None and found.dtype == dtype and found.is_contiguous()
+    # A result that cancels is as exact as its terms; a mean near `shift` is rounded, in units of the deviation.
+    inverse = torch.rsqrt(value.square().mean(-1, keepdim=True) + 1e-5).detach()
+    terms = (g.double() * (w.double() + offset)).abs().amax(-1, keepdim=True) * inverse
+    allowed = torch.finfo(dtype).eps * expected.abs() + (4e-6 + 2e-7 * shift * centred * inverse) * terms
+    assert bool(((found.double() - expected).abs() <= allowed).all())
+
+
+def test_lean_kernels_leave_the_rest_to_torch() -> None:
+    x = randn(2, 6)
+    wide = randn(1, 16385)
+    assert triton_kernels.gated_backward("silu", *(x.double(),) * 3) is None
+    assert triton_kernels.gated_backward("silu", x, x, randn(2, 5)) is None
+    assert triton_kernels.gated_halves_backward("silu", x, x) is None
+    assert triton_kernels.gated_backward("silu", *(randn(0, 6),) * 3) is None
+    assert triton_kernels.norm_backward(wide, wide, wide[0], 1e-6, offset=0.0, centred=False) is None
+
+
+@pytest.mark.parametrize("kind", ["rms", "silu", "gelu", "halves"])
+def test_lean_modules_take_the_kernels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = lean_module(kind).to(DEVICE).requires_grad_(False)
+    x = randn(3, 5, 8).requires_grad_(True)
+    (plain,) = torch.autograd.grad(module(x * 1.0), x, randn(3, 5, 8, seed=1))
+    name = {"rms": "norm_backward", "halves": "gated_halves_backward"}.get(kind, "gated_backward")
+    kernel, calls = getattr(triton_kernels, name), []
+    monkeypatch.setattr(triton_kernels, name, lambda *a, **k: calls.append(kernel(*a, **k)) or calls[-1])
+    with apply_lean(module) as handle:
+        assert handle.applied
+        calls.clear()  # those of the trial
+        (lean,) = torch.autograd.grad(module(x * 1.0), x, randn(3, 5, 8, seed=1))
+    assert len(calls) == 1 and calls[0] is not None
+    assert_gradients_close(lean, plain.double())
+
+
+class PlainRMSNorm(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = torch.nn.Parameter(randn(8, seed=3)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.double()  # kept by plain autograd
+        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class PlainGated(torch.nn.Module):
+    def __init__(self, act: torch.nn.Module) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (torch.nn.Linear(8, 8) for _ in range(3))
+        self.act_fn = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class PlainHalves(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = torch.nn.Linear(8, 16), torch.nn.Linear(8, 8)
+        self.act_fn = torch.nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+def lean_module(kind: str) -> torch.nn.Module:
+    if kind == "rms":
+        return PlainRMSNorm()
+    return PlainHalves() if kind == "halves" else PlainGated(torch.nn.SiLU() if kind == "silu" else torch.nn.GELU())
 
 
 def test_the_same_input_gives_the_same_bits() -> None:

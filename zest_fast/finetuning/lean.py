@@ -99,6 +99,9 @@ def apply_lean(model: nn.Module, trainable: Iterable[nn.Parameter | str] | None 
 
 def _apply(model: nn.Module, trains: set[int], handle: LeanHandle) -> None:
     for name, module in model.named_modules():
+        if _is_ligers(module):
+            handle.skipped[name] = f"Liger's kernels run it ({type(module).__name__})"
+            continue
         kind = kind_of(module)
         if kind is None or handle.has_put_into(module):
             continue
@@ -110,6 +113,12 @@ def _apply(model: nn.Module, trains: set[int], handle: LeanHandle) -> None:
 
 
 _TRAINS = "it trains"
+
+
+def _is_ligers(module: nn.Module) -> bool:
+    """Whether Liger-kernel put in its class, the forward of its class, or a forward of this instance alone."""
+    forward = vars(module).get("forward", type(module).forward)
+    return any(str(getattr(one, "__module__", "")).split(".")[0] == "liger_kernel" for one in (forward, type(module)))
 
 
 def _why_plain(module: nn.Module, trains: set[int]) -> str:

@@ -1,11 +1,12 @@
 """Gated feed-forward blocks, act(gate(x)) * up(x): keep gate and up; act(gate) is computed again in the backward pass.
 
-With SiLU on the CPU that pass is one compiled kernel, which costs less than plain autograd. Known by their children,
-and by a trial of the class's code against ours with small layers in place of theirs.
+With SiLU on the CPU, and with SiLU or GELU on a GPU with Triton, that pass is one compiled kernel. Known by their
+children, and by a trial of the class's code against ours with small layers in place of theirs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from zest_fast.finetuning.lean_forward import plain_forward
+from zest_fast.finetuning.lean_recompute import Fused as FusedBackward
 from zest_fast.finetuning.lean_recompute import recomputed
 from zest_fast.finetuning.lean_stand_in import agree, inputs_like, small_linear, stand_in
+from zest_fast.kernels import triton_kernels
 from zest_fast.kernels.cpu import silu_gated_backward
 
 _WIDTH, _INNER = 4, 6  # of the layers in a trial
+_GELU = {"GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "NewGELUActivation": "gelu_tanh"}
 
 
 class Separate(NamedTuple):
@@ -37,8 +41,7 @@ class Separate(NamedTuple):
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         act, gate, up, down = (getattr(module, name) for name in self)
-        fused = silu_gated_backward if _is_silu(act) else None
-        return down(recomputed(partial(_gated, act), gate(x), up(x), fused=fused))
+        return down(recomputed(partial(_gated, act), gate(x), up(x), fused=_fused(act, _backward)))
 
 
 class Fused(NamedTuple):
@@ -53,8 +56,7 @@ class Fused(NamedTuple):
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         act, gate_and_up, down = (getattr(module, name) for name in self)
-        fused = _halves_backward if _is_silu(act) else None
-        return down(recomputed(partial(_gated_halves, act), gate_and_up(x), fused=fused))
+        return down(recomputed(partial(_gated_halves, act), gate_and_up(x), fused=_fused(act, _halves_backward)))
 
 
 # As in LLaMA, Mistral, Qwen, Gemma; LLaMA's own code; Phi-3 and GLM.
@@ -107,8 +109,31 @@ def _is_silu(act: nn.Module) -> bool:
     return (type(act).__module__, type(act).__name__) == ("transformers.activations", "SiLUActivation")
 
 
-def _halves_backward(g: Tensor, gate_and_up: Tensor) -> tuple[Tensor] | None:
-    gradients = silu_gated_backward(g, *gate_and_up.chunk(2, dim=-1))
+def _fused(act: nn.Module, backward: Callable[..., tuple[Tensor, ...] | None]) -> FusedBackward | None:
+    name = _activation(act)
+    return None if name is None else partial(backward, name)
+
+
+def _activation(act: nn.Module) -> str | None:
+    """Its name among the compiled kernels."""
+    if _is_silu(act):
+        return "silu"
+    if isinstance(act, nn.GELU):
+        known = type(act).forward is nn.GELU.forward
+        return {"none": "gelu", "tanh": "gelu_tanh"}[act.approximate] if known else None
+    return _GELU.get(type(act).__name__) if type(act).__module__ == "transformers.activations" else None
+
+
+def _backward(activation: str, g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...] | None:
+    gradients = triton_kernels.gated_backward(activation, g, gate, up)
+    return gradients or (silu_gated_backward(g, gate, up) if activation == "silu" else None)
+
+
+def _halves_backward(activation: str, g: Tensor, gate_and_up: Tensor) -> tuple[Tensor, ...] | None:
+    at_once = triton_kernels.gated_halves_backward(activation, g, gate_and_up)
+    if at_once is not None:
+        return (at_once,)
+    gradients = _backward(activation, g, *gate_and_up.chunk(2, dim=-1))
     return None if gradients is None else (torch.cat(gradients, dim=-1),)
 
 

@@ -57,7 +57,7 @@ def _by(lean: Callable[[Any, Tensor], Tensor]) -> Callable[[nn.Module], LeanForw
 
 def _run_again(module: nn.Module) -> list[LeanForward] | str:
     sizes = lean_norm.element_sizes(module)
-    return sizes if isinstance(sizes, str) else [LeanForward(module, lean_norm.run_again, sizes)]
+    return sizes if isinstance(sizes, str) else [LeanForward(module, lean_norm.lean_of(module), sizes)]
 
 
 def _gated(module: nn.Module) -> list[LeanForward] | str:

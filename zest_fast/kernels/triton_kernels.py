@@ -8,13 +8,16 @@ product_abs_sum (``Moments`` and ``GradientMoments`` in zest_fast.kernels.statis
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _OLDEST_TRITON = (3, 6)
+_LEAN_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def available() -> str:
@@ -71,3 +74,66 @@ def channel_products(y: Tensor, g: Tensor) -> Tensor:
     from zest_fast.kernels import triton_channels
 
     return triton_channels.channel_products(y, g)
+
+
+def gated_backward(activation: str, g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Gradients of gate and up, given that of activation(gate) * up; None where Triton cannot; see triton_lean."""
+    if not _lean_can_run(g, gate, up) or not g.shape == gate.shape == up.shape:
+        return None
+    from zest_fast.kernels import triton_lean
+
+    gradients = (torch.empty_like(gate, memory_format=_DENSE), torch.empty_like(up, memory_format=_DENSE))
+    triton_lean.gated_backward(activation, g, gate, up, *gradients)
+    return gradients
+
+
+def gated_halves_backward(activation: str, g: Tensor, gate_and_up: Tensor) -> Tensor | None:
+    """``gated_backward`` of gate and up side by side, last dimension, as one tensor; None where Triton cannot."""
+    if not _lean_can_run(g, gate_and_up) or gate_and_up.shape != (*g.shape[:-1], 2 * g.shape[-1]):
+        return None
+    from zest_fast.kernels import triton_lean
+
+    gradient = torch.empty_like(gate_and_up, memory_format=_DENSE)
+    triton_lean.gated_backward(activation, g, *gate_and_up.chunk(2, -1), *gradient.chunk(2, -1))
+    return gradient
+
+
+def norm_backward(g: Tensor, x: Tensor, weight: Tensor, eps: float, *, offset: float, centred: bool) -> Tensor | None:
+    """Gradient of x, given that of an RMSNorm or centred norm of it; None where Triton cannot; see triton_lean."""
+    if not _lean_can_run(g, x, weight) or g.shape != x.shape or weight.shape != x.shape[-1:]:
+        return None
+    from zest_fast.kernels import triton_lean
+
+    if x.shape[-1] > triton_lean.WIDEST_ROW:
+        return None
+    return triton_lean.norm_backward(g, x, weight, eps, offset=offset, centred=centred)
+
+
+_DENSE = torch.contiguous_format
+
+
+def _lean_can_run(*tensors: Tensor) -> bool:
+    """Whether these are plain tensors, in types and on a device that the kernels of triton_lean take."""
+    device = tensors[0].device
+    return (
+        (device.type == "cuda" or interpreted())
+        and all(type(x) in (Tensor, nn.Parameter) and x.device == device and x.dtype in _LEAN_TYPES for x in tensors)
+        and all(x.dim() > 0 and x.numel() > 0 for x in tensors)
+        and _lean_works(device)
+    )
+
+
+@functools.cache
+def _lean_works(device: torch.device) -> bool:
+    """Tried once: a backward pass that torch can run must not fail for want of a C compiler or a newer driver."""
+    if available():
+        return False
+    from zest_fast.kernels import triton_lean
+
+    x = torch.ones(1, 1, device=device)
+    try:
+        triton_lean.gated_backward("silu", x, x, x, x.clone(), x.clone())
+    except Exception as error:
+        warnings.warn(f"lean saving goes on without Triton, which fails on {device}: {error!r:.300}", stacklevel=2)
+        return False
+    return True

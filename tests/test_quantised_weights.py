@@ -342,3 +342,12 @@ def test_verify_belongs_before_remove():
     with pytest.raises(RuntimeError, match=r"call \.verify\(\) before it"):
         tuned.verify()
     assert tuned.frozen_format is None
+
+
+def test_an_optimizer_of_before_is_refused():
+    model = language_model()
+    optimizer = torch.optim.SGD([p for name, p in model.named_parameters() if "proj" in name], lr=1e-3)
+    tuned = SelectiveBackward(model, LAYERS, head=None, frozen="int8")
+    with pytest.raises(ValueError, match=r"holds 19 weights that are quantised by now"):
+        tuned.summary(optimizer)
+    assert tuned.summary(torch.optim.SGD(tuned.parameters(), lr=1e-3)).foreign == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -10,9 +10,12 @@ from torch import nn
 from zest_fast.profiling.nearest import some
 
 
-def check_optimizer(optimizer: Any, chosen: Mapping[str, nn.Parameter], model: nn.Module) -> int:
+def check_optimizer(
+    optimizer: Any, chosen: Mapping[str, nn.Parameter], model: nn.Module, replaced: Collection[int] = ()
+) -> int:
     """How many parameters of something else than `model` the optimizer holds.
 
+    replaced: ids of weights that were in the model before its frozen ones were quantised.
     Raises ValueError when one of the `chosen` is missing, or when it holds parameters of the model that are frozen;
     TypeError for what is no optimizer.
     """
@@ -30,6 +33,10 @@ def check_optimizer(optimizer: Any, chosen: Mapping[str, nn.Parameter], model: n
         problems.append(f"lacks {some(map(repr, missing))}, which train{strangers}")
     if frozen:
         problems.append(f"holds {some(map(repr, frozen))}, which are frozen: it was built before the model was wrapped")
+    if old := len(held.keys() & set(replaced)):
+        problems.append(
+            f"holds {old} weights that are quantised by now: it was built before the model was wrapped"
+        )
     if problems:
         raise ValueError(f"the optimizer {'; and it '.join(problems)}; build it from .parameters() after wrapping")
     return foreign

@@ -7,6 +7,7 @@ bit for bit.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from types import NoneType
 from typing import Any
@@ -101,6 +102,7 @@ class QuantisedWeights:
         self.format = format
         self._model = model
         self._adapted: list[nn.Module] = []
+        self._replaced: list[weakref.ref[Tensor]] = []
         self._bytes = 0
         self._layers = frozen_linears(model, trained, head_name(model))
         if not self._layers:
@@ -119,6 +121,7 @@ class QuantisedWeights:
             if not torch.isfinite(module.weight.detach().sum(dtype=torch.float32)):
                 raise ValueError(f"frozen={self.format!r}: {name!r} holds weights that are not finite; mend them first")
         for module in self._layers.values():
+            self._replaced.append(weakref.ref(module.weight))
             _pack(module, self.format)
             self._bytes += sum(parameter.nbytes for parameter in module.parameters())
         packed = {id(module) for module in self._layers.values()}
@@ -132,6 +135,10 @@ class QuantisedWeights:
                 vars(adapter).pop(name, None)
         for module in self._layers.values():
             _unpack(module)
+
+    def replaced(self) -> set[int]:
+        """Ids of the plain weights that somebody still holds, such as an optimizer of before."""
+        return {id(weight) for reference in self._replaced if (weight := reference()) is not None}
 
     @property
     def rounded(self) -> bool:

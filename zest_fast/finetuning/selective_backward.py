@@ -153,8 +153,12 @@ class SelectiveBackward:
             skipped_parameters=sum(counts[key] for key in skipped),
             lean=str(self._lean) if self._lean is not None else "",
             frozen=str(self._quantised or ""),
-            foreign=0 if optimizer is None else check_optimizer(optimizer, self._chosen(), self.model),
+            foreign=0 if optimizer is None else self._check_optimizer(optimizer),
         )
+
+    def _check_optimizer(self, optimizer: Any) -> int:
+        replaced = () if self._quantised is None else self._quantised.replaced()
+        return check_optimizer(optimizer, self._chosen(), self.model, replaced)
 
     def verify(self) -> None:
         """After training: raise RuntimeError, naming each, unless every chosen weight moved and is finite, and every

@@ -34,9 +34,7 @@ def check_optimizer(
     if frozen:
         problems.append(f"holds {some(map(repr, frozen))}, which are frozen: it was built before the model was wrapped")
     if old := len(held.keys() & set(replaced)):
-        problems.append(
-            f"holds {old} weights that are quantised by now: it was built before the model was wrapped"
-        )
+        problems.append(f"holds {old} weights that are quantised by now: it was built before the model was wrapped")
     if problems:
         raise ValueError(f"the optimizer {'; and it '.join(problems)}; build it from .parameters() after wrapping")
     return foreign

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import pictures
+from bench.markdown import markdown_table
 
 LEGEND = (
     "Accuracy on the test split in percent, mean over the seeds ± its standard error over them; every seed is in the "
@@ -55,11 +56,11 @@ def finetune_table(document: dict) -> str:
     """A row for each arm: its accuracy on each pair, then accuracy, parameters, time and memory in the mean."""
     pairs = document["results"]
     head = ["arm", *(pair["pair"] for pair in pairs), "mean", "parameters trained", "x full time", "x full memory"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    rows = []
     for name in pairs[0]["arms"] if pairs else ():
         arms = [pair["arms"][name] for pair in pairs]
-        lines.append([name, *(_accuracy(arm) for arm in arms), *_means(arms)])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        rows.append([name, *(_accuracy(arm) for arm in arms), *_means(arms)])
+    return markdown_table(head, rows)
 
 
 def _accuracy(arm: dict[str, Any]) -> str:

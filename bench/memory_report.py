@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-GIB = 2**30
+from bench.markdown import markdown_table
+
+MIB, GIB = 2**20, 2**30
 NEAR = 0.02  # of the counted bytes
 
 MEMORY_LEGEND = (
@@ -20,8 +22,6 @@ LLAMA_LEGEND = (
     "*int8* and *nf4* leave out. The machine was shared, so the times are rough. Seconds are those of the faster of "
     "two runs, also relative to the fastest forward + dX pass of the plain model with all weights frozen."
 )
-
-
 LEAN_LEGEND = (
     "Counted in real steps: five layers and the head train, the lowest at half the depth, with AdamW; against full "
     "fine-tuning in the same rounds. *Peak* is beyond weights and batch, *kept* is what autograd saves."
@@ -30,19 +30,17 @@ LEAN_LEGEND = (
 
 def lean_text(document: dict) -> str:
     """Memory and time of a step of convolutional networks, plain and lean."""
-    lines = [
-        "| model, batch | saving | kept, MiB | peak, MiB | x full | CPU time, x full |",
-        "| --- | --- |" + " ---: |" * 4,
-    ]
+    rows = []
     for row in document["results"]:
-        for arm in ("cut", "lean") if "peak_bytes" in row else ():
-            kept, peak = (row[f"{what}_bytes"][arm] / 2**20 for what in ("kept", "peak"))
+        for arm, words in (("cut", "plain"), ("lean", "lean")) if "peak_bytes" in row else ():
+            kept, peak = (f"{row[f'{what}_bytes'][arm] / MIB:.0f}" for what in ("kept", "peak"))
             time = row["time_to_full"][arm]
             share = f"{time['median']:.2f} ({time['low']:.2f} to {time['high']:.2f})"
-            name = f"{row['model']} {row['shape']}"
-            words = "lean" if arm == "lean" else "plain"
-            lines.append(f"| {name} | {words} | {kept:.0f} | {peak:.0f} | {row['peak_to_full'][arm]:.2f} | {share} |")
-    return "\n\n".join(["\n".join(lines), LEAN_LEGEND])
+            rows.append(
+                [f"{row['model']} {row['shape']}, {words}", kept, peak, f"{row['peak_to_full'][arm]:.2f}", share]
+            )
+    head = ["model, batch, saving", "kept, MiB", "peak, MiB", "x full", "CPU time, x full"]
+    return f"{markdown_table(head, rows)}\n\n{LEAN_LEGEND}"
 
 
 def memory_text(document: dict) -> str:
@@ -83,7 +81,7 @@ def _by_method(results: list[dict], cell: Any) -> str:
     lines = [
         [f"{model}, {dtype}", *(cells.get(method, "") for method in methods)] for (model, dtype), cells in rows.items()
     ]
-    return _markdown(["model, batch, dtype", *methods], lines)
+    return markdown_table(["model, batch, dtype", *methods], lines)
 
 
 def llama7b_text(document: dict) -> str:
@@ -109,9 +107,4 @@ def llama7b_text(document: dict) -> str:
             ]
         )
     head = ["LLaMA-7B", "weights, GiB", "planned, GiB", "resident, GiB", "goal", "s", "x forward + dX"]
-    return f"{_markdown(head, lines)}\n\n{LLAMA_LEGEND}"
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return f"{markdown_table(head, lines)}\n\n{LLAMA_LEGEND}"

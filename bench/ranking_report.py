@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from bench import pictures
+from bench.markdown import markdown_table
 
 SETTINGS = ("known models", "new models", "other modality")
 NAMES = {
@@ -56,8 +57,7 @@ def ranking_table(document: dict) -> str:
         for name, row in zip(NAMES, rows, strict=True):
             row += _cells(summary[setting], name)[: _columns(setting)]
         last += [f"{summary[setting]['fresh']['attainable_tau']:.2f}", "", "", "1.00"][: _columns(setting)]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows, last]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown_table(head, [*rows, last])
 
 
 def _columns(setting: str) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench import finetune_report, pictures, ranking_report
 from bench.finetune_report import finetune_text
+from bench.markdown import markdown_table
 from bench.measure import RESULTS, ROOT
 from bench.memory_report import lean_text, llama7b_text, memory_text
 from bench.ranking_report import ranking_text
@@ -111,7 +112,7 @@ def profile_table(document: dict) -> str:
         plain = f"{result['seconds']['plain']['median']:.2f}"
         to_peer = _interval(result["profile_to_hook_and_drop"])
         rows.append([f"{result['model']} {result['shape']}", plain, *cells, to_peer])
-    return _markdown(["model, batch", "plain, s", *peers.values(), "profile / (b)"], rows)
+    return markdown_table(["model, batch", "plain, s", *peers.values(), "profile / (b)"], rows)
 
 
 def _failure(result: dict, name: str) -> str:
@@ -139,7 +140,7 @@ def memory_table(document: dict) -> str:
                 ]
             )
     head = ["peak MiB", "plain", "gradients dropped", "same, profiled weights only", "profile without fisher"]
-    return _markdown([*head, "against dropped", "fisher adds", "outputs that nobody else keeps"], rows)
+    return markdown_table([*head, "against dropped", "fisher adds", "outputs that nobody else keeps"], rows)
 
 
 def _mib(count: int) -> str:
@@ -152,7 +153,7 @@ def kernels_table(document: dict) -> str:
     threads = max((r["threads"] for r in results), default=1)
     rows = [_kernel_row(r) for r in results if r["threads"] == threads and _is_shown(r)]
     head = ["kernel", "input", "dtype", "ms", "GB/s", "limit reached"]
-    return _markdown([*head, "x separate torch", "x lean torch", "x torch.compile"], rows)
+    return markdown_table([*head, "x separate torch", "x lean torch", "x torch.compile"], rows)
 
 
 def _is_shown(result: dict) -> bool:
@@ -186,7 +187,7 @@ def demo_table(document: dict) -> str:
         forms: list[Callable[[float], str]] = ["{:,.0f}".format, "{:.3f}".format, "{:.2f}".format, _mib]
         cells = ["" if value is None else form(value) for form, value in zip(forms, cost, strict=True)]
         rows.append([arm["name"], accuracy, *cells])
-    table = _markdown(["arm", "test accuracy, %", "trained parameters", "s / step", "x full", "peak MiB"], rows)
+    table = markdown_table(["arm", "test accuracy, %", "trained parameters", "s / step", "x full", "peak MiB"], rows)
     return "\n\n".join(part for part in (document.get("title"), table, document.get("finding")) if part)
 
 
@@ -202,15 +203,9 @@ def sweep_speed_table(document: dict) -> str:
         ]
         for result in document["results"]
     ]
-    return _markdown(
+    return markdown_table(
         ["model/data", "layers", "naive loop, s", "sweep, s", "ratio", "largest difference of a score"], rows
     )
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table whose first column is text and the others figures."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 LEGENDS = {

@@ -21,7 +21,12 @@ from zest_fast.kernels import triton_kernels
 from zest_fast.kernels.cpu import silu_gated_backward
 
 _WIDTH, _INNER = 4, 6  # of the layers in a trial
-_GELU = {"GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "NewGELUActivation": "gelu_tanh"}
+_TRANSFORMERS = {
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+}
 
 
 class Separate(NamedTuple):
@@ -103,12 +108,6 @@ def obstacle(module: nn.Module) -> str:
     return "" if same else "its class computes something else than down(act(gate) * up)"
 
 
-def _is_silu(act: nn.Module) -> bool:
-    if isinstance(act, nn.SiLU):
-        return type(act).forward is nn.SiLU.forward and not act.inplace
-    return (type(act).__module__, type(act).__name__) == ("transformers.activations", "SiLUActivation")
-
-
 def _fused(act: nn.Module, backward: Callable[..., tuple[Tensor, ...] | None]) -> FusedBackward | None:
     name = _activation(act)
     return None if name is None else partial(backward, name)
@@ -116,12 +115,12 @@ def _fused(act: nn.Module, backward: Callable[..., tuple[Tensor, ...] | None]) -
 
 def _activation(act: nn.Module) -> str | None:
     """Its name among the compiled kernels."""
-    if _is_silu(act):
-        return "silu"
+    if isinstance(act, nn.SiLU):
+        return "silu" if type(act).forward is nn.SiLU.forward and not act.inplace else None
     if isinstance(act, nn.GELU):
         known = type(act).forward is nn.GELU.forward
         return {"none": "gelu", "tanh": "gelu_tanh"}[act.approximate] if known else None
-    return _GELU.get(type(act).__name__) if type(act).__module__ == "transformers.activations" else None
+    return _TRANSFORMERS.get(type(act).__name__) if type(act).__module__ == "transformers.activations" else None
 
 
 def _backward(activation: str, g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...] | None:

@@ -104,9 +104,7 @@ class QuantisedWeights:
         self._adapted: list[nn.Module] = []
         self._replaced: list[weakref.ref[Tensor]] = []
         self._bytes = 0
-        self._layers = frozen_linears(model, trained, head_name(model))
-        if not self._layers:
-            raise ValueError(f"frozen={format!r}: the model has no frozen nn.Linear to quantise; leave it None")
+        self._layers = frozen_linears(model, trained, head_name(model), format)
         FORMATS[format].check()
         on_meta = [name for name, module in self._layers.items() if module.weight.is_meta]
         if on_meta:
@@ -118,7 +116,7 @@ class QuantisedWeights:
     def put_in(self) -> None:
         """Raises ValueError, with nothing packed, for a weight that is not finite."""
         for name, module in self._layers.items():
-            if not torch.isfinite(module.weight.detach().sum(dtype=torch.float32)):
+            if not torch.isfinite(torch.stack(torch.aminmax(module.weight.detach()))).all():
                 raise ValueError(f"frozen={self.format!r}: {name!r} holds weights that are not finite; mend them first")
         for module in self._layers.values():
             self._replaced.append(weakref.ref(module.weight))
@@ -149,16 +147,16 @@ class QuantisedWeights:
         return f"{len(self._layers)} Linear layers in {self.format}, {self._bytes / 2**20:,.1f} MiB, rounded for good"
 
 
-def frozen_linears(model: nn.Module, trained: Collection[int], head: str | None) -> dict[str, nn.Linear]:
+def frozen_linears(model: nn.Module, trained: Collection[int], head: str | None, format: str) -> dict[str, nn.Linear]:
     """The layers that can be packed, by name: plain nn.Linear, weight frozen and nobody else's, and not the head.
 
-    trained: ids of the parameters that train.
+    trained: ids of the parameters that train. Raises ValueError, naming the format, where there are none.
     """
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return {
+    found = {
         name: module
         for name, module in model.named_modules()
         if type(module) is nn.Linear
@@ -170,6 +168,9 @@ def frozen_linears(model: nn.Module, trained: Collection[int], head: str | None)
         and id(weight) not in trained
         and owners[id(weight)] == 1
     }
+    if not found:
+        raise ValueError(f"frozen={format!r}: the model has no frozen nn.Linear to quantise; leave it None")
+    return found
 
 
 def _base_of(module: nn.Module) -> nn.Module | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zest_fast.ranking.features import FEATURES, FIRST_ORDER, PRIORS
+from zest_fast.ranking.features import EXPECTED_RANKS, FEATURES, PRIORS
 
 if TYPE_CHECKING:
     import lightgbm
@@ -16,9 +16,9 @@ ROUNDS = (5, 15, 40)
 STRENGTH = 6.0
 """What the base is multiplied by: log odds, between two layers, of a difference of 1 in position."""
 
-INCREASING = (*PRIORS, *(f"{name}_rank" for name in (*FIRST_ORDER, "agree_dot", "agree_sign", "agree_cos")))
-"""Theory gives these a sign: a prior is an expected position, FIRST_ORDER an expected gain, and agreement estimates the
-gain of a step on unseen samples."""
+INCREASING = (*PRIORS, *EXPECTED_RANKS, "agree_dot_rank", "agree_sign_rank", "agree_cos_rank")
+"""Theory gives these a sign: a prior is an expected position, EXPECTED_RANKS are of expected gains, and agreement
+estimates the gain of a step on unseen samples."""
 
 
 def train_trees(

@@ -33,6 +33,7 @@ GRADIENT_L1, STEP_GAIN, AGREED_GAIN = FIRST_ORDER = ("gradient_l1", "step_gain",
 its gradient, as Adam does at first: Σ|dW| x step. The step is 1, or the layer's rate in the recipe of the sweeps, which
 is proportional to RMS(W) up to a limit. `agreed_gain` is step x Σ sign(dW_a)·dW_b of two halves of the batch, so that
 it does not count noise as progress, and can be negative; it needs agreement."""
+EXPECTED_RANKS = tuple(f"{name}_rank" for name in FIRST_ORDER)
 _LARGEST_RMS = 0.2
 """Where the limit of that rate begins: max_layer_lr over layer_lr_factor of `sweeping.recipe.Recipe`."""
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zest_fast.ranking.features import FEATURES, FIRST_ORDER, LAYER_PRIOR, PRIORS
+from zest_fast.ranking.features import EXPECTED_RANKS, FEATURES, LAYER_PRIOR, PRIORS
 
 PENALTIES = (30.0, 3.0, 0.3)
 """Of squared coefficients of features of unit variance, beside a mean squared error; 30 leaves little but priors."""
 _PRIOR_PENALTY = 1e-2
-_EXPECTED = tuple(f"{name}_rank" for name in FIRST_ORDER)
 _SHARE_OF_EXPECTED = 1e-2
 """Of the penalty, for what theory expects to matter: one of a hundred features should not have to shout."""
 _NOTHING = 1e-9  # the variance of a feature that never varies
@@ -80,4 +79,4 @@ def fit_ridge(
 def _penalty(feature: str, penalty: float) -> float:
     if feature in PRIORS:
         return _PRIOR_PENALTY
-    return _SHARE_OF_EXPECTED * penalty if feature in _EXPECTED else penalty
+    return _SHARE_OF_EXPECTED * penalty if feature in EXPECTED_RANKS else penalty

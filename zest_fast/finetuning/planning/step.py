@@ -172,9 +172,7 @@ def _packed(model: nn.Module, layout: Layout, setting: Setting) -> dict[int, int
     if setting.frozen is None:
         return {}
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    layers = frozen_linears(model, trained, layout.head)
-    if not layers:
-        raise ValueError(f"frozen={setting.frozen!r}: the model has no frozen nn.Linear to quantise; leave it None")
+    layers = frozen_linears(model, trained, layout.head, setting.frozen)
     return {
         id(module.weight): packed_bytes(module.weight.numel(), module.out_features, setting.frozen)
         for module in layers.values()

@@ -21,7 +21,7 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +152,10 @@ class Pair:
         orders["contribution"] = self._contributions()
         return Orders(orders, tuple(sorted(body, key=lambda name: table.info[name]["depth"])))
 
-    @property
+    @cached_property
     def _ranker(self) -> Ranker:
-        if not hasattr(self, "_fitted"):
-            records = load_records()
-            others = records[records.family != DATASETS[self.dataset].family]
-            self._fitted = Ranker().fit(others, sweeps=sweeps_of())
-        return self._fitted
+        records = load_records()
+        return Ranker().fit(records[records.family != DATASETS[self.dataset].family], sweeps=sweeps_of())
 
     def _by_spectrum(self, body: list[str]) -> tuple[str, ...]:
         layers = pandas.DataFrame({"model": self.model_name, "layer": body})
@@ -191,18 +188,23 @@ class Pair:
     def _trained(self, arm: Arm, seed: int, rate: float, test: bool) -> dict[str, Any]:
         trained = Trained(self.model, self.head, arm)
         step = self._steps(trained, arm, rate)
-        curve = []
+        curve = [[0, *self._start]]
         for number, rows in enumerate(self._batches(seed)):
-            if number in CURVE:
-                curve.append([number, *self._evaluate(trained.model, "score", CURVE_SAMPLES)])
             step(rows, 1 - number / STEPS)
-        curve.append([STEPS, *self._evaluate(trained.model, "score", CURVE_SAMPLES)])
+            if test and number + 1 in CURVE:
+                curve.append([number + 1, *self._evaluate(trained.model, "score", CURVE_SAMPLES)])
         loss, accuracy = self._evaluate(trained.model, "score")
         run = {"arm": arm.name, "layers": arm.layers, "seed": seed, "rate": rate, "loss": loss, "accuracy": accuracy}
-        run |= {"trained": sum(p.numel() for p in trained.parameters.values()), "curve": curve}
-        if test:
+        run["trained"] = sum(p.numel() for p in trained.parameters.values())
+        if test:  # the curve as well: a run that only looks for the rate needs none
+            run["curve"] = curve
             run["test_loss"], run["test_accuracy"] = self._evaluate(trained.model, "test")
         return run
+
+    @cached_property
+    def _start(self) -> tuple[float, float]:
+        """The first point of every curve: all arms start from the same weights."""
+        return self._evaluate(self.model, "score", CURVE_SAMPLES)
 
     def _steps(self, trained: Trained, arm: Arm, rate: float) -> Callable[[Tensor, float], None]:
         """A function that takes one step on the training samples with these numbers, at a share of the rates."""

@@ -8,7 +8,7 @@ Protocol. Every arm of a pair starts from the same weights (the head fitted on i
 steps on the same batches of the split "train" (AdamW, linear decay, no weight decay) and runs in eval mode. The rate is
 the one of RATES with the least loss on the split "score" after the first seed; the head's rate is the same in every arm
 but "head only", which has it from RATES too. Then every seed is trained at that rate, and the split "test" is looked at
-once for each. ZEST ranks the profile of one batch of the seed's training samples with a Ranker that was
+once for each; the curves are those of the last seed. ZEST ranks the profile of one batch of the seed's training samples with a Ranker that was
 fitted without that family of data sets. "contribution" ranks by the records of the sweep, which are losses on "score":
 what a ranking could reach at best. Random layers are drawn twice for each seed. Seconds and peak bytes of a step are
 relative to full fine-tuning in the same rounds.
@@ -20,7 +20,7 @@ import argparse
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -69,16 +69,17 @@ PAIRS = (
 )
 SEEDS = (0, 1, 2)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-STEPS = 64
-CURVE = (0, 8, 16, 32, 64)
 CURVE_SAMPLES = 400
 PROFILED = 64
 ROUNDS = 7
 """Of timed steps."""
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 FOLDER = RESULTS / "finetune"
-_IMAGES = {"batch_size": 32, "head_rate": 5e-4}
-_TEXTS = {"batch_size": 16, "head_rate": 5e-3}
+SETTINGS = {
+    "image": {"batch_size": 32, "steps": 64, "head_rate": 5e-4},
+    "text": {"batch_size": 16, "steps": 64, "head_rate": 5e-3},
+    "smollm2": {"batch_size": 16, "steps": 32, "head_rate": 5e-3},  # a step takes ten times one of MiniLM
+}
 
 
 def main() -> None:
@@ -100,7 +101,7 @@ def collect(folder: Path, out: Path | None = None) -> Path:
     """finetune.json from the files of the pairs that are finished."""
     documents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     results = [{key: d[key] for key in ("pair", "tests", "arms")} for d in documents if d["finished"]]
-    settings = {"rates": RATES, "steps": STEPS, "seeds": SEEDS, "images": _IMAGES, "texts": _TEXTS}
+    settings = {"rates": RATES, "seeds": SEEDS, **SETTINGS}
     return write_result("finetune", settings, results, out)
 
 
@@ -120,7 +121,9 @@ class Pair:
         if self.document["finished"]:
             return
         self.model, self.splits = load_pair(self.model_name, self.dataset)
-        self.settings = _TEXTS if isinstance(self.splits["train"][0], Mapping) else _IMAGES
+        kind = "text" if isinstance(self.splits["train"][0], Mapping) else "image"
+        self.settings = SETTINGS.get(self.model_name, SETTINGS[kind])
+        self._ends: dict[tuple[Arm, int, float], list[Tensor]] = {}
         self.head, _ = classifier_of(self.model)
         self._fit_head()
         orders = {seed: self._orders(seed) for seed in SEEDS}
@@ -171,6 +174,7 @@ class Pair:
 
     def _arm(self, name: str, orders: Mapping[int, Orders]) -> None:
         """The rate by the first seed, then every seed at that rate, tested once."""
+        self._ends.clear()
         first = arms(name, orders[SEEDS[0]], self.model, SEEDS[0])
         losses = {rate: statistics.mean(self._train(arm, SEEDS[0], rate)["loss"] for arm in first) for rate in RATES}
         rate = min(losses, key=losses.__getitem__)
@@ -187,19 +191,37 @@ class Pair:
 
     def _trained(self, arm: Arm, seed: int, rate: float, test: bool) -> dict[str, Any]:
         trained = Trained(self.model, self.head, arm)
-        step = self._steps(trained, arm, rate)
-        curve = [[0, *self._start]]
-        for number, rows in enumerate(self._batches(seed)):
-            step(rows, 1 - number / STEPS)
-            if test and number + 1 in CURVE:
-                curve.append([number + 1, *self._evaluate(trained.model, "score", CURVE_SAMPLES)])
-        loss, accuracy = self._evaluate(trained.model, "score")
-        run = {"arm": arm.name, "layers": arm.layers, "seed": seed, "rate": rate, "loss": loss, "accuracy": accuracy}
+        run = {"arm": arm.name, "layers": arm.layers, "seed": seed, "rate": rate}
         run["trained"] = sum(p.numel() for p in trained.parameters.values())
-        if test:  # the curve as well: a run that only looks for the rate needs none
-            run["curve"] = curve
+        if (arm, seed, rate) in self._ends:  # the first seed has been there to find the rate
+            with torch.no_grad():
+                for parameter, end in zip(trained.parameters.values(), self._ends[arm, seed, rate], strict=True):
+                    parameter.copy_(end)
+        else:
+            curve = self._run(trained, arm, seed, rate, self._curve_steps if test and seed == SEEDS[-1] else ())
+            run |= {"curve": curve} if curve else {}
+        run["loss"], run["accuracy"] = self._evaluate(trained.model, "score")
+        if test:
             run["test_loss"], run["test_accuracy"] = self._evaluate(trained.model, "test")
+        else:
+            self._ends[arm, seed, rate] = [parameter.detach() for parameter in trained.parameters.values()]
         return run
+
+    def _run(
+        self, trained: Trained, arm: Arm, seed: int, rate: float, looks: Collection[int]
+    ) -> list[tuple[int, float, float]]:
+        """Train; [step, loss, accuracy] on the validation split after each number of steps in `looks`."""
+        step = self._steps(trained, arm, rate)
+        curve = [(0, *self._start)] if looks else []
+        for number, rows in enumerate(self._batches(seed), start=1):
+            step(rows, 1 - (number - 1) / self.settings["steps"])
+            if number in looks:
+                curve.append((number, *self._evaluate(trained.model, "score", CURVE_SAMPLES)))
+        return curve
+
+    @property
+    def _curve_steps(self) -> tuple[int, ...]:
+        return tuple(self.settings["steps"] * part // 8 for part in (1, 2, 4, 8))
 
     @cached_property
     def _start(self) -> tuple[float, float]:
@@ -228,9 +250,9 @@ class Pair:
         return torch.randperm(len(self.splits["train"][1]), generator=torch.Generator().manual_seed(seed))
 
     def _batches(self, seed: int) -> Iterator[Tensor]:
-        size, order = int(self.settings["batch_size"]), self._order(seed)
-        whole = order.repeat(-(-STEPS * size // len(order)))
-        return iter(whole[: STEPS * size].split(size))
+        size, order = self.settings["batch_size"], self._order(seed)
+        samples = self.settings["steps"] * size
+        return iter(order.repeat(-(-samples // len(order)))[:samples].split(size))
 
     def _evaluate(self, model: nn.Module, split: str, samples: int | None = None) -> tuple[float, float]:
         """Mean loss and accuracy."""
@@ -248,10 +270,9 @@ class Pair:
             "test_loss": [run["test_loss"] for run in runs],
             "rate": runs[0]["rate"],
             "trained": statistics.mean(run["trained"] for run in runs),
-            "curve": [[statistics.mean(values) for values in zip(*points, strict=True)]
-                      for points in zip(*(run["curve"] for run in runs), strict=True)],
+            "curve": runs[-1]["curve"],
             **self._cost(first, Arm("full", None)),
-        }  # fmt: skip
+        }
 
     def _tested(self, name: str) -> list[dict[str, Any]]:
         runs = self.document["runs"].values()

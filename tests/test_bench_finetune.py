@@ -98,8 +98,7 @@ def small(monkeypatch, model):
     for name, value in {
         "SEEDS": (0, 1),
         "RATES": (1e-3, 1e-2),
-        "STEPS": 3,
-        "CURVE": (0, 2),
+        "SETTINGS": {"image": {"batch_size": 4, "steps": 8, "head_rate": 1e-3}},
         "PROFILED": 8,
         "ROUNDS": 1,
     }.items():
@@ -133,7 +132,7 @@ def test_a_run_goes_on_where_it_stopped_and_ends_in_a_table(small, tmp_path, mon
     assert list(pair["arms"]) == list(NAMES)
     zest, draws = pair["arms"]["ZEST@5"], pair["arms"]["random@5"]
     assert len(zest["test_accuracy"]) == 2 and len(draws["test_accuracy"]) == 4 and zest["rate"] in (1e-3, 1e-2)
-    assert zest["trained"] == 5 * 42 + 14 and [point[0] for point in zest["curve"]] == [0, 2, 3]
+    assert zest["trained"] == 5 * 42 + 14 and [point[0] for point in zest["curve"]] == [0, 1, 2, 4, 8]
     assert 0 < zest["peak_bytes"] <= zest["peak_bytes_full"] and zest["to_full"]["median"] > 0
     source = json.dumps(document).encode()
     finetune_report.draw(source, tmp_path / "finetune.svg")
@@ -146,7 +145,21 @@ def test_a_run_goes_on_where_it_stopped_and_ends_in_a_table(small, tmp_path, mon
 def test_the_head_is_in_no_order(small, tmp_path):
     pair = finetune.Pair("toy/digits", tmp_path)
     pair.model, pair.splits = finetune.load_pair("toy", "digits")
-    pair.settings, pair.head = finetune._IMAGES, "head"
+    pair.settings, pair.head = finetune.SETTINGS["image"], "head"
     found = pair._orders(0)
     assert found.used == LAYERS and all(set(order) == set(LAYERS) for order in found.by.values())
     assert found.by["contribution"] == LAYERS
+
+
+def test_the_test_of_the_first_seed_is_that_of_a_run_of_its_own(small, tmp_path):
+    """The weights that found the rate are kept for it."""
+    for folder in ("kept", "anew"):
+        pair = finetune.Pair("toy/digits", tmp_path / folder)
+        (tmp_path / folder).mkdir()
+        if folder == "anew":
+            pair._write = lambda *, pair=pair, write=pair._write, **facts: pair._ends.clear() or write(**facts)
+        pair.run()
+    kept, anew = (
+        json.loads((tmp_path / folder / "toy--digits.json").read_text())["runs"] for folder in ("kept", "anew")
+    )
+    assert kept == anew

@@ -8,10 +8,10 @@ Protocol. Every arm of a pair starts from the same weights (the head fitted on i
 steps on the same batches of the split "train" (AdamW, linear decay, no weight decay) and runs in eval mode. The rate is
 the one of RATES with the least loss on the split "score" after the first seed; the head's rate is the same in every arm
 but "head only", which has it from RATES too. Then every seed is trained at that rate, and the split "test" is looked at
-once for each; the curves are those of the last seed. ZEST ranks the profile of one batch of the seed's training samples with a Ranker that was
-fitted without that family of data sets. "contribution" ranks by the records of the sweep, which are losses on "score":
-what a ranking could reach at best. Random layers are drawn twice for each seed. Seconds and peak bytes of a step are
-relative to full fine-tuning in the same rounds.
+once for each; the curves are those of the last seed. ZEST ranks the profile of one batch of the seed's training samples
+with a Ranker that was fitted without that family of data sets. "contribution" ranks by the records of the sweep, which
+are losses on "score": what a ranking could reach at best. Random layers are drawn twice for each seed. Seconds and peak
+bytes of a step are relative to full fine-tuning in the same rounds.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import finetune_report, pictures, ranking_report
+from bench.choose import choose_text
 from bench.finetune_report import finetune_text
 from bench.markdown import markdown_table
 from bench.measure import RESULTS, ROOT
@@ -231,6 +232,7 @@ BLOCKS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
     "sweep_speed": ("sweep_speed.json", "python -m bench.sweeps --speed", sweep_speed_table),
     "ranking": ("ranking.json", "python -m bench.ranking", ranking_text),
     "finetune": ("finetune.json", "python -m bench.finetune", finetune_text),
+    "choose": ("choose.json", "python -m bench.choose", choose_text),
     "lean": ("lean.json", "python -m bench.lean", lean_text),
     "methods": ("memory_table.json", "python -m bench.memory_table --check", memory_text),
     "llama7b": ("llama7b.json", "python -m bench.llama7b", llama7b_text),

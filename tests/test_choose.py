@@ -243,6 +243,15 @@ def test_bench_choose_compares_gain_and_flops_out_of_fold(tmp_path):
     assert bench_choose.summary(rows, 2, choose_module.PRICE)["recovered_top"] == 1.0
 
 
+def test_no_choice_saves_more_than_is_possible():
+    """Half of the rankings lose 0.1 of the gain for 0.2 of full fine-tuning, the others all of it for as much."""
+    good, bad = np.array([(0.5, 1.0), (0.3, 0.9)]), np.array([(0.5, 1.0), (0.3, 0.0)])
+    rows = [{"n": 5, "price": choose_module.PRICE, "sets": [sets] * 3} for sets in (good, bad)]
+    assert bench_choose.possible_saving(rows, 5, 0.05) == pytest.approx(0.2, rel=0.02)  # the good half: 0.2 / 0.5 / 2
+    assert bench_choose.possible_saving(rows, 5, 0.0) == pytest.approx(0.0, abs=1e-9)
+    assert bench_choose.possible_saving(rows, 5, 1.0) == pytest.approx(0.4, rel=0.02)
+
+
 def test_recovered_is_zero_at_random_and_one_at_best():
     gain = pandas.Series({"a": 0.0, "b": 1.0, "c": 2.0, "d": 5.0})
     assert bench_choose.recovered(("d",), gain) == 1.0

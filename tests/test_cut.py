@@ -8,6 +8,7 @@ import pytest
 import torch
 from small_models import Mlp, assert_same, llama, snapshot
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -270,6 +271,60 @@ def test_compiled(part):
         assert {name for name, p in model.named_parameters() if p.grad is not None} == set(minimum.gradients)
         for name, gradient in minimum.gradients.items():
             assert torch.allclose(model.get_parameter(name).grad, gradient, atol=1e-6)
+
+
+def compiled_cost(model, part):
+    """FLOPs of the second backward pass, the number of graphs, and the gradients; a break in a graph is an error."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    for module in [model] if part == "whole" else model.model.layers:
+        module.compile(backend=counter, fullgraph=True)
+    loss_of(model).backward()  # compiles, which it could not while FLOPs are counted
+    model.zero_grad()
+    loss = loss_of(model)
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return backward.get_total_flops(), counter.frame_count, gradients
+
+
+@pytest.mark.parametrize("part", ["whole", "blocks"])
+@pytest.mark.parametrize("switch", ["nothing", "inputs before", "inputs after", "checkpointing after"])
+def test_compiled_transformers(switch, part):
+    by_hand, model = blocks().requires_grad_(False), blocks()
+    for one in (by_hand, model):
+        one.set_attn_implementation("eager")  # torch cannot compile a checkpointed fused one
+    by_hand.get_submodule(LAYER).weight.requires_grad_(True)
+    if "checkpointing" in switch:
+        checkpointing(by_hand, reentrant=False)
+        by_hand.disable_input_require_grads()
+    before, after = SWITCHES[switch]
+    for turn_on in before:
+        turn_on(model)
+    SelectiveBackward(model, [LAYER])
+    for turn_on in after:
+        turn_on(model)
+    minimum, graphs, wanted = compiled_cost(by_hand, part)
+    flops, ours, gradients = compiled_cost(model, part)
+    assert 0 < flops <= 1.05 * minimum
+    assert ours == graphs == (1 if part == "whole" else 2)  # all blocks share their code but for the one that trains
+    assert_close(gradients, wanted)
+
+
+def test_input_gradients_are_as_asked_for_afterwards():
+    model, asked_before = blocks(), blocks()
+    inputs(asked_before)
+    with SelectiveBackward(model, [LAYER]), SelectiveBackward(asked_before, [LAYER]):
+        inputs(model)
+        copied = copy.deepcopy(model)
+        for one in (model, asked_before, copied):
+            one.train()
+            loss_of(one).backward()
+    for one in (model, asked_before):
+        embedded = one.model.requires_grad_(False).embed_tokens(IDS)
+        assert embedded.requires_grad and "enable_input_require_grads" not in vars(one)
+        one.disable_input_require_grads()
+        assert not one.model.embed_tokens(IDS).requires_grad
 
 
 def test_an_adapter_below_moves_the_cut():

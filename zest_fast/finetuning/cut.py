@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from zest_fast.finetuning.dependence import tensors_in, trains
 from zest_fast.finetuning.first_backward import FirstBackward
-from zest_fast.finetuning.modules import modules_of, upwards
+from zest_fast.finetuning.modules import compiled_modules, modules_of, upwards
 from zest_fast.finetuning.recomputation import is_lost_in_recomputation, non_reentrant
 from zest_fast.profiling.profile import is_being_profiled
 
@@ -38,11 +38,24 @@ class Cut:
     module that is never called, because its parent uses its weight directly (nn.MultiheadAttention.out_proj), counts
     where the parent runs.
     skipped: the outermost modules that ran without a graph in that pass; empty before.
+
+    Modules that are compiled one by one have the cut of freezing inside, without hooks: with them torch.compile would
+    not see that the code of one block is that of the next.
     """
 
-    def __init__(self, model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
-        """chosen: what has to train, by name; a pass in which one does not require a gradient is refused."""
+    def __init__(
+        self,
+        model: nn.Module,
+        chosen: Mapping[str, nn.Parameter],
+        on_compiled: Callable[[frozenset[int]], None] = lambda modules: None,
+    ) -> None:
+        """chosen: what has to train, by name; a pass in which one does not require a gradient is refused.
+
+        on_compiled: is told the ids of the modules in compiled code, before it first runs.
+        """
         self._model = model
+        self._compiled: frozenset[int] = frozenset()
+        self._on_compiled = on_compiled
         self._chosen = dict(chosen)
         self._first_backward = FirstBackward(chosen)
         self._learning, self._warned, self._running, self._below = True, False, False, False
@@ -92,9 +105,9 @@ class Cut:
     def _applies(self) -> bool:
         """Not to nested calls, to recomputation in backward, to functional transforms and to a profile."""
         return (
-            torch.is_grad_enabled()
+            not torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
             and not self._running
-            and not torch.compiler.is_compiling()
             and torch._C._current_graph_task_id() == -1
             and torch._C._functorch.peek_interpreter_stack() is None
             and not is_being_profiled(self._model)
@@ -108,6 +121,11 @@ class Cut:
                 "SelectiveBackward (peft's get_peft_model freezes all but its adapters: call it first); "
                 "call .remove() and wrap again, or set requires_grad"
             )
+        compiled = compiled_modules(self._model)
+        if compiled != self._compiled:
+            self._compiled = compiled
+            self._on_compiled(compiled)
+            self._unhook([name for name in self._handles if id(self._model.get_submodule(name)) in compiled])
         trained = _trained(self._model)
         if len(trained) != len(self._trained) or any(a is not b for a, b in zip(trained, self._trained, strict=True)):
             self._plan(trained)
@@ -143,9 +161,11 @@ class Cut:
         self._met: dict[str, None] = {}  # the outermost below the cut, and the holders of what trains on the way there
         self._learning = True
         for name in first.values():
-            if name and id(modules[name]) in holders:
+            if not name or id(modules[name]) in self._compiled:
+                continue
+            if id(modules[name]) in holders:
                 self._hook_holder(name, modules[name])
-            elif name:
+            else:
                 self._hook_frozen(name, modules[name])
 
     def _hook_holder(self, name: str, module: nn.Module) -> None:
@@ -167,6 +187,8 @@ class Cut:
     def _enter_holder(
         self, name: str, is_owner: bool, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if torch.compiler.is_compiling():
+            return None
         if self._running and self._learning:
             self._order.setdefault(name, 1 + len(self._order))
         if not self._below:
@@ -185,7 +207,7 @@ class Cut:
         return _detached((args, keywords))
 
     def _enter_frozen(self, name: str, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if not self._below or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not self._below or not torch.is_grad_enabled():
             return
         if any(trains(tensor) for tensor in tensors_in((args, keywords))):
             self._below = False
@@ -195,7 +217,7 @@ class Cut:
         torch.set_grad_enabled(False)
 
     def _leave_frozen(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self._holding is not module:
+        if torch.compiler.is_compiling() or self._holding is not module:
             return None
         self._holding = None
         torch.set_grad_enabled(True)

@@ -6,7 +6,7 @@ lean_convolution, lean_batch_norm, lean_activation, lean_dropout, lean_linear, l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import TracebackType
 
 from torch import nn
@@ -60,6 +60,12 @@ class LeanHandle:
             forward.put_in()
             self._forwards.append(forward)
         self.applied[kind] = (*self.applied.get(kind, ()), name)
+
+    def take_out(self, modules: Collection[int]) -> None:
+        """Give the modules with these ids their plain forward back: torch.compile decides by itself what to keep."""
+        for forward in self._forwards:
+            if id(forward.module) in modules:
+                forward.remove()
 
     def has_put_into(self, module: nn.Module) -> bool:
         return any(forward.module is module for forward in self._forwards)

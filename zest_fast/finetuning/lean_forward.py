@@ -39,12 +39,12 @@ class LeanForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and self._pays(args[0]):
             return self.lean(self.module, args[0])
-        return plain_forward(self.module)(*args, **kwargs)
+        return run_plainly(self.module, *args, **kwargs)
 
     def _pays(self, x: Any) -> bool:
         return (
-            self.enabled
-            and builds_plain_graph()
+            builds_plain_graph()
+            and self.enabled
             and type(x) in (Tensor, nn.Parameter, FakeTensor)
             and x.requires_grad
             and x.is_floating_point()
@@ -81,11 +81,16 @@ def plain_forward(module: nn.Module) -> Callable[..., Any]:
     return type(module).forward.__get__(module)
 
 
+def run_plainly(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The same, called: a method that is made first is to torch.compile the module's own `forward`, hence endless."""
+    return type(module).forward(module, *args, **kwargs)
+
+
 def builds_plain_graph() -> bool:
     """Whether autograd records what happens now, in the plain way that autograd functions are written for."""
     return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zest_fast.finetuning.lean_forward import LeanForward, plain_forward
+from zest_fast.finetuning.lean_forward import LeanForward, plain_forward, run_plainly
 
 CLASSES = (nn.Linear,)
 
@@ -23,7 +23,7 @@ class LeanLinear(LeanForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch._C._is_any_autocast_enabled():
-            return plain_forward(self.module)(*args, **kwargs)
+            return run_plainly(self.module, *args, **kwargs)
         return super().__call__(*args, **kwargs)
 
 

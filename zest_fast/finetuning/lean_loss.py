@@ -23,7 +23,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from zest_fast.finetuning.lean_forward import LeanForward, builds_plain_graph, owns_trainable, plain_forward
+from zest_fast.finetuning.lean_forward import (
+    LeanForward,
+    builds_plain_graph,
+    owns_trainable,
+    plain_forward,
+    run_plainly,
+)
 from zest_fast.finetuning.lean_logits import DeferredLogits
 
 FEWEST_TOKENS = 128  #: of a chunk: fewer, and reading the head's weight outweighs multiplying by it
@@ -68,7 +74,7 @@ class LeanHead(LeanForward):
     """The forward of the head: deferred while its model runs with labels."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _deferring.get() is self.module and len(args) == 1 and not kwargs and self._pays(args[0]):
+        if len(args) == 1 and not kwargs and self._pays(args[0]) and _deferring.get() is self.module:
             assert isinstance(self.module, nn.Linear)
             return DeferredLogits(args[0], self.module)
         return super().__call__(*args, **kwargs)
@@ -81,10 +87,10 @@ class LeanLanguageModel(LeanForward):
         super().__init__(model, plain_forward(model))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.enabled or not builds_plain_graph() or kwargs.get("labels") is None:
-            return plain_forward(self.module)(*args, **kwargs)
+        if not builds_plain_graph() or not self.enabled or kwargs.get("labels") is None:
+            return run_plainly(self.module, *args, **kwargs)
         with _by_chunks(self.module):
-            return plain_forward(self.module)(*args, **kwargs)
+            return run_plainly(self.module, *args, **kwargs)
 
 
 @contextmanager

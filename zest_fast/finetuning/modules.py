@@ -19,6 +19,14 @@ def modules_of(model: nn.Module) -> Iterator[nn.Module]:
         pending += [child for child in module._modules.values() if child is not None]
 
 
+def compiled_modules(model: nn.Module) -> frozenset[int]:
+    """The ids of the modules below `model` that `.compile()` was called on, and of all that run in their code."""
+    compiled = [
+        module for module in modules_of(model) if module is not model and vars(module).get("_compiled_call_impl")
+    ]
+    return frozenset(id(inside) for module in compiled for inside in modules_of(module))
+
+
 def upwards(name: str) -> list[str]:
     """The name of a module, those of its parents, and "" for the root."""
     parts = name.split(".")

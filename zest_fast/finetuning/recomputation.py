@@ -21,6 +21,8 @@ from zest_fast.finetuning.modules import modules_of
 _FUNCTION = "_gradient_checkpointing_func"  # where a transformers module keeps what it checkpoints with
 _INPUT_HOOKS = ("_require_grads_hooks", "_require_grads_hook")  # and those of enable_input_require_grads()
 
+_ENABLE = "enable_input_require_grads"
+
 
 @contextmanager
 def non_reentrant(model: nn.Module) -> Iterator[None]:
@@ -91,6 +93,43 @@ class AboveCut:
                 for name in names:
                     vars(module).pop(name, None)
                 vars(module).update({name: found[name] for name in names if name in found})
+
+
+class NoInputGradients:
+    """Keeps `enable_input_require_grads()` of transformers without effect until `remove()`, which then does as asked.
+
+    It marks the embeddings' output for the sake of reentrant checkpointing, and transformers calls it on many
+    occasions. Above the cut nothing needs it, and compiled code, which the cut cannot look into, would run backward
+    down to the embeddings.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._switches = [_Switch(module) for module in modules_of(model) if hasattr(type(module), _ENABLE)]
+
+    def remove(self) -> None:
+        for switch in self._switches:
+            switch.remove()
+
+
+class _Switch:
+    """Stands in for the method of one module; can be copied and pickled with it."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self._asked = any(vars(module).get(name) for name in _INPUT_HOOKS)
+        if self._asked:
+            module.disable_input_require_grads()
+        vars(module)[_ENABLE] = self
+
+    def __call__(self) -> None:
+        self._asked = True
+
+    def remove(self) -> None:
+        if vars(self._module).get(_ENABLE) is self:
+            del vars(self._module)[_ENABLE]
+        if self._asked:
+            self._asked = False
+            self._module.enable_input_require_grads()
 
 
 class _Recomputed:

@@ -19,7 +19,7 @@ from zest_fast.finetuning.lean import apply_lean
 from zest_fast.finetuning.optimizer_check import check_optimizer
 from zest_fast.finetuning.quantised_models import UnpackedLayers
 from zest_fast.finetuning.quantised_weights import QuantisedWeights, weight_counts
-from zest_fast.finetuning.recomputation import AboveCut
+from zest_fast.finetuning.recomputation import AboveCut, NoInputGradients
 from zest_fast.finetuning.run_state import Stateful, read_run, restore, set_random_state, write_run
 from zest_fast.finetuning.summary import Summary
 from zest_fast.finetuning.trainable_layers import Part, chosen_layers, head_layers
@@ -54,8 +54,9 @@ class SelectiveBackward:
     weight with an embedding makes backward run down to the embedding. Batch norm whose parameters are frozen runs in
     eval mode, also after `model.train()`. The `.grad` of what is frozen is neither read nor cleared.
 
-    Compiled code (torch.compile of the wrapped model, without graph breaks) has the cut that freezing gives: it holds
-    as long as nothing below requires a gradient, so leave `enable_input_require_grads()` off there.
+    `enable_input_require_grads()` of transformers has no effect while wrapped. Compiled code (torch.compile of the
+    wrapped model or of its blocks) has the cut that freezing gives: it holds as long as nothing else makes an
+    activation below require a gradient.
 
     Every tensor is hashed once, for `.verify()` and `.save()`: a second for each GB and core.
 
@@ -121,9 +122,14 @@ class SelectiveBackward:
             self._handles.append(self._lean)
         if checkpoint is not None:
             self._handles.append(AboveCut(self.model))
-        self._cut = Cut(self.model, self._chosen())
+        self._handles.append(NoInputGradients(self.model))
+        self._cut = Cut(self.model, self._chosen(), self._leave_compiled_code)
         self._handles.append(self._cut)
         mark_wrapped(self.model)
+
+    def _leave_compiled_code(self, modules: frozenset[int]) -> None:
+        if self._lean is not None:
+            self._lean.take_out(modules)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What trains, for the optimizer: each parameter once, in the order of `trainable_names`."""

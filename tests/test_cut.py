@@ -288,8 +288,16 @@ def compiled_cost(model, part):
     return backward.get_total_flops(), counter.frame_count, gradients
 
 
-@pytest.mark.parametrize("part", ["whole", "blocks"])
-@pytest.mark.parametrize("switch", ["nothing", "inputs before", "inputs after", "checkpointing after"])
+@pytest.mark.parametrize(
+    ("switch", "part"),
+    [
+        ("inputs before", "whole"),
+        ("checkpointing after", "whole"),
+        ("nothing", "blocks"),
+        ("inputs after", "blocks"),
+        ("checkpointing after", "blocks"),
+    ],
+)
 def test_compiled_transformers(switch, part):
     by_hand, model = blocks().requires_grad_(False), blocks()
     for one in (by_hand, model):

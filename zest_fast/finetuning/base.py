@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from zest_fast.finetuning.sharding import is_sharded, whole
+
 UNHASHED = ""  # the digest of what is not there to be read
 
 
@@ -44,7 +46,12 @@ class Base:
 
 
 def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Digests of tensors, on as many threads as there are cores (hashlib lets go of the interpreter)."""
+    """Digests of tensors, on as many threads as there are cores (hashlib lets go of the interpreter).
+
+    Sharded ones are gathered one by one, by every process in the same order.
+    """
+    if any(map(is_sharded, tensors.values())):
+        return {name: digest(whole(tensor)) for name, tensor in tensors.items()}
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return dict(zip(tensors, threads.map(digest, tensors.values()), strict=True))
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from zest_fast.finetuning.base import plain_bytes
+from zest_fast.finetuning.sharding import is_written_here, whole
 from zest_fast.profiling.replacing import replacing
 from zest_fast.ranking.ranking import Ranking
 
@@ -47,7 +48,10 @@ class Delta:
 
 
 def write_delta(path: str | os.PathLike[str], delta: Delta) -> Path:
-    """Write `delta` completely or not at all. Raises TypeError for a ranking or recipe that is no JSON."""
+    """Write `delta` completely or not at all. Raises TypeError for a ranking or recipe that is no JSON.
+
+    Sharded tensors are gathered by all processes and written by the first.
+    """
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -63,11 +67,12 @@ def write_delta(path: str | os.PathLike[str], delta: Delta) -> Path:
     }
     # Copies, because safetensors refuses tensors that share memory, as the weights of a flattened LSTM do.
     tensors = {
-        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        name: whole(tensor).to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in (*delta.parameters.items(), *delta.buffers.items())
     }
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    if is_written_here(delta.parameters.values()):
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata)
     return Path(path)
 
 

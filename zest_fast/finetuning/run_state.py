@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from zest_fast.finetuning.delta import Delta
+from zest_fast.finetuning.sharding import is_sharded
 from zest_fast.profiling.replacing import replacing
 
 FORMAT = "zest_fast.run"
@@ -37,8 +38,15 @@ def write_run(
 ) -> Path:
     """Write tensors, states of the objects and of the random generators, completely or not at all.
 
-    Raises TypeError, naming it, for a state that is not made of tensors, numbers, strings and containers of these.
+    Raises TypeError, naming it, for a state that is not made of tensors, numbers, strings and containers of these;
+    ValueError where tensors are sharded over processes.
     """
+    sharded = next((name for name, tensor in delta.parameters.items() if is_sharded(tensor)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"{sharded!r} is sharded over processes (FSDP2), and so is the optimizer's state: save the run with "
+            "torch.distributed.checkpoint, and what was trained with .save()"
+        )
     content = {
         "format": FORMAT,
         "version": VERSION,

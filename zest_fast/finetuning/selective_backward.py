@@ -21,6 +21,7 @@ from zest_fast.finetuning.quantised_models import UnpackedLayers
 from zest_fast.finetuning.quantised_weights import QuantisedWeights, weight_counts
 from zest_fast.finetuning.recomputation import AboveCut, NoInputGradients
 from zest_fast.finetuning.run_state import Stateful, read_run, restore, set_random_state, write_run
+from zest_fast.finetuning.sharding import put
 from zest_fast.finetuning.summary import Summary
 from zest_fast.finetuning.trainable_layers import Part, chosen_layers, head_layers
 from zest_fast.finetuning.verification import verify
@@ -168,7 +169,8 @@ class SelectiveBackward:
 
     def verify(self) -> None:
         """After training: raise RuntimeError, naming each, unless every chosen weight moved and is finite, and every
-        frozen parameter and buffer is bit for bit as it was when wrapped. Takes a second for each GB and core.
+        frozen parameter and buffer is bit for bit as it was when wrapped. Takes a second for each GB and core. With
+        FSDP2 (`fully_shard`) every process has to call it, as `.save()` and `.load()`: shards are gathered one by one.
         """
         if self._removed and self._quantised is not None:
             raise RuntimeError("verify: the quantised weights are unpacked since .remove(); call .verify() before it")
@@ -313,9 +315,9 @@ class SelectiveBackward:
     @torch.no_grad()
     def _put(self, delta: Delta) -> None:
         for name, parameter in self._chosen().items():
-            parameter.copy_(delta.parameters[name])
+            put(parameter, delta.parameters[name])
         for name, buffer in saved_buffers(self.model).items():  # one that had not changed is as it was when wrapped
-            buffer.copy_(delta.buffers.get(name, self._base.buffers.get(name, buffer)))
+            put(buffer, delta.buffers.get(name, self._base.buffers.get(name, buffer)))
 
     def _cut_and_tie(self) -> tuple[str, str]:
         """The name of the cut, and of the layer that it is tied to where it was not itself chosen."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from zest_fast.finetuning.base import UNHASHED, Base, digests, saved_buffers
+from zest_fast.finetuning.sharding import whole
 from zest_fast.profiling.nearest import some
 
 
@@ -30,7 +31,7 @@ def verify(model: nn.Module, base: Base, chosen: Mapping[str, nn.Parameter]) -> 
             name for name, parameter in chosen.items() if parameter.dim() > 1 and now[name] == before[name]
         ],
         "chosen, but not finite any more (was the loss NaN?)": [
-            name for name, parameter in chosen.items() if not torch.isfinite(parameter).all()
+            name for name, parameter in chosen.items() if not torch.isfinite(whole(parameter)).all()
         ],
         "frozen, but changed": [name for name in still if name in before and now[name] != before[name]],
         "not there when the model was wrapped": [name for name in still if name not in before],

@@ -270,6 +270,22 @@ def test_finetune_trains_every_layer_that_the_checkpoint_does_not_hold(run, tmp_
     assert len(found["trainable"]) == 4
 
 
+def test_finetune_fits_the_choice_and_the_frozen_weights_into_memory(run, tmp_path):
+    words = ("finetune", "llama", "films.jsonl", "--by", "snip", "--top", 2, "--steps", 2, *saving(tmp_path))
+    words = (*words, "--prefer", "cheap-cut", "--max-memory", "1GB", "--frozen", "int8", "--checkpoint", "above-cut")
+    found = document(run(*words, "--json"))
+    assert "a step of AdamW holds" in found["choice"] and found["verified"] and len(found["layers"]) == 2
+    result = run(*words)
+    assert "what was chosen moved" in result.stdout and "a step of AdamW holds" in " ".join(result.stdout.split())
+
+
+def test_finetune_says_what_did_not_move(run, tmp_path):
+    words = ("finetune", "llama", "films.jsonl", "--layers", "model.layers.1.mlp.up_proj", "--steps", 1, "--lr", 0)
+    found = document(run(*words, *saving(tmp_path), "--json"))
+    assert not found["verified"] and "did not move" in found["problem"] and "up_proj" in found["problem"]
+    assert "did not move" in " ".join(run(*words, *saving(tmp_path)).stdout.split())
+
+
 def test_finetune_is_repeatable(run, tmp_path):
     words = ("finetune", "bert", "films.jsonl", "--top", 1, "--steps", 2, *saving(tmp_path), "--json")
     first, second = document(run(*words)), document(run(*words))
@@ -368,6 +384,11 @@ def test_what_profile_refuses_is_one_line(run, words, parts):
         (("--top", "99"), ["99"]),
         (("--layers", "bert.pooler.dens"), ["bert.pooler.dens", "'bert.pooler.dense'"]),
         (("--head", "clasifier"), ["clasifier", "'classifier'"]),
+        (("--prefer", "cheap"), ["cheap", "'cheap-cut'"]),
+        (("--max-memory", "1KB"), ["max_memory", "no 5 layers fit"]),
+        (("--layers", "bert.pooler.dense", "--max-memory", "1GB"), ["--layers", "--max-memory"]),
+        (("--frozen", "int3"), ["int3", "int8"]),
+        (("--checkpoint", "all"), ["'all'", "above-cut"]),
         (("--validation-share", "0.01"), ["24 examples are too few for a validation share of 0.01"]),
     ],
 )

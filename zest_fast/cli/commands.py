@@ -105,6 +105,14 @@ def finetune(
     head: Annotated[
         str, typer.Option(help="auto (the output layer of a classifier), none, or exact names, separated by commas.")
     ] = "auto",
+    prefer: Annotated[
+        str, typer.Option(help="score, or cheap-cut: of layers that the ranking cannot tell apart, the higher ones.")
+    ] = "score",
+    max_memory: Annotated[
+        str | None, typer.Option(help="16GB, 24GiB: choose higher layers until a planned step fits.")
+    ] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="above-cut: recompute activations in backward.")] = None,
+    frozen: Annotated[str | None, typer.Option(help="int8 or nf4: keep frozen Linear layers quantised.")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps; counts before --epochs.")] = None,
     lr: Annotated[float, typer.Option(min=0.0, help="Learning rate of AdamW.")] = 1e-4,
@@ -147,6 +155,10 @@ def finetune(
             head=head,
             by=by,
             top=top,
+            prefer=prefer,
+            max_memory=max_memory,
+            checkpoint=checkpoint,
+            frozen=frozen,
             epochs=epochs,
             steps=steps,
             lr=lr,

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from zest_fast import SelectiveBackward, profile, rank
+from zest_fast import SelectiveBackward, choose, profile, rank
 from zest_fast.cli.job import Job
 from zest_fast.cli.training import evaluate, train
 from zest_fast.profiling.heads import find_head, is_language_model
@@ -24,6 +24,10 @@ def finetune_job(
     head: str,
     by: str | None,
     top: int,
+    prefer: str,
+    max_memory: str | None,
+    checkpoint: str | None,
+    frozen: str | None,
     epochs: int,
     steps: int | None,
     lr: float,
@@ -34,13 +38,23 @@ def finetune_job(
 
     layers: None = the `top` ones of a ranking, by a metric or (by=None) by the Ranker that ships.
     head: "auto", "none", or the names of modules, separated by commas.
+    prefer, max_memory, checkpoint, frozen: as for `choose` and SelectiveBackward.
     """
-    ranking = None
+    ranking, explanation = None, None
     if layers is None:
+        batch = job.first_batch()
         with console.status("profiling one batch"):
-            ranking = rank(profile(job.model, job.first_batch(), metrics=None if by is None else [by]), by=by)
-        layers = ranking.top(top)
-    with SelectiveBackward(job.model, layers, head=_head(job, head, layers)) as tuned:
+            ranking = rank(profile(job.model, batch, metrics=None if by is None else [by]), by=by)
+        if prefer == "score" and max_memory is None:
+            layers = ranking.top(top)
+        else:  # counts on the model itself, for which not every model is made
+            settings: dict[str, Any] = {"prefer": prefer, "max_memory": max_memory, "checkpoint": checkpoint, "frozen": frozen}
+            layers = choose(ranking, top, model=job.model, batch=batch, **settings)
+            explanation = layers.explanation
+    elif max_memory is not None or prefer != "score":
+        raise ValueError("--max-memory and --prefer choose among ranked layers, and --layers names them: leave one out")
+    chosen_head = _head(job, head, layers)
+    with SelectiveBackward(job.model, layers, head=chosen_head, checkpoint=checkpoint, frozen=frozen) as tuned:
         parameters = list(tuned.parameters())
         before = _score(job)
         total_steps = steps if steps is not None else epochs * _rounds_length(job)
@@ -57,10 +71,11 @@ def finetune_job(
             )
         after = _score(job)
         tuned.save(out)
-        cut = tuned.cut
+        cut, problem = tuned.cut, _problem(tuned)
     return {
         "layers": list(layers),
         "by": ranking.by if ranking is not None else None,
+        "choice": explanation,
         "trainable": list(tuned.trainable_names),
         "cut": cut,
         "trainable_parameters": sum(parameter.numel() for parameter in parameters),
@@ -73,7 +88,18 @@ def finetune_job(
         "peak_memory_bytes": training.peak_memory,
         "device": str(job.device),
         "delta": str(out),
+        "verified": problem is None,
+        "problem": problem,
     }
+
+
+def _problem(tuned: SelectiveBackward) -> str | None:
+    """What `.verify()` has to say: what was trained is saved either way."""
+    try:
+        tuned.verify()
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def _head(job: Job, head: str, layers: Sequence[str]) -> str | list[str] | None:

@@ -118,7 +118,10 @@ def finetuning_table(report: Mapping[str, Any]) -> None:
         if peak is None
         else f"{peak / 2**20:,.0f} MiB",
         "saved": report["delta"],
+        "verified": "what was chosen moved, all else is as it was" if report["verified"] else report["problem"],
     }
+    if report["choice"] is not None:
+        rows["layers"] = report["choice"]
     for label, value in rows.items():
         table.add_row(label, value)
     results().print(table)

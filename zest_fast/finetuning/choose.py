@@ -54,6 +54,8 @@ def choose(
     batch: Any = None,
     max_memory: str | int | None = None,
     prefer: str = "score",
+    checkpoint: str | None = None,
+    frozen: str | None = None,
 ) -> Choice:
     """`n` layers of `ranking`, best first: a tuple of names; what they cost and what was traded is in `.explanation`.
 
@@ -67,6 +69,7 @@ def choose(
         transformer, not for convolutions.
     max_memory: bytes, or "16GB" (10^9) or "16GiB" (2^30). If the set needs more, the lowest layers are exchanged for
         the best ones above a higher cut until a step of AdamW fits, as a dry run of model and batch counts it.
+    checkpoint, frozen: of the SelectiveBackward that shall fit; without max_memory they change nothing.
 
     Raises ValueError for n below 1 or beyond the scored layers, for a ranking of another model, and where no set of n
     layers fits into max_memory (the least that is needed is named); TypeError for no ranking.
@@ -90,9 +93,11 @@ def choose(
     peak = None
     if model is not None and limit is not None:
         higher = [names for names in sets if candidates.cut(names) > candidates.cut(chosen)]
-        chosen, peak = _first_that_fits(
-            [chosen, *higher], lambda names: planned_peak(model, batch, names, head=costs.head or None), limit
-        )
+
+        def needs(names: tuple[str, ...]) -> int:
+            return planned_peak(model, batch, names, head=costs.head or None, checkpoint=checkpoint, frozen=frozen)
+
+        chosen, peak = _first_that_fits([chosen, *higher], needs, limit)
     choice = candidates.choice(chosen, peak)
     choice.explanation += assumed
     _log.info(choice.explanation)

@@ -124,6 +124,7 @@ def planned_peak(
     optimizer: str | Build = "adamw",
     lean: bool = True,
     checkpoint: str | None = None,
+    frozen: str | None = None,
 ) -> int:
     """Peak bytes of a training step of `model`, as it is, on a batch like `batch`: for whoever has both at hand.
 
@@ -137,6 +138,7 @@ def planned_peak(
             optimizer=optimizer,
             lean=lean,
             checkpoint=checkpoint,
+            frozen=frozen,
             head=head,
         )
     )

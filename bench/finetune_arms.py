@@ -124,4 +124,8 @@ class Trained:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             inject_adapter_in_model(config, self.model)
+        for module in self.model.modules():
+            base = getattr(module, "base_layer", None)
+            if isinstance(base, nn.Conv2d):  # MobileNetV2 of transformers reads these to pad as TensorFlow does
+                module.stride, module.kernel_size, module.dilation = base.stride, base.kernel_size, base.dilation
         self.model.get_submodule(head).requires_grad_(True)

@@ -151,8 +151,10 @@ def test_the_head_is_in_no_order(small, tmp_path):
     assert found.by["contribution"] == LAYERS
 
 
-def test_the_test_of_the_first_seed_is_that_of_a_run_of_its_own(small, tmp_path):
+def test_the_test_of_the_first_seed_is_that_of_a_run_of_its_own(small, tmp_path, monkeypatch):
     """The weights that found the rate are kept for it."""
+    monkeypatch.setattr(finetune, "NAMES", ("full", "ZEST@3", "random@5", "LoRA r8"))
+    monkeypatch.setattr(finetune.Pair, "_cost", lambda *_: {})  # timed, and slow
     for folder in ("kept", "anew"):
         pair = finetune.Pair("toy/digits", tmp_path / folder)
         (tmp_path / folder).mkdir()
@@ -163,3 +165,17 @@ def test_the_test_of_the_first_seed_is_that_of_a_run_of_its_own(small, tmp_path)
         json.loads((tmp_path / folder / "toy--digits.json").read_text())["runs"] for folder in ("kept", "anew")
     )
     assert kept == anew
+
+
+def test_lora_on_a_convolution_whose_padding_the_model_computes():
+    """As transformers' MobileNetV2 does: it reads the stride of what may be an adapter."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MobileNetV2Config(depth_multiplier=0.35, image_size=32, num_labels=3, tf_padding=True)
+    net = transformers.MobileNetV2ForImageClassification(config).eval()
+    convolution = "mobilenet_v2.layer.3.expand_1x1.convolution"
+    trained = Trained(net, "classifier", Arm("LoRA+ZEST@3", (convolution,), lora=8))
+    images = torch.randn(2, 3, 32, 32)
+    logits = trained.model(images).logits
+    assert torch.equal(logits, net(images).logits)  # adapters begin at zero
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in trained.parameters.values())

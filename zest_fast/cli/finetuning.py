@@ -48,7 +48,12 @@ def finetune_job(
         if prefer == "score" and max_memory is None:
             layers = ranking.top(top)
         else:  # counts on the model itself, for which not every model is made
-            settings: dict[str, Any] = {"prefer": prefer, "max_memory": max_memory, "checkpoint": checkpoint, "frozen": frozen}
+            settings: dict[str, Any] = {
+                "prefer": prefer,
+                "max_memory": max_memory,
+                "checkpoint": checkpoint,
+                "frozen": frozen,
+            }
             layers = choose(ranking, top, model=job.model, batch=batch, **settings)
             explanation = layers.explanation
     elif max_memory is not None or prefer != "score":

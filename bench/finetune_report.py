@@ -40,8 +40,8 @@ def finetune_text(document: dict) -> str:
 
 
 DIFFERENCES = (
-    "Points of test accuracy that ZEST@5 is above the arm, in the mean over the seeds; the last column with the standard "
-    "error over the pairs."
+    "Points of test accuracy that ZEST@5 is above the arm, in the mean over the seeds; the last column with the "
+    "standard error over the pairs."
 )
 
 

@@ -68,6 +68,21 @@ void silu_gated_backward(const std::array<std::uintptr_t, 5>& addresses, const s
     cpu::silu_gated_backward({rows, columns, view(0), view(1), view(2), view(3), view(4)}, DType(dtype), threads);
 }
 
+void interval_bits(std::uintptr_t x, int dtype, int64_t n, double low, double high, std::uintptr_t bits, int threads) {
+    const Operand values = operand(x, dtype);
+    if (values.dtype == DType::float16) throw std::invalid_argument("interval_bits: float16 is not supported");
+    py::gil_scoped_release nogil;
+    cpu::interval_bits(values, n, low, high, reinterpret_cast<uint8_t*>(bits), threads);
+}
+
+void masked(std::uintptr_t g, std::uintptr_t bits, int64_t n, int element_size, std::uintptr_t out, int threads) {
+    if (element_size != 2 && element_size != 4 && element_size != 8)
+        throw std::invalid_argument("masked: elements of 2, 4 or 8 bytes are needed");
+    py::gil_scoped_release nogil;
+    cpu::masked(reinterpret_cast<const char*>(g), reinterpret_cast<const uint8_t*>(bits), n, element_size,
+                reinterpret_cast<char*>(out), threads);
+}
+
 #ifdef ZEST_CUDA
 
 void check(int error) {
@@ -137,5 +152,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("gradient_moments", &gradient_moments);
     m.def("channel_products", &channel_products);
     m.def("silu_gated_backward", &silu_gated_backward);
+    m.def("interval_bits", &interval_bits);
+    m.def("masked", &masked);
     bind_cuda(m);
 }

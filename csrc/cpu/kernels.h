@@ -29,4 +29,11 @@ struct GatedRows {
 };
 void silu_gated_backward(const GatedRows& p, DType dtype, int threads);
 
+// Bit i of byte i / 8 of `bits` [ceil(n / 8)]: not x[i] <= low and not x[i] >= high, so NaN counts as inside and a bound
+// that is NaN is none. x is dense: float32, float64 or bfloat16.
+void interval_bits(const Operand& x, int64_t n, double low, double high, uint8_t* bits, int threads);
+
+// out[i] = g[i] where bit i is set and zero elsewhere; both dense, of elements of 2, 4 or 8 bytes.
+void masked(const char* g, const uint8_t* bits, int64_t n, int element_size, char* out, int threads);
+
 }  // namespace zest::cpu

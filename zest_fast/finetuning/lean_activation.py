@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from zest_fast.finetuning.lean_bits import blocks, empty_bits, empty_in_order, flat, memory_order, pack, unpack
 from zest_fast.finetuning.lean_forward import plain_forward
+from zest_fast.kernels.cpu import interval_bits, masked_into
 
 CLASSES = (nn.ReLU, nn.Hardtanh, nn.ReLU6, nn.LeakyReLU)
 
@@ -25,10 +27,7 @@ class _PiecewiseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: Any) -> Tensor:
         ctx.order, ctx.slope = memory_order(x), getattr(module, "negative_slope", 0.0)
-        values, bits = flat(x, ctx.order), empty_bits(x.numel(), x.device)
-        for elements, packed in blocks(x.numel(), x.device):
-            pack(_has_slope_one(module, values[elements]), bits[packed])
-        ctx.save_for_backward(bits)
+        ctx.save_for_backward(_bits(module, flat(x, ctx.order)))
         if module.inplace:
             ctx.mark_dirty(x)
         return plain_forward(module)(x)
@@ -36,6 +35,19 @@ class _PiecewiseLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return masked(grads[0], ctx.saved_tensors[0], ctx.order, ctx.slope), None
+
+
+def _bits(module: Any, x: Tensor) -> Tensor:
+    """Where the derivative is 1, of x [n]."""
+    if not isinstance(module, nn.LeakyReLU):
+        low, high = (module.min_val, module.max_val) if isinstance(module, nn.Hardtanh) else (0.0, math.nan)
+        bits = interval_bits(x, low, high)
+        if bits is not None:
+            return bits
+    bits = empty_bits(x.numel(), x.device)
+    for elements, packed in blocks(x.numel(), x.device):
+        pack(_has_slope_one(module, x[elements]), bits[packed])
+    return bits
 
 
 def _has_slope_one(module: Any, x: Tensor) -> Tensor:
@@ -53,6 +65,8 @@ def masked(g: Tensor, bits: Tensor, order: list[int], slope: float = 0.0) -> Ten
         return g * kept + g * (slope * (1 - kept)) if slope else g * kept
     values, out = flat(g, order), empty_in_order(g, order)
     result = flat(out, order)
+    if not slope and masked_into(values, bits, result):
+        return out
     for elements, packed in blocks(g.numel(), g.device):
         sign = unpack(bits[packed], elements.stop - elements.start).to(g.dtype)  # positive where the bit is set
         if slope:

@@ -87,6 +87,35 @@ def silu_gated_backward(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
     return gradients
 
 
+def interval_bits(x: Tensor, low: float, high: float) -> Tensor | None:
+    """Whether each entry of x [n] is inside of (low, high), one bit each: uint8 [ceil(n / 8)], bit i of byte i / 8.
+
+    NaN counts as inside, and a bound that is NaN is none. None unless x is a plain dense CPU tensor of float32, float64
+    or bfloat16.
+    """
+    if not _is_dense(x) or x.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        return None
+    bits = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    _native.interval_bits(
+        x.data_ptr(), _DTYPE_NUMBER[x.dtype], x.numel(), low, high, bits.data_ptr(), torch.get_num_threads()
+    )
+    return bits
+
+
+def masked_into(g: Tensor, bits: Tensor, out: Tensor) -> bool:
+    """Write g [n] where its bit is set, and zero elsewhere, into out [n]; False, with nothing written, where the three
+    are not plain dense CPU tensors, or g and out not of one floating-point type.
+    """
+    if not all(map(_is_dense, (g, bits, out))) or g.dtype != out.dtype or g.dtype not in _DTYPE_NUMBER:
+        return False
+    _native.masked(g.data_ptr(), bits.data_ptr(), g.numel(), g.element_size(), out.data_ptr(), torch.get_num_threads())
+    return True
+
+
+def _is_dense(x: Tensor) -> bool:
+    return type(x) is Tensor and x.is_cpu and x.is_contiguous()
+
+
 def _row_stride(x: Tensor) -> int | None:
     """Elements from one row (last dimension) to the next where that is one number and rows are dense; else None."""
     if x.dim() < 2 or x.stride(-1) != 1 or x.numel() == 0:

@@ -2,6 +2,7 @@
 
 python -m bench.finetune                                       # every pair; run it again and it goes on
 python -m bench.finetune --pairs minilm/trec --threads 1
+python -m bench.finetune --costs                               # time and count the steps of finished pairs again
 python -m bench.finetune --collect                             # finetune.json from what is there
 
 Protocol. Every arm of a pair starts from the same weights (the head fitted on its own split), takes the same number of
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.data import DATASETS, load_pair
-from bench.finetune_arms import NAMES, Arm, Orders, Trained, arms
+from bench.finetune_arms import NAMES, RANK, Arm, Orders, Trained, arms
 from bench.measure import (
     RESULTS,
     describe_machine,
@@ -87,13 +88,15 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), metavar="MODEL/DATASET")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="one file for each pair, written after every run")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--costs", action="store_true", help="only measure the steps of finished pairs again")
     parser.add_argument("--collect", action="store_true", help="only write finetune.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if not arguments.collect:
         arguments.folder.mkdir(parents=True, exist_ok=True)
-        for pair in arguments.pairs:
-            Pair(pair, arguments.folder).run()
+        for name in arguments.pairs:
+            pair = Pair(name, arguments.folder)
+            pair.measure_costs() if arguments.costs else pair.run()
     print(collect(arguments.folder))
 
 
@@ -120,11 +123,8 @@ class Pair:
         """Everything that is left to do."""
         if self.document["finished"]:
             return
-        self.model, self.splits = load_pair(self.model_name, self.dataset)
-        kind = "text" if isinstance(self.splits["train"][0], Mapping) else "image"
-        self.settings = SETTINGS.get(self.model_name, SETTINGS[kind])
+        self._load()
         self._ends: dict[tuple[Arm, int, float], list[Tensor]] = {}
-        self.head, _ = classifier_of(self.model)
         self._fit_head()
         orders = {seed: self._orders(seed) for seed in SEEDS}
         for name in NAMES:
@@ -134,7 +134,24 @@ class Pair:
         self.document["tests"] = len(self.splits["test"][1])
         self._write(finished=True)
 
+    def measure_costs(self) -> None:
+        """Time and memory of the steps once more, where the pair is finished: on an idle machine, say."""
+        if not self.document["finished"]:
+            return
+        self._load()
+        for name, summary in self.document["arms"].items():
+            run = self._tested(name)[0]
+            layers = None if run["layers"] is None else tuple(run["layers"])
+            summary |= self._cost(Arm(name, layers, RANK if "LoRA" in name else 0))
+        self._write(finished=True)
+
     # What every arm starts from
+
+    def _load(self) -> None:
+        self.model, self.splits = load_pair(self.model_name, self.dataset)
+        kind = "text" if isinstance(self.splits["train"][0], Mapping) else "image"
+        self.settings = SETTINGS.get(self.model_name, SETTINGS[kind])
+        self.head, _ = classifier_of(self.model)
 
     def _fit_head(self) -> None:
         head = self.model.get_submodule(self.head)
@@ -271,7 +288,7 @@ class Pair:
             "rate": runs[0]["rate"],
             "trained": statistics.mean(run["trained"] for run in runs),
             "curve": runs[-1]["curve"],
-            **self._cost(first, Arm("full", None)),
+            **self._cost(first),
         }
 
     def _tested(self, name: str) -> list[dict[str, Any]]:
@@ -281,12 +298,12 @@ class Pair:
     def _mean_accuracy(self, name: str) -> float:
         return statistics.mean(run["test_accuracy"] for run in self._tested(name))
 
-    def _cost(self, arm: Arm, full: Arm) -> dict[str, Any]:
+    def _cost(self, arm: Arm) -> dict[str, Any]:
         """Seconds and peak bytes (beyond model and batch) of a step, and of full fine-tuning in the same rounds."""
         rows = next(self._batches(SEEDS[0]))
         steps = {
             which: partial(self._steps(Trained(self.model, self.head, a), a, RATES[0]), rows, 1.0)
-            for which, a in (("arm", arm), ("full", full))
+            for which, a in (("arm", arm), ("full", Arm("full", None)))
         }
         seconds = interleave(steps, ROUNDS)
         peaks = {which: peak_bytes(step) for which, step in steps.items()}

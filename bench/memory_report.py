@@ -23,8 +23,9 @@ LLAMA_LEGEND = (
     "two runs, also relative to the fastest forward + dX pass of the plain model with all weights frozen."
 )
 LEAN_LEGEND = (
-    "Counted in real steps: five layers and the head train, the lowest at half the depth or (*whole depth*) the first of "
-    "the model, with AdamW; against full fine-tuning in the same rounds. *Peak* is beyond weights and batch, *kept* is what autograd saves."
+    "Counted in real steps: five layers and the head train, the lowest at half the depth or (*whole depth*) the first "
+    "of the model, with AdamW; against full fine-tuning in the same rounds. *Peak* is beyond weights and batch, *kept* "
+    "is what autograd saves."
 )
 
 _LEAN_ARMS = {

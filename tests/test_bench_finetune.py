@@ -127,6 +127,13 @@ def test_a_run_goes_on_where_it_stopped_and_ends_in_a_table(small, tmp_path, mon
     )
     finetune.Pair("toy/digits", tmp_path).run()
     assert len(trained) == len(set(trained))  # nothing twice
+    before = json.loads((tmp_path / "toy--digits.json").read_text())
+    finetune.Pair("toy/digits", tmp_path).measure_costs()
+    after = json.loads((tmp_path / "toy--digits.json").read_text())
+    assert before["runs"] == after["runs"] and after["finished"]
+    for name, arm in after["arms"].items():
+        old = before["arms"][name]
+        assert arm.keys() == old.keys() and arm["peak_bytes"] == old["peak_bytes"] and arm["seconds"] != old["seconds"]
     document = json.loads(finetune.collect(tmp_path, tmp_path / "out").read_text())
     (pair,) = document["results"]
     assert list(pair["arms"]) == list(NAMES)

@@ -171,7 +171,9 @@ def test_max_memory_raises_the_cut_until_a_step_fits():
     assert choice.peak_bytes <= tight and choice != best
     assert choice.peak_bytes == planned_peak(model, batch, choice)
     assert min(map(names.index, choice)) > 0
-    with pytest.raises(ValueError, match=r"no 2 layers fit into 0\.00 GB; with the highest cut a step of AdamW holds"):
+    with pytest.raises(
+        ValueError, match=r"no 2 layers fit into 0\.001 MB; with those that need the least, a step of AdamW holds"
+    ):
         zest_fast.choose(ranking, 2, model=model, batch=batch, max_memory="1KB")
 
 
@@ -241,6 +243,18 @@ def test_bench_choose_compares_gain_and_flops_out_of_fold(tmp_path):
         assert row["recovered_top"] == pytest.approx(1.0)  # the ranker is right
         assert row["flops_saved"] >= 0 and row["recovered_cheap"] <= row["recovered_top"]
     assert bench_choose.summary(rows, 2, choose_module.PRICE)["recovered_top"] == 1.0
+
+
+def test_max_memory_finds_a_set_where_the_higher_layers_are_the_larger_ones():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)), nn.Linear(8, 400), nn.Linear(400, 8), nn.Linear(8, 2))
+    batch = (torch.randn(4, 8), torch.zeros(4, dtype=torch.long))
+    scores = {str(place): 1 - place / 10 for place in range(7)}
+    best = zest_fast.choose(ranking_of(scores), 2, model=model, batch=batch, max_memory="1GB")
+    again = zest_fast.choose(ranking_of(scores), 2, model=model, batch=batch, max_memory=best.peak_bytes)
+    assert again == best == ("0", "1")
+    assert planned_peak(model, batch, ("4", "5")) > best.peak_bytes  # the highest cut needs more
+    with pytest.raises(ValueError, match=r"no 2 layers fit into 0\.001 MB"):
+        zest_fast.choose(ranking_of(scores), 2, model=model, batch=batch, max_memory=1000)
 
 
 def test_no_choice_saves_more_than_is_possible():

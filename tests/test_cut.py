@@ -319,20 +319,125 @@ def test_compiled_transformers(switch, part):
     assert_close(gradients, wanted)
 
 
-def test_input_gradients_are_as_asked_for_afterwards():
-    model, asked_before = blocks(), blocks()
-    inputs(asked_before)
-    with SelectiveBackward(model, [LAYER]), SelectiveBackward(asked_before, [LAYER]):
+def test_input_gradients_are_as_asked_for():
+    model, before, disabled = blocks(), blocks(), blocks()
+    for one in (before, disabled):
+        inputs(one)
+    own = next(iter(before.model.embed_tokens._forward_hooks.values()))
+    with SelectiveBackward(model, [LAYER]), SelectiveBackward(before, [LAYER]), SelectiveBackward(disabled, [LAYER]):
         inputs(model)
+        disabled.disable_input_require_grads()
+        assert model.model.embed_tokens(IDS).requires_grad or not model.model.embed_tokens.weight.requires_grad
         copied = copy.deepcopy(model)
-        for one in (model, asked_before, copied):
-            one.train()
-            loss_of(one).backward()
-    for one in (model, asked_before):
-        embedded = one.model.requires_grad_(False).embed_tokens(IDS)
-        assert embedded.requires_grad and "enable_input_require_grads" not in vars(one)
+        for one in (model, before, copied):
+            loss_of(one.train()).backward()
+    for one in (model, before, disabled):
+        assert one.requires_grad_(False).model.embed_tokens(IDS).requires_grad is (one is not disabled)
+        assert "enable_input_require_grads" not in vars(one)
         one.disable_input_require_grads()
         assert not one.model.embed_tokens(IDS).requires_grad
+    inputs(before)
+    assert next(iter(before.model.embed_tokens._forward_hooks.values())).__qualname__ == own.__qualname__
+
+
+def hidden_by_parts(model):
+    return model.lm_head(model.model(input_ids=IDS, use_cache=False).last_hidden_state).logsumexp(-1).mean()
+
+
+def test_reentrant_checkpointing_around_the_models_own_forward():
+    """A contrastive loop, an outer module, a replica: the cut does not see the pass, and gradients are there anyway."""
+    model, by_hand = blocks(), blocks().requires_grad_(False)
+    for part in (LAYER, "lm_head"):
+        by_hand.get_submodule(part).requires_grad_(True)
+    for one in (model, by_hand):
+        checkpointing(one, reentrant=True)
+    SelectiveBackward(model, [LAYER], head="lm_head")
+    for one in (model, by_hand):
+        hidden_by_parts(one).backward()
+    for name, parameter in by_hand.named_parameters():
+        found = model.get_parameter(name).grad
+        assert found is None if not parameter.requires_grad else torch.allclose(found, parameter.grad, atol=1e-6), name
+
+
+def test_an_input_that_trains_under_reentrant_checkpointing():
+    """It reaches the blocks as a mask, which reentrant checkpointing does not look at."""
+    model = blocks()
+    checkpointing(model, reentrant=True)
+    SelectiveBackward(model, [LAYER], lean=False)
+    bias = nn.Parameter(torch.zeros(1, 1, 16, 16))
+    mask = torch.triu(torch.full((16, 16), -1e9), 1)[None, None] + bias
+    with pytest.warns(UserWarning, match="computed from something that trains"):
+        loss = model(input_ids=IDS, labels=IDS, attention_mask=mask, use_cache=False).loss
+    loss.backward()
+    assert model.get_submodule(LAYER).weight.grad.abs().sum() > 0 and bias.grad.abs().sum() > 0
+
+
+def by_hook(module, adapter):
+    module.register_forward_hook(lambda _, args, output: output + adapter(output))
+
+
+def by_pre_hook(module, adapter):
+    module.register_forward_pre_hook(lambda _, args: (args[0] + adapter(args[0]), *args[1:]))
+
+
+def by_forward(module, adapter):
+    forward = module.forward
+    module.forward = lambda *args, **keywords: (lambda y: y + adapter(y))(forward(*args, **keywords))
+
+
+@pytest.mark.parametrize("attach", [by_hook, by_pre_hook, by_forward])
+@pytest.mark.parametrize("when", ["before", "after", "after a pass"])
+@pytest.mark.parametrize("place", ["model.layers.0", "model.layers.2.mlp"])
+def test_what_is_attached_from_outside_trains(attach, when, place):
+    model, by_hand, adapter = blocks(), blocks().requires_grad_(False), nn.Linear(16, 16)
+    by_hand.get_submodule(LAYER).weight.requires_grad_(True)
+    attach(by_hand.get_submodule(place), adapter)
+    loss_of(by_hand).backward()
+    wanted = {"adapter": adapter.weight.grad, "layer": by_hand.get_submodule(LAYER).weight.grad}
+    adapter.zero_grad()
+    if when == "before":
+        attach(model.get_submodule(place), adapter)
+    SelectiveBackward(model, [LAYER], lean=False)
+    if when == "after a pass":
+        loss_of(model)
+    if when != "before":
+        attach(model.get_submodule(place), adapter)
+    for _ in range(2):
+        model.zero_grad()
+        adapter.zero_grad()
+        loss_of(model).backward()
+        assert_close({"adapter": adapter.weight.grad, "layer": model.get_submodule(LAYER).weight.grad}, wanted)
+
+
+def test_a_hook_that_brings_in_nothing_leaves_the_cut(frozen_by_hand):
+    model = blocks()
+    SelectiveBackward(model, [LAYER])
+    model.model.layers[1].register_forward_hook(lambda _, args, output: output.clone())
+    inputs(model)
+    for _ in range(2):
+        assert_minimal(Cost(model, partial(loss_of, model)), frozen_by_hand)
+
+
+def test_an_output_that_depends_on_no_chosen_layer_is_named():
+    model = Mlp()
+    model.unused = nn.Linear(4, 4)
+    SelectiveBackward(model, ["unused"], head=None)
+    with pytest.warns(UserWarning, match=r"depends on nothing that was chosen \('unused\.weight', 'unused\.bias'\)"):
+        model(torch.randn(2, 4))
+
+
+def test_a_copy_is_wrapped_anew():
+    model = blocks()
+    tuned = SelectiveBackward(model, [LAYER])
+    loss_of(model).backward()
+    copied, other = copy.deepcopy(model), "model.layers.3.mlp.up_proj"
+    again = SelectiveBackward(copied, [other])
+    loss_of(copied).backward()
+    assert again.cut == other and copied.get_submodule(other).weight.grad is not None
+    again.remove()
+    assert not {"forward", "enable_input_require_grads"} & vars(copied).keys()
+    loss_of(model).backward()
+    assert tuned.cut == LAYER
 
 
 def test_an_adapter_below_moves_the_cut():

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from small_models import assert_same, snapshot
+from small_models import Mlp, assert_same, snapshot
 from torch import nn
 
 from zest_fast.finetuning.selective_backward import SelectiveBackward
@@ -93,7 +93,7 @@ def test_objects_that_do_not_fit_are_put_back(tmp_path):
     other = Job()
     with pytest.raises(ValueError, match=r"saved with \['optimizer', 'scheduler'\], and \['optimizer'\] are there"):
         other.tuned.resume(path, other.optimizer)
-    fewer = torch.optim.SGD([{"params": [p]} for p in other.tuned.parameters()], lr=0.5)
+    fewer = torch.optim.AdamW([{"params": [p]} for p in other.tuned.parameters()], lr=0.5)
     before = copy.deepcopy(other.scheduler.state_dict())
     with pytest.raises(ValueError, match=r"run\.pt' does not fit: the state of optimizer does not fit"):
         other.tuned.resume(path, fewer, other.scheduler)
@@ -118,3 +118,13 @@ def test_a_run_holds_no_code(tmp_path):
         job.resume(tmp_path / "model.pt")
     with pytest.raises(FileNotFoundError):
         job.resume(tmp_path / "missing.pt")
+
+
+def test_another_kind_of_optimizer_is_refused(tmp_path):
+    model = Mlp()
+    tuned = SelectiveBackward(model, ["b"])
+    saved, other = torch.optim.AdamW(tuned.parameters()), torch.optim.SGD(tuned.parameters(), lr=0.5, momentum=0.9)
+    tuned.save_run(tmp_path / "run", saved)
+    with pytest.raises(ValueError, match="the optimizer was a AdamW, and here is a SGD"):
+        tuned.resume(tmp_path / "run", other)
+    assert other.param_groups[0]["lr"] == 0.5

@@ -186,7 +186,7 @@ class Candidates:
         if not self._costs.measured:
             yield "  counted with as many positions in every layer; pass model= and batch= where that is not so"
         if choice.peak_bytes is not None:
-            yield f"a step of AdamW holds {choice.peak_bytes / 1e9:.2f} GB at the most"
+            yield f"a step of AdamW holds {_bytes(choice.peak_bytes)} at the most"
 
     def _score(self, name: str) -> str:
         score, half = self._rows[name]
@@ -206,17 +206,30 @@ def _exchanges(top: Sequence[str], names: Sequence[str]) -> list[tuple[str, str]
 def _first_that_fits(
     sets: Sequence[tuple[str, ...]], needs: Callable[[tuple[str, ...]], int], limit: int
 ) -> tuple[tuple[str, ...], int]:
-    """The first set whose step fits, by bisection: the higher the cut, the less a step holds."""
-    last, most = len(sets) - 1, needs(sets[-1])
-    if most > limit:
+    """A set whose step fits, as far to the front as possible: by bisection, since as a rule a step holds the less the
+    higher the cut. Where larger layers lie above, so that the last set does not fit, one after the other.
+    """
+    peaks = {0: needs(sets[0])}
+    if peaks[0] <= limit:
+        return sets[0], peaks[0]
+    last = len(sets) - 1
+    peaks[last] = needs(sets[last])
+    if peaks[last] > limit:
+        for place in range(1, last):
+            peaks[place] = needs(sets[place])
+            if peaks[place] <= limit:
+                return sets[place], peaks[place]
         raise ValueError(
-            f"max_memory: no {len(sets[0])} layers fit into {limit / 1e9:.2f} GB; with the highest cut a step of AdamW "
-            f"holds {most / 1e9:.2f} GB. Choose fewer layers, a smaller batch or a narrower dtype"
+            f"max_memory: no {len(sets[0])} layers fit into {_bytes(limit)}; with those that need the least, a step of "
+            f"AdamW holds {_bytes(min(peaks.values()))}. Choose fewer layers, a smaller batch or a narrower dtype"
         )
-    peaks = {last: most}
-    low, high = 0, last
+    low, high = 1, last
     while low < high:
         middle = (low + high) // 2
         peaks[middle] = needs(sets[middle])
         low, high = (low, middle) if peaks[middle] <= limit else (middle + 1, high)
     return sets[low], peaks[low]
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.3f} MB"

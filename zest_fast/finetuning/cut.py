@@ -28,6 +28,7 @@ from zest_fast.finetuning.dependence import tensors_in, trains
 from zest_fast.finetuning.first_backward import FirstBackward
 from zest_fast.finetuning.modules import compiled_modules, modules_of, upwards
 from zest_fast.finetuning.recomputation import is_lost_in_recomputation, non_reentrant
+from zest_fast.profiling.nearest import some
 from zest_fast.profiling.profile import is_being_profiled
 
 
@@ -54,6 +55,7 @@ class Cut:
         on_compiled: is told the ids of the modules in compiled code, before it first runs.
         """
         self._model = model
+        self._open: frozenset[nn.Module] = frozenset()
         self._compiled: frozenset[int] = frozenset()
         self._on_compiled = on_compiled
         self._chosen = dict(chosen)
@@ -85,7 +87,8 @@ class Cut:
         wanting = [tensor for tensor in tensors_in((args, keywords)) if tensor.requires_grad]
         if any(tensor.grad_fn is not None or trains(tensor) for tensor in wanting):
             self._warn_of_inputs_that_train()
-            return forward(*args, **keywords)
+            with non_reentrant(self._model):
+                return forward(*args, **keywords)
         if wanting:
             args, keywords = _detached((args, keywords))
         if self._learning:  # an earlier pass may have raised
@@ -99,6 +102,8 @@ class Cut:
             self._running = self._below = False
             self._holding = None
             torch.set_grad_enabled(True)  # as it was: hooks do not see a KeyboardInterrupt
+        if self._learning:
+            self._warn_of_a_constant(output)
         self._learn()
         return output
 
@@ -129,6 +134,8 @@ class Cut:
         trained = _trained(self._model)
         if len(trained) != len(self._trained) or any(a is not b for a, b in zip(trained, self._trained, strict=True)):
             self._plan(trained)
+        hooked = (module for name, module in self._frozen.items() if name in self._handles)
+        self._open = frozenset(module for module in hooked if any(map(_has_foreign_code, modules_of(module))))
         for name, module in self._frozen.items():  # the last word on outputs, also after hooks registered later
             if len(module._forward_hooks) > 1 and name in self._handles:
                 module._forward_hooks.move_to_end(self._handles[name][1].id)  # type: ignore[attr-defined]
@@ -139,6 +146,16 @@ class Cut:
             warnings.warn(
                 f"an input of {type(self._model).__name__} was computed from something that trains, so backward runs "
                 "on through the whole model to it; detach the input if it should not",
+                stacklevel=4,
+            )
+
+    def _warn_of_a_constant(self, output: Any) -> None:
+        found = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
+        if found and not any(tensor.requires_grad for tensor in found):
+            names = some(map(repr, self._chosen))
+            warnings.warn(
+                f"the output of {type(self._model).__name__} depends on nothing that was chosen ({names}), so there is "
+                "no gradient; choose layers on its path",
                 stacklevel=4,
             )
 
@@ -212,12 +229,17 @@ class Cut:
         if any(trains(tensor) for tensor in tensors_in((args, keywords))):
             self._below = False
             return
-        self._holding = module
         self._met[name] = None
-        torch.set_grad_enabled(False)
+        if module not in self._open:
+            self._holding = module
+            torch.set_grad_enabled(False)
 
     def _leave_frozen(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if torch.compiler.is_compiling() or self._holding is not module:
+        if torch.compiler.is_compiling():
+            return None
+        if module in self._open and self._below and torch.is_grad_enabled():
+            return self._leave_open(output)
+        if self._holding is not module:
             return None
         self._holding = None
         torch.set_grad_enabled(True)
@@ -225,6 +247,14 @@ class Cut:
         if any(tensor.requires_grad or tensor._is_view() for tensor in tensors_in(output)):
             return _detached(output)
         return None
+
+    def _leave_open(self, output: Any) -> Any:
+        """What hooks or another forward of the user's may have brought in trains, or is detached."""
+        found = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+        if any(trains(tensor) for tensor in found):
+            self._below = False
+            return None
+        return _detached(output) if found else None
 
     def _learn(self) -> None:
         """After the first pass: the cut is known, and hooks that had nothing to do go away."""
@@ -267,6 +297,13 @@ class _Forward:
         return self.cut.run(self._original, args, keywords)
 
 
+def remove_copied_cut(model: nn.Module) -> None:
+    """Of a model that is not wrapped itself, but a copy of one that is."""
+    copied = vars(model).get("forward")
+    if isinstance(copied, _Forward) and copied.cut is not None:
+        copied.cut.remove()
+
+
 def _trained(model: nn.Module) -> list[nn.Parameter]:
     """What requires a gradient, in a fixed order."""
     return [
@@ -275,6 +312,21 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
         for parameter in module._parameters.values()
         if parameter is not None and parameter.requires_grad
     ]
+
+
+def _has_foreign_code(module: nn.Module) -> bool:
+    """Whether hooks or a forward that are not ours run with it, and may use what trains elsewhere."""
+    run = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    if "forward" in vars(module):
+        run.append(vars(module)["forward"])
+    return not all(map(_is_ours, run))
+
+
+def _is_ours(code: Any) -> bool:
+    while isinstance(code, partial):
+        code = code.func
+    place = getattr(code, "__module__", None) or type(code).__module__
+    return str(place).startswith("zest_fast.")
 
 
 def _detached(values: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from zest_fast.finetuning.modules import modules_of
 
@@ -95,12 +96,11 @@ class AboveCut:
                 vars(module).update({name: found[name] for name in names if name in found})
 
 
-class NoInputGradients:
-    """Keeps `enable_input_require_grads()` of transformers without effect until `remove()`, which then does as asked.
+class InputGradients:
+    """Lets `enable_input_require_grads()` of transformers act in eager code only, until `remove()`.
 
-    It marks the embeddings' output for the sake of reentrant checkpointing, and transformers calls it on many
-    occasions. Above the cut nothing needs it, and compiled code, which the cut cannot look into, would run backward
-    down to the embeddings.
+    Its hook marks the output of the embeddings, for the sake of reentrant checkpointing. The cut detaches that; in
+    compiled code, which the cut cannot look into, backward would run down to the embeddings.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -116,20 +116,34 @@ class _Switch:
 
     def __init__(self, module: Any) -> None:
         self._module = module
-        self._asked = any(vars(module).get(name) for name in _INPUT_HOOKS)
-        if self._asked:
-            module.disable_input_require_grads()
         vars(module)[_ENABLE] = self
+        self._exchange()
 
     def __call__(self) -> None:
-        self._asked = True
+        type(self._module).enable_input_require_grads(self._module)
+        self._exchange()
 
     def remove(self) -> None:
         if vars(self._module).get(_ENABLE) is self:
             del vars(self._module)[_ENABLE]
-        if self._asked:
-            self._asked = False
+        if self._handles():  # with transformers' own hooks again
+            self._module.disable_input_require_grads()
             self._module.enable_input_require_grads()
+
+    def _exchange(self) -> None:
+        for handle in self._handles():
+            hooks = handle.hooks_dict_ref()
+            if hooks is not None and handle.id in hooks:
+                hooks[handle.id] = _require_in_eager_code
+
+    def _handles(self) -> list[RemovableHandle]:
+        found = [vars(self._module).get(name) or () for name in _INPUT_HOOKS]  # a list, and before 4.5x one handle
+        return [handle for one in found for handle in (one if isinstance(one, list | tuple) else (one,))]
+
+
+def _require_in_eager_code(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+    if not torch.compiler.is_compiling():
+        output.requires_grad_(True)
 
 
 class _Recomputed:

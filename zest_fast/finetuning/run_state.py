@@ -56,6 +56,7 @@ def write_run(
         "parameters": {name: tensor.detach() for name, tensor in delta.parameters.items()},
         "buffers": {name: tensor.detach() for name, tensor in delta.buffers.items()},
         "states": {name: thing.state_dict() for name, thing in objects.items()},
+        "kinds": {name: type(thing).__qualname__ for name, thing in objects.items()},
         "progress": progress,
         "random": random_state(),
     }
@@ -84,10 +85,13 @@ def read_run(path: str | os.PathLike[str]) -> tuple[Delta, dict[str, Any]]:
         ) from error
 
 
-def restore(objects: Mapping[str, Stateful], states: Mapping[str, Any]) -> None:
+def restore(objects: Mapping[str, Stateful], states: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
     """Give each object its state, or all of them the one that they had. Raises ValueError where the two do not fit."""
     if objects.keys() != states.keys():
         raise ValueError(f"it was saved with {sorted(states)}, and {sorted(objects)} are there to resume")
+    for name, thing in objects.items():
+        if kinds.get(name, type(thing).__qualname__) != type(thing).__qualname__:
+            raise ValueError(f"the {name} was a {kinds[name]}, and here is a {type(thing).__qualname__}")
     before = {name: deepcopy(thing.state_dict()) for name, thing in objects.items()}
     for name, thing in objects.items():
         try:

@@ -12,20 +12,21 @@ import torch
 from torch import nn
 
 from zest_fast.finetuning.base import Base, digests, saved_buffers
-from zest_fast.finetuning.cut import Cut
+from zest_fast.finetuning.cut import Cut, remove_copied_cut
 from zest_fast.finetuning.delta import Delta, check_tensors, read_delta, write_delta
 from zest_fast.finetuning.frozen_norms import keep_frozen_norms_in_eval
 from zest_fast.finetuning.lean import apply_lean
 from zest_fast.finetuning.optimizer_check import check_optimizer
 from zest_fast.finetuning.quantised_models import UnpackedLayers
 from zest_fast.finetuning.quantised_weights import QuantisedWeights, weight_counts
-from zest_fast.finetuning.recomputation import AboveCut, NoInputGradients
+from zest_fast.finetuning.recomputation import AboveCut, InputGradients
 from zest_fast.finetuning.run_state import Stateful, read_run, restore, set_random_state, write_run
-from zest_fast.finetuning.sharding import put
+from zest_fast.finetuning.sharding import put, whole
 from zest_fast.finetuning.summary import Summary
 from zest_fast.finetuning.trainable_layers import Part, chosen_layers, head_layers
 from zest_fast.finetuning.verification import verify
 from zest_fast.finetuning.wrapped_models import mark_wrapped, refuse_wrapped, unmark_wrapped
+from zest_fast.profiling.nearest import some
 
 
 class SelectiveBackward:
@@ -55,9 +56,8 @@ class SelectiveBackward:
     weight with an embedding makes backward run down to the embedding. Batch norm whose parameters are frozen runs in
     eval mode, also after `model.train()`. The `.grad` of what is frozen is neither read nor cleared.
 
-    `enable_input_require_grads()` of transformers has no effect while wrapped. Compiled code (torch.compile of the
-    wrapped model or of its blocks) has the cut that freezing gives: it holds as long as nothing else makes an
-    activation below require a gradient.
+    Compiled code (torch.compile of the wrapped model or of its blocks) has the cut that freezing gives;
+    `enable_input_require_grads()` of transformers has no effect there.
 
     Every tensor is hashed once, for `.verify()` and `.save()`: a second for each GB and core.
 
@@ -109,6 +109,7 @@ class SelectiveBackward:
         return {id(parameter) for part in (*self._layers, *self._head) for parameter in part.parameters}
 
     def _freeze(self, chosen: set[int], checkpoint: str | None, lean: bool) -> None:
+        remove_copied_cut(self.model)
         for parameter in self.model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
         if self._quantised is not None:
@@ -123,7 +124,7 @@ class SelectiveBackward:
             self._handles.append(self._lean)
         if checkpoint is not None:
             self._handles.append(AboveCut(self.model))
-        self._handles.append(NoInputGradients(self.model))
+        self._handles.append(InputGradients(self.model))
         self._cut = Cut(self.model, self._chosen(), self._leave_compiled_code)
         self._handles.append(self._cut)
         mark_wrapped(self.model)
@@ -184,7 +185,8 @@ class SelectiveBackward:
     def save(self, path: str | os.PathLike[str], *, ranking: Any = None, recipe: Any = None) -> Path:
         """Write the trained parameters and the buffers that changed as a safetensors delta; returns the path.
 
-        An existing file is replaced at once or kept, also where the disk is full.
+        An existing file is replaced at once or kept, also where the disk is full. Raises RuntimeError, with nothing
+        written, where a trained parameter is not finite.
         ranking, recipe: how the layers were chosen and trained, for the record: a Ranking, a dataclass or plain data.
         """
         return write_delta(path, self._delta(ranking, recipe))
@@ -232,7 +234,7 @@ class SelectiveBackward:
         delta, rest = read_run(path)
         self._check(path, delta)
         try:
-            restore(_stateful(optimizer, scheduler, others), rest["states"])
+            restore(_stateful(optimizer, scheduler, others), rest["states"], rest.get("kinds", {}))
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)!r} does not fit: {error}") from error
         self._put(delta)
@@ -274,6 +276,9 @@ class SelectiveBackward:
         return {name: there[name] for name in self.trainable_names}
 
     def _delta(self, ranking: Any = None, recipe: Any = None) -> Delta:
+        broken = [name for name, parameter in self._chosen().items() if not torch.isfinite(whole(parameter)).all()]
+        if broken:
+            raise RuntimeError(f"{some(map(repr, broken))} is not finite (was the loss NaN?): nothing is written")
         buffers = saved_buffers(self.model)
         changed = {name for name, now in digests(buffers).items() if now != self._base.digests.get(name)}
         return Delta(

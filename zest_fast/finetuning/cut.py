@@ -316,9 +316,11 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 def _has_foreign_code(module: nn.Module) -> bool:
     """Whether hooks or a forward that are not ours run with it, and may use what trains elsewhere."""
-    run = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    if "forward" in vars(module):
-        run.append(vars(module)["forward"])
+    own = module.__dict__  # this runs for every module in every pass
+    before, after, forward = own["_forward_pre_hooks"], own["_forward_hooks"], own.get("forward")
+    if not before and not after and forward is None:
+        return False
+    run = [*before.values(), *after.values(), *(() if forward is None else (forward,))]
     return not all(map(_is_ours, run))
 
 

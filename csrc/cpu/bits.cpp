@@ -20,21 +20,23 @@ ZEST_INLINE uint8_t gathered(const uint8_t* mask) {
 }
 
 template <class T, class C>
+ZEST_INLINE void mark_inside(const T* __restrict x, int64_t count, C low, C high, uint8_t* __restrict mask) {
+    for (int64_t i = 0; i < count; ++i) {
+        const C value = widen(x[i]);
+        mask[i] = uint8_t(!(value <= low) & !(value >= high));
+    }
+}
+
+template <class T, class C>
 ZEST_INLINE void interval_bits_inline(const T* __restrict x, int64_t n, C low, C high, uint8_t* __restrict bits) {
     uint8_t mask[block];
     for (int64_t first = 0; first < n; first += block) {
         const int64_t count = n - first < block ? n - first : block;
         if (count == block) {
-            for (int64_t i = 0; i < block; ++i) {
-                const C value = widen(x[first + i]);
-                mask[i] = uint8_t(!(value <= low) & !(value >= high));
-            }
+            mark_inside(x + first, block, low, high, mask);  // a constant count, which vectorises
         } else {
             std::memset(mask, 0, block);
-            for (int64_t i = 0; i < count; ++i) {
-                const C value = widen(x[first + i]);
-                mask[i] = uint8_t(!(value <= low) & !(value >= high));
-            }
+            mark_inside(x + first, count, low, high, mask);
         }
         for (int64_t byte = 0; byte < (count + 7) / 8; ++byte) bits[first / 8 + byte] = gathered(mask + 8 * byte);
     }

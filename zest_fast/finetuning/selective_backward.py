@@ -21,10 +21,10 @@ from zest_fast.finetuning.quantised_models import UnpackedLayers
 from zest_fast.finetuning.quantised_weights import QuantisedWeights, weight_counts
 from zest_fast.finetuning.recomputation import AboveCut, InputGradients
 from zest_fast.finetuning.run_state import Stateful, read_run, restore, set_random_state, write_run
-from zest_fast.finetuning.sharding import put, whole
+from zest_fast.finetuning.sharding import put
 from zest_fast.finetuning.summary import Summary
 from zest_fast.finetuning.trainable_layers import Part, chosen_layers, head_layers
-from zest_fast.finetuning.verification import verify
+from zest_fast.finetuning.verification import not_finite, verify
 from zest_fast.finetuning.wrapped_models import mark_wrapped, refuse_wrapped, unmark_wrapped
 from zest_fast.profiling.nearest import some
 
@@ -276,8 +276,7 @@ class SelectiveBackward:
         return {name: there[name] for name in self.trainable_names}
 
     def _delta(self, ranking: Any = None, recipe: Any = None) -> Delta:
-        broken = [name for name, parameter in self._chosen().items() if not torch.isfinite(whole(parameter)).all()]
-        if broken:
+        if broken := not_finite(self._chosen()):
             raise RuntimeError(f"{some(map(repr, broken))} is not finite (was the loss NaN?): nothing is written")
         buffers = saved_buffers(self.model)
         changed = {name for name, now in digests(buffers).items() if now != self._base.digests.get(name)}

@@ -30,9 +30,7 @@ def verify(model: nn.Module, base: Base, chosen: Mapping[str, nn.Parameter]) -> 
         "chosen, but did not move (no gradient, no step, or steps too small for the dtype)": [
             name for name, parameter in chosen.items() if parameter.dim() > 1 and now[name] == before[name]
         ],
-        "chosen, but not finite any more (was the loss NaN?)": [
-            name for name, parameter in chosen.items() if not torch.isfinite(whole(parameter)).all()
-        ],
+        "chosen, but not finite any more (was the loss NaN?)": not_finite(chosen),
         "frozen, but changed": [name for name in still if name in before and now[name] != before[name]],
         "not there when the model was wrapped": [name for name in still if name not in before],
         "gone since the model was wrapped": sorted(before.keys() - frozen.keys() - buffers.keys() - chosen.keys()),
@@ -41,3 +39,8 @@ def verify(model: nn.Module, base: Base, chosen: Mapping[str, nn.Parameter]) -> 
     problems = [f"{what}: {some(map(repr, names))}" for what, names in found.items() if names]
     if problems:
         raise RuntimeError("verify: " + "; ".join(problems))
+
+
+def not_finite(parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """The names of those with an infinite entry or NaN."""
+    return [name for name, parameter in parameters.items() if not torch.isfinite(whole(parameter)).all()]

@@ -12,7 +12,7 @@ from zest_fast.profiling.layer_rules import linear_gradient_factors
 from zest_fast.profiling.layers import Layer, Weight
 from zest_fast.profiling.loss import check_loss
 from zest_fast.profiling.model_state import ModelState
-from zest_fast.profiling.taps import Routes, Taps
+from zest_fast.profiling.taps import Routes, Taps, run_until_it_stands
 
 Receive = Callable[[Weight, Tensor], None]
 ReceiveFactors = Callable[[Weight, Tensor, Tensor], None]
@@ -51,10 +51,9 @@ class GradientPass:
         dW = LᵀR. Either may be called again for a weight, with what then counts: some models show only while they run
         how their gradients have to be collected (see ``Taps.revised``).
         """
-        routes: Routes | None = Routes(tiles=receive_factors is not None)
-        while routes is not None:
-            self.rewind()
-            taps = Taps(
+
+        def make(routes: Routes) -> Taps:
+            return Taps(
                 self.layers,
                 self.embeddings,
                 [],
@@ -65,12 +64,21 @@ class GradientPass:
                 output_gradients=False,
                 keep_outputs=False,
             )
+
+        def once(taps: Taps) -> Tensor:
             with taps:
                 loss = compute_loss()
                 check_loss(loss)
+                self._state.clear_gradients()
                 with gradients_of_others(loss, self._state.parameters):
                     taps.backward(loss)
-            routes = taps.revised()
+            return loss
+
+        def prepare(routes: Routes) -> None:
+            self.rewind()
+            self._state.set_flags(own=routes.own_flags)
+
+        run_until_it_stands(make, once, prepare, Routes(tiles=receive_factors is not None))
 
 
 class _Receiver:
@@ -91,6 +99,9 @@ class _Receiver:
         raise AssertionError("outputs are not observed")
 
     output_gradient = output
+
+    def missed(self, layer: Layer, why: str, *, outputs: bool) -> None:
+        """Outputs are not observed."""
 
 
 @contextmanager

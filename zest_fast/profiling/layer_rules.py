@@ -7,26 +7,49 @@ number of rows of X [T, I] and G [T, O] (tokens, all leading dimensions together
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from zest_fast import kernels
 from zest_fast.kernels import Collector, GradientMoments, Moments
 from zest_fast.profiling.layers import Layer, channel_dim, is_transformers_conv1d
 
-_PLAIN_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+_PLAIN_FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+_PLAIN_LINEAR = functional.linear
 _GRAM_ROWS = 64  # rows of X and G that are turned to float64 at once
 
 
 def has_tile_rule(module: nn.Module) -> bool:
-    """Whether dW = GᵀX (or XᵀG) is exact for this module: plain Linear or transformers' Conv1D, forward as shipped."""
+    """Whether dW = GᵀX (or XᵀG) is exact for this module: plain Linear or transformers' Conv1D, forward as shipped.
+
+    A forward or a function that somebody put in the place of torch's (on the class, in ``torch.nn.functional``) may
+    compute anything.
+    """
     if "forward" in vars(module) or "weight" not in module._parameters:
         return False
     if isinstance(module, nn.Linear):
-        return type(module).forward is nn.Linear.forward
-    return is_transformers_conv1d(module) and type(module).__name__ == "Conv1D"
+        return _is_shipped(type(module).forward, nn.Linear) and functional.linear is _PLAIN_LINEAR
+    return is_transformers_conv1d(module) and type(module).__name__ == "Conv1D" and _is_conv1d(type(module).forward)
+
+
+def _is_shipped(forward: Any, kind: type[nn.Module]) -> bool:
+    """Whether it is the forward that torch ships for this kind of module, not one put in its place before or after."""
+    return forward is _PLAIN_FORWARDS[kind] and _stands_in(forward, kind.__module__)
+
+
+def _is_conv1d(forward: Any) -> bool:
+    return _stands_in(forward, "transformers.pytorch_utils")
+
+
+def _stands_in(function: Any, module: str) -> bool:
+    """Whether the code of a function was written in that module."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename == getattr(sys.modules.get(module), "__file__", None)
 
 
 def has_output_rule(layer: Layer) -> bool:
@@ -34,7 +57,8 @@ def has_output_rule(layer: Layer) -> bool:
     module = layer.output_module
     if module is not layer.module or module is None or "forward" in vars(module):
         return False
-    return type(module).forward in _PLAIN_FORWARDS or has_tile_rule(module)
+    plain = any(_is_shipped(type(module).forward, kind) for kind in _PLAIN_FORWARDS if isinstance(module, kind))
+    return plain or has_tile_rule(module)
 
 
 def rows(x: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -38,15 +38,34 @@ class ModelState(AbstractContextManager["ModelState"]):
         self._cuda_random = {d: torch.cuda.get_rng_state(d) for d in {p.device for p in parameters} if d.type == "cuda"}
         for p in parameters:
             p.grad = None
-            p.requires_grad_(id(p) in self._trainable)
             if p._post_accumulate_grad_hooks is not None:
                 p._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+        self.set_flags(own=False)
         return self
 
     @property
     def parameters(self) -> list[Tensor]:
         """Every parameter of the model, once."""
         return [p for p, *_ in self._parameters]
+
+    def set_flags(self, *, own: bool) -> None:
+        """What requires a gradient: the trainable parameters, and of the others all or none that their user trains."""
+        for p, requires_grad, *_ in self._parameters:
+            wanted = id(p) in self._trainable or (own and requires_grad)
+            if p.requires_grad != wanted:
+                p.requires_grad_(wanted)
+
+    @contextmanager
+    def flags_of_the_user(self) -> Iterator[None]:
+        """Every parameter requires a gradient, or not, as it was handed over."""
+        now = [p.requires_grad for p in self.parameters]
+        try:
+            for p, requires_grad, *_ in self._parameters:
+                p.requires_grad_(requires_grad)
+            yield
+        finally:
+            for p, requires_grad in zip(self.parameters, now, strict=True):
+                p.requires_grad_(requires_grad)
 
     def rewind(self) -> None:
         """Buffers, modes and random state as they were at first, for another pass over the same batch."""

@@ -7,14 +7,17 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zest_fast import kernels
+from zest_fast.profiling.code_names import attributes_read, forward_functions, hook_functions
 from zest_fast.profiling.gradient_pass import GradientPass
-from zest_fast.profiling.graph import gradients_of_others, leaves_of
+from zest_fast.profiling.graph import custom_functions, gradients_of_others, leaves_of
+from zest_fast.profiling.interrupts import HeldInterrupts
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
 from zest_fast.profiling.loss import check_loss, loss_of, require_finite
@@ -32,7 +35,7 @@ from zest_fast.profiling.nearest import some
 from zest_fast.profiling.on_request import OnRequest
 from zest_fast.profiling.statistics import Statistics
 from zest_fast.profiling.table import ancestors, build_profile
-from zest_fast.profiling.taps import Routes, Taps
+from zest_fast.profiling.taps import Routes, Taps, run_until_it_stands
 
 _in_progress: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -112,16 +115,20 @@ def profile(
     request = OnRequest(names, model, batch, loss_fn, closure, backend, lenient=isinstance(metrics, str))
     if any(module in _in_progress for module in modules.values()):
         raise RuntimeError("profile was called inside a profile of the same model; finish one before the next")
-    _in_progress.update(modules.values())
-    try:
-        return job.run(compute_loss, request, float(loss_scale))
-    finally:
-        _in_progress.difference_update(modules.values())
+    with HeldInterrupts() as interrupts:
+        _in_progress.update(modules.values())
+        try:
+            return job.run(compute_loss, request, float(loss_scale), filter(None, (loss_fn, closure)), interrupts)
+        finally:
+            _in_progress.difference_update(modules.values())
 
 
 def is_being_profiled(module: nn.Module) -> bool:
     """Whether a call of this module belongs to a profile: the weights then require gradients that nobody asked for."""
     return module in _in_progress
+
+
+_WAYS_TO_PARAMETERS = {"parameters", "named_parameters", "_parameters", "weight"}
 
 
 class _Pass:
@@ -147,26 +154,42 @@ class _Pass:
         self._needed = statistics_needed(metrics)
         self._backward = bool(self._needed & BACKWARD)
         self._weight_gradients = bool(self._needed & (BACKWARD - {FISHER}))
+        self._saves = self._backward
 
-    def run(self, compute_loss: Callable[[], Tensor], request: OnRequest, loss_scale: float) -> LayerProfile:
-        # For fisher alone no weight takes part, so that no dW is formed: the taps anchor the graph themselves.
-        takes_part = self._weight_gradients or not self._backward
-        trainable = [layer.weight.parameter for layer in self._chosen] if takes_part else []
-        routes = Routes()
-        with torch.enable_grad(), _eager(), ModelState(self._modules.values(), trainable) as state:
-            while True:
-                statistics = Statistics(self._needed, self._backend)
-                taps, loss = self._once(compute_loss, routes, statistics, state)
-                revised = taps.revised() if self._backward else None
-                if revised is None:
-                    break
-                routes = revised
-                state.clear_gradients()
-                state.rewind()
-            statistics.finish(self._chosen)
-            if loss.device.type != "cpu":
-                require_finite(loss, self._model, compute_loss)
-            reached = self._reached(taps, loss)
+    def run(
+        self,
+        compute_loss: Callable[[], Tensor],
+        request: OnRequest,
+        loss_scale: float,
+        users_functions: Iterable[Any],
+        interrupts: HeldInterrupts,
+    ) -> LayerProfile:
+        self._interrupts = interrupts
+        routes = self._first_routes(users_functions)
+        while True:
+            # For fisher alone no weight takes part, so that no dW is formed: the taps anchor the graph themselves.
+            takes_part = self._weight_gradients or not self._backward
+            trainable = [layer.weight.parameter for layer in self._chosen] if takes_part else []
+            with torch.enable_grad(), _eager(), ModelState(self._modules.values(), trainable) as state:
+                try:
+                    taps, loss = run_until_it_stands(
+                        self._taps, lambda taps: self._once(taps, compute_loss, state), self._prepare(state), routes
+                    )
+                except _GradientInLoss:
+                    self._saves = True
+                    continue
+                statistics = self._statistics
+                statistics.finish(self._chosen)
+                if loss.device.type != "cpu":
+                    require_finite(loss, self._model, compute_loss)
+                if routes.own_flags:
+                    self._require_the_same_loss(loss, compute_loss, state)
+                reached = self._reached(taps, loss)
+            if reached is not None:
+                break
+            # Less than the whole pass cannot tell which layers the loss depends on.
+            self._backward = self._weight_gradients = self._saves = True
+            routes = replace(routes, tiles=False)
         if request.wanted:
             self._measure(request, reached)
         return build_profile(
@@ -184,30 +207,73 @@ class _Pass:
             loss_scale=loss_scale,
         )
 
-    def _once(
-        self, compute_loss: Callable[[], Tensor], routes: Routes, statistics: Statistics, state: ModelState
-    ) -> tuple[Taps, Tensor]:
-        taps = Taps(
+    def _first_routes(self, users_functions: Iterable[Any]) -> Routes:
+        """What reading the user's code tells before the first pass."""
+        forward = list(attributes_read(forward_functions(self._modules.values())))
+        own_flags = any(
+            "requires_grad" in names and names & _WAYS_TO_PARAMETERS
+            for names in (*forward, *attributes_read(users_functions))
+        )
+        # Writing to .data is unseen by autograd: Y has to be out of its reach to be there for fisher.
+        hooks = attributes_read(hook_functions(self._modules.values()))
+        written = FISHER in self._needed and any("data" in names for names in (*forward, *hooks))
+        copied = self._chosen if written else ()
+        return Routes(own_flags=own_flags, copied=frozenset(copied))
+
+    def _taps(self, routes: Routes) -> Taps:
+        self._statistics = Statistics(self._needed, self._backend)
+        return Taps(
             self._chosen,
             self._embeddings,
             self._parents,
-            statistics,
+            self._statistics,
             routes,
             outputs=OUTPUT in self._needed,
             gradients=self._weight_gradients,
             output_gradients=FISHER in self._needed,
             keep_outputs=PRODUCT in self._needed and not self._needed & NEEDS_TILES,
         )
+
+    def _prepare(self, state: ModelState) -> Callable[[Routes], None]:
+        first = True
+
+        def prepare(routes: Routes) -> None:
+            nonlocal first
+            if not first:
+                state.clear_gradients()
+                state.rewind()
+            first = False
+            state.set_flags(own=routes.own_flags)
+
+        return prepare
+
+    def _once(self, taps: Taps, compute_loss: Callable[[], Tensor], state: ModelState) -> Tensor:
         with taps:
-            with nullcontext() if self._backward else _saving_nothing():
+            with nullcontext() if self._saves else _saving_nothing(), self._interrupts.interruptible():
                 loss = compute_loss()
             check_loss(loss)
             if loss.device.type == "cpu":  # elsewhere a look would wait for the device: after the pass
                 require_finite(loss, self._model, compute_loss)
             if self._backward:
-                with gradients_of_others(loss, state.parameters):
+                state.clear_gradients()  # a loss that runs a backward pass by itself leaves some
+                with gradients_of_others(loss, state.parameters), self._interrupts.interruptible():
                     taps.backward(loss)
-        return taps, loss
+        return loss
+
+    def _require_the_same_loss(self, loss: Tensor, compute_loss: Callable[[], Tensor], state: ModelState) -> None:
+        """Of code that reads ``requires_grad``: frozen layers take part in the pass, and must not change the loss."""
+        frozen = [layer.name for layer, trainable in self._trainable_before.items() if not trainable]
+        if not frozen:
+            return
+        state.rewind()
+        with state.flags_of_the_user(), self._interrupts.interruptible():
+            own = float(compute_loss().detach())
+        found = float(loss.detach())
+        if not math.isclose(own, found, rel_tol=1e-6):
+            raise ValueError(
+                f"the loss depends on requires_grad: it is {own:.6g} as the model was handed over and {found:.6g} "
+                f"where its frozen layers take part ({some(frozen)}); leave them out with layers=, or unfreeze them"
+            )
 
     def _measure(self, request: OnRequest, reached: list[Layer]) -> None:
         """The passes beside the one, each from the state in which the model was handed over."""
@@ -215,17 +281,19 @@ class _Pass:
         with torch.enable_grad(), _eager(), ModelState(self._modules.values(), weights) as state:
             request.measure(GradientPass(reached, self._embeddings, state))
 
-    def _reached(self, taps: Taps, loss: Tensor) -> list[Layer]:
-        """The layers that the loss depends on."""
+    def _reached(self, taps: Taps, loss: Tensor) -> list[Layer] | None:
+        """The layers that the loss depends on; None where this pass cannot tell."""
         if self._backward:
             reached = [layer for layer in self._chosen if taps.reached(layer)]
+            if not self._weight_gradients and len(reached) < len(self._chosen):
+                return None  # an output gradient may be out of sight where that of the weight is not
         else:
             leaves, opaque = leaves_of(loss)
-            reached = [
-                layer
-                for layer in self._chosen
-                if id(layer.weight.parameter) in leaves or (opaque and layer.called_module in taps.uses)
-            ]
+            called = {layer for layer in self._chosen if layer.called_module in taps.uses}
+            seen = {layer for layer in self._chosen if id(layer.weight.parameter) in leaves}
+            if called - seen and custom_functions(loss):
+                return None  # a function of somebody's may call layers out of autograd's sight
+            reached = [layer for layer in self._chosen if layer in seen or (opaque and layer in called)]
         if not reached:
             raise ValueError(
                 "the loss does not depend on the model's layers: no gradient reached any of "
@@ -284,8 +352,13 @@ def _saving_nothing() -> AbstractContextManager[Any]:
     """A graph without saved tensors: it tells which weights the loss reaches, at the memory of plain inference."""
 
     def unpack(_: Any) -> Tensor:
-        raise RuntimeError(
-            "forward-only metrics were asked for, but the loss takes gradients itself; add a backward one"
-        )
+        raise _GradientInLoss
 
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, unpack)
+
+
+class _GradientInLoss(RuntimeError):
+    """The loss takes gradients itself, so what autograd saves is needed even where only the forward pass counts."""
+
+    def __init__(self) -> None:
+        super().__init__("what autograd saves was asked for in a pass for forward-only metrics, which saves nothing")

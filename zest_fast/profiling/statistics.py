@@ -52,6 +52,10 @@ class Statistics:
         self.gradients: dict[Weight, GradientMoments] = {}
         self.weights: dict[Weight, Moments] = {}
         self.fisher: dict[Layer, float] = {}
+        self.missed_outputs: dict[Layer, str] = {}
+        """Layers some of whose outputs could not be observed, and why: what is known of the others is not used."""
+        self.missed_gradients: dict[Layer, str] = {}
+        """The same of the gradients of their outputs."""
 
     @_naming_the_layer
     def output(self, layer: Layer, y: Tensor) -> None:
@@ -81,11 +85,21 @@ class Statistics:
             products = layer_rules.output_products(self.collector, layer, y(), g)
             self._products.setdefault(layer, []).append(products)
 
+    def missed(self, layer: Layer, why: str, *, outputs: bool) -> None:
+        self.missed_gradients[layer] = why
+        if outputs:
+            self.missed_outputs[layer] = why
+
     def finish(self, layers: Iterable[Layer]) -> None:
         """Fetches all results, and the statistics of weights that no gradient brought along.
 
         S of several uses is summed first; where they differ in the number of samples, fisher is summed over uses.
         """
+        for layer in self.missed_outputs:
+            self._outputs.pop(layer, None)
+        for layer in self.missed_gradients:
+            self._products.pop(layer, None)
+            self._fisher.pop(layer, None)
         for layer, products in self._products.items():
             if len({s.shape for s in products}) == 1:
                 products = [torch.stack(products).sum(0)]

@@ -7,7 +7,7 @@ from torch import nn
 
 from zest_fast.profiling.heads import find_head
 from zest_fast.profiling.layer_profile import LayerProfile
-from zest_fast.profiling.layers import Layer, unsupported
+from zest_fast.profiling.layers import Layer, find_layers, unsupported
 from zest_fast.profiling.metrics import FISHER, METRICS, OUTPUT
 from zest_fast.profiling.on_request import OnRequest
 from zest_fast.profiling.statistics import Statistics
@@ -51,7 +51,16 @@ def build_profile(
             "parameter": layer.parameter_name,
             "module": layer.module_name,
             "nonfinite": nonfinite,
-            "note": "; ".join(filter(None, [layer.note or _missing_output(layer, statistics), *request.notes])),
+            "note": "; ".join(
+                filter(
+                    None,
+                    [
+                        layer.note or _missing_output(layer, statistics),
+                        _other_weights(layer, taps),
+                        *request.notes,
+                    ],
+                )
+            ),
         }
     return LayerProfile(
         [layer.name for layer in rows],
@@ -60,7 +69,7 @@ def build_profile(
         info=info,
         loss=loss,
         backend="+".join(sorted(statistics.collector.used)),
-        uncovered=_uncovered(every_layer, chosen, rows, taps),
+        uncovered=_uncovered(model, every_layer, chosen, rows, taps),
     )
 
 
@@ -93,6 +102,9 @@ def _missing_output(layer: Layer, statistics: Statistics) -> str:
     missing = [name for name, kind, found in pairs if kind in statistics.needed and layer not in found]
     if not missing:
         return ""
+    why = statistics.missed_outputs.get(layer) or statistics.missed_gradients.get(layer)
+    if why:
+        return f"{' and '.join(missing)} undefined: {why}"
     module = layer.called_module
     return (
         f"{' and '.join(missing)} undefined: {type(module).__name__} {layer.module_name!r} was not called as a module "
@@ -100,7 +112,19 @@ def _missing_output(layer: Layer, statistics: Statistics) -> str:
     )
 
 
-def _uncovered(every_layer: list[Layer], chosen: list[Layer], rows: list[Layer], taps: Taps) -> dict[str, str]:
+def _other_weights(layer: Layer, taps: Taps) -> str:
+    calls = taps.with_other_weights.get(layer.called_module)
+    if not calls:
+        return ""
+    return (
+        f"in {calls} of {taps.uses.get(layer.called_module, calls)} calls another tensor stood in the place of the "
+        "weight (functional_call?): act and fisher count their outputs, the gradient is that of the weight itself"
+    )
+
+
+def _uncovered(
+    model: nn.Module, every_layer: list[Layer], chosen: list[Layer], rows: list[Layer], taps: Taps
+) -> dict[str, str]:
     covered = {id(layer.weight.parameter) for layer in rows}
     was_chosen = set(chosen)
     reasons: dict[str, str] = {}
@@ -111,8 +135,14 @@ def _uncovered(every_layer: list[Layer], chosen: list[Layer], rows: list[Layer],
         if not reason and any(owner in was_chosen for owner in layer.weight.layers):
             called = layer.called_module in taps.uses
             reason = "no gradient reached it" + ("" if called else ": its module was not called")
+            if layer.called_module in taps.with_other_weights:
+                reason += ": another tensor stood in its place (functional_call?)"
         elif not reason:
             embedding = "an embedding; name it in layers= to profile it"
             reason = embedding if layer.is_embedding else "not selected by layers="
         reasons[layer.parameter_name] = reason
+    known = {id(layer.weight.parameter) for layer in every_layer}
+    for layer in find_layers(dict(model.named_modules())):
+        if id(layer.weight.parameter) not in known:
+            reasons[layer.parameter_name] = "it was made during the pass; profile again, now that it is there"
     return reasons

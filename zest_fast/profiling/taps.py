@@ -6,23 +6,31 @@ Two routes bring weight gradients out, and neither keeps one:
 - tile route, for plain Linear and Conv1D on top: the weight is frozen during the layer's own forward, so that autograd
   forms no dW, and a pre-hook on the output's graph node sees G when it arrives and reduces GᵀX tile by tile.
 
-X and Y are kept by ``_Hold``, an autograd function beside the graph, and not in a closure: so checkpointing and
-offloading hooks see them. A pre-hook on the node, unlike a backward hook or a tensor hook, also sees G when the output
-is overwritten in place later, or is a view that is. What a first pass cannot know (a weight used outside of its
-module, say) is found out by counting, and ``Taps.revised`` then says how the pass has to be run again.
+X and Y are kept by a ``Keeper``, beside the graph and not in a closure: so checkpointing and offloading hooks see them.
+A pre-hook on the node, unlike a backward hook or a tensor hook, also sees G when the output is overwritten in place
+later, or is a view that is. What a first pass cannot know (a weight used outside of its module, say) is found out by
+counting, and ``Taps.revised`` then says how the pass has to be run again.
+
+Only what belongs to this pass counts: calls on its own thread, gradients that its own backward pass brings. A backward
+pass of the user's (``torch.autograd.grad`` in the loss, in a hook or in an adjoint) may fire the same nodes; the taps
+are told of it and do not take what it computes for gradients of the loss.
 """
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from zest_fast.kernels import DTYPES
+from zest_fast.profiling.engine import Watching, current_task, is_altered, is_plain, is_transformed
+from zest_fast.profiling.held import Held, Keeper, Overwritten
 from zest_fast.profiling.layer_rules import has_output_rule, has_tile_rule, linear_gradient, output_again
 from zest_fast.profiling.layers import Layer, Weight
 
@@ -42,19 +50,25 @@ class Observer(Protocol):
     def output_gradient(self, layer: Layer, y: Callable[[], Tensor], g: Tensor, only_use: bool) -> None:
         """Y and G of one use, in backward."""
 
+    def missed(self, layer: Layer, why: str, *, outputs: bool) -> None:
+        """Uses that cannot be observed: of their output gradients, and where ``outputs`` of the outputs, too."""
+
 
 @dataclass(frozen=True)
 class Routes:
     """How a pass is run."""
 
     tiles: bool = True
-    """False when the loss itself contains a gradient: its second derivative needs weights that take part."""
+    """False when the loss or a backward pass differentiates by itself: weights then have to take part in every call."""
+    own_flags: bool = False
+    """Whether parameters beside the profiled weights require gradients as their user has it: the loss looks at them."""
     leaf: frozenset[int] = frozenset()
     """Weights (by id) that are used in other ways than by their module, hence by the leaf route only."""
     until_the_end: frozenset[int] = frozenset()
     """Weights whose gradient arrives in several parts (reentrant checkpointing): summed before it is reduced."""
     copied: frozenset[Layer] = frozenset()
-    """Layers whose output is overwritten in place in a way that loses Y or G: a copy takes its place."""
+    """Layers whose output is overwritten in place, or its gradient changed by a hook on its node, in a way that loses Y
+    or G: a copy takes its place."""
     anchored: bool = False
     """Whether outputs of embeddings require a gradient, without which reentrant checkpointing drops what follows."""
 
@@ -69,47 +83,18 @@ class _Counts:
     calls_without_grad: int = 0
     tile_firings: int = 0
     leaf_firings: int = 0
+    frozen: bool = False
+    """Whether it is frozen right now, in a call of its module."""
+    freezes: int = 0
+    seen_elsewhere: dict[int, int] = field(default_factory=dict)
+    """``freezes`` when a call on another thread (by its id) began."""
+    not_by_tiles: bool = False
+    """A use was seen that the tile route gets wrong."""
     dense: Tensor | None = None
 
     @property
     def reached(self) -> bool:
         return bool(self.tile_firings or self.leaf_firings)
-
-
-class Overwritten(Exception):
-    """A tensor that was kept for the backward pass was modified in place after that."""
-
-
-class _Hold(torch.autograd.Function):
-    """Keeps a tensor as autograd keeps its own; the output is never used."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, kept: Tensor) -> Tensor:
-        ctx.save_for_backward(kept)
-        return anchor.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-class _Held:
-    """A tensor in the care of autograd. Detached, so that it holds no graph and no reference cycle arises."""
-
-    def __init__(self, anchor: Tensor, tensor: Tensor) -> None:
-        self._node: Any = _Hold.apply(anchor, tensor.detach()).grad_fn
-        self._version = tensor._version
-
-    def get(self) -> Tensor:
-        try:
-            (tensor,) = self._node.saved_tensors
-        except RuntimeError as error:
-            if "modified by an inplace operation" in str(error):
-                raise Overwritten from None
-            raise
-        if tensor._version > self._version:  # checkpointing hands back what it recomputed without looking
-            raise Overwritten
-        return tensor
 
 
 class _Anchor(torch.autograd.Function):
@@ -162,17 +147,29 @@ class Taps(AbstractContextManager["Taps"]):
         self._keep_outputs = keep_outputs
         self._handles: list[Any] = []
         self._anchor = torch.zeros((), requires_grad=True)
+        self._keeper = Keeper(self._anchor)
+        self._thread = threading.get_ident()
         self._in_final_backward = False
-        self._second_order = False
+        self._task: int | None = None  # of the final backward pass
+        self._own_passes = 0  # backward passes that run now, in the loss or inside of the final one
+        self._searches = 0  # those inside of the final one that accumulate nothing
+        self._engine_was_called = False
+        self._differentiates = False
+        self._disturbed = False
         self._lost: set[Layer] = set()
         self._overwritten: set[Layer] = set()
+        self._missed: dict[Layer, str] = {}
+        self._hook_ids: set[int] = set()
         self._calls: dict[Layer, int] = {}
         self._output_firings: dict[Layer, int] = {}
         self.order: dict[nn.Module, int] = {}
         """Owner modules in the order of their first call."""
         self.uses: dict[nn.Module, int] = {}
+        self.with_other_weights: dict[nn.Module, int] = {}
+        """Calls of modules in which another tensor stood in the place of their weight."""
         weights = {id(layer.weight): layer.weight for layer in self._layers}
         self._counts = {w: _Counts(w, self._is_tiled(w)) for w in weights.values()}
+        self._tiled_parameters = {id(c.weight.parameter) for c in self._counts.values() if c.tiled}
 
     def _is_tiled(self, weight: Weight) -> bool:
         p = weight.parameter
@@ -186,6 +183,7 @@ class Taps(AbstractContextManager["Taps"]):
         )
 
     def __enter__(self) -> Taps:
+        self._handles.append(_Ended(Watching(self)))
         by_module: dict[nn.Module, list[Layer]] = {}
         for layer in self._layers:
             by_module.setdefault(layer.called_module, []).append(layer)
@@ -213,15 +211,60 @@ class Taps(AbstractContextManager["Taps"]):
             handle.remove()
         self._handles.clear()
 
+    def begins(self, accumulates: bool, inputs: Iterable[Any]) -> Callable[[], None] | None:
+        """A backward pass begins, perhaps not ours (see ``engine.Watching``)."""
+        if not self._is_own() or (self._in_final_backward and current_task() == -1):
+            return None  # of another thread, or the final one
+        self._engine_was_called = True
+        search = self._in_final_backward and not accumulates
+        if search or (
+            not self._in_final_backward and (accumulates or any(id(x) in self._tiled_parameters for x in inputs))
+        ):
+            self._differentiates = True
+        self._own_passes += 1
+        self._searches += search
+
+        def ended() -> None:
+            self._own_passes -= 1
+            self._searches -= search
+
+        return ended
+
+    def _is_own(self) -> bool:
+        """Whether what runs on this thread belongs to this pass: GPUs have threads of their own for backward."""
+        return (
+            threading.get_ident() == self._thread
+            or self._own_passes > 0
+            or (self._in_final_backward and current_task() == self._task)
+        )
+
+    def _is_own_call(self) -> bool:
+        """The same of a module's call, which on another thread can only be a recomputation of ours."""
+        return threading.get_ident() == self._thread or (current_task() != -1 and self._is_own())
+
     def backward(self, loss: Tensor) -> None:
-        """The backward pass, in which gradients are handed to the observer."""
+        """The backward pass, in which gradients are handed to the observer.
+
+        Raises:
+            RuntimeError: another thread ran a backward pass over the same weights meanwhile.
+        """
+        handle = loss.grad_fn.register_prehook(self._note_the_task) if loss.grad_fn is not None else None
         self._in_final_backward = True
         try:
             loss.backward()
         finally:
             self._in_final_backward = False
-        if self._second_order and self._routes.tiles:
+            if handle is not None:
+                handle.remove()
+        if self._disturbed:
+            raise RuntimeError(
+                "another thread ran a backward pass over the model during its profile, and gradients of the two cannot "
+                "be told apart; profile the model while no other thread trains it"
+            )
+        if self._differentiates and self._routes.tiles:
             return  # to be run again
+        for layer, why in self._missed.items():
+            self._observer.missed(layer, why, outputs=False)
         for counts in self._counts.values():
             p = counts.weight.parameter
             if counts.dense is not None or p.grad is not None:
@@ -229,19 +272,29 @@ class Taps(AbstractContextManager["Taps"]):
                 counts.dense = p.grad = None
                 self._observer.weight_gradient(counts.weight, parts[0] if len(parts) == 1 else parts[0] + parts[1])
 
+    def _note_the_task(self, _: Any) -> None:
+        if self._task is None and self._in_final_backward:
+            self._task = current_task()
+
     def reached(self, layer: Layer) -> bool:
         """Whether the loss depends on the layer, as far as this pass could see."""
         if self._gradients:
             return self._counts[layer.weight].reached
         return bool(self._output_firings.get(layer))
 
-    def revised(self) -> Routes | None:
-        """How the pass has to be run again, or None where its result stands."""
+    def revised(self, failed: bool = False) -> Routes | None:
+        """How the pass has to be run again, or None where its result stands.
+
+        failed: the pass ended in an exception; it is run again where what the taps changed may be the reason.
+        """
         old = self._routes
+        if failed:
+            new = replace(old, tiles=False, own_flags=True)
+            return new if self._engine_was_called and new != old else None
         leaf, until_the_end, unreached_without_grad = set(old.leaf), set(old.until_the_end), False
         for counts in self._counts.values():
             key = id(counts.weight.parameter)
-            if counts.tile_firings and counts.leaf_firings and counts.calls <= 1:
+            if (counts.tile_firings and counts.leaf_firings and counts.calls <= 1) or counts.not_by_tiles:
                 leaf.add(key)
             if counts.leaf_firings > 1 and not self._summed_at_the_end(counts):
                 until_the_end.add(key)
@@ -249,7 +302,7 @@ class Taps(AbstractContextManager["Taps"]):
                 unreached_without_grad = True
         new = replace(
             old,
-            tiles=old.tiles and not self._second_order,
+            tiles=old.tiles and not self._differentiates,
             leaf=frozenset(leaf),
             until_the_end=frozenset(until_the_end),
             copied=old.copied | self._overwritten | {s for s in self._lost if self._lost_gradient(s)},
@@ -269,31 +322,61 @@ class Taps(AbstractContextManager["Taps"]):
 
     def _before(self, tiled: _Counts | None) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self._is_own_call():
+                if tiled is not None:
+                    tiled.seen_elsewhere[threading.get_ident()] = tiled.freezes
+                return
             self._count(module, args)
-            if tiled is not None and torch.is_grad_enabled() and _is_dense(first_input(args, kwargs)):
+            if tiled is not None and self._can_tile(tiled.weight.parameter, module, first_input(args, kwargs)):
+                tiled.freezes += 1
+                tiled.frozen = True
                 tiled.weight.parameter.requires_grad_(False)
 
         return hook
 
+    def _can_tile(self, p: nn.Parameter, module: nn.Module, x: Any) -> bool:
+        """Whether this call computes Y = XWᵀ and nothing else, with the parameter itself."""
+        return (
+            p.requires_grad  # the user's own code may freeze it for a while
+            and torch.is_grad_enabled()
+            and module._parameters.get("weight") is p
+            and _is_dense(x)
+            and is_plain(x)
+            and not is_transformed(x)
+            and not is_altered()
+        )
+
     def _count(self, module: nn.Module, args: Any) -> None:
-        if not _in_backward():
+        if current_task() == -1 and self._is_own_call():
             self.order.setdefault(module, len(self.order))
             self.uses[module] = self.uses.get(module, 0) + 1
 
     def _after(self, layers: list[Layer], tiled: _Counts | None) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-            frozen = tiled is not None and not tiled.weight.parameter.requires_grad
+            observed = [layer for layer in layers if layer.output_module is module]
+            if not self._is_own_call():
+                self._elsewhere(layers, observed, tiled, output)
+                return None
+            frozen = tiled is not None and tiled.frozen
             if frozen:
+                tiled.frozen = False  # type: ignore[union-attr]
                 tiled.weight.parameter.requires_grad_(True)  # type: ignore[union-attr]
-            recomputing = _in_backward()
+            recomputing = current_task() != -1  # or a call of the user's own backward
             for layer in layers if not recomputing else ():
                 counts = self._counts[layer.weight]
                 counts.calls += 1
                 counts.calls_without_grad += not torch.is_grad_enabled()
                 self._calls[layer] = self._calls.get(layer, 0) + 1
+            if not recomputing and any(not _holds_its_weight(layer) for layer in layers):
+                self.with_other_weights[module] = self.with_other_weights.get(module, 0) + 1
             if not isinstance(output, Tensor) or output.dtype not in DTYPES:
                 return None
-            observed = [layer for layer in layers if layer.output_module is module]
+            if is_transformed(output):
+                for layer in observed:
+                    self._observer.missed(
+                        layer, "it ran inside of torch.func or forward-mode differentiation", outputs=True
+                    )
+                return None
             if self._outputs and not recomputing:
                 for layer in observed:
                     self._observer.output(layer, output.detach())
@@ -303,18 +386,34 @@ class Taps(AbstractContextManager["Taps"]):
 
         return hook
 
+    def _elsewhere(self, layers: list[Layer], observed: list[Layer], tiled: _Counts | None, output: Any) -> None:
+        """A call on another thread: somebody else's, unless its gradient turns out to be part of this pass."""
+        grad = torch.is_grad_enabled()
+        before = tiled.seen_elsewhere.pop(threading.get_ident(), tiled.freezes) if tiled is not None else 0
+        if tiled is not None and grad and (tiled.frozen or tiled.freezes != before):
+            tiled.not_by_tiles = True  # frozen by us while it was used there
+        if not grad or not isinstance(output, Tensor) or output.grad_fn is None or is_transformed(output):
+            return
+
+        def arrived(grads: Any) -> None:
+            if self._in_final_backward and self._is_own():
+                for layer in observed:
+                    self._observer.missed(layer, "it was called on another thread", outputs=True)
+
+        output.grad_fn.register_prehook(arrived)
+
     def _tap(self, layers: list[Layer], tiled: _Counts | None, x: Tensor | None, y: Tensor) -> Tensor | None:
         """Puts a pre-hook on the graph node of y; returns what takes the place of y, if anything does."""
         result, kept = None, y
-        if any(layer in self._routes.copied for layer in layers):
-            y = result = y.clone()
         if not y.requires_grad:
             # .data and not .detach(): a version number of its own, since others may keep y and watch over its number.
             y = result = kept = _Anchor.apply(y.data, self._anchor)
         elif y.grad_fn is None:  # the module returns its own parameter
             y = result = y.view_as(y)
         shape, source = y.shape, y
-        if y._is_view():
+        if any(layer in self._routes.copied for layer in layers):
+            result = y.clone()  # what others do to it, or hang on its node, stays off y
+        elif y._is_view():
             base = y._base
             if base is not None and base.grad_fn is not None and _is_reshaped(base, y):
                 source = base  # an in-place operation on y gives y a new node, its base keeps this one
@@ -323,8 +422,8 @@ class Taps(AbstractContextManager["Taps"]):
         keep_x = _is_dense(x) and (tiled is not None or all(has_output_rule(layer) for layer in layers))
         keep_y = self._output_gradients or (tiled is not None and self._keep_outputs)
         state = {
-            "x": _Held(self._anchor, x) if keep_x else None,  # type: ignore[arg-type]
-            "y": _Held(self._anchor, kept) if keep_y else None,
+            "x": self._keeper.keep(x) if keep_x else None,  # type: ignore[arg-type]
+            "y": self._keeper.keep(kept) if keep_y else None,
         }
         index = source.output_nr
 
@@ -333,20 +432,36 @@ class Taps(AbstractContextManager["Taps"]):
             if g is None or not state:
                 return
             if torch.is_grad_enabled():  # a gradient of a gradient is being built
-                self._second_order = True
+                self._differentiates = True
                 return
-            if not self._in_final_backward:  # torch.autograd.grad inside the loss
+            if not self._in_final_backward or not self._is_own():  # torch.autograd.grad inside the loss
                 return
+            if self._task is None:
+                self._task = current_task()
+            if self._searches and current_task() != self._task:
+                for layer in layers:
+                    self._missed[layer] = "its output is differentiated by a backward pass inside of the backward pass"
+                return
+            if self._is_followed(handle):
+                self._overwritten.update(layers)
             held_x, held_y = state["x"], state["y"]
             state.clear()  # frees X and Y as soon as this layer is done
             self._gradient_arrived(layers, tiled, held_x, held_y, g.detach().reshape(shape))
 
         node: Any = source.grad_fn
-        node.register_prehook(arrived)
+        handle = node.register_prehook(arrived)
+        self._hook_ids.add(handle.id)
         return result
 
+    def _is_followed(self, handle: Any) -> bool:
+        """Whether a hook of the user's acts on the same node after ours, and may change the gradient."""
+        hooks = handle.hooks_dict_ref()
+        return hooks is not None and any(
+            key not in self._hook_ids for key in itertools.takewhile(lambda key: key != handle.id, reversed(hooks))
+        )
+
     def _gradient_arrived(
-        self, layers: list[Layer], tiled: _Counts | None, held_x: _Held | None, held_y: _Held | None, g: Tensor
+        self, layers: list[Layer], tiled: _Counts | None, held_x: Held | None, held_y: Held | None, g: Tensor
     ) -> None:
         def y() -> Tensor:
             assert held_y is not None
@@ -359,8 +474,13 @@ class Taps(AbstractContextManager["Taps"]):
                 assert module is not None
                 return output_again(module, x if x is not None else held_x.get(), g.dtype)
 
+        x = None
+        if held_x is not None and tiled is not None:
+            try:
+                x = held_x.get()
+            except Overwritten:
+                tiled.not_by_tiles = True
         try:
-            x = held_x.get() if held_x is not None and tiled is not None else None
             if self._output_gradients:
                 for layer in layers:
                     self._observer.output_gradient(layer, y, g, only_use=self._calls.get(layer, 0) == 1)
@@ -378,6 +498,9 @@ class Taps(AbstractContextManager["Taps"]):
 
     def _leaf_hook(self, counts: _Counts) -> Callable[[Tensor], None]:
         def hook(p: Tensor) -> None:
+            if not self._is_own():
+                self._disturbed = True
+                return
             if p.grad is None or not self._in_final_backward:
                 return
             counts.leaf_firings += 1
@@ -388,9 +511,50 @@ class Taps(AbstractContextManager["Taps"]):
         return hook
 
 
-def _in_backward() -> bool:
-    """Whether autograd is running: a forward hook then sees a recomputation."""
-    return torch._C._current_graph_task_id() != -1
+class _Ended:
+    """A context that is entered, as a handle among others."""
+
+    def __init__(self, context: AbstractContextManager[Any]) -> None:
+        self._context = context
+        context.__enter__()
+
+    def remove(self) -> None:
+        self._context.__exit__(None, None, None)
+
+
+def run_until_it_stands(
+    make: Callable[[Routes], Taps],
+    once: Callable[[Taps], Tensor],
+    prepare: Callable[[Routes], None],
+    routes: Routes,
+) -> tuple[Taps, Tensor]:
+    """Runs a pass, and again where its taps ask for it; the taps that saw everything, and the loss.
+
+    Args:
+        make: taps for these routes.
+        once: one pass with these taps -> the loss; what it raises passes through, unless the taps are the reason.
+        prepare: called before each pass: makes everything as it was before the first.
+        routes: of the first pass.
+    """
+    while True:
+        prepare(routes)
+        taps = make(routes)
+        try:
+            loss = once(taps)
+        except Exception:
+            revised = taps.revised(failed=True)
+            if revised is None:
+                raise
+        else:
+            revised = taps.revised()
+            if revised is None:
+                return taps, loss
+        routes = revised
+
+
+def _holds_its_weight(layer: Layer) -> bool:
+    """Whether the layer's module still has the parameter that is profiled: functional_call puts others there."""
+    return layer.module._parameters.get(layer.parameter_name.rpartition(".")[2]) is layer.weight.parameter
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

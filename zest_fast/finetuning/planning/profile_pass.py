@@ -93,3 +93,6 @@ class _Mute:
 
     def output_gradient(self, layer: Layer, y: Callable[[], Tensor], g: Tensor, only_use: bool) -> None:
         y()
+
+    def missed(self, layer: Layer, why: str, *, outputs: bool) -> None:
+        """Nothing is reduced."""

@@ -147,7 +147,7 @@ def recorded(layers: Iterable[nn.Module]) -> Iterator[tuple[dict[nn.Module, Outp
         if not isinstance(output, Tensor) or not output.is_floating_point():
             record.single = False
             return None
-        y = output.detach().clone()
+        y = physical(output).detach().clone()
         if torch._C._current_graph_task_id() == -1:
             record.values.append(y)
         if not output.requires_grad:
@@ -156,7 +156,7 @@ def recorded(layers: Iterable[nn.Module]) -> Iterator[tuple[dict[nn.Module, Outp
 
         def arrived(g: Tensor) -> None:
             if counting:
-                record.products.append(channel_sums(y, g.detach(), module, record.channel_dim))
+                record.products.append(channel_sums(y, physical(g).detach(), module, record.channel_dim))
 
         alias.register_hook(arrived)
         return alias * 1.0  # a hook that the user puts on this one acts first
@@ -168,6 +168,13 @@ def recorded(layers: Iterable[nn.Module]) -> Iterator[tuple[dict[nn.Module, Outp
     finally:
         for handle in handles:
             handle.remove()
+
+
+def physical(x: Tensor) -> Tensor:
+    """The tensor that functorch's transforms wrap: under vmap with one more dimension, under jvp the primal."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def channel_sums(y: Tensor, g: Tensor, module: nn.Module, channel_dim: int | None) -> Tensor:

@@ -98,7 +98,7 @@ class _Receiver:
     def output(self, *_: object) -> None:
         raise AssertionError("outputs are not observed")
 
-    output_gradient = output
+    output_gradient = untouched = output
 
     def missed(self, layer: Layer, why: str, *, outputs: bool) -> None:
         """Outputs are not observed."""

@@ -20,7 +20,12 @@ from zest_fast.kernels import Collector, GradientMoments, Moments
 from zest_fast.profiling.layers import Layer, channel_dim, is_transformers_conv1d
 
 _PLAIN_FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
-_PLAIN_LINEAR = functional.linear
+_PLAIN_FUNCTIONS = {
+    nn.Linear: ("linear", functional.linear),
+    nn.Conv1d: ("conv1d", functional.conv1d),
+    nn.Conv2d: ("conv2d", functional.conv2d),
+    nn.Conv3d: ("conv3d", functional.conv3d),
+}
 _GRAM_ROWS = 64  # rows of X and G that are turned to float64 at once
 
 
@@ -33,13 +38,18 @@ def has_tile_rule(module: nn.Module) -> bool:
     if "forward" in vars(module) or "weight" not in module._parameters:
         return False
     if isinstance(module, nn.Linear):
-        return _is_shipped(type(module).forward, nn.Linear) and functional.linear is _PLAIN_LINEAR
+        return _is_shipped(type(module).forward, nn.Linear)
     return is_transformers_conv1d(module) and type(module).__name__ == "Conv1D" and _is_conv1d(type(module).forward)
 
 
 def _is_shipped(forward: Any, kind: type[nn.Module]) -> bool:
-    """Whether it is the forward that torch ships for this kind of module, not one put in its place before or after."""
-    return forward is _PLAIN_FORWARDS[kind] and _stands_in(forward, kind.__module__)
+    """Whether it is the forward that torch ships for this kind of module, and calls the function that torch ships."""
+    name, function = _PLAIN_FUNCTIONS[kind]
+    return (
+        forward is _PLAIN_FORWARDS[kind]
+        and _stands_in(forward, kind.__module__)
+        and getattr(functional, name) is function
+    )
 
 
 def _is_conv1d(forward: Any) -> bool:

@@ -85,6 +85,9 @@ class Statistics:
             products = layer_rules.output_products(self.collector, layer, y(), g)
             self._products.setdefault(layer, []).append(products)
 
+    def untouched(self, layer: Layer) -> None:
+        self._fisher[layer] = [float]
+
     def missed(self, layer: Layer, why: str, *, outputs: bool) -> None:
         self.missed_gradients[layer] = why
         if outputs:

@@ -50,6 +50,9 @@ class Observer(Protocol):
     def output_gradient(self, layer: Layer, y: Callable[[], Tensor], g: Tensor, only_use: bool) -> None:
         """Y and G of one use, in backward."""
 
+    def untouched(self, layer: Layer) -> None:
+        """No gradient reached any of its outputs, and none was out of sight."""
+
     def missed(self, layer: Layer, why: str, *, outputs: bool) -> None:
         """Uses that cannot be observed: of their output gradients, and where ``outputs`` of the outputs, too."""
 
@@ -160,6 +163,7 @@ class Taps(AbstractContextManager["Taps"]):
         self._overwritten: set[Layer] = set()
         self._missed: dict[Layer, str] = {}
         self._hook_ids: set[int] = set()
+        self._tapped: set[Layer] = set()
         self._calls: dict[Layer, int] = {}
         self._output_firings: dict[Layer, int] = {}
         self.order: dict[nn.Module, int] = {}
@@ -265,6 +269,9 @@ class Taps(AbstractContextManager["Taps"]):
             return  # to be run again
         for layer, why in self._missed.items():
             self._observer.missed(layer, why, outputs=False)
+        for layer in self._tapped - self._output_firings.keys() - self._lost - self._overwritten:
+            if self._output_gradients:
+                self._observer.untouched(layer)
         for counts in self._counts.values():
             p = counts.weight.parameter
             if counts.dense is not None or p.grad is not None:
@@ -340,8 +347,10 @@ class Taps(AbstractContextManager["Taps"]):
             p.requires_grad  # the user's own code may freeze it for a while
             and torch.is_grad_enabled()
             and module._parameters.get("weight") is p
+            and has_tile_rule(module)  # once more: whoever patches it may do so within the loss
             and _is_dense(x)
             and is_plain(x)
+            and is_plain(p)
             and not is_transformed(x)
             and not is_altered()
         )
@@ -372,10 +381,9 @@ class Taps(AbstractContextManager["Taps"]):
             if not isinstance(output, Tensor) or output.dtype not in DTYPES:
                 return None
             if is_transformed(output):
+                why = "it ran inside of torch.func or forward-mode differentiation"
                 for layer in observed:
-                    self._observer.missed(
-                        layer, "it ran inside of torch.func or forward-mode differentiation", outputs=True
-                    )
+                    self._observer.missed(layer, why, outputs=not recomputing)
                 return None
             if self._outputs and not recomputing:
                 for layer in observed:
@@ -405,7 +413,10 @@ class Taps(AbstractContextManager["Taps"]):
     def _tap(self, layers: list[Layer], tiled: _Counts | None, x: Tensor | None, y: Tensor) -> Tensor | None:
         """Puts a pre-hook on the graph node of y; returns what takes the place of y, if anything does."""
         result, kept = None, y
+        own = all(_holds_its_weight(layer) for layer in layers)
         if not y.requires_grad:
+            if tiled is None and (self._gradients or not own):
+                return None  # nothing here takes part: the weight of a teacher, or one that the user froze meanwhile
             # .data and not .detach(): a version number of its own, since others may keep y and watch over its number.
             y = result = kept = _Anchor.apply(y.data, self._anchor)
         elif y.grad_fn is None:  # the module returns its own parameter
@@ -419,26 +430,29 @@ class Taps(AbstractContextManager["Taps"]):
                 source = base  # an in-place operation on y gives y a new node, its base keeps this one
             else:
                 self._lost.update(layers)
-        keep_x = _is_dense(x) and (tiled is not None or all(has_output_rule(layer) for layer in layers))
+        plain = own and is_plain(x) and not is_altered() and all(has_output_rule(layer) for layer in layers)
+        keep_x = _is_dense(x) and (tiled is not None or plain)
         keep_y = self._output_gradients or (tiled is not None and self._keep_outputs)
         state = {
             "x": self._keeper.keep(x) if keep_x else None,  # type: ignore[arg-type]
             "y": self._keeper.keep(kept) if keep_y else None,
         }
+        if current_task() == -1:
+            self._tapped.update(layers)
         index = source.output_nr
+        bias = layers[0].module._parameters.get("bias") if layers else None
 
         def arrived(grads: tuple[Tensor | None, ...]) -> None:
             g = grads[index]
             if g is None or not state:
                 return
-            if torch.is_grad_enabled():  # a gradient of a gradient is being built
-                self._differentiates = True
-                return
+            differentiated = torch.is_grad_enabled()  # a gradient of a gradient is being built
+            self._differentiates |= differentiated
             if not self._in_final_backward or not self._is_own():  # torch.autograd.grad inside the loss
                 return
             if self._task is None:
                 self._task = current_task()
-            if self._searches and current_task() != self._task:
+            if differentiated or (self._searches and current_task() != self._task):
                 for layer in layers:
                     self._missed[layer] = "its output is differentiated by a backward pass inside of the backward pass"
                 return
@@ -446,7 +460,7 @@ class Taps(AbstractContextManager["Taps"]):
                 self._overwritten.update(layers)
             held_x, held_y = state["x"], state["y"]
             state.clear()  # frees X and Y as soon as this layer is done
-            self._gradient_arrived(layers, tiled, held_x, held_y, g.detach().reshape(shape))
+            self._gradient_arrived(layers, tiled, held_x, held_y, g.detach().reshape(shape), bias)
 
         node: Any = source.grad_fn
         handle = node.register_prehook(arrived)
@@ -461,7 +475,13 @@ class Taps(AbstractContextManager["Taps"]):
         )
 
     def _gradient_arrived(
-        self, layers: list[Layer], tiled: _Counts | None, held_x: Held | None, held_y: Held | None, g: Tensor
+        self,
+        layers: list[Layer],
+        tiled: _Counts | None,
+        held_x: Held | None,
+        held_y: Held | None,
+        g: Tensor,
+        bias: Tensor | None,
     ) -> None:
         def y() -> Tensor:
             assert held_y is not None
@@ -472,6 +492,8 @@ class Taps(AbstractContextManager["Taps"]):
                     raise
                 module = layers[0].output_module
                 assert module is not None
+                if module._parameters.get("bias") is not bias:  # that of the call was another one
+                    raise
                 return output_again(module, x if x is not None else held_x.get(), g.dtype)
 
         x = None

@@ -94,5 +94,8 @@ class _Mute:
     def output_gradient(self, layer: Layer, y: Callable[[], Tensor], g: Tensor, only_use: bool) -> None:
         y()
 
+    def untouched(self, layer: Layer) -> None:
+        """Nothing is reduced."""
+
     def missed(self, layer: Layer, why: str, *, outputs: bool) -> None:
         """Nothing is reduced."""

@@ -1383,9 +1383,13 @@ def efficientnet() -> Built:
 
 
 # The other kinds of trap are in modules of their own, which register themselves.
+import zoo_architectures  # noqa: E402, F401
 import zoo_foreign_weights  # noqa: E402, F401
 import zoo_implicit  # noqa: E402, F401
+import zoo_objectives  # noqa: E402, F401
 import zoo_patched  # noqa: E402, F401
 import zoo_physics  # noqa: E402, F401
 import zoo_saved_tensors  # noqa: E402, F401
+import zoo_sequences  # noqa: E402, F401
 import zoo_weight_losses  # noqa: E402, F401
+import zoo_writes  # noqa: E402, F401

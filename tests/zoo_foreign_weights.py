@@ -1,4 +1,4 @@
-"""Modules called with weights that are not their own: functional_call, hypernetworks, ensembles, replaced attributes."""
+"""Modules called with weights that are not their own: functional_call, hypernetworks, ensembles, exchanged weights."""
 
 from __future__ import annotations
 

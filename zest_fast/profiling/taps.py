@@ -90,7 +90,7 @@ class _Counts:
     """Whether it is frozen right now, in a call of its module."""
     freezes: int = 0
     seen_elsewhere: dict[int, int] = field(default_factory=dict)
-    """``freezes`` when a call on another thread (by its id) began."""
+    """``freezes`` when a call on another thread (by its id) began, before the one that lasted."""
     not_by_tiles: bool = False
     """A use was seen that the tile route gets wrong."""
     dense: Tensor | None = None
@@ -331,12 +331,12 @@ class Taps(AbstractContextManager["Taps"]):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self._is_own_call():
                 if tiled is not None:
-                    tiled.seen_elsewhere[threading.get_ident()] = tiled.freezes
+                    tiled.seen_elsewhere[threading.get_ident()] = tiled.freezes - tiled.frozen
                 return
             self._count(module, args)
             if tiled is not None and self._can_tile(tiled.weight.parameter, module, first_input(args, kwargs)):
-                tiled.freezes += 1
                 tiled.frozen = True
+                tiled.freezes += 1  # in this order, for calls on other threads
                 tiled.weight.parameter.requires_grad_(False)
 
         return hook
@@ -398,7 +398,7 @@ class Taps(AbstractContextManager["Taps"]):
         """A call on another thread: somebody else's, unless its gradient turns out to be part of this pass."""
         grad = torch.is_grad_enabled()
         before = tiled.seen_elsewhere.pop(threading.get_ident(), tiled.freezes) if tiled is not None else 0
-        if tiled is not None and grad and (tiled.frozen or tiled.freezes != before):
+        if tiled is not None and grad and tiled.freezes != before:
             tiled.not_by_tiles = True  # frozen by us while it was used there
         if not grad or not isinstance(output, Tensor) or output.grad_fn is None or is_transformed(output):
             return

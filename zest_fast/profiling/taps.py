@@ -72,6 +72,8 @@ class Routes:
     copied: frozenset[Layer] = frozenset()
     """Layers whose output is overwritten in place, or its gradient changed by a hook on its node, in a way that loses Y
     or G: a copy takes its place."""
+    threads: frozenset[Layer] = frozenset()
+    """Layers of which calls on other threads are part of the pass: a module may hand its work to a pool."""
     anchored: bool = False
     """Whether outputs of embeddings require a gradient, without which reentrant checkpointing drops what follows."""
 
@@ -164,6 +166,7 @@ class Taps(AbstractContextManager["Taps"]):
         self._missed: dict[Layer, str] = {}
         self._hook_ids: set[int] = set()
         self._tapped: set[Layer] = set()
+        self._threads: set[Layer] = set()
         self._calls: dict[Layer, int] = {}
         self._output_firings: dict[Layer, int] = {}
         self.order: dict[nn.Module, int] = {}
@@ -313,6 +316,7 @@ class Taps(AbstractContextManager["Taps"]):
             leaf=frozenset(leaf),
             until_the_end=frozenset(until_the_end),
             copied=old.copied | self._overwritten | {s for s in self._lost if self._lost_gradient(s)},
+            threads=old.threads | self._threads,
             anchored=old.anchored or (unreached_without_grad and bool(self._embeddings)),
         )
         return None if new == old else new
@@ -364,8 +368,7 @@ class Taps(AbstractContextManager["Taps"]):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
             observed = [layer for layer in layers if layer.output_module is module]
             if not self._is_own_call():
-                self._elsewhere(layers, observed, tiled, output)
-                return None
+                return self._elsewhere(observed, tiled, first_input(args, kwargs), output)
             frozen = tiled is not None and tiled.frozen
             if frozen:
                 tiled.frozen = False  # type: ignore[union-attr]
@@ -394,24 +397,32 @@ class Taps(AbstractContextManager["Taps"]):
 
         return hook
 
-    def _elsewhere(self, layers: list[Layer], observed: list[Layer], tiled: _Counts | None, output: Any) -> None:
+    def _elsewhere(self, layers: list[Layer], tiled: _Counts | None, x: Any, output: Any) -> Tensor | None:
         """A call on another thread: somebody else's, unless its gradient turns out to be part of this pass."""
         grad = torch.is_grad_enabled()
         before = tiled.seen_elsewhere.pop(threading.get_ident(), tiled.freezes) if tiled is not None else 0
         if tiled is not None and grad and tiled.freezes != before:
             tiled.not_by_tiles = True  # frozen by us while it was used there
-        if not grad or not isinstance(output, Tensor) or output.grad_fn is None or is_transformed(output):
-            return
+        if not grad or not isinstance(output, Tensor) or output.dtype not in DTYPES or is_transformed(output):
+            return None
+        if self._routes.threads.issuperset(layers):
+            return self._tap(layers, None, x, output, elsewhere=True)
 
-        def arrived(grads: Any) -> None:
+        def arrived(_: Any) -> None:
             if self._in_final_backward and self._is_own():
-                for layer in observed:
-                    self._observer.missed(layer, "it was called on another thread", outputs=True)
+                self._threads.update(layers)
 
-        output.grad_fn.register_prehook(arrived)
+        if output.grad_fn is not None:
+            output.grad_fn.register_prehook(arrived)
+        return None
 
-    def _tap(self, layers: list[Layer], tiled: _Counts | None, x: Tensor | None, y: Tensor) -> Tensor | None:
-        """Puts a pre-hook on the graph node of y; returns what takes the place of y, if anything does."""
+    def _tap(
+        self, layers: list[Layer], tiled: _Counts | None, x: Tensor | None, y: Tensor, elsewhere: bool = False
+    ) -> Tensor | None:
+        """Puts a pre-hook on the graph node of y; returns what takes the place of y, if anything does.
+
+        elsewhere: y comes from another thread, and is observed when its gradient arrives, which tells whose it is.
+        """
         result, kept = None, y
         own = all(_holds_its_weight(layer) for layer in layers)
         if not y.requires_grad:
@@ -432,12 +443,12 @@ class Taps(AbstractContextManager["Taps"]):
                 self._lost.update(layers)
         plain = own and is_plain(x) and not is_altered() and all(has_output_rule(layer) for layer in layers)
         keep_x = _is_dense(x) and (tiled is not None or plain)
-        keep_y = self._output_gradients or (tiled is not None and self._keep_outputs)
+        keep_y = self._output_gradients or (elsewhere and self._outputs) or (tiled is not None and self._keep_outputs)
         state = {
             "x": self._keeper.keep(x) if keep_x else None,  # type: ignore[arg-type]
             "y": self._keeper.keep(kept) if keep_y else None,
         }
-        if current_task() == -1:
+        if current_task() == -1 and not elsewhere:
             self._tapped.update(layers)
         index = source.output_nr
         bias = layers[0].module._parameters.get("bias") if layers else None
@@ -460,7 +471,7 @@ class Taps(AbstractContextManager["Taps"]):
                 self._overwritten.update(layers)
             held_x, held_y = state["x"], state["y"]
             state.clear()  # frees X and Y as soon as this layer is done
-            self._gradient_arrived(layers, tiled, held_x, held_y, g.detach().reshape(shape), bias)
+            self._gradient_arrived(layers, tiled, held_x, held_y, g.detach().reshape(shape), bias, elsewhere)
 
         node: Any = source.grad_fn
         handle = node.register_prehook(arrived)
@@ -482,6 +493,7 @@ class Taps(AbstractContextManager["Taps"]):
         held_y: Held | None,
         g: Tensor,
         bias: Tensor | None,
+        elsewhere: bool,
     ) -> None:
         def y() -> Tensor:
             assert held_y is not None
@@ -503,9 +515,13 @@ class Taps(AbstractContextManager["Taps"]):
             except Overwritten:
                 tiled.not_by_tiles = True
         try:
+            for layer in layers if elsewhere else ():
+                self.uses[layer.called_module] = self.uses.get(layer.called_module, 0) + 1
+                if self._outputs:
+                    self._observer.output(layer, y())
             if self._output_gradients:
                 for layer in layers:
-                    self._observer.output_gradient(layer, y, g, only_use=self._calls.get(layer, 0) == 1)
+                    self._observer.output_gradient(layer, y, g, only_use=self._is_only_use(layer))
                     self._output_firings[layer] = self._output_firings.get(layer, 0) + 1
             if tiled is None or x is None:
                 return
@@ -517,6 +533,9 @@ class Taps(AbstractContextManager["Taps"]):
                 tiled.dense = dw if tiled.dense is None else tiled.dense.add_(dw)
         except Overwritten:
             self._overwritten.update(layers)
+
+    def _is_only_use(self, layer: Layer) -> bool:
+        return self._calls.get(layer, 0) == 1 and layer not in self._routes.threads
 
     def _leaf_hook(self, counts: _Counts) -> Callable[[Tensor], None]:
         def hook(p: Tensor) -> None:

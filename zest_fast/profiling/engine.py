@@ -51,6 +51,12 @@ def is_altered() -> bool:
     return any(type(mode).__module__.partition(".")[0] not in _OWN_MODES for mode in modes)
 
 
+def saved_tensors_are_moved() -> bool:
+    """Whether hooks decide what becomes of tensors that autograd saves now: checkpointing, offloading."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in torch 2.6
+    return top is None or top(True) is not None
+
+
 class Spectator(Protocol):
     """Who is told of backward passes as they begin and end, on whichever thread."""
 
@@ -80,7 +86,7 @@ class Watching(AbstractContextManager["Watching"]):
         with Watching._lock:
             Watching._spectators.remove(self._spectator)
             if not Watching._spectators:
-                torch.autograd._engine_run_backward = Watching._original
+                torch.autograd._engine_run_backward = Watching._original  # type: ignore[assignment]
 
 
 def _reporting(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from zest_fast.profiling.engine import saved_tensors_are_moved
+
 
 class Overwritten(Exception):
     """A tensor that was kept for the backward pass was modified in place after that."""
@@ -26,9 +28,10 @@ class Keeper:
         self._storages: dict[int, StorageWeakRef] = {}
 
     def keep(self, tensor: Tensor) -> Held:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._storages:
-            self._storages[storage._cdata] = StorageWeakRef(storage)
+        if saved_tensors_are_moved():
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._storages:
+                self._storages[storage._cdata] = StorageWeakRef(storage)
         return Held(self, _Hold.apply(self._anchor, tensor.detach()), tensor._version)
 
     def knows(self, tensor: Tensor) -> bool:

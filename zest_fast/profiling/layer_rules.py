@@ -19,8 +19,10 @@ from zest_fast import kernels
 from zest_fast.kernels import Collector, GradientMoments, Moments
 from zest_fast.profiling.layers import Layer, channel_dim, is_transformers_conv1d
 
-_PLAIN_FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
-_PLAIN_FUNCTIONS = {
+_PLAIN_FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+}
+_PLAIN_FUNCTIONS: dict[type[nn.Module], tuple[str, Any]] = {
     nn.Linear: ("linear", functional.linear),
     nn.Conv1d: ("conv1d", functional.conv1d),
     nn.Conv2d: ("conv2d", functional.conv2d),

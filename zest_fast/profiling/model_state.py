@@ -64,8 +64,8 @@ class ModelState(AbstractContextManager["ModelState"]):
                 p.requires_grad_(requires_grad)
             yield
         finally:
-            for p, requires_grad in zip(self.parameters, now, strict=True):
-                p.requires_grad_(requires_grad)
+            for parameter, flag in zip(self.parameters, now, strict=True):
+                parameter.requires_grad_(flag)
 
     def rewind(self) -> None:
         """Buffers, modes and random state as they were at first, for another pass over the same batch."""

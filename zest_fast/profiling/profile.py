@@ -146,6 +146,7 @@ class _Pass:
         self._modules = modules
         self._metrics = metrics
         self._backend = backend
+        self._size = _size(modules)
         self._every_layer = find_layers(modules)
         self._chosen = select_layers(self._every_layer, selection)
         self._trainable_before = {layer: layer.weight.parameter.requires_grad for layer in self._chosen}
@@ -205,6 +206,7 @@ class _Pass:
             trainable=self._trainable_before,
             loss=float(loss.detach()) / loss_scale,
             loss_scale=loss_scale,
+            grown=_size(self._modules) != self._size,
         )
 
     def _first_routes(self, users_functions: Iterable[Any]) -> Routes:
@@ -336,6 +338,11 @@ def _require_usable(modules: dict[str, nn.Module]) -> None:
                 raise ValueError(f"parameter {name!r} is on the meta device and has no data; load the weights first")
             if p.is_inference():
                 raise ValueError(f"parameter {name!r} was made under torch.inference_mode and can have no gradient")
+
+
+def _size(modules: dict[str, nn.Module]) -> int:
+    """How many modules and parameters these own by themselves."""
+    return sum(len(module._modules) + len(module._parameters) for module in modules.values())
 
 
 def _first_device(model: nn.Module) -> torch.device:

@@ -28,8 +28,13 @@ def build_profile(
     trainable: dict[Layer, bool],
     loss: float,
     loss_scale: float,
+    grown: bool,
 ) -> LayerProfile:
-    """The table of one pass; ``reached`` are the rows, ``trainable`` the flags as they were handed over."""
+    """The table of one pass.
+
+    ``reached`` are the rows, ``trainable`` the flags as they were handed over; ``grown``: the pass made modules or
+    parameters.
+    """
     depth = _depth(modules, every_layer, reached, taps)
     rows = sorted(reached, key=depth.__getitem__)
     head = _head_or_none(model)
@@ -69,7 +74,7 @@ def build_profile(
         info=info,
         loss=loss,
         backend="+".join(sorted(statistics.collector.used)),
-        uncovered=_uncovered(model, every_layer, chosen, rows, taps),
+        uncovered=_uncovered(model, every_layer, chosen, rows, taps, grown),
     )
 
 
@@ -123,7 +128,7 @@ def _other_weights(layer: Layer, taps: Taps) -> str:
 
 
 def _uncovered(
-    model: nn.Module, every_layer: list[Layer], chosen: list[Layer], rows: list[Layer], taps: Taps
+    model: nn.Module, every_layer: list[Layer], chosen: list[Layer], rows: list[Layer], taps: Taps, grown: bool
 ) -> dict[str, str]:
     covered = {id(layer.weight.parameter) for layer in rows}
     was_chosen = set(chosen)
@@ -142,7 +147,7 @@ def _uncovered(
             reason = embedding if layer.is_embedding else "not selected by layers="
         reasons[layer.parameter_name] = reason
     known = {id(layer.weight.parameter) for layer in every_layer}
-    for layer in find_layers(dict(model.named_modules())):
+    for layer in find_layers(dict(model.named_modules())) if grown else ():
         if id(layer.weight.parameter) not in known:
             reasons[layer.parameter_name] = "it was made during the pass; profile again, now that it is there"
     return reasons

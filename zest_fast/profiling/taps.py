@@ -365,6 +365,8 @@ class Taps(AbstractContextManager["Taps"]):
             self.uses[module] = self.uses.get(module, 0) + 1
 
     def _after(self, layers: list[Layer], tiled: _Counts | None) -> Callable[..., Tensor | None]:
+        places = [_place(layer) for layer in layers]
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
             observed = [layer for layer in layers if layer.output_module is module]
             if not self._is_own_call():
@@ -379,7 +381,10 @@ class Taps(AbstractContextManager["Taps"]):
                 counts.calls += 1
                 counts.calls_without_grad += not torch.is_grad_enabled()
                 self._calls[layer] = self._calls.get(layer, 0) + 1
-            if not recomputing and any(not _holds_its_weight(layer) for layer in layers):
+            own = True
+            for holder, name, parameter in places:
+                own = own and holder.get(name) is parameter
+            if not own and not recomputing:
                 self.with_other_weights[module] = self.with_other_weights.get(module, 0) + 1
             if not isinstance(output, Tensor) or output.dtype not in DTYPES:
                 return None
@@ -393,7 +398,7 @@ class Taps(AbstractContextManager["Taps"]):
                     self._observer.output(layer, output.detach())
             if not torch.is_grad_enabled() or not (frozen or (self._output_gradients and observed)):
                 return None
-            return self._tap(observed, tiled if frozen else None, first_input(args, kwargs), output)
+            return self._tap(observed, tiled if frozen else None, first_input(args, kwargs), output, own)
 
         return hook
 
@@ -406,7 +411,8 @@ class Taps(AbstractContextManager["Taps"]):
         if not grad or not isinstance(output, Tensor) or output.dtype not in DTYPES or is_transformed(output):
             return None
         if self._routes.threads.issuperset(layers):
-            return self._tap(layers, None, x, output, elsewhere=True)
+            own = all(holder.get(name) is parameter for holder, name, parameter in map(_place, layers))
+            return self._tap(layers, None, x, output, own, elsewhere=True)
 
         def arrived(_: Any) -> None:
             if self._in_final_backward and self._is_own():
@@ -417,14 +423,19 @@ class Taps(AbstractContextManager["Taps"]):
         return None
 
     def _tap(
-        self, layers: list[Layer], tiled: _Counts | None, x: Tensor | None, y: Tensor, elsewhere: bool = False
+        self,
+        layers: list[Layer],
+        tiled: _Counts | None,
+        x: Tensor | None,
+        y: Tensor,
+        own: bool,
+        elsewhere: bool = False,
     ) -> Tensor | None:
         """Puts a pre-hook on the graph node of y; returns what takes the place of y, if anything does.
 
-        elsewhere: y comes from another thread, and is observed when its gradient arrives, which tells whose it is.
+        own: whether the layers' modules hold the profiled weights in this call. elsewhere: y comes from another thread, and is observed when its gradient arrives, which tells whose it is.
         """
         result, kept = None, y
-        own = all(_holds_its_weight(layer) for layer in layers)
         if not y.requires_grad:
             if tiled is None and (self._gradients or not own):
                 return None  # nothing here takes part: the weight of a teacher, or one that the user froze meanwhile
@@ -441,8 +452,13 @@ class Taps(AbstractContextManager["Taps"]):
                 source = base  # an in-place operation on y gives y a new node, its base keeps this one
             else:
                 self._lost.update(layers)
-        plain = own and is_plain(x) and not is_altered() and all(has_output_rule(layer) for layer in layers)
-        keep_x = _is_dense(x) and (tiled is not None or plain)
+        keep_x = tiled is not None or (
+            own
+            and _is_dense(x)
+            and is_plain(x)
+            and not is_altered()
+            and all(has_output_rule(layer) for layer in layers)
+        )
         keep_y = self._output_gradients or (elsewhere and self._outputs) or (tiled is not None and self._keep_outputs)
         state = {
             "x": self._keeper.keep(x) if keep_x else None,  # type: ignore[arg-type]
@@ -481,7 +497,9 @@ class Taps(AbstractContextManager["Taps"]):
     def _is_followed(self, handle: Any) -> bool:
         """Whether a hook of the user's acts on the same node after ours, and may change the gradient."""
         hooks = handle.hooks_dict_ref()
-        return hooks is not None and any(
+        if hooks is None or next(reversed(hooks)) == handle.id:
+            return False
+        return any(
             key not in self._hook_ids for key in itertools.takewhile(lambda key: key != handle.id, reversed(hooks))
         )
 
@@ -593,9 +611,10 @@ def run_until_it_stands(
         routes = revised
 
 
-def _holds_its_weight(layer: Layer) -> bool:
-    """Whether the layer's module still has the parameter that is profiled: functional_call puts others there."""
-    return layer.module._parameters.get(layer.parameter_name.rpartition(".")[2]) is layer.weight.parameter
+def _place(layer: Layer) -> tuple[dict[str, Tensor | None], str, Tensor]:
+    """Where a layer's module holds its weight, under which name, and which: functional_call puts others there."""
+    parameter = layer.weight.parameter
+    return layer.module._parameters, layer.parameter_name.rpartition(".")[2], parameter  # type: ignore[return-value]
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

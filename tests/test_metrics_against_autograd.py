@@ -175,8 +175,10 @@ def raises_in_backward(model: nn.Module, victim: nn.Module, closure: Callable[[]
 
 def victim_of(name: str, model: nn.Module) -> nn.Module:
     """A layer in the midst of those that have an output and are reached by the loss."""
-    values = specification(name).values
-    layers = [row.layer for row in rows_of(model, ZOO[name].layers) if values.get(row.name, {}).get("fisher", 0) > 0]
+    values, rows = specification(name).values, list(rows_of(model, ZOO[name].layers))
+    layers = [row.layer for row in rows if values.get(row.name, {}).get("fisher", 0) > 0]
+    if not layers:  # fisher is undefined throughout
+        layers = [row.layer for row in rows if values.get(row.name, {}).get("grad_norm", 0) > 0]
     return layers[len(layers) // 2]
 
 

@@ -181,9 +181,7 @@ def hypernetwork_whose_target_has_no_weight() -> Built:
 
         def forward(self, x: Tensor) -> Tensor:
             self.target.weight = self.generated()
-            y = self.target(torch.tanh(self.front(x)))
-            self.target.weight = torch.zeros(4, 6)
-            return self.out(y)
+            return self.out(self.target(torch.tanh(self.front(x))))
 
     return Model(), mean_square, (torch.randn(5, 8),)
 
@@ -192,11 +190,14 @@ def hypernetwork_whose_target_has_no_weight() -> Built:
 def weight_replaced_within_forward() -> Built:
     class Model(Hypernetwork):
         def forward(self, x: Tensor) -> Tensor:
+            generated = self.generated()
             own = self.target._parameters.pop("weight")
-            self.target.weight = 0.5 * own.detach() + self.generated()
-            y = self.target(torch.tanh(self.front(x)))
-            del self.target.weight
-            self.target.weight = own
+            self.target.weight = 0.5 * own.detach() + generated
+            try:
+                y = self.target(torch.tanh(self.front(x)))
+            finally:
+                del self.target.weight
+                self.target.weight = own
             return self.out(y + self.target(x[:, :6]))
 
     return Model(), mean_square, (torch.randn(5, 8),)
@@ -300,10 +301,10 @@ class Ensemble(nn.Module):
         return self.out(self.call(self.members, torch.tanh(self.front(x))).mean(0))
 
 
-IN_VMAP = {f"members.0.{i}": ("act_mean", "act_std", "act_abs_mean", "act_abs_std", "fisher") for i in (0, 2, 4)}
+IN_VMAP = {f"members.0.{i}": ("act_mean", "act_std", "act_abs_mean", "act_abs_std") for i in (0, 2, 4)}
 
 
-@entry(undefined=IN_VMAP)
+@entry(undefined=dict.fromkeys(IN_VMAP, ("fisher",)), optional=IN_VMAP)
 def ensemble_by_vmap() -> Built:
     def call(members: nn.ModuleList, x: Tensor) -> Tensor:
         return torch.func.vmap(lambda weights: functional_call(members[0], weights, (x,)))(stacked(members))

@@ -113,9 +113,9 @@ def affine_couplings() -> Built:
                 scale = torch.tanh(scale)
                 x = torch.cat([b * scale.exp() + shift, a], -1)
                 logdet = logdet + scale.sum(-1) + torch.linalg.slogdet(self.mix)[1]
-            return (x.square().sum(-1) / 2 - logdet).mean()
+            return x.square().sum(-1, keepdim=True) / 2 - logdet[:, None]
 
-    return Flow(), lambda m, x: m(x), (torch.randn(5, 6),)
+    return Flow(), lambda m, x: m(x).mean(), (torch.randn(5, 6),)
 
 
 @entry(layers=("encoder", "codes", "decoder"))
@@ -238,14 +238,15 @@ def distillation_with_a_teacher_in_the_model() -> Built:
 
         def forward(self, x: Tensor) -> Tensor:
             seen: list[Tensor] = []
-            handles = [
-                net[1].register_forward_hook(lambda m, a, y: seen.append(y)) for net in (self.teacher, self.student)
-            ]
-            with torch.no_grad():
-                target = self.teacher(x)
-            logits = self.student(x)
-            for handle in handles:
-                handle.remove()
+            middles = (self.teacher[1], self.student[1])
+            handles = [middle.register_forward_hook(lambda m, a, y: seen.append(y)) for middle in middles]
+            try:
+                with torch.no_grad():
+                    target = self.teacher(x)
+                logits = self.student(x)
+            finally:
+                for handle in handles:
+                    handle.remove()
             features = F.mse_loss(self.adapter(seen[1]), seen[0])
             return F.kl_div(logits.log_softmax(-1), target.softmax(-1), reduction="batchmean") + features
 

@@ -165,7 +165,7 @@ def jacobian_by_autograd_functional() -> Built:
     return field(3, 2), loss, (torch.randn(4, 3),)
 
 
-@entry(optional=lacking(*ACT, "fisher"))
+@entry(undefined=lacking("fisher"), optional=lacking(*ACT))
 def jacobian_vector_product() -> Built:
     def loss(model: nn.Module, x: Tensor, v: Tensor) -> Tensor:
         y, dy = jvp(model, (x,), (v,))
@@ -174,7 +174,7 @@ def jacobian_vector_product() -> Built:
     return field(3, 2), loss, (torch.randn(6, 3), torch.randn(6, 3))
 
 
-@entry(optional=lacking(*ACT, "fisher"))
+@entry(undefined=lacking("fisher"), optional=lacking(*ACT))
 def vector_jacobian_product() -> Built:
     def loss(model: nn.Module, x: Tensor, v: Tensor) -> Tensor:
         y, pull = vjp(model, x)
@@ -183,7 +183,7 @@ def vector_jacobian_product() -> Built:
     return field(3, 2), loss, (torch.randn(6, 3), torch.randn(6, 2))
 
 
-@entry(optional=lacking(*ACT, "fisher"))
+@entry(undefined=lacking("fisher"), optional=lacking(*ACT))
 def jacobians_by_vmap_of_jacrev() -> Built:
     def loss(model: nn.Module, x: Tensor) -> Tensor:
         return vmap(jacrev(model))(x).square().mean() + model(x).square().mean()
@@ -191,7 +191,7 @@ def jacobians_by_vmap_of_jacrev() -> Built:
     return field(3, 2), loss, (torch.randn(6, 3),)
 
 
-@entry(optional=lacking(*ACT, "fisher"))
+@entry(undefined=lacking("fisher"), optional=lacking(*ACT))
 def jacobians_by_vmap_of_jacfwd() -> Built:
     def loss(model: nn.Module, x: Tensor) -> Tensor:
         return vmap(jacfwd(model))(x).square().mean() + model(x).square().mean()
@@ -199,7 +199,7 @@ def jacobians_by_vmap_of_jacfwd() -> Built:
     return field(3, 2), loss, (torch.randn(6, 3),)
 
 
-@entry(optional=lacking(*ACT, "fisher"))
+@entry(undefined=lacking("fisher"), optional=lacking(*ACT))
 def laplacian_by_hessian() -> Built:
     def loss(model: nn.Module, x: Tensor) -> Tensor:
         hessians = vmap(hessian(lambda x: model(x).squeeze(-1)))(x)
@@ -208,7 +208,7 @@ def laplacian_by_hessian() -> Built:
     return field(2), loss, (torch.randn(4, 2),)
 
 
-@entry(optional=lacking(*ACT, "fisher"))
+@entry(undefined=lacking("fisher"), optional=lacking(*ACT))
 def gradients_of_each_sample() -> Built:
     # Fishr: the variance of the gradients of the samples.
     def loss(model: nn.Module, x: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def gradients_of_each_sample() -> Built:
     return field(3, 2), loss, (torch.randn(5, 3),)
 
 
-@entry(optional=lacking(*ACT, "fisher"))
+@entry(undefined=lacking("fisher"), optional=lacking(*ACT))
 def vmap_over_samples() -> Built:
     def loss(model: nn.Module, x: Tensor) -> Tensor:
         return vmap(model)(x).square().mean()
@@ -241,7 +241,7 @@ def dual_numbers() -> Built:
     return field(3, 2), loss, (torch.randn(6, 3), torch.randn(6, 3))
 
 
-@entry(optional=lacking(*ACT, "fisher"))
+@entry(undefined=lacking("fisher"), optional=lacking(*ACT))
 def maml_by_func_grad() -> Built:
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         weights = dict(model.named_parameters())

@@ -69,7 +69,8 @@ class Heads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, _ = x.shape
-        q, k, v = self.qkv(x).view(n, t, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        packed = self.qkv(x).view(n, t, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        q, k, v = (packed[i] for i in range(3))
         return self.out(self.mixing(q, k, v).transpose(1, 2).reshape(n, t, 8))
 
     def mixing(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -249,15 +250,18 @@ def conditional_random_field() -> Built:
             self.body, self.emit = nn.Linear(6, 8), nn.Linear(8, 4)
             self.transitions = nn.Parameter(torch.randn(4, 4) / 3)
 
-        def forward(self, x: Tensor, tags: Tensor) -> Tensor:
-            scores = self.emit(torch.tanh(self.body(x)))
-            alpha = scores[:, 0]
-            for t in range(1, x.shape[1]):
-                alpha = (alpha[:, :, None] + self.transitions).logsumexp(1) + scores[:, t]
-            gold = scores.gather(-1, tags[..., None]).sum((1, 2)) + self.transitions[tags[:, :-1], tags[:, 1:]].sum(1)
-            return (alpha.logsumexp(1) - gold).mean()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.emit(torch.tanh(self.body(x)))
 
-    return Tagger(), lambda m, x, t: m(x, t), (torch.randn(3, 5, 6), torch.randint(4, (3, 5)))
+    def loss(model: nn.Module, x: Tensor, tags: Tensor) -> Tensor:
+        scores, transitions = model(x), model.transitions
+        alpha = scores[:, 0]
+        for t in range(1, x.shape[1]):
+            alpha = (alpha[:, :, None] + transitions).logsumexp(1) + scores[:, t]
+        gold = scores.gather(-1, tags[..., None]).sum((1, 2)) + transitions[tags[:, :-1], tags[:, 1:]].sum(1)
+        return (alpha.logsumexp(1) - gold).mean()
+
+    return Tagger(), loss, (torch.randn(3, 5, 6), torch.randint(4, (3, 5)))
 
 
 @entry()
@@ -323,12 +327,8 @@ def memory_across_segments() -> Built:
     class Segments(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.cell, self.query, self.key, self.out = (
-                nn.RNNCell(6, 8),
-                nn.Linear(8, 8),
-                nn.Linear(8, 8),
-                nn.Linear(8, 3),
-            )
+            self.cell, self.out = nn.RNNCell(6, 8), nn.Linear(8, 3)
+            self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
             h, memory, outputs = torch.zeros(len(x), 8, dtype=x.dtype), None, []

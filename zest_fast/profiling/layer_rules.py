@@ -38,8 +38,8 @@ def has_output_rule(layer: Layer) -> bool:
 
 
 def rows(x: Tensor) -> Tensor:
-    """[..., I] -> [T, I]."""
-    return x.detach().reshape(-1, x.shape[-1])
+    """[..., I] -> [T, I]; T is counted, since -1 has no meaning where I is 0."""
+    return x.detach().reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def linear_gradient_moments(
@@ -67,17 +67,19 @@ def linear_gradient_moments_without_tiles(
 ) -> Callable[[], GradientMoments]:
     """The statistics of dW that have closed forms; those of |dW| and |W⊙dW| are NaN.
 
-    ΣdW = Σ_t (Σ_i X_ti)(Σ_k G_tk), ‖dW‖² = Σ_ts (x_t·x_s)(g_t·g_s), ΣW⊙dW = Σ Y⊙G − Σ b·db (only where y is given).
-    Float64 throughout, since the sums may cancel.
+    ΣdW = Σ_t (Σ_i X_ti)(Σ_k G_tk), ‖dW‖² = Σ_ts (x_t·x_s)(g_t·g_s), ΣW⊙dW = Σ (Y − b)⊙G (only where y is given).
+    Float64 throughout, since the sums may cancel; Y − b is computed anew where there is a bias, since Y is rounded to
+    the digits of the bias, and what is left of a small product under a large bias would be noise.
     """
-    x, g, weight, bias = rows(x), rows(g), _weight(module), module._parameters.get("bias")
+    x, g, weight = rows(x), rows(g), _weight(module)
+    biased = module._parameters.get("bias") is not None
     sums = torch.zeros(3, dtype=torch.float64, device=x.device)  # of dW, of its squares, of W⊙dW
     for start in range(0, len(x), _GRAM_ROWS):
         xs, gs = x[start : start + _GRAM_ROWS].double(), g[start : start + _GRAM_ROWS].double()
         sums[0] += xs.sum(1) @ gs.sum(1)
         if y is not None:
-            ys = rows(y)[start : start + _GRAM_ROWS].double()
-            sums[2] += ((ys if bias is None else ys - bias.detach()) * gs).sum()
+            ys = _without_bias(module, x[start : start + _GRAM_ROWS]) if biased else rows(y)[start : start + _GRAM_ROWS]
+            sums[2] += (ys.double() * gs).sum()
         for other in range(0, start + 1, _GRAM_ROWS):
             xo, go = x[other : other + _GRAM_ROWS].double(), g[other : other + _GRAM_ROWS].double()
             sums[1] += ((xs @ xo.t()) * (gs @ go.t())).sum() * (1 if other == start else 2)
@@ -95,6 +97,11 @@ def linear_gradient_moments_without_tiles(
     return result
 
 
+def _without_bias(module: nn.Module, x: Tensor) -> Tensor:
+    weight = _weight(module)
+    return x @ (weight if is_transformers_conv1d(module) else weight.t())
+
+
 def weight_gradient_moments(collector: Collector, dw: Tensor, weight: Tensor) -> Callable[[], GradientMoments]:
     """Every statistic of a gradient that exists as a whole; any layer."""
     if dw.layout != torch.strided:  # nn.Embedding(sparse=True)
@@ -110,7 +117,32 @@ def fisher_of_one_use(collector: Collector, layer: Layer, y: Tensor, g: Tensor) 
 
 def output_products(collector: Collector, layer: Layer, y: Tensor, g: Tensor) -> Tensor:
     """S [N, K] = Σ_p Y⊙G in float64, for a layer whose uses have to be added up first."""
+    if y.is_nested:
+        return _jagged_products(y, g)
     return collector.channel_products(*_by_channel(layer, y, g))
+
+
+def _jagged_products(y: Tensor, g: Tensor) -> Tensor:
+    """``output_products`` of samples of different lengths, [N, j, K], by plain torch."""
+    values, offsets = jagged_rows(y)
+    gradients, _ = jagged_rows(g)
+    products = values.double() * gradients.double()
+    samples = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=y.device), offsets.diff())
+    sums = products.new_zeros(len(offsets) - 1, products.shape[-1])
+    return sums.index_add_(0, samples, products.flatten(1, -2).sum(1) if products.dim() > 2 else products)
+
+
+def jagged_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of every sample, one after another, and where each sample begins, of a jagged tensor [N, j, ...].
+
+    Raises ValueError for another kind of nested tensor.
+    """
+    if x.layout != torch.jagged or x.lengths() is not None or x._ragged_idx != 1:  # type: ignore[attr-defined]
+        raise ValueError(
+            "its output is a nested tensor whose samples do not lie dense, one after another; use the layout "
+            "torch.jagged without gaps, or pad the batch"
+        )
+    return x.detach().values(), x.offsets()  # type: ignore[attr-defined]
 
 
 def fisher_of_products(collector: Collector, s: Tensor) -> Callable[[], float]:

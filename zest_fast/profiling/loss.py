@@ -89,7 +89,7 @@ def own_loss(output: Any, inputs: Mapping[str, Any]) -> Tensor:
 def _usable(value: Any, devices: set[torch.device], name: str, check_size: bool = True) -> Any:
     """The batch with tensors that can take part in a graph and get no .grad; checks size and device."""
     if isinstance(value, Tensor):
-        if check_size and value.dim() and value.shape[0] == 0:
+        if check_size and value.dim() and value.size(0) == 0:  # nested tensors have no shape
             raise ValueError(f"{name} has shape {tuple(value.shape)}: an empty batch has no gradient")
         lengths = value.device.type == "cpu" and value.dim() == 1 and not value.is_floating_point()  # of sequences
         if value.device.type not in {device.type for device in devices} and devices and not lengths:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zest_fast import kernels
+from zest_fast.kernels.storage import has_storage, why_no_storage
 from zest_fast.profiling.gradient_pass import GradientPass
 from zest_fast.profiling.graph import gradients_of_others, leaves_of
 from zest_fast.profiling.layer_profile import LayerProfile
@@ -93,7 +94,8 @@ def profile(
         TypeError, ValueError: an argument that does not fit, a model on the meta device, a loss that is not a finite
             scalar or does not depend on the model. The message names the argument or layer.
         RuntimeError: inside ``torch.inference_mode``, or inside another profile of the same model.
-        NotImplementedError: TorchScript modules, which take no hooks.
+        NotImplementedError: TorchScript modules, which take no hooks, and sharded parameters (DTensor), which are not
+            done yet.
         Whatever model, loss_fn or closure raise passes through unchanged.
     """
     names = select_metrics(metrics)
@@ -268,6 +270,13 @@ def _require_usable(modules: dict[str, nn.Module]) -> None:
                 raise ValueError(f"parameter {name!r} is on the meta device and has no data; load the weights first")
             if p.is_inference():
                 raise ValueError(f"parameter {name!r} was made under torch.inference_mode and can have no gradient")
+            if hasattr(p, "full_tensor"):
+                raise NotImplementedError(
+                    f"parameter {name!r} is a DTensor (fully_shard, tensor parallel): sharded models cannot be "
+                    "profiled yet; profile the model before it is sharded, or one process's copy with whole weights"
+                )
+            if type(p) in (Tensor, nn.Parameter) and not has_storage(p):
+                raise ValueError(f"parameter {name!r} is {why_no_storage(p)}")
 
 
 def _first_device(model: nn.Module) -> torch.device:

@@ -16,6 +16,8 @@ from zest_fast.profiling.layers import Layer, Weight
 from zest_fast.profiling.metrics import NEEDS_TILES, PRODUCT, WEIGHT, LayerStatistics
 from zest_fast.profiling.nearest import some
 
+_OUTPUT_NAME = ("its output",)
+
 
 def _naming_the_layer(method: Callable[..., None]) -> Callable[..., None]:
     """What a kernel refuses is an error that names the layer (or parameter) it was refused for."""
@@ -55,7 +57,9 @@ class Statistics:
 
     @_naming_the_layer
     def output(self, layer: Layer, y: Tensor) -> None:
-        self._outputs.setdefault(layer, []).extend(self.collector.moments([y]))
+        if y.is_nested:
+            y = layer_rules.jagged_rows(y)[0]
+        self._outputs.setdefault(layer, []).extend(self.collector.moments([y], _OUTPUT_NAME))
 
     @_naming_the_layer
     def linear(self, layer: Layer, x: Tensor, g: Tensor, y: Callable[[], Tensor]) -> None:
@@ -75,10 +79,11 @@ class Statistics:
 
     @_naming_the_layer
     def output_gradient(self, layer: Layer, y: Callable[[], Tensor], g: Tensor, only_use: bool) -> None:
-        if only_use:
-            self._fisher[layer] = [layer_rules.fisher_of_one_use(self.collector, layer, y(), g)]
+        output = y()
+        if only_use and not output.is_nested:
+            self._fisher[layer] = [layer_rules.fisher_of_one_use(self.collector, layer, output, g)]
         else:
-            products = layer_rules.output_products(self.collector, layer, y(), g)
+            products = layer_rules.output_products(self.collector, layer, output, g)
             self._products.setdefault(layer, []).append(products)
 
     def finish(self, layers: Iterable[Layer]) -> None:
@@ -95,8 +100,9 @@ class Statistics:
             for weight in {layer.weight: None for layer in layers if layer.weight not in self._gradients}:
                 by_device.setdefault(weight.parameter.device, []).append(weight)
             for weights in by_device.values():
+                names = [f"the weight of layer {weight.layers[0].name!r}" for weight in weights]
                 try:
-                    found = self.collector.moments([weight.parameter.detach() for weight in weights])
+                    found = self.collector.moments([weight.parameter.detach() for weight in weights], names)
                 except (ValueError, TypeError, NotImplementedError) as error:
                     raise type(error)(f"weights of {some(w.layers[0].name for w in weights)}: {error}") from error
                 self._weights.update(zip(weights, found, strict=True))

@@ -63,23 +63,22 @@ def linear_gradient_factors(module: nn.Module, x: Tensor, g: Tensor) -> tuple[Te
 
 
 def linear_gradient_moments_without_tiles(
-    collector: Collector, module: nn.Module, x: Tensor, g: Tensor, y: Tensor | None
+    collector: Collector, module: nn.Module, x: Tensor, g: Tensor, product: bool
 ) -> Callable[[], GradientMoments]:
     """The statistics of dW that have closed forms; those of |dW| and |W⊙dW| are NaN.
 
-    ΣdW = Σ_t (Σ_i X_ti)(Σ_k G_tk), ‖dW‖² = Σ_ts (x_t·x_s)(g_t·g_s), ΣW⊙dW = Σ (Y − b)⊙G (only where y is given).
-    Float64 throughout, since the sums may cancel; Y − b is computed anew where there is a bias, since Y is rounded to
-    the digits of the bias, and what is left of a small product under a large bias would be noise.
+    ΣdW = Σ_t (Σ_i X_ti)(Σ_k G_tk), ‖dW‖² = Σ_ts (x_t·x_s)(g_t·g_s), ΣW⊙dW = Σ_tk (x_t·w_k) G_tk (only where
+    ``product``). Float64 throughout, since the sums may cancel. x_t·w_k is Y without its bias, computed anew: Y is
+    rounded to the digits of the bias, under which a small product is noise, and may have been overwritten.
     """
     x, g, weight = rows(x), rows(g), _weight(module)
-    biased = module._parameters.get("bias") is not None
+    matrix = weight if is_transformers_conv1d(module) else weight.t()
     sums = torch.zeros(3, dtype=torch.float64, device=x.device)  # of dW, of its squares, of W⊙dW
     for start in range(0, len(x), _GRAM_ROWS):
         xs, gs = x[start : start + _GRAM_ROWS].double(), g[start : start + _GRAM_ROWS].double()
         sums[0] += xs.sum(1) @ gs.sum(1)
-        if y is not None:
-            ys = _without_bias(module, x[start : start + _GRAM_ROWS]) if biased else rows(y)[start : start + _GRAM_ROWS]
-            sums[2] += (ys.double() * gs).sum()
+        if product:
+            sums[2] += ((x[start : start + _GRAM_ROWS] @ matrix).double() * gs).sum()
         for other in range(0, start + 1, _GRAM_ROWS):
             xo, go = x[other : other + _GRAM_ROWS].double(), g[other : other + _GRAM_ROWS].double()
             sums[1] += ((xs @ xo.t()) * (gs @ go.t())).sum() * (1 if other == start else 2)
@@ -87,19 +86,13 @@ def linear_gradient_moments_without_tiles(
     of_gradient = collector.numbers(sums, lambda *found: found)
 
     def result() -> GradientMoments:
-        (total, square, product), w, count = of_gradient(), of_weight(), float(weight.numel())
+        (total, square, of_both), w, count = of_gradient(), of_weight(), float(weight.numel())
         m2 = max(square - total**2 / count, 0.0) if count else 0.0
         nonfinite = 0.0 if math.isfinite(total + square) else 1.0
         gradient = Moments.checked(count, total / max(count, 1.0), m2, math.nan, math.nan, nonfinite)
-        product = math.nan if y is None else product
-        return GradientMoments.checked(gradient, w.mean, w.m2, w.nonfinite, product, math.nan)
+        return GradientMoments.checked(gradient, w.mean, w.m2, w.nonfinite, of_both if product else math.nan, math.nan)
 
     return result
-
-
-def _without_bias(module: nn.Module, x: Tensor) -> Tensor:
-    weight = _weight(module)
-    return x @ (weight if is_transformers_conv1d(module) else weight.t())
 
 
 def weight_gradient_moments(collector: Collector, dw: Tensor, weight: Tensor) -> Callable[[], GradientMoments]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +19,7 @@ from zest_fast.profiling.gradient_pass import GradientPass
 from zest_fast.profiling.graph import gradients_of_others, leaves_of
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
-from zest_fast.profiling.loss import check_loss, loss_of, require_finite
+from zest_fast.profiling.loss import RepeatedLoss, check_loss, loss_of, require_finite
 from zest_fast.profiling.metrics import (
     BACKWARD,
     FISHER,
@@ -93,7 +94,8 @@ def profile(
     Raises:
         TypeError, ValueError: an argument that does not fit, a model on the meta device, a loss that is not a finite
             scalar or does not depend on the model. The message names the argument or layer.
-        RuntimeError: inside ``torch.inference_mode``, or inside another profile of the same model.
+        RuntimeError: inside ``torch.inference_mode``, or inside another profile of the same model; where the loss of a
+            pass that was run again is another one; where a hook of the backward pass wrote into a large model's weights.
         NotImplementedError: TorchScript modules, which take no hooks, and sharded parameters (DTensor), which are not
             done yet.
         Whatever model, loss_fn or closure raise passes through unchanged.
@@ -105,6 +107,7 @@ def profile(
         raise ValueError(f"loss_scale is {loss_scale!r}; a positive number is needed")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("profile needs gradients and cannot run inside torch.inference_mode(); leave it first")
+    share = _share_of_batch(model)
     model = _without_wrappers(model, closure)
     modules = dict(model.named_modules())
     _require_usable(modules)
@@ -112,6 +115,9 @@ def profile(
     job = _Pass(model, modules, layers, names, backend)
     compute_loss = loss_of(model, batch, loss_fn, closure)
     request = OnRequest(names, model, batch, loss_fn, closure, backend, lenient=isinstance(metrics, str))
+    if share:
+        warnings.warn(share, RuntimeWarning, stacklevel=2)
+        request.notes.append(share)
     if any(module in _in_progress for module in modules.values()):
         raise RuntimeError("profile was called inside a profile of the same model; finish one before the next")
     _in_progress.update(modules.values())
@@ -155,10 +161,13 @@ class _Pass:
         takes_part = self._weight_gradients or not self._backward
         trainable = [layer.weight.parameter for layer in self._chosen] if takes_part else []
         routes = Routes()
-        with torch.enable_grad(), _eager(), ModelState(self._modules.values(), trainable) as state:
+        kept = ModelState(self._modules.values(), trainable, [compute_loss], values=True)
+        repeated = RepeatedLoss(layer.weight.parameter for layer in self._chosen)
+        with torch.enable_grad(), _eager(), kept as state:
             while True:
                 statistics = Statistics(self._needed, self._backend)
                 taps, loss = self._once(compute_loss, routes, statistics, state)
+                repeated.check(loss)
                 revised = taps.revised() if self._backward else None
                 if revised is None:
                     break
@@ -170,7 +179,7 @@ class _Pass:
                 require_finite(loss, self._model, compute_loss)
             reached = self._reached(taps, loss)
         if request.wanted:
-            self._measure(request, reached)
+            self._measure(request, reached, compute_loss)
         return build_profile(
             self._model,
             self._modules,
@@ -195,14 +204,14 @@ class _Pass:
             self._parents,
             statistics,
             routes,
-            outputs=OUTPUT in self._needed,
+            outputs=bool(self._needed & {OUTPUT, FISHER}),  # for fisher: to see whether Y is still Y in backward
             gradients=self._weight_gradients,
             output_gradients=FISHER in self._needed,
             keep_outputs=PRODUCT in self._needed and not self._needed & NEEDS_TILES,
         )
         with taps:
             with nullcontext() if self._backward else _saving_nothing():
-                loss = compute_loss()
+                loss = state.guarded(compute_loss)()
             check_loss(loss)
             if loss.device.type == "cpu":  # elsewhere a look would wait for the device: after the pass
                 require_finite(loss, self._model, compute_loss)
@@ -211,10 +220,11 @@ class _Pass:
                     taps.backward(loss)
         return taps, loss
 
-    def _measure(self, request: OnRequest, reached: list[Layer]) -> None:
+    def _measure(self, request: OnRequest, reached: list[Layer], compute_loss: Callable[[], Tensor]) -> None:
         """The passes beside the one, each from the state in which the model was handed over."""
         weights = [layer.weight.parameter for layer in reached]
-        with torch.enable_grad(), _eager(), ModelState(self._modules.values(), weights) as state:
+        kept = ModelState(self._modules.values(), weights, [compute_loss], values=True)
+        with torch.enable_grad(), _eager(), kept as state:
             request.measure(GradientPass(reached, self._embeddings, state))
 
     def _reached(self, taps: Taps, loss: Tensor) -> list[Layer]:
@@ -247,6 +257,20 @@ def _without_wrappers(model: nn.Module, closure: Callable[[], Tensor] | None) ->
         model = model.module
     original = getattr(model, "_orig_mod", None)
     return original if isinstance(original, nn.Module) else model
+
+
+def _share_of_batch(model: nn.Module) -> str:
+    """What has to be said where several processes see a batch each; empty where this one sees the whole."""
+    distributed = torch.distributed
+    if not isinstance(model, nn.parallel.DistributedDataParallel) or not distributed.is_initialized():
+        return ""
+    processes = distributed.get_world_size(model.process_group)
+    if processes < 2:
+        return ""
+    return (
+        f"metrics are those of the batch of this process, one of {processes}: none is averaged over processes, and "
+        "those of the whole batch differ (signed ones by far)"
+    )
 
 
 def _require_usable(modules: dict[str, nn.Module]) -> None:

@@ -17,6 +17,12 @@ from zest_fast.profiling.metrics import NEEDS_TILES, PRODUCT, WEIGHT, LayerStati
 from zest_fast.profiling.nearest import some
 
 _OUTPUT_NAME = ("its output",)
+# Of means over a whole tensor, in which the rounding of a second computation (checkpointing) averages out.
+_AGAIN, _AGAIN_ON_A_GPU = 1e-6, 1e-4
+_OVERWRITTEN = (
+    "fisher undefined: the output was overwritten after the layer had returned it, past autograd (y.data), and is not Y "
+    "any more; act is that of Y"
+)
 
 
 def _naming_the_layer(method: Callable[..., None]) -> Callable[..., None]:
@@ -54,6 +60,9 @@ class Statistics:
         self.gradients: dict[Weight, GradientMoments] = {}
         self.weights: dict[Weight, Moments] = {}
         self.fisher: dict[Layer, float] = {}
+        self._outputs_again: dict[Layer, list[tuple[Callable[[], Moments], float]]] = {}
+        self.notes: dict[Layer, str] = {}
+        """Why something of a layer is NaN."""
 
     @_naming_the_layer
     def output(self, layer: Layer, y: Tensor) -> None:
@@ -63,13 +72,13 @@ class Statistics:
 
     @_naming_the_layer
     def linear(self, layer: Layer, x: Tensor, g: Tensor, y: Callable[[], Tensor]) -> None:
-        # ΣW⊙dW = ΣY⊙G − Σb·db holds for Y as it is before rounding: in half precision tiles are nearer to the truth.
+        # ΣW⊙dW = Σ(x·w)⊙G holds for products before rounding: in half precision tiles are nearer to the truth.
         rounded = PRODUCT in self.needed and g.dtype.itemsize < 4
         if NEEDS_TILES & self.needed or x.dtype != g.dtype or rounded:
             found = layer_rules.linear_gradient_moments(self.collector, layer.module, x, g)
         else:
             found = layer_rules.linear_gradient_moments_without_tiles(
-                self.collector, layer.module, x, g, y() if PRODUCT in self.needed else None
+                self.collector, layer.module, x, g, PRODUCT in self.needed
             )
         self._gradients[layer.weight] = found
 
@@ -80,11 +89,18 @@ class Statistics:
     @_naming_the_layer
     def output_gradient(self, layer: Layer, y: Callable[[], Tensor], g: Tensor, only_use: bool) -> None:
         output = y()
+        self._require_as_returned(layer, output)
         if only_use and not output.is_nested:
             self._fisher[layer] = [layer_rules.fisher_of_one_use(self.collector, layer, output, g)]
         else:
             products = layer_rules.output_products(self.collector, layer, output, g)
             self._products.setdefault(layer, []).append(products)
+
+    def _require_as_returned(self, layer: Layer, y: Tensor) -> None:
+        """Notes what tells, once results are there, whether Y is still what the layer returned (see ``finish``)."""
+        if not y.is_nested:
+            (found,) = self.collector.moments([y], _OUTPUT_NAME)
+            self._outputs_again.setdefault(layer, []).append((found, _AGAIN if y.is_cpu else _AGAIN_ON_A_GPU))
 
     def finish(self, layers: Iterable[Layer]) -> None:
         """Fetches all results, and the statistics of weights that no gradient brought along.
@@ -111,6 +127,11 @@ class Statistics:
         self.gradients = {weight: later() for weight, later in self._gradients.items()}
         self.weights = {weight: later() for weight, later in self._weights.items()}
         self.fisher = {layer: sum(later() for later in found) for layer, found in self._fisher.items()}
+        for layer, again in self._outputs_again.items():
+            returned = [later() for later in self._outputs.get(layer, ())]
+            if returned and not all(any(_alike(a(), b, rel) for b in returned) for a, rel in again):
+                self.fisher[layer] = math.nan
+                self.notes[layer] = _OVERWRITTEN
 
     def of(self, layer: Layer, loss_scale: float) -> tuple[LayerStatistics, int]:
         """The statistics of a layer, gradients divided by the loss scale, and how many entries were not finite."""
@@ -136,6 +157,19 @@ class Statistics:
             if not math.isfinite(s.fisher):
                 s.fisher = math.nan
         return s, int(nonfinite)
+
+
+def _alike(a: Moments, b: Moments, rel: float) -> bool:
+    """Whether two sets of moments are those of one tensor, or of one that was computed again (checkpointing)."""
+    if a.nonfinite or b.nonfinite:
+        return a.nonfinite == b.nonfinite
+    close = functools.partial(math.isclose, rel_tol=rel)
+    return (
+        a.count == b.count
+        and abs(a.mean - b.mean) <= rel * a.abs_mean
+        and close(a.abs_mean, b.abs_mean)
+        and close(a.norm, b.norm)
+    ) or a.count == b.count == 0
 
 
 def _merged(parts: list[Moments]) -> Moments:

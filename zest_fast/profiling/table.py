@@ -51,7 +51,12 @@ def build_profile(
             "parameter": layer.parameter_name,
             "module": layer.module_name,
             "nonfinite": nonfinite,
-            "note": "; ".join(filter(None, [layer.note or _missing_output(layer, statistics), *request.notes])),
+            "note": "; ".join(
+                filter(
+                    None,
+                    [layer.note or _missing_output(layer, statistics), statistics.notes.get(layer), *request.notes],
+                )
+            ),
         }
     return LayerProfile(
         [layer.name for layer in rows],

@@ -54,8 +54,8 @@ def _unpacked(model: nn.Module, packed: Mapping[str, QuantisedLinear]) -> dict[s
         del state[f"{name}.packed"], state[f"{name}.scale"]
         state[f"{name}.weight"] = module.weight
     found: dict[tuple[int, torch.Size], str] = {}
-    for name, tensor in state.items():
-        found.setdefault((tensor.data_ptr(), tensor.shape) if tensor.numel() else (id(tensor), tensor.shape), name)
+    for name, tensor in state.items():  # an address of 0 (empty tensors, wrappers without memory) is shared by nobody
+        found.setdefault((tensor.data_ptr() or id(tensor), tensor.shape), name)
     return {name: state[name].contiguous() for name in found.values()}
 
 

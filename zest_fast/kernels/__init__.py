@@ -16,6 +16,7 @@ from torch import Tensor
 
 from zest_fast.kernels.collector import BACKENDS, Collector, pick_backend
 from zest_fast.kernels.statistics import GradientMoments, Moments
+from zest_fast.kernels.storage import has_storage, why_no_storage
 
 __all__ = [
     "BACKENDS",
@@ -45,8 +46,8 @@ def moments(tensors: Sequence[Tensor], *, backend: str = "auto") -> list[Moments
 
     Raises:
         TypeError: not a sequence of floating-point tensors.
-        ValueError: a tensor that is sparse, quantised or on the meta device, or a backend that cannot run on its
-            device (the message says why).
+        ValueError: a tensor that is sparse, nested or without memory of its own (meta, fake, DTensor, other wrappers,
+            freed storage), or a backend that cannot run on its device (the message says why).
     """
     if isinstance(tensors, Tensor):
         raise TypeError("tensors: found one tensor; pass a list, moments([x])")
@@ -167,10 +168,8 @@ def _require_dense_float(x: Tensor, name: str) -> None:
         raise TypeError(f"{name} is a {type(x).__name__}; a torch tensor is needed")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} is {x.dtype}; float32, float64, bfloat16 or float16 is needed")
-    if x.layout != torch.strided:
-        raise ValueError(f"{name} has layout {x.layout}; call .to_dense() first")
-    if x.device.type == "meta":
-        raise ValueError(f"{name} is on the meta device and has no data")
+    if not has_storage(x):
+        raise ValueError(f"{name} is {why_no_storage(x)}")
 
 
 def _require_one_device(**tensors: Tensor) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zest_fast.kernels.statistics import GradientMoments, Moments
+from zest_fast.kernels.storage import readable
 
 T = TypeVar("T")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -89,7 +90,8 @@ def _best_or_warn(device: torch.device) -> str:
 class Collector:
     """Runs kernels for one pass and hands out functions that give the results once ``fetch`` was called.
 
-    Checks nothing: for tensors that are known to fit.
+    Checks that tensors have memory to read, since what has none would end the process, and nothing else: for tensors
+    that are known to fit. Raises ValueError for one that has none.
     """
 
     def __init__(self, backend: str) -> None:
@@ -99,10 +101,12 @@ class Collector:
         self.used: set[str] = set()
         """Backends that ran."""
 
-    def moments(self, tensors: Sequence[Tensor]) -> list[Callable[[], Moments]]:
-        """Moments of tensors on one device."""
+    def moments(self, tensors: Sequence[Tensor], names: Sequence[str] | None = None) -> list[Callable[[], Moments]]:
+        """Moments of tensors on one device; ``names`` are what an error calls them."""
         if not tensors:
             return []
+        names = names or [f"tensors[{i}]" for i in range(len(tensors))]
+        tensors = [readable(x, name) for x, name in zip(tensors, names, strict=True)]
         name = self._pick(tensors[0].device)
         if name in ("cpu", "reference"):
             return [_known(self._module(name).moments(x)) for x in tensors]
@@ -112,6 +116,7 @@ class Collector:
 
     def gradient_moments(self, dw: Tensor, w: Tensor) -> Callable[[], GradientMoments]:
         """Moments of dw and w (same shape) and of their product."""
+        dw, w = readable(dw, "dw"), readable(w, "w")
         name = self._pick(w.device)
         if name in ("cpu", "reference"):
             return _known(self._module(name).gradient_moments(dw, w))
@@ -121,6 +126,7 @@ class Collector:
 
     def linear_gradient_moments(self, x: Tensor, g: Tensor, w: Tensor) -> Callable[[], GradientMoments]:
         """``gradient_moments`` of dW = gᵀx for x [T, I], g [T, O], w [O, I], without dW where the backend can."""
+        x, g, w = readable(x, "x"), readable(g, "g"), readable(w, "w")
         name = self._pick(w.device)
         if name in ("cpu", "reference"):
             return _known(self._module(name).linear_gradient_moments(x, g, w))
@@ -146,10 +152,12 @@ class Collector:
 
     def channel_products(self, y: Tensor, g: Tensor) -> Tensor:
         """S [N, K] = Σ_p y ⊙ g in float64, on the device, for y, g [N, P, K]."""
+        y, g = readable(y, "y"), readable(g, "g")
         return self._module(self._pick(y.device)).channel_products(y, g)
 
     def squared_channel_products(self, y: Tensor, g: Tensor) -> Callable[[], float]:
         """Σ_nk S_nk² of ``channel_products``."""
+        y, g = readable(y, "y"), readable(g, "g")
         module = self._module(self._pick(y.device))
         if hasattr(module, "squared_channel_products"):
             return _known(module.squared_channel_products(y, g))

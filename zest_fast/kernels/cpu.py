@@ -7,6 +7,7 @@ from torch import Tensor
 
 from zest_fast import _native  # type: ignore[attr-defined]
 from zest_fast.kernels.statistics import GradientMoments, Moments
+from zest_fast.kernels.storage import is_as_it_seems
 
 _DTYPE_NUMBER = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/layout.h
 
@@ -71,6 +72,8 @@ def silu_gated_backward(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
     operands = (g, gate, up)
     if not all(type(x) is Tensor and x.is_cpu and x.dtype == g.dtype and x.shape == g.shape for x in operands):
         return None
+    if not all(map(is_as_it_seems, operands)):
+        return None
     strides = [_row_stride(x) for x in operands]
     if g.dtype not in (torch.float32, torch.bfloat16) or None in strides:
         return None
@@ -113,7 +116,7 @@ def masked_into(g: Tensor, bits: Tensor, out: Tensor) -> bool:
 
 
 def _is_dense(x: Tensor) -> bool:
-    return type(x) is Tensor and x.is_cpu and x.is_contiguous()
+    return type(x) is Tensor and x.is_cpu and x.is_contiguous() and is_as_it_seems(x)
 
 
 def _row_stride(x: Tensor) -> int | None:

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from zest_fast.kernels.storage import is_as_it_seems
+
 _OLDEST_TRITON = (3, 6)
 _LEAN_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -118,7 +120,7 @@ def _lean_can_run(*tensors: Tensor) -> bool:
     return (
         (device.type == "cuda" or interpreted())
         and all(type(x) in (Tensor, nn.Parameter) and x.device == device and x.dtype in _LEAN_TYPES for x in tensors)
-        and all(x.dim() > 0 and x.numel() > 0 for x in tensors)
+        and all(x.dim() > 0 and x.numel() > 0 and is_as_it_seems(x) for x in tensors)
         and _lean_works(device)
     )
 

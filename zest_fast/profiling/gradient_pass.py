@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
 from zest_fast.profiling.graph import gradients_of_others
 from zest_fast.profiling.layer_rules import linear_gradient_factors
 from zest_fast.profiling.layers import Layer, Weight
-from zest_fast.profiling.loss import check_loss
+from zest_fast.profiling.loss import RepeatedLoss, check_loss
 from zest_fast.profiling.model_state import ModelState
 from zest_fast.profiling.taps import Routes, Taps, run_until_it_stands
 
@@ -42,6 +42,20 @@ class GradientPass:
         self._state.clear_gradients()
         self._state.rewind()
 
+    def replaced(
+        self, tensors: Iterable[Tensor], change: Callable[[int, Tensor], Tensor]
+    ) -> AbstractContextManager[None]:
+        """Parameters with other values in all passes inside (see ``ModelState.replaced``)."""
+        return self._state.replaced(tensors, change)
+
+    def loss(self, compute_loss: Callable[[], Tensor]) -> Tensor:
+        """The loss of a forward from the state of the first; what the forward writes is restored later."""
+        self.rewind()
+        loss = self._state.guarded(compute_loss)()
+        check_loss(loss)
+        self._state.clear_gradients()  # a loss that runs a backward pass by itself leaves some
+        return loss
+
     def run(
         self, compute_loss: Callable[[], Tensor], receive: Receive, receive_factors: ReceiveFactors | None = None
     ) -> None:
@@ -51,6 +65,7 @@ class GradientPass:
         dW = LᵀR. Either may be called again for a weight, with what then counts: some models show only while they run
         how their gradients have to be collected (see ``Taps.revised``).
         """
+        repeated = RepeatedLoss(self._state.parameters)
 
         def make(routes: Routes) -> Taps:
             return Taps(
@@ -67,15 +82,13 @@ class GradientPass:
 
         def once(taps: Taps) -> Tensor:
             with taps:
-                loss = compute_loss()
-                check_loss(loss)
-                self._state.clear_gradients()
+                loss = self.loss(compute_loss)
+                repeated.check(loss, taps.routes.takes_part)
                 with gradients_of_others(loss, self._state.parameters):
                     taps.backward(loss)
             return loss
 
         def prepare(routes: Routes) -> None:
-            self.rewind()
             self._state.set_flags(own=routes.own_flags)
 
         run_until_it_stands(make, once, prepare, Routes(tiles=receive_factors is not None))
@@ -102,20 +115,3 @@ class _Receiver:
 
     def missed(self, layer: Layer, why: str, *, outputs: bool) -> None:
         """Outputs are not observed."""
-
-
-@contextmanager
-def replaced(tensors: Iterable[Tensor], change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
-    """Parameters with other values, of another dtype if need be: ``change(i, values)`` for the i-th.
-
-    Their own storage is set aside and put back, not written to: signs of zeros and payloads of NaN included, they are
-    afterwards as before.
-    """
-    before = [(tensor, tensor.data) for tensor in tensors]
-    try:
-        for i, (tensor, values) in enumerate(before):
-            tensor.data = change(i, values)
-        yield
-    finally:
-        for tensor, values in before:
-            tensor.data = values

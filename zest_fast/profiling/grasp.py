@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zest_fast.kernels import Collector
-from zest_fast.profiling.gradient_pass import GradientPass, replaced
+from zest_fast.profiling.gradient_pass import GradientPass
 from zest_fast.profiling.graph import custom_functions, leaves_of
 from zest_fast.profiling.layer_rules import weight_gradient_moments
 from zest_fast.profiling.layers import Weight
-from zest_fast.profiling.loss import check_loss
 from zest_fast.profiling.nearest import some
 from zest_fast.profiling.taps import anchor_outputs
 
@@ -63,15 +62,13 @@ def _by_double_backward(
     """Also the names of functions in the graph of which autograd cannot know the second derivative."""
     weights = passes.weights
     products: dict[Weight, Callable[[], float]] = {}
-    passes.rewind()
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused kernels have no second derivative
         if recurrent:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         for handle in anchor_outputs(passes.embeddings):
             stack.callback(handle.remove)
-        loss = compute_loss()
-        check_loss(loss)
+        loss = passes.loss(compute_loss)
         if leaves_of(loss)[1]:  # torch.autograd.grad passes it by in silence
             raise RuntimeError("reentrant checkpointing hides a part of the graph")
         gradients = torch.autograd.grad(
@@ -150,7 +147,7 @@ def _products_at(
     def reduce(weight: Weight, dw: Tensor) -> None:
         products[weight] = _product_sum(collector, dw, original[weight])
 
-    with replaced(
+    with passes.replaced(
         [weight.parameter for weight in weights], lambda i, value: value.add(directions[i].to(value.dtype), alpha=step)
     ):
         passes.run(compute_loss, reduce)

@@ -74,8 +74,8 @@ def has_output_rule(layer: Layer) -> bool:
 
 
 def rows(x: Tensor) -> Tensor:
-    """[..., I] -> [T, I]."""
-    return x.detach().reshape(-1, x.shape[-1])
+    """[..., I] -> [T, I]; T is counted, since -1 has no meaning where I is 0."""
+    return x.detach().reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def linear_gradient_moments(
@@ -99,21 +99,22 @@ def linear_gradient_factors(module: nn.Module, x: Tensor, g: Tensor) -> tuple[Te
 
 
 def linear_gradient_moments_without_tiles(
-    collector: Collector, module: nn.Module, x: Tensor, g: Tensor, y: Tensor | None
+    collector: Collector, module: nn.Module, x: Tensor, g: Tensor, product: bool
 ) -> Callable[[], GradientMoments]:
     """The statistics of dW that have closed forms; those of |dW| and |W⊙dW| are NaN.
 
-    ΣdW = Σ_t (Σ_i X_ti)(Σ_k G_tk), ‖dW‖² = Σ_ts (x_t·x_s)(g_t·g_s), ΣW⊙dW = Σ Y⊙G − Σ b·db (only where y is given).
-    Float64 throughout, since the sums may cancel.
+    ΣdW = Σ_t (Σ_i X_ti)(Σ_k G_tk), ‖dW‖² = Σ_ts (x_t·x_s)(g_t·g_s), ΣW⊙dW = Σ_tk (x_t·w_k) G_tk (only where
+    ``product``). Float64 throughout, since the sums may cancel. x_t·w_k is Y without its bias, computed anew: Y is
+    rounded to the digits of the bias, under which a small product is noise, and may have been overwritten.
     """
-    x, g, weight, bias = rows(x), rows(g), _weight(module), module._parameters.get("bias")
+    x, g, weight = rows(x), rows(g), _weight(module)
+    matrix = weight if is_transformers_conv1d(module) else weight.t()
     sums = torch.zeros(3, dtype=torch.float64, device=x.device)  # of dW, of its squares, of W⊙dW
     for start in range(0, len(x), _GRAM_ROWS):
         xs, gs = x[start : start + _GRAM_ROWS].double(), g[start : start + _GRAM_ROWS].double()
         sums[0] += xs.sum(1) @ gs.sum(1)
-        if y is not None:
-            ys = rows(y)[start : start + _GRAM_ROWS].double()
-            sums[2] += ((ys if bias is None else ys - bias.detach()) * gs).sum()
+        if product:
+            sums[2] += ((x[start : start + _GRAM_ROWS] @ matrix).double() * gs).sum()
         for other in range(0, start + 1, _GRAM_ROWS):
             xo, go = x[other : other + _GRAM_ROWS].double(), g[other : other + _GRAM_ROWS].double()
             sums[1] += ((xs @ xo.t()) * (gs @ go.t())).sum() * (1 if other == start else 2)
@@ -121,12 +122,11 @@ def linear_gradient_moments_without_tiles(
     of_gradient = collector.numbers(sums, lambda *found: found)
 
     def result() -> GradientMoments:
-        (total, square, product), w, count = of_gradient(), of_weight(), float(weight.numel())
+        (total, square, of_both), w, count = of_gradient(), of_weight(), float(weight.numel())
         m2 = max(square - total**2 / count, 0.0) if count else 0.0
         nonfinite = 0.0 if math.isfinite(total + square) else 1.0
         gradient = Moments.checked(count, total / max(count, 1.0), m2, math.nan, math.nan, nonfinite)
-        product = math.nan if y is None else product
-        return GradientMoments.checked(gradient, w.mean, w.m2, w.nonfinite, product, math.nan)
+        return GradientMoments.checked(gradient, w.mean, w.m2, w.nonfinite, of_both if product else math.nan, math.nan)
 
     return result
 
@@ -146,7 +146,32 @@ def fisher_of_one_use(collector: Collector, layer: Layer, y: Tensor, g: Tensor) 
 
 def output_products(collector: Collector, layer: Layer, y: Tensor, g: Tensor) -> Tensor:
     """S [N, K] = Σ_p Y⊙G in float64, for a layer whose uses have to be added up first."""
+    if y.is_nested:
+        return _jagged_products(y, g)
     return collector.channel_products(*_by_channel(layer, y, g))
+
+
+def _jagged_products(y: Tensor, g: Tensor) -> Tensor:
+    """``output_products`` of samples of different lengths, [N, j, K], by plain torch."""
+    values, offsets = jagged_rows(y)
+    gradients, _ = jagged_rows(g)
+    products = values.double() * gradients.double()
+    samples = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=y.device), offsets.diff())
+    sums = products.new_zeros(len(offsets) - 1, products.shape[-1])
+    return sums.index_add_(0, samples, products.flatten(1, -2).sum(1) if products.dim() > 2 else products)
+
+
+def jagged_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of every sample, one after another, and where each sample begins, of a jagged tensor [N, j, ...].
+
+    Raises ValueError for another kind of nested tensor.
+    """
+    if x.layout != torch.jagged or x.lengths() is not None or x._ragged_idx != 1:  # type: ignore[attr-defined]
+        raise ValueError(
+            "its output is a nested tensor whose samples do not lie dense, one after another; use the layout "
+            "torch.jagged without gaps, or pad the batch"
+        )
+    return x.detach().values(), x.offsets()  # type: ignore[attr-defined]
 
 
 def fisher_of_products(collector: Collector, s: Tensor) -> Callable[[], float]:

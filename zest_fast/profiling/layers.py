@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from zest_fast.kernels import DTYPES
+from zest_fast.kernels.storage import has_storage, why_no_storage
 from zest_fast.profiling.nearest import nearest
 
 LayerSelection = str | re.Pattern[str] | Iterable[str] | Callable[[str, nn.Module], bool] | None
@@ -89,7 +90,7 @@ def unsupported(p: Tensor) -> str:
         return f"quantised or integer storage ({p.dtype})"
     if p.dtype not in DTYPES:
         return f"{p.dtype} has no gradient statistics"
-    return ""
+    return "" if has_storage(p) else f"its weight is {why_no_storage(p)}"
 
 
 def kind_of(module: nn.Module) -> str:
@@ -158,6 +159,11 @@ def select_layers(layers: list[Layer], selection: LayerSelection) -> list[Layer]
     by_name = {layer.name: layer for layer in layers}
     if selection is None:
         chosen = [layer for layer in layers if not layer.is_embedding]
+        if layers and not chosen:
+            raise ValueError(
+                "the model has no layers but embeddings, which layers=None leaves out; name them, as in "
+                f"layers={[layer.name for layer in layers][:3]}"
+            )
     elif isinstance(selection, str | re.Pattern):
         pattern = _compiled(selection)
         chosen = [layer for layer in layers if pattern.fullmatch(layer.name) or pattern.fullmatch(layer.module_name)]

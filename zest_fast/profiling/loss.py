@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def own_loss(output: Any, inputs: Mapping[str, Any]) -> Tensor:
 def _usable(value: Any, devices: set[torch.device], name: str, check_size: bool = True) -> Any:
     """The batch with tensors that can take part in a graph and get no .grad; checks size and device."""
     if isinstance(value, Tensor):
-        if check_size and value.dim() and value.shape[0] == 0:
+        if check_size and value.dim() and value.size(0) == 0:  # nested tensors have no shape
             raise ValueError(f"{name} has shape {tuple(value.shape)}: an empty batch has no gradient")
         lengths = value.device.type == "cpu" and value.dim() == 1 and not value.is_floating_point()  # of sequences
         if value.device.type not in {device.type for device in devices} and devices and not lengths:
@@ -117,6 +118,48 @@ def check_loss(loss: Any) -> None:
             "the loss does not depend on the model's layers: it has no graph (was it detached, or computed under "
             "no_grad or from numbers?)"
         )
+
+
+class RepeatedLoss:
+    """Compares the losses of one pass that is run several times: all from the same state, they must be the same.
+
+    Routes of another run may add in another order, and a GPU's atomics add in any: relative differences up to
+    ``_ALIKE`` (on a GPU a hundred times that) of the coarsest type that takes part are taken for rounding.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self._types = {p.dtype for p in parameters if p.is_floating_point()}
+        self._first: dict[Any, Tensor] = {}
+
+    def check(self, loss: Tensor, of: Any = None) -> None:
+        """Raises RuntimeError where a loss differs from the first one that was handed over.
+
+        of: what may change the loss of a run by itself, such as which parameters take part; runs are compared where it
+        is the same.
+        """
+        first = self._first.setdefault(of, loss.detach().clone())
+        a, b = float(first), float(loss.detach())
+        if a == b or (math.isnan(a) and math.isnan(b)):
+            return
+        if abs(a - b) > self._tolerance(loss) * max(abs(a), abs(b)):
+            raise RuntimeError(
+                f"the loss was {a:.9g} in the first run of this pass and {b:.9g} in the next, though the model, its "
+                "buffers and plain attributes, and the random state of torch, NumPy, Python and of generators that "
+                "were found had been rewound: model or closure keeps something else (a data iterator, a counter in a "
+                "closure or in an object, a generator of its own). A pass is run again where its first run could not "
+                "see all uses of a weight. Let the closure compute the same loss every time"
+            )
+
+    def _tolerance(self, loss: Tensor) -> float:
+        kind = loss.device.type
+        types = {loss.dtype, *self._types}
+        if torch.is_autocast_enabled(kind):
+            types.add(torch.get_autocast_dtype(kind))
+        alike = max(_ALIKE.get(dtype, _ALIKE[torch.float16]) for dtype in types)
+        return alike if kind == "cpu" else min(100 * alike, 0.05)
+
+
+_ALIKE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def require_finite(loss: Tensor, model: nn.Module, compute_loss: Callable[[], Tensor]) -> None:

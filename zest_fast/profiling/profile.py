@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from zest_fast import kernels
-from zest_fast.profiling.code_names import attributes_read, forward_functions, hook_functions
+from zest_fast.kernels.storage import has_storage, why_no_storage
+from zest_fast.profiling.functions import attributes_read, forwards_of, referred
 from zest_fast.profiling.gradient_pass import GradientPass
 from zest_fast.profiling.graph import custom_functions, gradients_of_others, leaves_of
 from zest_fast.profiling.interrupts import HeldInterrupts
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
-from zest_fast.profiling.loss import check_loss, loss_of, require_finite
+from zest_fast.profiling.loss import RepeatedLoss, check_loss, loss_of, require_finite
 from zest_fast.profiling.metrics import (
     BACKWARD,
     FISHER,
@@ -95,8 +97,11 @@ def profile(
     Raises:
         TypeError, ValueError: an argument that does not fit, a model on the meta device, a loss that is not a finite
             scalar or does not depend on the model. The message names the argument or layer.
-        RuntimeError: inside ``torch.inference_mode``, or inside another profile of the same model.
-        NotImplementedError: TorchScript modules, which take no hooks.
+        RuntimeError: inside ``torch.inference_mode``, or inside another profile of the same model; where the loss of a
+            pass that was run again is another one; where a hook of the backward pass wrote into a large model's
+            weights; where another thread ran a backward pass over the model meanwhile.
+        NotImplementedError: TorchScript modules, which take no hooks, and sharded parameters (DTensor), which are not
+            done yet.
         Whatever model, loss_fn or closure raise passes through unchanged.
     """
     names = select_metrics(metrics)
@@ -106,6 +111,7 @@ def profile(
         raise ValueError(f"loss_scale is {loss_scale!r}; a positive number is needed")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("profile needs gradients and cannot run inside torch.inference_mode(); leave it first")
+    share = _share_of_batch(model)
     model = _without_wrappers(model, closure)
     modules = dict(model.named_modules())
     _require_usable(modules)
@@ -113,12 +119,16 @@ def profile(
     job = _Pass(model, modules, layers, names, backend)
     compute_loss = loss_of(model, batch, loss_fn, closure)
     request = OnRequest(names, model, batch, loss_fn, closure, backend, lenient=isinstance(metrics, str))
+    if share:
+        warnings.warn(share, RuntimeWarning, stacklevel=2)
+        request.notes.append(share)
     if any(module in _in_progress for module in modules.values()):
         raise RuntimeError("profile was called inside a profile of the same model; finish one before the next")
     with HeldInterrupts() as interrupts:
         _in_progress.update(modules.values())
         try:
-            return job.run(compute_loss, request, float(loss_scale), filter(None, (loss_fn, closure)), interrupts)
+            functions = [function for function in (loss_fn, closure) if function is not None]
+            return job.run(compute_loss, request, float(loss_scale), functions, interrupts)
         finally:
             _in_progress.difference_update(modules.values())
 
@@ -162,20 +172,20 @@ class _Pass:
         compute_loss: Callable[[], Tensor],
         request: OnRequest,
         loss_scale: float,
-        users_functions: Iterable[Any],
+        users_functions: list[Callable[..., Any]],
         interrupts: HeldInterrupts,
     ) -> LayerProfile:
         self._interrupts = interrupts
-        routes = self._first_routes(users_functions)
+        self._users_functions = users_functions
+        routes = self._first_routes()
         while True:
             # For fisher alone no weight takes part, so that no dW is formed: the taps anchor the graph themselves.
             takes_part = self._weight_gradients or not self._backward
             trainable = [layer.weight.parameter for layer in self._chosen] if takes_part else []
-            with torch.enable_grad(), _eager(), ModelState(self._modules.values(), trainable) as state:
+            kept = ModelState(self._modules.values(), trainable, self._users_functions, values=True)
+            with torch.enable_grad(), _eager(), kept as state:
                 try:
-                    taps, loss = run_until_it_stands(
-                        self._taps, lambda taps: self._once(taps, compute_loss, state), self._prepare(state), routes
-                    )
+                    taps, loss = self._until_it_stands(compute_loss, state, routes)
                 except _GradientInLoss:
                     self._saves = True
                     continue
@@ -186,11 +196,15 @@ class _Pass:
                 if routes.own_flags:
                     self._require_the_same_loss(loss, compute_loss, state)
                 reached = self._reached(taps, loss)
-            if reached is not None:
+            if reached is None:
+                # Less than the whole pass cannot tell which layers the loss depends on.
+                self._backward = self._weight_gradients = self._saves = True
+                routes = replace(routes, tiles=False)
+            elif statistics.overwritten - routes.copied:
+                # Past autograd's sight (y.data): Y has to be out of its reach to be there in backward.
+                routes = replace(taps.routes, copied=taps.routes.copied | statistics.overwritten)
+            else:
                 break
-            # Less than the whole pass cannot tell which layers the loss depends on.
-            self._backward = self._weight_gradients = self._saves = True
-            routes = replace(routes, tiles=False)
         if request.wanted:
             self._measure(request, reached)
         return build_profile(
@@ -209,34 +223,15 @@ class _Pass:
             grown=_size(self._modules) != self._size,
         )
 
-    def _first_routes(self, users_functions: Iterable[Any]) -> Routes:
+    def _first_routes(self) -> Routes:
         """What reading the user's code tells before the first pass."""
-        forward = list(attributes_read(forward_functions(self._modules.values())))
-        own_flags = any(
-            "requires_grad" in names and names & _WAYS_TO_PARAMETERS
-            for names in (*forward, *attributes_read(users_functions))
-        )
-        # Writing to .data is unseen by autograd: Y has to be out of its reach to be there for fisher.
-        hooks = attributes_read(hook_functions(self._modules.values()))
-        written = FISHER in self._needed and any("data" in names for names in (*forward, *hooks))
-        copied = self._chosen if written else ()
-        return Routes(own_flags=own_flags, copied=frozenset(copied))
+        read = map(attributes_read, referred([*self._users_functions, *forwards_of(self._modules.values())]))
+        return Routes(own_flags=any("requires_grad" in names and names & _WAYS_TO_PARAMETERS for names in read))
 
-    def _taps(self, routes: Routes) -> Taps:
-        self._statistics = Statistics(self._needed, self._backend)
-        return Taps(
-            self._chosen,
-            self._embeddings,
-            self._parents,
-            self._statistics,
-            routes,
-            outputs=OUTPUT in self._needed,
-            gradients=self._weight_gradients,
-            output_gradients=FISHER in self._needed,
-            keep_outputs=PRODUCT in self._needed and not self._needed & NEEDS_TILES,
-        )
-
-    def _prepare(self, state: ModelState) -> Callable[[Routes], None]:
+    def _until_it_stands(
+        self, compute_loss: Callable[[], Tensor], state: ModelState, routes: Routes
+    ) -> tuple[Taps, Tensor]:
+        repeated = RepeatedLoss(layer.weight.parameter for layer in self._chosen)
         first = True
 
         def prepare(routes: Routes) -> None:
@@ -247,12 +242,31 @@ class _Pass:
             first = False
             state.set_flags(own=routes.own_flags)
 
-        return prepare
+        def once(taps: Taps) -> Tensor:
+            loss = self._once(taps, compute_loss, state)
+            repeated.check(loss, taps.routes.takes_part)
+            return loss
+
+        return run_until_it_stands(self._taps, once, prepare, routes)
+
+    def _taps(self, routes: Routes) -> Taps:
+        self._statistics = Statistics(self._needed, self._backend)
+        return Taps(
+            self._chosen,
+            self._embeddings,
+            self._parents,
+            self._statistics,
+            routes,
+            outputs=bool(self._needed & {OUTPUT, FISHER}),  # for fisher: to see whether Y is still Y in backward
+            gradients=self._weight_gradients,
+            output_gradients=FISHER in self._needed,
+            keep_outputs=PRODUCT in self._needed and not self._needed & NEEDS_TILES,
+        )
 
     def _once(self, taps: Taps, compute_loss: Callable[[], Tensor], state: ModelState) -> Tensor:
         with taps:
             with nullcontext() if self._saves else _saving_nothing(), self._interrupts.interruptible():
-                loss = compute_loss()
+                loss = state.guarded(compute_loss)()
             check_loss(loss)
             if loss.device.type == "cpu":  # elsewhere a look would wait for the device: after the pass
                 require_finite(loss, self._model, compute_loss)
@@ -269,7 +283,7 @@ class _Pass:
             return
         state.rewind()
         with state.flags_of_the_user(), self._interrupts.interruptible():
-            own = float(compute_loss().detach())
+            own = float(state.guarded(compute_loss)().detach())
         found = float(loss.detach())
         if not math.isclose(own, found, rel_tol=1e-6):
             raise ValueError(
@@ -280,7 +294,8 @@ class _Pass:
     def _measure(self, request: OnRequest, reached: list[Layer]) -> None:
         """The passes beside the one, each from the state in which the model was handed over."""
         weights = [layer.weight.parameter for layer in reached]
-        with torch.enable_grad(), _eager(), ModelState(self._modules.values(), weights) as state:
+        kept = ModelState(self._modules.values(), weights, self._users_functions, values=True)
+        with torch.enable_grad(), _eager(), kept as state:
             request.measure(GradientPass(reached, self._embeddings, state))
 
     def _reached(self, taps: Taps, loss: Tensor) -> list[Layer] | None:
@@ -317,6 +332,20 @@ def _without_wrappers(model: nn.Module, closure: Callable[[], Tensor] | None) ->
     return original if isinstance(original, nn.Module) else model
 
 
+def _share_of_batch(model: nn.Module) -> str:
+    """What has to be said where several processes see a batch each; empty where this one sees the whole."""
+    distributed = torch.distributed
+    if not isinstance(model, nn.parallel.DistributedDataParallel) or not distributed.is_initialized():
+        return ""
+    processes = distributed.get_world_size(model.process_group)
+    if processes < 2:
+        return ""
+    return (
+        f"metrics are those of the batch of this process, one of {processes}: none is averaged over processes, and "
+        "those of the whole batch differ (signed ones by far)"
+    )
+
+
 def _require_usable(modules: dict[str, nn.Module]) -> None:
     """Raises an error that names the module or parameter that takes no hooks or can have no gradient."""
     for module_name, module in modules.items():
@@ -338,6 +367,13 @@ def _require_usable(modules: dict[str, nn.Module]) -> None:
                 raise ValueError(f"parameter {name!r} is on the meta device and has no data; load the weights first")
             if p.is_inference():
                 raise ValueError(f"parameter {name!r} was made under torch.inference_mode and can have no gradient")
+            if hasattr(p, "full_tensor"):
+                raise NotImplementedError(
+                    f"parameter {name!r} is a DTensor (fully_shard, tensor parallel): sharded models cannot be "
+                    "profiled yet; profile the model before it is sharded, or one process's copy with whole weights"
+                )
+            if type(p) in (Tensor, nn.Parameter) and not has_storage(p):
+                raise ValueError(f"parameter {name!r} is {why_no_storage(p)}")
 
 
 def _size(modules: dict[str, nn.Module]) -> int:

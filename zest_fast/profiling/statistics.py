@@ -16,6 +16,10 @@ from zest_fast.profiling.layers import Layer, Weight
 from zest_fast.profiling.metrics import NEEDS_TILES, PRODUCT, WEIGHT, LayerStatistics
 from zest_fast.profiling.nearest import some
 
+_OUTPUT_NAME = ("its output",)
+# Of means over a whole tensor, in which the rounding of a second computation (checkpointing) averages out.
+_AGAIN, _AGAIN_ON_A_GPU = 1e-6, 1e-4
+
 
 def _naming_the_layer(method: Callable[..., None]) -> Callable[..., None]:
     """What a kernel refuses is an error that names the layer (or parameter) it was refused for."""
@@ -56,20 +60,25 @@ class Statistics:
         """Layers some of whose outputs could not be observed, and why: what is known of the others is not used."""
         self.missed_gradients: dict[Layer, str] = {}
         """The same of the gradients of their outputs."""
+        self._outputs_again: dict[Layer, list[tuple[Callable[[], Moments], float]]] = {}
+        self.overwritten: set[Layer] = set()
+        """Layers whose output was written to past autograd after they returned it, so that S is not theirs."""
 
     @_naming_the_layer
     def output(self, layer: Layer, y: Tensor) -> None:
-        self._outputs.setdefault(layer, []).extend(self.collector.moments([y]))
+        if y.is_nested:
+            y = layer_rules.jagged_rows(y)[0]
+        self._outputs.setdefault(layer, []).extend(self.collector.moments([y], _OUTPUT_NAME))
 
     @_naming_the_layer
     def linear(self, layer: Layer, x: Tensor, g: Tensor, y: Callable[[], Tensor]) -> None:
-        # ΣW⊙dW = ΣY⊙G − Σb·db holds for Y as it is before rounding: in half precision tiles are nearer to the truth.
+        # ΣW⊙dW = Σ(x·w)⊙G holds for products before rounding: in half precision tiles are nearer to the truth.
         rounded = PRODUCT in self.needed and g.dtype.itemsize < 4
         if NEEDS_TILES & self.needed or x.dtype != g.dtype or rounded:
             found = layer_rules.linear_gradient_moments(self.collector, layer.module, x, g)
         else:
             found = layer_rules.linear_gradient_moments_without_tiles(
-                self.collector, layer.module, x, g, y() if PRODUCT in self.needed else None
+                self.collector, layer.module, x, g, PRODUCT in self.needed
             )
         self._gradients[layer.weight] = found
 
@@ -79,10 +88,12 @@ class Statistics:
 
     @_naming_the_layer
     def output_gradient(self, layer: Layer, y: Callable[[], Tensor], g: Tensor, only_use: bool) -> None:
-        if only_use:
-            self._fisher[layer] = [layer_rules.fisher_of_one_use(self.collector, layer, y(), g)]
+        output = y()
+        self._require_as_returned(layer, output)
+        if only_use and not output.is_nested:
+            self._fisher[layer] = [layer_rules.fisher_of_one_use(self.collector, layer, output, g)]
         else:
-            products = layer_rules.output_products(self.collector, layer, y(), g)
+            products = layer_rules.output_products(self.collector, layer, output, g)
             self._products.setdefault(layer, []).append(products)
 
     def untouched(self, layer: Layer) -> None:
@@ -92,6 +103,12 @@ class Statistics:
         self.missed_gradients[layer] = why
         if outputs:
             self.missed_outputs[layer] = why
+
+    def _require_as_returned(self, layer: Layer, y: Tensor) -> None:
+        """Notes what tells, once results are there, whether Y is still what the layer returned (see ``finish``)."""
+        if not y.is_nested:
+            (found,) = self.collector.moments([y], _OUTPUT_NAME)
+            self._outputs_again.setdefault(layer, []).append((found, _AGAIN if y.is_cpu else _AGAIN_ON_A_GPU))
 
     def finish(self, layers: Iterable[Layer]) -> None:
         """Fetches all results, and the statistics of weights that no gradient brought along.
@@ -112,8 +129,9 @@ class Statistics:
             for weight in {layer.weight: None for layer in layers if layer.weight not in self._gradients}:
                 by_device.setdefault(weight.parameter.device, []).append(weight)
             for weights in by_device.values():
+                names = [f"the weight of layer {weight.layers[0].name!r}" for weight in weights]
                 try:
-                    found = self.collector.moments([weight.parameter.detach() for weight in weights])
+                    found = self.collector.moments([weight.parameter.detach() for weight in weights], names)
                 except (ValueError, TypeError, NotImplementedError) as error:
                     raise type(error)(f"weights of {some(w.layers[0].name for w in weights)}: {error}") from error
                 self._weights.update(zip(weights, found, strict=True))
@@ -122,6 +140,10 @@ class Statistics:
         self.gradients = {weight: later() for weight, later in self._gradients.items()}
         self.weights = {weight: later() for weight, later in self._weights.items()}
         self.fisher = {layer: sum(later() for later in found) for layer, found in self._fisher.items()}
+        for layer, again in self._outputs_again.items():
+            returned = [later() for later in self._outputs.get(layer, ())]
+            if returned and not all(any(_alike(a(), b, rel) for b in returned) for a, rel in again):
+                self.overwritten.add(layer)
 
     def of(self, layer: Layer, loss_scale: float) -> tuple[LayerStatistics, int]:
         """The statistics of a layer, gradients divided by the loss scale, and how many entries were not finite."""
@@ -147,6 +169,19 @@ class Statistics:
             if not math.isfinite(s.fisher):
                 s.fisher = math.nan
         return s, int(nonfinite)
+
+
+def _alike(a: Moments, b: Moments, rel: float) -> bool:
+    """Whether two sets of moments are those of one tensor, or of one that was computed again (checkpointing)."""
+    if a.nonfinite or b.nonfinite:
+        return a.nonfinite == b.nonfinite
+    close = functools.partial(math.isclose, rel_tol=rel)
+    return (
+        a.count == b.count
+        and abs(a.mean - b.mean) <= rel * a.abs_mean
+        and close(a.abs_mean, b.abs_mean)
+        and close(a.norm, b.norm)
+    ) or a.count == b.count == 0
 
 
 def _merged(parts: list[Moments]) -> Moments:

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.rnn import PackedSequence
 
 from zest_fast.kernels import Collector
-from zest_fast.profiling.gradient_pass import GradientPass, replaced
+from zest_fast.profiling.gradient_pass import GradientPass
 from zest_fast.profiling.layer_rules import weight_gradient_moments
 from zest_fast.profiling.layers import Weight
 from zest_fast.profiling.loss import call_model, logits_of
@@ -64,7 +64,10 @@ def synflow(
     def reduce(weight: Weight, dw: Tensor) -> None:
         moments[weight] = weight_gradient_moments(collector, dw, weight.parameter)
 
-    with replaced(parameters, lambda _, p: _positive(p)), _replaced_outputs(modules, _looks_up_input(model, inputs)):
+    with (
+        passes.replaced(parameters, lambda _, p: _positive(p)),
+        _replaced_outputs(modules, _looks_up_input(model, inputs)),
+    ):
         try:
             passes.run(compute, reduce)
         except OverflowError:  # deep models with gates square their signal block by block

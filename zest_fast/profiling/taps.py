@@ -77,6 +77,11 @@ class Routes:
     anchored: bool = False
     """Whether outputs of embeddings require a gradient, without which reentrant checkpointing drops what follows."""
 
+    @property
+    def takes_part(self) -> tuple[bool, bool]:
+        """What decides which parameters take part in the loss while it is computed."""
+        return self.tiles, self.own_flags
+
 
 @dataclass(eq=False)
 class _Counts:
@@ -145,7 +150,7 @@ class Taps(AbstractContextManager["Taps"]):
         self._embeddings = list(embeddings)
         self._parents = list(parents)
         self._observer = observer
-        self._routes = routes
+        self.routes = routes
         self._outputs = outputs
         self._gradients = gradients
         self._output_gradients = output_gradients
@@ -182,8 +187,8 @@ class Taps(AbstractContextManager["Taps"]):
         p = weight.parameter
         return (
             self._gradients
-            and self._routes.tiles
-            and id(p) not in self._routes.leaf
+            and self.routes.tiles
+            and id(p) not in self.routes.leaf
             and len(weight.layers) == 1
             and not p._backward_hooks  # a user's hook on the gradient acts on the leaf route only
             and has_tile_rule(weight.layers[0].module)
@@ -209,7 +214,7 @@ class Taps(AbstractContextManager["Taps"]):
             for counts in self._counts.values():
                 hook = self._leaf_hook(counts)
                 self._handles.append(counts.weight.parameter.register_post_accumulate_grad_hook(hook))
-        if self._routes.anchored:
+        if self.routes.anchored:
             self._handles += anchor_outputs(self._embeddings)
         return self
 
@@ -268,7 +273,7 @@ class Taps(AbstractContextManager["Taps"]):
                 "another thread ran a backward pass over the model during its profile, and gradients of the two cannot "
                 "be told apart; profile the model while no other thread trains it"
             )
-        if self._differentiates and self._routes.tiles:
+        if self._differentiates and self.routes.tiles:
             return  # to be run again
         for layer, why in self._missed.items():
             self._observer.missed(layer, why, outputs=False)
@@ -297,7 +302,7 @@ class Taps(AbstractContextManager["Taps"]):
 
         failed: the pass ended in an exception; it is run again where what the taps changed may be the reason.
         """
-        old = self._routes
+        old = self.routes
         if failed:
             new = replace(old, tiles=False, own_flags=True)
             return new if self._engine_was_called and new != old else None
@@ -327,7 +332,7 @@ class Taps(AbstractContextManager["Taps"]):
     def _summed_at_the_end(self, counts: _Counts) -> bool:
         """Whether uses are added up until the backward pass is over, because they arrive one by one."""
         several = counts.calls > 1 or len(counts.weight.layers) > 1
-        return id(counts.weight.parameter) in self._routes.until_the_end or (
+        return id(counts.weight.parameter) in self.routes.until_the_end or (
             several and (counts.tiled or counts.calls_without_grad > 0)
         )
 
@@ -410,7 +415,7 @@ class Taps(AbstractContextManager["Taps"]):
             tiled.not_by_tiles = True  # frozen by us while it was used there
         if not grad or not isinstance(output, Tensor) or output.dtype not in DTYPES or is_transformed(output):
             return None
-        if self._routes.threads.issuperset(layers):
+        if self.routes.threads.issuperset(layers):
             own = all(holder.get(name) is parameter for holder, name, parameter in map(_place, layers))
             return self._tap(layers, None, x, output, own, elsewhere=True)
 
@@ -433,7 +438,8 @@ class Taps(AbstractContextManager["Taps"]):
     ) -> Tensor | None:
         """Puts a pre-hook on the graph node of y; returns what takes the place of y, if anything does.
 
-        own: whether the layers' modules hold the profiled weights in this call. elsewhere: y comes from another thread, and is observed when its gradient arrives, which tells whose it is.
+        own: whether the layers' modules hold the profiled weights in this call. elsewhere: y comes from another
+        thread, and is observed when its gradient arrives, which tells whose it is.
         """
         result, kept = None, y
         if not y.requires_grad:
@@ -444,7 +450,7 @@ class Taps(AbstractContextManager["Taps"]):
         elif y.grad_fn is None:  # the module returns its own parameter
             y = result = y.view_as(y)
         shape, source = y.shape, y
-        if any(layer in self._routes.copied for layer in layers):
+        if any(layer in self.routes.copied for layer in layers):
             result = y.clone()  # what others do to it, or hang on its node, stays off y
         elif y._is_view():
             base = y._base
@@ -553,7 +559,7 @@ class Taps(AbstractContextManager["Taps"]):
             self._overwritten.update(layers)
 
     def _is_only_use(self, layer: Layer) -> bool:
-        return self._calls.get(layer, 0) == 1 and layer not in self._routes.threads
+        return self._calls.get(layer, 0) == 1 and layer not in self.routes.threads
 
     def _leaf_hook(self, counts: _Counts) -> Callable[[Tensor], None]:
         def hook(p: Tensor) -> None:

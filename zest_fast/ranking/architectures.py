@@ -11,13 +11,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas
 
-from zest_fast.ranking.contributions import Pair
 from zest_fast.ranking.features import metric_z
 from zest_fast.ranking.groups import Group, Layout, Shape
+
+if TYPE_CHECKING:
+    from zest_fast.ranking.contributions import Pair
 
 KNOWN_FROM = 0.8
 """The share of layers, of the profile's or of the records', that must match for an architecture to be known."""
@@ -175,6 +177,8 @@ def _mean_positions(pairs: Sequence[Pair], names: Sequence[str]) -> np.ndarray:
 
 
 def _mean_metrics(pairs: Sequence[Pair], names: Sequence[str]) -> np.ndarray:
+    import pandas
+
     tables = [
         pandas.DataFrame(metric_z(group), index=list(group.names)).reindex(list(names)).to_numpy()
         for pair in pairs

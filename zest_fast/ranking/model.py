@@ -7,21 +7,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas
 
 from zest_fast.profiling.nearest import some
 from zest_fast.ranking.architectures import Architecture, Match, find
 from zest_fast.ranking.assessment import Assessment, Known
-from zest_fast.ranking.boosted_trees import explain_trees, predict_trees
-from zest_fast.ranking.features import FEATURES, KIND_PRIOR, LAYER_PRIOR, STRUCTURE, features_of
+from zest_fast.ranking.errors import Errors
+from zest_fast.ranking.features import FEATURES, KIND_PRIOR, LAYER_PRIOR, STRUCTURE, columns_of, features_of
 from zest_fast.ranking.groups import Group
 from zest_fast.ranking.kind_prior import kind_prior
 from zest_fast.ranking.layer_prior import layer_prior, usual_metrics
 from zest_fast.ranking.linear_base import LinearBase, has_prior
-from zest_fast.ranking.selection import Errors
+from zest_fast.ranking.trees import Tree, explain_trees, predict_trees
 
 if TYPE_CHECKING:
-    import lightgbm
+    import pandas
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ class Model:
     features: tuple[str, ...]
     base: LinearBase
     strength: float
-    trees: lightgbm.Booster
+    trees: tuple[Tree, ...]
+    """Over the columns of `features`."""
     known: Errors
     new: Errors
     architectures: tuple[Architecture, ...]
@@ -51,7 +51,7 @@ class Model:
         prior = has_prior(values)
         whole = [slice(0, len(group))]
         raw = self.strength * self.base.predict(values, whole)
-        raw = raw + predict_trees(self.trees, values, features=self.features)
+        raw = raw + predict_trees(self.trees, values[:, columns_of(self.features)])
         scores = 0.5 + _centred(self._slopes(prior) * raw)
         known = bool(matches) and matches[0].known
         return Assessment(
@@ -82,9 +82,11 @@ class Model:
         return np.column_stack([low, high])
 
     def _explain(self, group: Group, values: np.ndarray) -> pandas.DataFrame:
+        import pandas
+
         base = self.strength * self.base.parts(values, [slice(0, len(group))])
         columns = {f"base_{name}": base[:, list(index)].sum(axis=1) for name, index in _PARTS.items()}
-        trees = explain_trees(self.trees, values, features=self.features)
+        trees = explain_trees(self.trees, values[:, columns_of(self.features)])
         columns |= {name: trees[:, column] for column, name in enumerate(self.features)}
         slopes = self._slopes(has_prior(values))
         frame = pandas.DataFrame({name: _centred(slopes * part) for name, part in columns.items()})

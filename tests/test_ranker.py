@@ -311,7 +311,7 @@ def test_damaged_and_foreign_files_are_refused_by_name(small, tmp_path):
         "{}": "is no Ranker",
         "[1]": "is no Ranker",
         text.replace('"slope": 0.', '"slope": 1.', 1): "checksum does not match",
-        text.replace('"values": [', '"values": [1', 1): "checksum does not match",
+        text.replace('"counts": [', '"counts": [1', 1): "checksum does not match",
         json.dumps({**document, "version": 3}): "format version 3, this zest_fast reads 1 and 2",
         json.dumps(
             resigned({**document, "metadata": {**document["metadata"], "features": renamed}})

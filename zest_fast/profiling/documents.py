@@ -124,9 +124,9 @@ class Number:
             size = float(value)
         except OverflowError:
             size = math.inf
-        if math.isfinite(size) or self.finite:
-            if not (math.isfinite(size) and self.low <= value <= self.high):
-                _refuse(key, self._bounds(), value)
+        inside = math.isfinite(size) and self.low <= value <= self.high
+        if not inside and (math.isfinite(size) or self.finite):
+            _refuse(key, self._bounds(), value)
 
     def _bounds(self) -> str:
         what = "an integer" if self.integer else "a finite number"
@@ -254,4 +254,3 @@ def _counts(values: Iterable[Any]) -> dict[Any, int]:
     for value in values:
         found[value] = found.get(value, 0) + 1
     return found
-

@@ -32,12 +32,10 @@ def shorten(name: str, width: int = 44) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with what a terminal obeys (escapes, line breaks, text that runs backwards) written as \\x1b, \\n, \\u202e.
+    """`text` with what a terminal obeys (escapes, line breaks, text that runs backwards) as \\x1b, \\n, \\u202e.
 
     A backslash of its own stays as it is: layer names have none, and a path keeps its spelling.
     """
     if text.isprintable():
         return text
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)

@@ -1,4 +1,4 @@
-"""The corrections: LightGBM's LambdaRank, started from the base. LightGBM grows the trees; it never scores with them."""
+"""The corrections: LightGBM's LambdaRank, started from the base. LightGBM grows the trees, and scores with none."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ towards 0 the worst. It is a sum of what the features add (`explain`), so the en
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.ranking.assessment import Assessment, Known
-from zest_fast.ranking.features import FEATURE_SETS
+from zest_fast.ranking.features import FEATURE_SETS, METRICS
 from zest_fast.ranking.groups import Group, group_of
 from zest_fast.ranking.model import Model
 from zest_fast.ranking.ranker_files import load_ranker, save_ranker
@@ -59,7 +60,11 @@ class Ranker:
         """Scores, intervals and what is known, of one profile at once; see `predict`, `intervals` and `knows`."""
         if self._model is None:
             raise RuntimeError("this Ranker has learned nothing yet; fit it to records, or load one")
-        return self._model.assess(group_of(profile))
+        assessment = self._model.assess(group_of(profile))
+        if isinstance(profile, LayerProfile):
+            ignored = tuple(metric for metric in profile.metrics if metric not in METRICS)
+            assessment = dataclasses.replace(assessment, ignored=ignored)
+        return assessment
 
     def predict(self, profile: LayerProfile | pandas.DataFrame) -> np.ndarray:
         """Scores, float64 [rows], in row order; larger is better, NaN for the head.

@@ -17,8 +17,18 @@ from typing import Any
 import numpy as np
 
 from zest_fast.profiling.documents import (
-    Keys, ListOf, MapOf, Null, Number, OneOf, Text, parse_json, shown, text_of, whole_file,
-)  # fmt: skip
+    Keys,
+    ListOf,
+    MapOf,
+    Null,
+    Number,
+    OneOf,
+    Text,
+    parse_json,
+    shown,
+    text_of,
+    whole_file,
+)
 from zest_fast.profiling.nearest import some
 from zest_fast.profiling.replacing import replacing
 from zest_fast.ranking.architectures import Architecture
@@ -188,7 +198,9 @@ def _trees_from(documents: list[dict[str, Any]], features: tuple[str, ...]) -> t
     trees = []
     for place, document in enumerate(documents):
         try:
-            entries = {name: np.array(document[name], dtype=_DTYPES.get(name, np.int64)) for name in _TREE.needed}
+            entries: dict[str, Any] = {
+                name: np.array(document[name], dtype=_DTYPES.get(name, np.int64)) for name in _TREE.needed
+            }
             if (entries["features"] >= len(features)).any():
                 raise ValueError(f"features: expected columns below {len(features)}")
             trees.append(Tree(**entries))

@@ -16,7 +16,6 @@ from typing import Any
 
 from zest_fast.profiling.documents import (
     Flag,
-    Json,
     Keys,
     ListOf,
     MapOf,
@@ -49,6 +48,7 @@ _ROW = Keys(
     },
     others=True,
 )
+VERSIONS = Keys({}, {"definitions": Null(Number(0, 2**31, integer=True))}, others=True)
 _SPECIFICATIONS = {
     "header": Keys(
         {"format": Number(integer=True)},
@@ -56,7 +56,7 @@ _SPECIFICATIONS = {
             **dict.fromkeys(("model", "dataset", "family", "recipe_hash"), Text()),
             "recipe": Keys({}, {"seeds": ListOf(_SEED, unique=True)}, others=True),
             "layers": ListOf(Text(), unique=True),
-            "versions": MapOf(Json()),
+            "versions": VERSIONS,
         },
         others=True,
     ),

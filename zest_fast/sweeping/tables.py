@@ -12,7 +12,7 @@ from zest_fast.profiling.documents import Json, Keys, ListOf, MapOf, Number, Tex
 from zest_fast.profiling.parquet_files import parquet_schema, read_parquet
 from zest_fast.profiling.replacing import replacing
 from zest_fast.ranking.features import METRICS as _METRICS
-from zest_fast.sweeping.records import Record, read_records
+from zest_fast.sweeping.records import VERSIONS, Record, read_records
 
 if TYPE_CHECKING:
     import pandas
@@ -49,7 +49,7 @@ _BOUNDS = {
 }
 _SWEEP = {"model": Text(), "dataset": Text(), "recipe_hash": Text()}
 _SWEEPS = ListOf(
-    Keys(_SWEEP, {"family": Text(), "versions": MapOf(Json()), "recipe": MapOf(Json()), "environment": Json()}, True),
+    Keys(_SWEEP, {"family": Text(), "versions": VERSIONS, "recipe": MapOf(Json()), "environment": Json()}, True),
     most=100_000,
 )
 _HEADER = Keys(

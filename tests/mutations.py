@@ -279,6 +279,8 @@ def _records_parquet() -> bytes:
 def _table_parquet() -> bytes:
     import pandas
 
+    import zest_fast.integrations.datasets  # noqa: F401 (as above)
+
     frame = pandas.DataFrame({"text": ["good", "bad", "fine"] * 9, "label": [1, 0, 1] * 9, "tags": [["a", "b"]] * 27})
     return _bytes_of("t.parquet", lambda path: frame.to_parquet(path))
 
@@ -386,8 +388,8 @@ _UNFROZEN = {
     "unfrozen_parameters": ["^lm_head.weight$", "model.layers.1.mlp"],
 }
 _LLAMA_FACTORY = {
-    "model_name_or_path": "tiny", "stage": "sft", "finetuning_type": "lora", "lora_rank": 4, "lora_target": "q_proj,v_proj",
-    "quantization_bit": 4, "per_device_train_batch_size": 2, "cutoff_len": 16, "bf16": True, "output_dir": "out",
+    "model_name_or_path": "tiny", "stage": "sft", "finetuning_type": "lora", "lora_rank": 4,
+    "lora_target": "q_proj,v_proj", "quantization_bit": 4, "per_device_train_batch_size": 2, "cutoff_len": 16, "bf16": True, "output_dir": "out",
     "gradient_accumulation_steps": 8, "optim": "adamw_torch",
 }  # fmt: skip
 _FREEZE = {**_LLAMA_FACTORY, "finetuning_type": "freeze", "freeze_trainable_layers": 1, "quantization_bit": None}
@@ -401,6 +403,10 @@ _TRAINER = {
 
 
 def _trainer_files() -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "t.yaml"
+        path.write_text(json.dumps(_AXOLOTL))
+        _read_yaml(path)  # imports transformers and peft, which is no part of an answer
     return [_AXOLOTL, _LLAMA_FACTORY, _UNFROZEN, _FREEZE, _TRAINER]
 
 
@@ -430,6 +436,8 @@ def _read_yaml(path: Path) -> None:
 
 
 def _rows() -> list[Any]:
+    import zest_fast.integrations.datasets  # noqa: F401 (torch takes its seconds before the first answer)
+
     return [{"text": f"words {row}", "label": row % 2, "more": {"a": [row]}} for row in range(20)]
 
 
@@ -441,6 +449,8 @@ def _write_rows(whole: list[Any], chance: np.random.Generator, path: Path) -> No
 
 
 def _csv() -> bytes:
+    import zest_fast.integrations.datasets  # noqa: F401 (as above)
+
     return b"text,label,more\n" + b"".join(b'"words, and ""%d""",%d,x\n' % (row, row % 2) for row in range(20))
 
 

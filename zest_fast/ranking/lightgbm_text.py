@@ -13,7 +13,7 @@ import numpy as np
 from zest_fast.profiling.documents import shown
 from zest_fast.ranking.trees import MOST_TREES, Tree
 
-_CATEGORICAL, _DEFAULT_LEFT, _MISSING_SHIFT, _MOST_DECISION = 1, 2, 2, 0b1011
+_CATEGORICAL, _DEFAULT_LEFT, _MISSING_SHIFT, _MOST_DECISION = 1, 2, 2, 0b1111
 
 
 def trees_from_text(text: str, features: Sequence[str]) -> tuple[Tree, ...]:

@@ -72,8 +72,8 @@ class Tree:
 
     def _goes_left(self, values: np.ndarray, node: np.ndarray | int) -> np.ndarray:
         missing, nan = self.missing[node], np.isnan(values)
-        values = np.where(nan & (missing != NAN_IS_MISSING), 0.0, values)
-        lacks = ((missing == ZERO_IS_MISSING) & (np.abs(values) <= _ZERO)) | ((missing == NAN_IS_MISSING) & nan)
+        values = np.where((nan & (missing != NAN_IS_MISSING)) | (np.abs(values) <= _ZERO), 0.0, values)
+        lacks = ((missing == ZERO_IS_MISSING) & (values == 0)) | ((missing == NAN_IS_MISSING) & nan)
         return np.where(lacks, self.default_left[node], values <= self.thresholds[node])
 
     @cached_property

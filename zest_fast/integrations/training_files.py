@@ -22,7 +22,7 @@ from zest_fast.integrations.references import nearest_path
 from zest_fast.profiling.documents import parse_json, shown, text_of, whole_file
 from zest_fast.profiling.nearest import nearest, some
 
-_MOST_BYTES = 2**17  # PyYAML reads a hundred kilobytes in a second or two
+_MOST_BYTES = 2**16  # PyYAML takes a second or two for as much
 _MOST_TEXT, _MOST_NAMES = 1_000, 1_000
 _LONGEST, _MOST_RANK, _MOST_BLOCKS = 2**22, 2**14, 10_000
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from zest_fast.profiling.nearest import some
+from zest_fast.profiling.text_table import printable
 
 if TYPE_CHECKING:
     import pandas
@@ -46,13 +47,14 @@ class Assessment:
     def note(self) -> str:
         """One line: whether the architecture is known, or how much of it, and how sure the scores are."""
         if self.known.model is not None:
-            text = f"knows {self.known.model} ({self.known.share:.0%} of the layers)"
+            text = f"knows {printable(self.known.model)} ({self.known.share:.0%} of the layers)"
             test = "on other data"
         else:
             text, test = "has not seen this architecture", "on other architectures"
         if self.partly is not None:
             name, swept, layers = self.partly
-            text = f"has seen {swept} of the {layers} layers of {name} ({self.known.share:.0%}), and ranks it as new"
+            seen = f"{swept} of the {layers} layers of {printable(name)} ({self.known.share:.0%})"
+            text = f"has seen {seen}, and ranks it as new"
         if np.isfinite(self.expected_tau):
             text += f", held-out tau {self.expected_tau:.2f} {test}"
         widths = self.intervals[:, 1] - self.intervals[:, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas
 import pytest
 from synthetic_records import make_records, one_profile, profile_of
 
@@ -112,3 +113,22 @@ def test_a_layer_that_diverged_is_worth_no_more_than_the_worst(rows):
     (pair,) = pairs_of(records.assign(loss=records.loss.where(~lost, np.inf)))
     assert pair.gains["tower.1.mix_of_tower"] <= pair.gains.drop("tower.1.mix_of_tower").min()
     assert pair.levels["tower.1.mix_of_tower"] == 0
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("depth", NAN, "depth: expected a finite number"),
+        ("numel", -1, "numel: expected a finite number from 0"),
+        ("kind", None, "kind: expected a string"),
+        ("shape", [3], "shape: expected 2 to 64 entries, found 1"),
+        ("shape", ["a", "b"], r"shape\[0\]: expected an integer, found 'a'"),
+        ("head", "yes", "head: expected true or false, found 'yes'"),
+        ("head", NAN, "head: expected true or false"),
+    ],
+)
+def test_what_is_said_of_a_layer_is_checked(rows, column, value, message):
+    entries = rows[column].astype(object).tolist()
+    entries[3] = value
+    with pytest.raises(ValueError, match=r"layer 'tower.0.mix_of_tower'.*" + message):
+        group_of(rows.assign(**{column: pandas.Series(entries, index=rows.index, dtype=object)}))

@@ -9,14 +9,18 @@ import pytest
 from scipy.stats import kendalltau
 from synthetic_records import make_records, one_profile, profile_of, true_gains
 
+from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.ranking import shipped
-from zest_fast.ranking.boosted_trees import predict_trees, train_trees
+from zest_fast.ranking.architectures import find
+from zest_fast.ranking.boosted_trees import train_trees
 from zest_fast.ranking.contributions import pairs_of
 from zest_fast.ranking.cross_validation import cross_validate
-from zest_fast.ranking.features import FEATURES, KIND_PRIOR, LAYER_PRIOR
+from zest_fast.ranking.features import FEATURES, KIND_PRIOR, LAYER_PRIOR, METRICS, columns_of
+from zest_fast.ranking.groups import group_of
 from zest_fast.ranking.ranker import Ranker
 from zest_fast.ranking.ranking import rank
 from zest_fast.ranking.selection import split
+from zest_fast.ranking.trees import predict_trees
 
 NAN = float("nan")
 MODELS, DATASETS = ("tower", "castle", "bridge"), ("digits", "digits-corrupted", "cats", "cars")
@@ -240,9 +244,9 @@ def test_theory_gives_priors_their_sign():
     levels = np.argsort(np.argsort(values[:, other] - values[:, prior])) // 20
     names = [LAYER_PRIOR, KIND_PRIOR, "snip_z"]
     trees = train_trees(values, levels, np.ones(200), np.zeros(200), [50] * 4, features=names, rounds=20, seed=0)
-    added = predict_trees(trees, values, features=names)
+    added = predict_trees(trees, values[:, columns_of(names)])
     values[:, prior] += 0.3
-    assert (predict_trees(trees, values, features=names) >= added).all()
+    assert (predict_trees(trees, values[:, columns_of(names)]) >= added).all()
     assert np.corrcoef(added, levels)[0, 1] > 0.5
 
 
@@ -310,8 +314,8 @@ def test_damaged_and_foreign_files_are_refused_by_name(small, tmp_path):
         "{}": "is no Ranker",
         "[1]": "is no Ranker",
         text.replace('"slope": 0.', '"slope": 1.', 1): "checksum does not match",
-        text.replace("leaf_value=", "leaf_value=1", 1): "checksum does not match",
-        json.dumps({**document, "version": 2}): "format version 2, this zest_fast reads 1",
+        text.replace('"counts": [', '"counts": [1', 1): "checksum does not match",
+        json.dumps({**document, "version": 3}): "format version 3, this zest_fast reads 1 and 2",
         json.dumps(
             resigned({**document, "metadata": {**document["metadata"], "features": renamed}})
         ): r"other features .*agreed_gain_surprise, something_new",
@@ -367,3 +371,76 @@ def test_folds_keep_groups_together_and_alike_in_size():
     groups = ["a"] * 4 + ["b"] * 2 + ["c", "d"]
     assert split(groups, 2) == [{"a"}, {"b", "c", "d"}]
     assert sorted(map(sorted, split(groups, 9))) == [["a"], ["b"], ["c"], ["d"]]
+
+
+def test_a_ranker_of_few_layers_of_a_model_does_not_know_it(records):
+    """Eight of 49 layers were once enough for "knows", with the figure of known models."""
+    pairs = records[records.family != "digits"]
+    few_layers = pairs[(pairs.model != "tower") | pairs.layer.str.contains(r"tower\.0\.")]
+    ranker = Ranker().fit(few_layers)
+    profile = profile_of(one_profile(records, "tower", "digits"))
+    assessment = ranker.assess(profile)
+    assert assessment.known == (0.2, None) and assessment.expected_tau == ranker._model.new.tau
+    assert assessment.note.startswith(
+        "has seen 4 of the 20 layers of tower (20%), and ranks it as new, held-out tau 0."
+    )
+    assert "on other architectures" in assessment.note
+    group_values = ranker._model._values(group_of(profile), find(group_of(profile), ranker._model.architectures))
+    assert np.isnan(group_values[:, FEATURES.index(LAYER_PRIOR)]).sum() == 16  # none takes that of a far block
+    # All ends as wide as those of a new model: positions among four layers are no positions among twenty.
+    new = np.array(ranker._model.new.span) * [-1, 1] @ [1, 1]
+    known = np.array(ranker._model.known.span) * [-1, 1] @ [1, 1]
+    widths = np.ptp(assessment.intervals[:-1], axis=1)
+    assert new > known and (widths <= new + 1e-12).all() and np.median(widths) > known
+
+
+@pytest.mark.parametrize(("blocks", "known"), [(4, True), (3, False)])
+def test_a_model_is_known_from_three_quarters_of_its_layers_on(records, blocks, known):
+    pairs = records[records.family != "digits"]
+    kept = "|".join(rf"tower\.{block}\." for block in range(blocks))
+    ranker = Ranker().fit(pairs[(pairs.model != "tower") | pairs.layer.str.contains(kept)])
+    found = ranker.knows(profile_of(one_profile(records, "tower", "digits")))
+    assert found == (blocks / 5, "tower" if known else None)
+
+
+def test_a_profile_of_nan_alone_is_refused(few, small):
+    rows = one_profile(few, "tower", "digits")
+    metrics = [name for name in METRICS if name in rows]
+    for value in (NAN, np.inf):
+        with pytest.raises(
+            ValueError, match=r"no finite value of any metric .* none of its 12 layers \(such as 'tower"
+        ):
+            small.predict(rows.assign(**dict.fromkeys(metrics, value)))
+    profile = profile_of(rows)
+    nothing = LayerProfile(
+        profile.names,
+        profile.metrics,
+        np.full_like(profile.values, NAN),
+        info=profile.info,
+        loss=NAN,
+        backend="cpu",
+        uncovered={},
+    )
+    with pytest.raises(ValueError, match="no finite value of any metric"):
+        rank(nothing, by=small)
+    with pytest.raises(ValueError, match="no finite value of any metric"):
+        rank(nothing)
+
+
+def test_layers_without_any_metric_are_named(few, small):
+    rows = one_profile(few, "tower", "digits").reset_index(drop=True)
+    metrics = [name for name in METRICS if name in rows]
+    rows.loc[[1, 2], metrics] = NAN
+    ranking = rank(profile_of(rows), by=small)
+    assert ranking.note.endswith("2 layers without any metric: placed by what is known of such layers alone")
+    assert "without any metric" not in rank(profile_of(one_profile(few, "tower", "cats")), by=small).note
+
+
+def test_metrics_that_no_ranker_knows_are_named(few, small):
+    profile = profile_of(one_profile(few, "tower", "digits"))
+    values = np.column_stack([profile.values, np.ones(len(profile))])
+    more = LayerProfile(
+        profile.names, [*profile.metrics, "snap"], values, info=profile.info, loss=1.0, backend="cpu", uncovered={}
+    )
+    assert rank(more, by=small).note.endswith("does not read 'snap'")
+    np.testing.assert_array_equal(small.predict(more), small.predict(profile))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Subset
 from zest_fast.integrations.models import LoadedModel
 from zest_fast.integrations.references import is_reference, load_function, nearest_path
 from zest_fast.integrations.tables import Table, read_table
+from zest_fast.profiling.documents import check_regular
 from zest_fast.profiling.nearest import nearest
 
 # The usual channel statistics of ImageNet, for images scaled to 0..1.
@@ -26,6 +28,9 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DEFAULT_IMAGE_SIZE = 224
 
+_MOST_PIXELS = 89_478_485  # where Pillow begins to warn: 256 MiB of colours
+# By content, whatever the ending says: a "PNG" that is an EPS would be run by Ghostscript.
+_IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 IGNORED = -100  #: the target that cross-entropy leaves out
 
@@ -243,8 +248,14 @@ def _pillow() -> Any:
 
 
 def _read_image(file: Path, image_module: Any) -> Any:
+    check_regular(file)
     try:
-        with image_module.open(file) as image:
-            return image.convert("RGB")
-    except OSError as error:  # also what Pillow raises for a torn or unknown file
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", image_module.DecompressionBombWarning)  # an error below
+            with image_module.open(file, formats=_IMAGE_FORMATS) as image:
+                width, height = image.size
+                if width * height <= _MOST_PIXELS:
+                    return image.convert("RGB")
+    except Exception as error:  # of a torn or unknown file Pillow's readers raise nearly anything
         raise ValueError(f"image {file} cannot be read: {error}") from error
+    raise ValueError(f"image {file} has {width} x {height} pixels, more than {_MOST_PIXELS:,}; make it smaller")

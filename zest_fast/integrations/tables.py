@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zest_fast.profiling.documents import check_regular, parse_json, shown, text_of, whole_file
 from zest_fast.profiling.nearest import nearest
+from zest_fast.profiling.parquet_files import MOST_VALUES, read_parquet
+
+_MOST_BYTES, _MOST_COLUMNS = 2**30, 10_000
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,14 @@ class Table:
 
 
 def read_table(path: Path) -> Table:
-    """Reads a .jsonl, .ndjson, .csv, .tsv or .parquet file; ValueError for other endings and for torn files."""
+    """Reads a .jsonl, .ndjson, .csv, .tsv or .parquet file.
+
+    ValueError for other endings, torn files, devices and pipes, and for what is too large to be held as a table.
+    """
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"{path}: the ending {path.suffix!r} is unknown; {nearest(path.suffix, _READERS)}")
+    check_regular(path)
     table = reader(path)
     if not table.places:
         raise ValueError(f"{path} has no rows")
@@ -46,14 +53,15 @@ def _read_jsonl(path: Path) -> Table:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: torn JSON ({error.msg} at column {error.colno})") from error
+            row = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
         rows.append(row)
         places.append(f"line {number}")
     names = dict.fromkeys(name for row in rows for name in row)
+    _check_size(path, len(names), len(rows))
     return Table(path, {name: [row.get(name) for row in rows] for name in names}, places)
 
 
@@ -65,12 +73,13 @@ def _read_csv(path: Path) -> Table:
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
-            raise ValueError(f"{path}, line 1: two columns have the same name: {header}")
+            raise ValueError(f"{path}, line 1: two columns have the same name: {_columns(header)}")
+        _check_size(path, len(header), 0)
         start = reader.line_num + 1
         for row in reader:
             if row and len(row) != len(header):
                 raise ValueError(
-                    f"{path}, line {start}: {len(row)} fields where the header has {len(header)}: {header}"
+                    f"{path}, line {start}: {len(row)} fields where the header has {len(header)}: {_columns(header)}"
                 )
             if row:
                 rows.append(row)
@@ -78,29 +87,38 @@ def _read_csv(path: Path) -> Table:
             start = reader.line_num + 1  # a quoted field may hold line breaks
     except csv.Error as error:
         raise ValueError(f"{path}, line {start}: torn row ({error})") from error
+    _check_size(path, len(header), len(rows))
     return Table(
         path, {name: list(values) for name, values in zip(header, zip(*rows, strict=True), strict=False)}, places
     )
 
 
 def _read_parquet(path: Path) -> Table:
-    import pyarrow
-    import pyarrow.parquet
-
+    table = read_parquet(path)
     try:
-        columns = pyarrow.parquet.read_table(path).to_pydict()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no whole Parquet file ({error})") from error
-    rows = len(next(iter(columns.values()), ()))
-    return Table(path, columns, [f"row {number}" for number in range(1, rows + 1)])
+        columns = table.to_pydict()
+    except (ValueError, ArithmeticError, LookupError) as error:  # text that is no UTF-8, times before the year 1
+        raise ValueError(f"{path} holds values that Python cannot ({shown(str(error), 200)})") from error
+    return Table(path, columns, [f"row {number}" for number in range(1, table.num_rows + 1)])
+
+
+def _check_size(path: Path, columns: int, rows: int) -> None:
+    if columns > _MOST_COLUMNS or columns * rows > MOST_VALUES:
+        raise ValueError(
+            f"{path} has {rows:,} rows of {columns:,} columns; at most {_MOST_COLUMNS:,} columns and {MOST_VALUES:,} "
+            "values are read: split it, or keep the columns that are needed"
+        )
+
+
+def _columns(header: Sequence[str]) -> str:
+    return shown(", ".join(header), 500)
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark in front
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        return text_of(whole_file(path, _MOST_BYTES), "utf-8-sig")  # spreadsheets put a byte order mark in front
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}") from error
 
 
 _READERS: dict[str, Callable[[Path], Table]] = {

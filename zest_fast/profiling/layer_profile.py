@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zest_fast.profiling.nearest import nearest
-from zest_fast.profiling.text_table import number, shorten, text_table
+from zest_fast.profiling.text_table import number, printable, shorten, text_table
 
 if TYPE_CHECKING:
     import pandas
@@ -41,7 +41,8 @@ class LayerRow(Mapping[str, float]):
         return len(self._values)
 
     def __repr__(self) -> str:
-        return f"{self._layer}: " + ", ".join(f"{metric} {number(value)}" for metric, value in self._values.items())
+        values = ", ".join(f"{metric} {number(value)}" for metric, value in self._values.items())
+        return printable(f"{self._layer}: {values}")
 
 
 class LayerProfile:
@@ -141,7 +142,7 @@ class LayerProfile:
 
     def __repr__(self) -> str:
         head = f"LayerProfile: {len(self)} layers x {len(self.metrics)} metrics"
-        head += f", loss {number(self.loss)}, backend {self.backend}"
+        head += f", loss {number(self.loss)}, backend {printable(self.backend)}"
         if self.uncovered:
             head += f", {len(self.uncovered)} uncovered"
         if not self.names:

@@ -15,12 +15,57 @@ from typing import Any
 
 import numpy as np
 
+from zest_fast.profiling.documents import (
+    MOST_BYTES,
+    Flag,
+    Keys,
+    ListOf,
+    MapOf,
+    Null,
+    Number,
+    OneOf,
+    Specification,
+    Text,
+    check_regular,
+    parse_json,
+    shown,
+    text_of,
+    whole_file,
+)
 from zest_fast.profiling.layer_profile import LayerProfile
+from zest_fast.profiling.parquet_files import read_parquet
 from zest_fast.profiling.replacing import replacing
 
 FORMAT = "zest_fast.LayerProfile"
 VERSION = 1
 METADATA_KEY = b"zest_fast"
+
+_MOST_LAYERS, _MOST_METRICS, _LARGEST = 1_000_000, 1_000, 2**53
+_VALUE = OneOf((Text(among=("NaN", "Infinity", "-Infinity")), Number(finite=False)))
+_INFO = Keys(
+    {},
+    {
+        "numel": Null(Number(0, _LARGEST)),
+        "kind": Null(Text()),
+        "depth": Number(-_LARGEST, _LARGEST),
+        "uses": Null(Number(0, _LARGEST)),
+        "nonfinite": Null(Number(0, _LARGEST)),
+        "shape": Null(ListOf(Number(0, _LARGEST), most=64)),
+        "head": Null(Flag()),
+    },
+    others=True,
+)
+_HEADER: dict[str, Specification] = {
+    "format": Text(),
+    "version": Number(1, VERSION, integer=True),
+    "loss": _VALUE,
+    "backend": Text(),
+    "uncovered": MapOf(Text(), most=_MOST_LAYERS),
+    "metrics": ListOf(Text(), most=_MOST_METRICS, unique=True),
+}
+_LAYER = Keys({"name": Text(), "values": MapOf(_VALUE, most=_MOST_METRICS), "info": _INFO})
+_JSON = Keys({**_HEADER, "layers": ListOf(_LAYER, most=_MOST_LAYERS)}, others=True)
+_PARQUET = Keys({**_HEADER, "info": MapOf(_INFO, most=_MOST_LAYERS)}, others=True)
 
 
 def save_profile(profile: LayerProfile, path: str | os.PathLike[str]) -> Path:
@@ -34,14 +79,15 @@ def save_profile(profile: LayerProfile, path: str | os.PathLike[str]) -> Path:
 def load_profile(path: str | os.PathLike[str]) -> LayerProfile:
     path = Path(path)
     read = {".json": _read_json, ".parquet": _read_parquet}[_suffix(path)]
+    check_regular(path, MOST_BYTES)
     try:
         return read(path)
     except NewerVersionError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(
-            f"{str(path)!r} is no profile that can be read ({type(error).__name__}: {error}): torn, or written by "
-            "something else; profile again, or name a file that LayerProfile.save wrote"
+            f"{str(path)!r} is no profile that can be read ({error}): torn, or written by something else; profile "
+            "again, or name a file that LayerProfile.save wrote"
         ) from error
 
 
@@ -67,14 +113,16 @@ def _header(profile: LayerProfile) -> dict[str, Any]:
     }
 
 
-def _check(header: Any, path: Path) -> None:
+def _check(header: Any, path: Path, specification: Specification) -> None:
+    Keys({"format": Text(), "version": Number(1, 10**6, integer=True)}, others=True).check(header, "")
     if header["format"] != FORMAT:
-        raise ValueError(f"its format is {header['format']!r}, not {FORMAT!r}")
+        raise ValueError(f"its format is {shown(header['format'])}, not {FORMAT!r}")
     if header["version"] > VERSION:
         raise NewerVersionError(
             f"{str(path)!r} has format version {header['version']}, this zest_fast reads up to {VERSION}: "
             "upgrade zest_fast"
         )
+    specification.check(header, "")
 
 
 def _write_json(profile: LayerProfile, path: Path) -> None:
@@ -90,12 +138,17 @@ def _write_json(profile: LayerProfile, path: Path) -> None:
 
 
 def _read_json(path: Path) -> LayerProfile:
-    document = json.loads(path.read_text(encoding="utf-8"))
-    _check(document, path)
-    names = [layer["name"] for layer in document["layers"]]
-    rows = [[float(layer["values"][metric]) for metric in document["metrics"]] for layer in document["layers"]]
-    values = np.array(rows, dtype=np.float64).reshape(len(names), len(document["metrics"]))
-    return _profile(document, names, values, {layer["name"]: layer["info"] for layer in document["layers"]})
+    document = parse_json(text_of(whole_file(path)))
+    _check(document, path, _JSON)
+    metrics, layers = document["metrics"], document["layers"]
+    for place, layer in enumerate(layers):
+        if set(layer["values"]) != set(metrics):
+            odd = sorted(set(layer["values"]) ^ set(metrics))
+            raise ValueError(f"layers[{place}].values: expected one of each metric and no other; differing: {odd[:3]}")
+    names = [layer["name"] for layer in layers]
+    rows = [[float(layer["values"][metric]) for metric in metrics] for layer in layers]
+    values = np.array(rows, dtype=np.float64).reshape(len(names), len(metrics))
+    return _profile(document, names, values, {layer["name"]: layer["info"] for layer in layers})
 
 
 def _write_parquet(profile: LayerProfile, path: Path) -> None:
@@ -110,18 +163,23 @@ def _write_parquet(profile: LayerProfile, path: Path) -> None:
 
 
 def _read_parquet(path: Path) -> LayerProfile:
-    import pyarrow
-    import pyarrow.parquet
+    from pyarrow import types
 
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except FileNotFoundError:
-        raise
-    except (pyarrow.ArrowException, OSError) as error:  # pyarrow calls a torn data page an OSError
-        raise ValueError(str(error)) from error
-    header = json.loads((table.schema.metadata or {})[METADATA_KEY])
-    _check(header, path)
+    table = read_parquet(path)
+    metadata = table.schema.metadata or {}
+    if METADATA_KEY not in metadata:
+        raise ValueError("it holds a table, but no profile")
+    header = parse_json(text_of(metadata[METADATA_KEY]))
+    _check(header, path, _PARQUET)
     metrics = header["metrics"]
+    for name in ("layer", *metrics):
+        if table.schema.names.count(name) != 1:
+            raise ValueError(f"expected one column {name!r}, found {table.schema.names.count(name)}")
+        kind = table.schema.field(name).type
+        if not (types.is_string(kind) or types.is_large_string(kind) if name == "layer" else types.is_floating(kind)):
+            raise ValueError(f"column {name!r}: expected {'strings' if name == 'layer' else 'floats'}, found {kind}")
+        if table.column(name).null_count:
+            raise ValueError(f"column {name!r}: {table.column(name).null_count} entries are missing")
     columns = [table.column(metric).to_numpy() for metric in metrics]
     values = np.column_stack(columns) if columns else np.empty((table.num_rows, 0))
     return _profile(header, table.column("layer").to_pylist(), values, header["info"])

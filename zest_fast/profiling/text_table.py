@@ -1,4 +1,4 @@
-"""Plain-text tables for `repr`."""
+"""Plain-text tables for `repr`, and names from files and models made fit to be printed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Aligned columns, the first `left` of them to the left, the others (numbers) to the right."""
+    header, rows = [printable(cell) for cell in header], [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
     lines = []
     for line in (header, *rows):
@@ -28,3 +29,13 @@ def shorten(name: str, width: int = 44) -> str:
         return name
     head = (width - 1) // 2
     return f"{name[:head]}…{name[head + 1 - width :]}"
+
+
+def printable(text: str) -> str:
+    """`text` with what a terminal obeys (escapes, line breaks, text that runs backwards) as \\x1b, \\n, \\u202e.
+
+    A backslash of its own stays as it is: layer names have none, and a path keeps its spelling.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)

@@ -11,16 +11,22 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas
 
-from zest_fast.ranking.contributions import Pair
 from zest_fast.ranking.features import metric_z
 from zest_fast.ranking.groups import Group, Layout, Shape
 
+if TYPE_CHECKING:
+    from zest_fast.ranking.contributions import Pair
+
 KNOWN_FROM = 0.8
-"""The share of layers, of the profile's or of the records', that must match for an architecture to be known."""
+"""The share of layers, of the profile's or of the records', that must match for an architecture to be recognised."""
+COVERED_FROM = 0.75
+"""The share of the profile's layers that a sweep must have scored for what is said of known models to hold of it.
+Figures of known models are of orders in which each layer has a prior of its own: of 0.75 of the layers that is more
+than half (0.56) of the pairs that are ordered, and what is between them can be interpolated; of fewer it is not."""
 _KIN_FROM = 0.5
 _CANDIDATES = 4
 
@@ -79,7 +85,13 @@ class Match:
         return float((self.rows >= 0).mean())
 
     @property
+    def covers(self) -> bool:
+        """Whether the architecture is recognised and nearly all of the profile's layers were swept."""
+        return self.known and self.share >= COVERED_FROM
+
+    @property
     def known(self) -> bool:
+        """Whether this is the architecture, as far as it was swept."""
         matched = int((self.rows >= 0).sum())
         return matched >= KNOWN_FROM * min(len(self.rows), len(self.architecture))
 
@@ -175,6 +187,8 @@ def _mean_positions(pairs: Sequence[Pair], names: Sequence[str]) -> np.ndarray:
 
 
 def _mean_metrics(pairs: Sequence[Pair], names: Sequence[str]) -> np.ndarray:
+    import pandas
+
     tables = [
         pandas.DataFrame(metric_z(group), index=list(group.names)).reindex(list(names)).to_numpy()
         for pair in pairs

@@ -1,16 +1,15 @@
-"""The corrections: LightGBM's LambdaRank, started from the base. LightGBM is imported by the functions that need it."""
+"""The corrections: LightGBM's LambdaRank, started from the base. LightGBM grows the trees, and scores with none."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from zest_fast.ranking.features import EXPECTED_RANKS, FEATURES, PRIORS
-
-if TYPE_CHECKING:
-    import lightgbm
+from zest_fast.ranking.features import EXPECTED_RANKS, PRIORS, columns_of
+from zest_fast.ranking.lightgbm_text import trees_from_text
+from zest_fast.ranking.trees import Tree
 
 ROUNDS = (5, 15, 40)
 STRENGTH = 6.0
@@ -31,16 +30,16 @@ def train_trees(
     features: Sequence[str],
     rounds: int,
     seed: int,
-) -> lightgbm.Booster:
+) -> tuple[Tree, ...]:
     """Rows of groups of `sizes`, one after the other. levels: graded relevance. initial: the score to start from.
 
-    values: [rows, FEATURES], of which `features` are used. The same rows give the same trees, bit for bit.
+    values: [rows, FEATURES], of which `features` are used; the trees count columns among these. The same rows give the
+    same trees, bit for bit.
     """
     import lightgbm
 
-    columns = columns_of(features)
     data = lightgbm.Dataset(
-        values[:, columns],
+        values[:, columns_of(features)],
         label=levels,
         weight=weights / weights.mean(),
         group=np.asarray(sizes),
@@ -65,29 +64,5 @@ def train_trees(
         "num_threads": 1,
         "verbosity": -1,
     }
-    return lightgbm.train(parameters, data, num_boost_round=rounds)
-
-
-def trees_from(text: str) -> lightgbm.Booster:
-    """What `Booster.model_to_string` gave."""
-    import lightgbm
-
-    return lightgbm.Booster(model_str=text)
-
-
-def predict_trees(
-    trees: lightgbm.Booster, values: np.ndarray, *, features: Sequence[str], rounds: int | None = None
-) -> np.ndarray:
-    """What the first `rounds` trees (None = all) add to each row, [rows]."""
-    table = values[:, columns_of(features)]
-    return np.asarray(trees.predict(table, num_iteration=rounds, num_threads=1, raw_score=True))
-
-
-def explain_trees(trees: lightgbm.Booster, values: np.ndarray, *, features: Sequence[str]) -> np.ndarray:
-    """What each feature adds through the trees (SHAP values), [rows, features]; without the constant."""
-    found = trees.predict(values[:, columns_of(features)], pred_contrib=True, num_threads=1)
-    return np.asarray(found)[:, :-1]
-
-
-def columns_of(features: Sequence[str]) -> list[int]:
-    return [FEATURES.index(name) for name in features]
+    booster = lightgbm.train(parameters, data, num_boost_round=rounds)
+    return trees_from_text(booster.model_to_string(), features)

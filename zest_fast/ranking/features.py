@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pandas
 
 from zest_fast.ranking.groups import Group
 
@@ -57,6 +56,7 @@ DYNAMIC_FEATURES = tuple(
     f"{metric}_{view}" for metric in DYNAMIC_METRICS if metric not in FIRST_ORDER for view in ("rank", "z")
 )
 """Those that see the batch and nothing of the architecture: for the ablation."""
+FEATURE_SETS = {"all": FEATURES, "metrics": DYNAMIC_FEATURES}
 
 _MOST_DEVIATIONS = 4.0  # a layer that is far out says no more than that
 _DIGITS = 6  # so that the last bit of a sum does not decide on which side of a threshold a layer falls
@@ -68,14 +68,14 @@ def features_of(group: Group, layer_prior: np.ndarray, kind_prior: np.ndarray, u
     The priors are expected positions in (0, 1), [layers]; usual: what `metric_z` is for each layer on other data,
     [layers, DYNAMIC_METRICS]. Each may be NaN.
     """
-    raw = _metrics(group, (*METRICS, *FIRST_ORDER)).assign(numel=group.numels)
+    names = (*METRICS, *FIRST_ORDER, "numel")
+    raw = np.column_stack([_metrics(group, names[:-1]), group.numels])
     ranks, in_kind = positions(raw), _positions_in_kind(raw, group.kinds)
     columns: dict[str, np.ndarray] = {LAYER_PRIOR: layer_prior, KIND_PRIOR: kind_prior, **_structure(group)}
-    for column, name in enumerate(raw):
+    for column, name in enumerate(names):
         columns[f"{name}_rank"] = ranks[:, column]
         columns[f"{name}_rank_in_kind"] = in_kind[:, column]
-    for name, values in raw.items():
-        columns[f"{name}_z"] = z_scores(_scaled(values.to_numpy(), signed=name in SIGNED_METRICS))
+        columns[f"{name}_z"] = z_scores(_scaled(raw[:, column], signed=name in SIGNED_METRICS))
     for column, name in enumerate(DYNAMIC_METRICS):
         columns[f"{name}_surprise"] = columns[f"{name}_z"] - usual[:, column]
     return np.round(np.column_stack([columns[name] for name in FEATURES]), _DIGITS)
@@ -84,16 +84,20 @@ def features_of(group: Group, layer_prior: np.ndarray, kind_prior: np.ndarray, u
 def metric_z(group: Group) -> np.ndarray:
     """The z-scores of the metrics that depend on the data, [layers, DYNAMIC_METRICS]."""
     raw = _metrics(group, DYNAMIC_METRICS)
-    columns = [z_scores(_scaled(values.to_numpy(), signed=name in SIGNED_METRICS)) for name, values in raw.items()]
+    columns = [
+        z_scores(_scaled(raw[:, column], signed=name in SIGNED_METRICS)) for column, name in enumerate(DYNAMIC_METRICS)
+    ]
     return np.column_stack(columns)
 
 
-def _metrics(group: Group, names: Sequence[str]) -> pandas.DataFrame:
-    """[layers, names]: what is not finite, or not in the profile, is NaN."""
+def _metrics(group: Group, names: Sequence[str]) -> np.ndarray:
+    """float [layers, names]: what is not finite, or not in the profile, is NaN."""
     absent = np.full(len(group), np.nan)
     found = {metric: group.metrics.get(metric, absent) for metric in METRICS}
-    raw = pandas.DataFrame(found | first_order(found, group.numels))[list(names)]
-    return raw.where(np.isfinite(raw))
+    with np.errstate(over="ignore", invalid="ignore"):  # of infinities and of sizes near the largest: no number either
+        found |= first_order(found, group.numels)
+    raw = np.column_stack([found[name] for name in names])
+    return np.where(np.isfinite(raw), raw, np.nan)
 
 
 def first_order(metrics: Mapping[str, np.ndarray], numels: np.ndarray) -> dict[str, np.ndarray]:
@@ -107,12 +111,19 @@ def first_order(metrics: Mapping[str, np.ndarray], numels: np.ndarray) -> dict[s
     }
 
 
-def positions(values: pandas.DataFrame) -> np.ndarray:
-    """Where each value stands in its column: 0 = smallest, 1 = largest, ties in the middle, NaN stays NaN."""
-    return ((values.rank() - 0.5) / values.count()).to_numpy()
+def positions(values: np.ndarray) -> np.ndarray:
+    """[layers, columns] -> where each value stands in its column: 0 = smallest, 1 = largest, ties in the middle, NaN
+    stays NaN."""
+    found = np.full(values.shape, np.nan)
+    for column, own in enumerate(values.T):
+        defined = ~np.isnan(own)
+        ordered = np.sort(own[defined])
+        ranks = np.searchsorted(ordered, own, "left") + np.searchsorted(ordered, own, "right")
+        found[defined, column] = (ranks[defined] / 2) / max(1, len(ordered))  # the mean rank of a tie, less 1/2
+    return found
 
 
-def _positions_in_kind(values: pandas.DataFrame, kinds: np.ndarray) -> np.ndarray:
+def _positions_in_kind(values: np.ndarray, kinds: np.ndarray) -> np.ndarray:
     found = np.empty(values.shape)
     for kind in np.unique(kinds):
         found[kinds == kind] = positions(values[kinds == kind])
@@ -151,3 +162,8 @@ def _structure(group: Group) -> dict[str, np.ndarray]:
         "is_linear": (group.kinds == "linear").astype(np.float64),
         "is_depthwise": (group.kinds == "depthwise").astype(np.float64),
     }
+
+
+def columns_of(features: Sequence[str]) -> list[int]:
+    """Where they stand among FEATURES."""
+    return [FEATURES.index(name) for name in features]

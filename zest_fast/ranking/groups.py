@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zest_fast.profiling.documents import ListOf, Number, Specification, Text, shown
 from zest_fast.profiling.layer_profile import LayerProfile
 
 if TYPE_CHECKING:
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 IDENTITY = ("model", "dataset", "seed", "head_state")
 """The columns of records that tell one profile from another."""
-_NEEDED = ("kind", "depth", "numel", "shape")
+_NEEDED: dict[str, Specification] = {
+    "kind": Text(1000),
+    "depth": Number(0, 2**53),
+    "numel": Number(0, 2**53),
+    "shape": ListOf(Number(0, 2**53, integer=True), least=2, most=64),
+}
+"""What is needed of each layer beside its metrics, and what it may be."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +114,17 @@ def _group(
     missing = [key for key in _NEEDED if key not in columns]
     if missing and len(names):
         raise ValueError(f"{source} lack {', '.join(missing)}, which features need; pass what profile() yields")
+    columns = {key: [_plain(value) for value in values] for key, values in columns.items()}
     heads = columns.get("head", [False] * len(names))
+    for name, head in zip(names, heads, strict=True):
+        if head is not None and head not in (False, True):
+            raise ValueError(f"layer {str(name)!r}, head: expected true or false, found {shown(head)}")
     body = [row for row in range(len(names)) if not heads[row]]
     if not body:
         raise ValueError("there is no layer to rank beside the head")
+    for row in body:
+        for key, specification in _NEEDED.items():
+            specification.check(columns[key][row], f"layer {str(names[row])!r} of {source}, {key}")
     body.sort(key=lambda row: (columns["depth"][row], str(names[row])))
     ordered = tuple(str(names[row]) for row in body)
     if len(set(ordered)) != len(ordered):
@@ -128,3 +142,8 @@ def _group(
         rows=rows,
         table_rows=len(names),
     )
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's scalars and arrays, as a table of records holds them, as numbers and lists."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value

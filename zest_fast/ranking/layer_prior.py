@@ -16,8 +16,9 @@ _BANDWIDTH = 0.1  # of relative depth, between blocks
 def layer_prior(group: Group, matches: Sequence[Match], without_family: str | None = None) -> np.ndarray:
     """Expected position in (0, 1) of each layer, [layers]; NaN where nothing is known.
 
-    matches: what `find` gave. A layer that no sweep scored takes the positions of its neighbours: the same role and
-    shape in the blocks around it. without_family: what the family that a training group belongs to must not tell it.
+    matches: what `find` gave. A layer that no sweep scored takes the positions of its neighbours, the same role and
+    shape in the blocks around it, where nearly all others were scored (`Match.covers`).
+    without_family: what the family that a training group belongs to must not tell it.
     """
     rows = [_positions(group, match, without_family) for match in matches if match.known]
     return nan_mean(np.concatenate(rows)) if rows else np.full(len(group), np.nan)
@@ -39,7 +40,7 @@ def _positions(group: Group, match: Match, without_family: str | None) -> np.nda
     architecture = match.architecture
     kept = architecture.positions[[family != without_family for family in architecture.families]]
     found = np.where(match.rows >= 0, kept[:, match.rows], np.nan)
-    for layer in np.flatnonzero(match.rows < 0):
+    for layer in np.flatnonzero(match.rows < 0) if match.covers else ():
         weights = _neighbours(group, match, int(layer))
         defined = weights * ~np.isnan(kept)
         total = defined.sum(axis=1)

@@ -7,21 +7,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas
 
 from zest_fast.profiling.nearest import some
 from zest_fast.ranking.architectures import Architecture, Match, find
 from zest_fast.ranking.assessment import Assessment, Known
-from zest_fast.ranking.boosted_trees import explain_trees, predict_trees
-from zest_fast.ranking.features import FEATURES, KIND_PRIOR, LAYER_PRIOR, STRUCTURE, features_of
+from zest_fast.ranking.errors import Errors
+from zest_fast.ranking.features import FEATURES, KIND_PRIOR, LAYER_PRIOR, STRUCTURE, columns_of, features_of
 from zest_fast.ranking.groups import Group
 from zest_fast.ranking.kind_prior import kind_prior
 from zest_fast.ranking.layer_prior import layer_prior, usual_metrics
 from zest_fast.ranking.linear_base import LinearBase, has_prior
-from zest_fast.ranking.selection import Errors
+from zest_fast.ranking.trees import Tree, explain_trees, predict_trees
 
 if TYPE_CHECKING:
-    import lightgbm
+    import pandas
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,8 @@ class Model:
     features: tuple[str, ...]
     base: LinearBase
     strength: float
-    trees: lightgbm.Booster
+    trees: tuple[Tree, ...]
+    """Over the columns of `features`."""
     known: Errors
     new: Errors
     architectures: tuple[Architecture, ...]
@@ -39,28 +39,47 @@ class Model:
     """Those that a profile must hold."""
 
     def assess(self, group: Group) -> Assessment:
-        """Raises ValueError where the group lacks metrics."""
+        """Raises ValueError where the group lacks metrics, or none of them is a number for any layer."""
         missing = [metric for metric in self.metrics if metric not in group.metrics]
         if missing:
             raise ValueError(
                 f"the profile lacks {some(missing)}, which this Ranker learned from; profile with metrics=None, "
-                "or rank by one metric"
+                "or rank by one metric (a column that holds text is no metric)"
             )
+        unmeasured = self._unmeasured(group)
         matches = find(group, self.architectures)
         values = self._values(group, matches)
         prior = has_prior(values)
         whole = [slice(0, len(group))]
         raw = self.strength * self.base.predict(values, whole)
-        raw = raw + predict_trees(self.trees, values, features=self.features)
+        raw = raw + predict_trees(self.trees, values[:, columns_of(self.features)])
         scores = 0.5 + _centred(self._slopes(prior) * raw)
-        known = bool(matches) and matches[0].known
+        known = bool(matches) and matches[0].covers
+        partly = None
+        if matches and matches[0].known and not known:
+            partly = (matches[0].architecture.model, int((matches[0].rows >= 0).sum()), len(group))
         return Assessment(
             scores=group.in_table(scores),
-            intervals=group.in_table(self._intervals(scores, prior)),
+            intervals=group.in_table(self._intervals(scores, prior & known)),
             known=Known(matches[0].share if matches else 0.0, matches[0].architecture.model if known else None),
             expected_tau=(self.known if known else self.new).tau,
             explain=lambda: self._explain(group, values),
+            partly=partly,
+            unmeasured=int(unmeasured.sum()),
         )
+
+    def _unmeasured(self, group: Group) -> np.ndarray:
+        """bool [layers]: those of which no metric is a number."""
+        if not self.metrics:
+            return np.zeros(len(group), dtype=bool)
+        found = ~np.isfinite(np.stack([group.metrics[metric] for metric in self.metrics])).any(axis=0)
+        if found.all():
+            raise ValueError(
+                f"the profile has no finite value of any metric that this Ranker reads, in none of its {len(group)} "
+                f"layers (such as {group.names[0]!r}): there is nothing to rank by; look for NaN or infinities in the "
+                "batch, the weights or the loss, and profile again"
+            )
+        return found
 
     def _values(self, group: Group, matches: Sequence[Match]) -> np.ndarray:
         """As in training: the kind prior of a known architecture comes from others."""
@@ -82,9 +101,11 @@ class Model:
         return np.column_stack([low, high])
 
     def _explain(self, group: Group, values: np.ndarray) -> pandas.DataFrame:
+        import pandas
+
         base = self.strength * self.base.parts(values, [slice(0, len(group))])
         columns = {f"base_{name}": base[:, list(index)].sum(axis=1) for name, index in _PARTS.items()}
-        trees = explain_trees(self.trees, values, features=self.features)
+        trees = explain_trees(self.trees, values[:, columns_of(self.features)])
         columns |= {name: trees[:, column] for column, name in enumerate(self.features)}
         slopes = self._slopes(has_prior(values))
         frame = pandas.DataFrame({name: _centred(slopes * part) for name, part in columns.items()})

@@ -6,28 +6,23 @@ towards 0 the worst. It is a sum of what the features add (`explain`), so the en
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas
 
 from zest_fast.profiling.layer_profile import LayerProfile
-from zest_fast.ranking.architectures import architectures_of
 from zest_fast.ranking.assessment import Assessment, Known
-from zest_fast.ranking.boosted_trees import STRENGTH, trees_from
-from zest_fast.ranking.contributions import OUTCOMES, check_sweeps, pairs_of
-from zest_fast.ranking.features import DYNAMIC_FEATURES, FEATURES, METRICS, ON_REQUEST
-from zest_fast.ranking.groups import IDENTITY, Group, group_of
+from zest_fast.ranking.features import FEATURE_SETS, METRICS
+from zest_fast.ranking.groups import Group, group_of
 from zest_fast.ranking.model import Model
 from zest_fast.ranking.ranker_files import load_ranker, save_ranker
-from zest_fast.ranking.selection import Selection, fit_base, fit_trees, select
-from zest_fast.ranking.training_rows import training_rows
 
-FEATURE_SETS = {"all": FEATURES, "metrics": DYNAMIC_FEATURES}
+if TYPE_CHECKING:
+    import pandas
 
 
 class Ranker:
@@ -51,26 +46,9 @@ class Ranker:
         Raises ValueError where the records do not fit together or order no layers; a pair of one layer, or of equal
         contributions, is left out with a warning.
         """
-        if sweeps is not None:
-            check_sweeps(sweeps)
-        pairs = pairs_of(records)
-        architectures = architectures_of(pairs)
-        names = FEATURE_SETS[self.features]
-        rows = training_rows(pairs, architectures, known=self.features == "all")
-        chosen = select(rows, features=names, seed=self.seed)
-        trees = fit_trees(rows, rows.views, names, STRENGTH * chosen.base, rounds=chosen.rounds, seed=self.seed)
-        self._model = Model(
-            features=names,
-            base=fit_base(rows, rows.views, names, chosen.penalties),
-            strength=STRENGTH,
-            # As `load` has them: a Ranker is the same before and after its file.
-            trees=trees_from(trees.model_to_string()),
-            known=chosen.known,
-            new=chosen.new,
-            architectures=tuple(architectures) if self.features == "all" else (),
-            metrics=tuple(m for m in METRICS if m not in ON_REQUEST and _defined(records, m)),
-        )
-        self._metadata = _metadata(records, sweeps, chosen, pairs=[pair.name for pair in pairs])
+        from zest_fast.ranking.fitting import fit_model  # LightGBM, pandas and SciPy: only who fits waits for them
+
+        self._model, self._metadata = fit_model(records, sweeps, features=self.features, seed=self.seed)
         return self
 
     @property
@@ -82,7 +60,11 @@ class Ranker:
         """Scores, intervals and what is known, of one profile at once; see `predict`, `intervals` and `knows`."""
         if self._model is None:
             raise RuntimeError("this Ranker has learned nothing yet; fit it to records, or load one")
-        return self._model.assess(group_of(profile))
+        assessment = self._model.assess(group_of(profile))
+        if isinstance(profile, LayerProfile):
+            ignored = tuple(metric for metric in profile.metrics if metric not in METRICS)
+            assessment = dataclasses.replace(assessment, ignored=ignored)
+        return assessment
 
     def predict(self, profile: LayerProfile | pandas.DataFrame) -> np.ndarray:
         """Scores, float64 [rows], in row order; larger is better, NaN for the head.
@@ -136,36 +118,3 @@ class Ranker:
         count = len(self._metadata["pairs"])
         pairs = f"{count} pair{'s' if count > 1 else ''} of model and data set"
         return f"Ranker of {pairs}" + (f", held-out tau {held_out}" if held_out else "")
-
-
-def _defined(records: pandas.DataFrame, metric: str) -> bool:
-    return metric in records and bool(records[metric].notna().any())
-
-
-def _metadata(
-    records: pandas.DataFrame,
-    sweeps: Sequence[Mapping[str, Any]] | None,
-    chosen: Selection,
-    pairs: Sequence[str],
-) -> dict[str, Any]:
-    import lightgbm
-
-    sweeps = list(sweeps or ())
-    return {
-        "pairs": list(pairs),
-        "records": records_hash(records),
-        "recipes": {sweep["model"]: sweep["recipe_hash"] for sweep in sweeps},
-        "definitions": next((sweep.get("versions", {}).get("definitions") for sweep in sweeps), None),
-        "settings": {
-            "penalties": list(chosen.penalties),
-            "rounds": chosen.rounds,
-        },
-        "versions": {"lightgbm": lightgbm.__version__, "numpy": np.__version__},
-    }
-
-
-def records_hash(records: pandas.DataFrame) -> str:
-    """Sixteen hexadecimal digits of what is learned from, whatever the order of the rows."""
-    columns = [c for c in (*IDENTITY, "family", "layer", *OUTCOMES, *METRICS) if c in records]
-    rows = records[columns].sort_values([*IDENTITY, "layer"], kind="stable")
-    return hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()[:16]

@@ -10,7 +10,7 @@ import numpy as np
 
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.nearest import nearest
-from zest_fast.profiling.text_table import number, shorten, text_table
+from zest_fast.profiling.text_table import number, printable, shorten, text_table
 from zest_fast.ranking.assessment import Assessment
 from zest_fast.ranking.shipped import shipped_ranker
 
@@ -142,7 +142,7 @@ class Ranking:
         return iter(self.names)
 
     def __repr__(self) -> str:
-        head = f"Ranking of {len(self)} layers by {self.by}"
+        head = f"Ranking of {len(self)} layers by {printable(self.by)}"
         missing = sum(np.isnan(score) and not info.get("head") for _, score, info in self._rows())
         head += f", {missing} of them without a score" if missing else ""
         head += f": {self.note}" if self.note else ""

@@ -9,35 +9,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy.stats import kendalltau
 
-from zest_fast.ranking.boosted_trees import ROUNDS, STRENGTH, predict_trees, train_trees
+from zest_fast.ranking.boosted_trees import ROUNDS, STRENGTH, train_trees
+from zest_fast.ranking.errors import Errors
+from zest_fast.ranking.features import columns_of
 from zest_fast.ranking.linear_base import PENALTIES, LinearBase, fit_ridge, has_prior
 from zest_fast.ranking.training_rows import Rows, View
-
-if TYPE_CHECKING:
-    import lightgbm
+from zest_fast.ranking.trees import Tree, predict_trees
 
 FOLDS = 5
 DIGITS = 9  # of what trees start from: the last bits differ between machines
 _TAIL = 0.1  # on each side of an interval of 80 %
 _LEAST_SLOPE = 0.1
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Of layers with a layer prior, or of those without, where they were held out."""
-
-    slope: float
-    """From the raw score to a position."""
-    span: tuple[float, float]
-    """What is added to a score for the ends of its interval; NaN where nothing was held out."""
-    tau: float
-    """Kendall's tau with the gains, mean over pairs; NaN where nothing was held out."""
-    pairs: int
 
 
 @dataclass(frozen=True)
@@ -89,7 +75,7 @@ def fit_base(rows: Rows, views: Sequence[View], features: Sequence[str], penalti
 
 def fit_trees(
     rows: Rows, views: Sequence[View], features: Sequence[str], initial: np.ndarray, *, rounds: int, seed: int
-) -> lightgbm.Booster:
+) -> tuple[Tree, ...]:
     """initial: the score to start from, of all rows."""
     index = rows.of(views)
     return train_trees(
@@ -160,7 +146,7 @@ def _held_out_trees(
         trees = fit_trees(rows, fold.train, features, initial, rounds=max(ROUNDS), seed=seed)
         test = rows.of(fold.test)
         for rounds in ROUNDS:
-            added[rounds][test] = predict_trees(trees, rows.values[test], features=features, rounds=rounds)
+            added[rounds][test] = predict_trees(trees[:rounds], rows.values[test][:, columns_of(features)])
     return added
 
 

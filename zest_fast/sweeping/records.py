@@ -14,8 +14,61 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from zest_fast.profiling.documents import (
+    Flag,
+    Keys,
+    ListOf,
+    MapOf,
+    Null,
+    Number,
+    Text,
+    check_regular,
+    parse_json,
+    shown,
+    whole_file,
+)
+from zest_fast.ranking.features import METRICS
+
 FORMAT = 1
 _KEYS = {"head": ("seed",), "profile": ("seed", "head_state"), "layer": ("seed", "layer"), "strength": ()}
+_MOST_BYTES = 2**30
+
+_SEED = Number(-(2**63), 2**63 - 1, integer=True)
+_SCORES = {"accuracy": Number(0, 1), "loss": Number(finite=False)}
+_SECONDS = {"seconds": Number(0, 1e12)}
+_ROW = Keys(
+    {},
+    {
+        "kind": Text(),
+        "numel": Number(0, 2**53),
+        "depth": Number(0, 2**53),
+        "shape": ListOf(Number(0, 2**53, integer=True), most=64),
+        "head": Flag(),
+        **dict.fromkeys(METRICS, Null(Number(finite=False))),
+    },
+    others=True,
+)
+VERSIONS = Keys({}, {"definitions": Null(Number(0, 2**31, integer=True))}, others=True)
+_SPECIFICATIONS = {
+    "header": Keys(
+        {"format": Number(integer=True)},
+        {
+            **dict.fromkeys(("model", "dataset", "family", "recipe_hash"), Text()),
+            "recipe": Keys({}, {"seeds": ListOf(_SEED, unique=True)}, others=True),
+            "layers": ListOf(Text(), unique=True),
+            "versions": VERSIONS,
+        },
+        others=True,
+    ),
+    "head": Keys({"seed": _SEED, **_SCORES}, {**_SECONDS, "weight": Text(2**30), "bias": Null(Text(2**30))}, True),
+    "profile": Keys(
+        {"seed": _SEED, "head_state": Text(100), "layers": MapOf(_ROW), "backend": Text()},
+        {"loss": Number(finite=False), "metrics": ListOf(Text(), most=1000)},
+        others=True,
+    ),
+    "layer": Keys({"seed": _SEED, "layer": Text(), **_SCORES}, _SECONDS, others=True),
+    "strength": Keys({"value": Number()}, others=True),
+}
 
 Record = dict[str, Any]
 
@@ -30,10 +83,12 @@ class RecordFile:
     def __init__(self, path: str | os.PathLike[str], header: Mapping[str, Any]) -> None:
         self.path = Path(path)
         header = json.loads(json.dumps({"record": "header", "format": FORMAT, **header}))
+        if self.path.exists():
+            check_regular(self.path, _MOST_BYTES)  # /dev/full, asked for what it holds, has no end
         self._file = open(self.path, "ab+")  # noqa: SIM115 (closed by close)
         try:
             self._lock()
-            records, end = _parse(self.path, self.path.read_bytes())
+            records, end = _parse(self.path, whole_file(self.path, _MOST_BYTES))
             self._file.truncate(end)
             if records:
                 _check_same(self.path, records[0], header)
@@ -99,7 +154,7 @@ class RecordFile:
 def read_records(path: str | os.PathLike[str]) -> tuple[Record, list[Record]]:
     """Header and records of a file, also of one that a sweep is writing. Raises ValueError where it is damaged."""
     path = Path(path)
-    records, _ = _parse(path, path.read_bytes())
+    records, _ = _parse(path, whole_file(path, _MOST_BYTES))
     if not records:
         raise ValueError(f"{str(path)!r} holds no records")
     return records[0], list({_key(record): record for record in records[1:]}.values())
@@ -122,16 +177,26 @@ def _parse(path: Path, contents: bytes) -> tuple[list[Record], int]:
     end = 0
     lines = contents.split(b"\n")
     for number, line in enumerate(lines[:-1], start=1):
-        record = _read(line)
-        if record is None and number == len(lines) - 1 and not lines[-1]:
+        text = _read(line)
+        if text is None and number == len(lines) - 1 and not lines[-1]:
             break  # the last one: its bytes reached the disk in another order
-        if record is None:
+        if text is None:
             raise ValueError(
                 f"{str(path)!r}, line {number}: the checksum does not match; the file is damaged or no record file. "
                 "Move it away, or delete the line to have its work done again"
             )
-        if number == 1 and record.get("record") != "header":
+        try:
+            record = parse_json(text)
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r}, line {number}: {error}; the file is no record file") from error
+        if number == 1 and (not isinstance(record, dict) or record.get("record") != "header"):
             raise ValueError(f"{str(path)!r} is no record file: its first line is no header")
+        try:
+            _check(record, first=number == 1)
+        except ValueError as error:
+            raise ValueError(
+                f"{str(path)!r}, line {number}: {error}; delete the line to have its work done again"
+            ) from error
         if number == 1 and record["format"] != FORMAT:
             raise ValueError(f"{str(path)!r} has format {record['format']}, this zest_fast reads {FORMAT}")
         records.append(record)
@@ -144,11 +209,19 @@ def _parse(path: Path, contents: bytes) -> tuple[list[Record], int]:
 _TORN_HEADER = re.compile(rb"[0-9a-f]{0,8}\Z|[0-9a-f]{8} (\Z|\{)")  # anything else is somebody's own file
 
 
-def _read(line: bytes) -> Record | None:
+def _read(line: bytes) -> bytes | None:
+    """The JSON of a line whose checksum matches."""
     checksum, _, text = line.partition(b" ")
     if len(checksum) != 8 or checksum != b"%08x" % zlib.crc32(text):
         return None
-    return json.loads(text)
+    return text
+
+
+def _check(record: Any, *, first: bool) -> None:
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a record, found {shown(record)}")
+    Text(among=("header",) if first else tuple(_KEYS)).check(record.get("record"), "record")
+    _SPECIFICATIONS[record["record"]].check({k: v for k, v in record.items() if k != "record"}, "")
 
 
 def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -8,11 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zest_fast.profiling.documents import Json, Keys, ListOf, MapOf, Number, Text, parse_json, text_of
+from zest_fast.profiling.parquet_files import parquet_schema, read_parquet
 from zest_fast.profiling.replacing import replacing
-from zest_fast.sweeping.records import Record, read_records
+from zest_fast.ranking.features import METRICS as _METRICS
+from zest_fast.sweeping.records import VERSIONS, Record, read_records
 
 if TYPE_CHECKING:
     import pandas
+    import pyarrow
 
 SHIPPED = Path(__file__).parent / "data" / "records.parquet"
 LEADING = (
@@ -29,6 +33,35 @@ LEADING = (
 )
 _METADATA = b"zest_fast.records"
 
+_IDENTITY = ("model", "dataset", "family", "seed", "layer", "head_state")
+_COLUMNS = {
+    **dict.fromkeys(("model", "dataset", "family", "layer", "head_state", "kind"), "strings"),
+    **dict.fromkeys(("accuracy", "loss", "head_accuracy", "head_loss"), "numbers"),
+    **dict.fromkeys(_METRICS, "numbers"),
+    **dict.fromkeys(("seed", "numel", "depth"), "integers"),
+    "shape": "lists of integers",
+    "head": "flags",
+}
+_BOUNDS = {
+    **dict.fromkeys(("accuracy", "head_accuracy"), (0, 1)),
+    **dict.fromkeys(("numel", "depth"), (0, 2**53)),
+    "seed": (-(2**63), 2**63 - 1),
+}
+_SWEEP = {"model": Text(), "dataset": Text(), "recipe_hash": Text()}
+_SWEEPS = ListOf(
+    Keys(_SWEEP, {"family": Text(), "versions": VERSIONS, "recipe": MapOf(Json()), "environment": Json()}, True),
+    most=100_000,
+)
+_HEADER = Keys(
+    {
+        **_SWEEP,
+        "family": Text(),
+        "layers": ListOf(Text()),
+        "recipe": Keys({"seeds": ListOf(Number(integer=True))}, others=True),
+    },
+    others=True,
+)
+
 
 def load_records(path: str | os.PathLike[str] | None = None) -> pandas.DataFrame:
     """What layers turned out to be worth: a row for each model, data set, seed, layer and state of the profiled head.
@@ -36,28 +69,66 @@ def load_records(path: str | os.PathLike[str] | None = None) -> pandas.DataFrame
     path: a Parquet file that `consolidate` wrote; None = the records that ship with the library.
     Raises ValueError, naming the file, where it cannot be read.
     """
-    import pandas
-
     path = Path(path) if path is not None else SHIPPED
     sweeps_of(path)  # says what is wrong with a foreign file
-    return pandas.read_parquet(path)
+    table = read_parquet(path)
+    try:
+        _check_columns(table)
+        return table.to_pandas(ignore_metadata=True)  # a range of rows; what pandas wrote beside it is not needed
+    except (ValueError, ArithmeticError) as error:
+        raise ValueError(f"{str(path)!r} holds no records that can be read: {error}; consolidate again") from error
 
 
 def sweeps_of(path: str | os.PathLike[str] | None = None) -> list[dict[str, Any]]:
     """What the file says of each sweep: model, dataset, recipe, versions, command, seconds, ..."""
-    import pyarrow
-    from pyarrow import parquet
-
     path = Path(path) if path is not None else SHIPPED
     if not path.exists():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
-    try:
-        metadata = parquet.read_schema(path).metadata or {}
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{str(path)!r} is no Parquet file, or a damaged one: {error}") from error
+    metadata = parquet_schema(path).metadata or {}
     if _METADATA not in metadata:
         raise ValueError(f"{str(path)!r} holds no contribution records; name a file that `consolidate` wrote")
-    return json.loads(metadata[_METADATA])
+    try:
+        sweeps = parse_json(text_of(metadata[_METADATA]))
+        _SWEEPS.check(sweeps, "sweeps")
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} does not say which sweeps it holds: {error}; consolidate again") from error
+    return sweeps
+
+
+def _check_columns(table: pyarrow.Table) -> None:
+    """Raises ValueError for a column that lacks, has another type, or holds what it cannot."""
+    from pyarrow import compute, types
+
+    is_kind = {
+        "strings": lambda kind: types.is_string(kind) or types.is_large_string(kind),
+        "numbers": lambda kind: types.is_floating(kind) or types.is_integer(kind) or types.is_null(kind),
+        "integers": types.is_integer,
+        "flags": types.is_boolean,
+        "lists of integers": lambda kind: (
+            (types.is_list(kind) or types.is_large_list(kind)) and types.is_integer(kind.value_type)
+        ),
+    }
+    for name in LEADING:
+        if name not in table.schema.names:
+            raise ValueError(f"column {name!r}: it is not there")
+    for name in table.schema.names:
+        if table.schema.names.count(name) > 1:
+            raise ValueError(f"column {name!r} occurs more than once")
+        expected = _COLUMNS.get(name)
+        column = table.column(name)
+        if expected is None:
+            continue
+        if not is_kind[expected](column.type):
+            raise ValueError(f"column {name!r}: expected {expected}, found {column.type}")
+        if column.null_count and name in (*_IDENTITY, "head", "kind", "depth", "numel", "shape"):
+            raise ValueError(f"column {name!r}: {column.null_count} entries are missing")
+        if name in _BOUNDS and len(table):
+            low, high = _BOUNDS[name]
+            found = compute.min_max(column).as_py()
+            if found["min"] is not None and not (low <= found["min"] and found["max"] <= high):
+                raise ValueError(
+                    f"column {name!r}: expected {low:g} to {high:g}, found {found['min']:g} to {found['max']:g}"
+                )
 
 
 def consolidate(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
@@ -75,6 +146,10 @@ def consolidate(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[
     frames, sweeps = [], []
     for path in sorted(map(str, paths)):
         header, records = read_records(path)
+        try:
+            _HEADER.check(header, "")
+        except ValueError as error:
+            raise ValueError(f"{path!r} does not say what was swept: {error}; sweep again") from error
         if not _finished(header, records):
             continue
         pair = _pair(header)
@@ -92,7 +167,10 @@ def consolidate(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[
         sweeps = [*kept, *sweeps]
     _check_one_recipe_a_model(sweeps)
     _check_one_meaning(sweeps)
-    table = pyarrow.Table.from_pandas(pandas.concat(frames, ignore_index=True), preserve_index=False)
+    try:
+        table = pyarrow.Table.from_pandas(pandas.concat(frames, ignore_index=True), preserve_index=False)
+    except (pyarrow.ArrowException, OverflowError) as error:
+        raise ValueError(f"the records hold a column of several types ({error}); sweep again") from error
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), _METADATA: json.dumps(sweeps).encode()})
     with replacing(out) as temporary:
         parquet.write_table(table, temporary, compression="zstd")
@@ -117,12 +195,16 @@ def _check_one_recipe_a_model(sweeps: list[dict[str, Any]]) -> None:
 def _check_one_meaning(sweeps: list[dict[str, Any]]) -> None:
     first = sweeps[0]
     for sweep in sweeps:
-        if sweep["versions"]["definitions"] != first["versions"]["definitions"]:
+        if _definitions(sweep) != _definitions(first):
             raise ValueError(
                 f"the metrics of {sweep['model']} on {sweep['dataset']} are of definitions "
-                f"{sweep['versions']['definitions']}, those of {first['model']} on {first['dataset']} of "
-                f"{first['versions']['definitions']}; their records are not mixed"
+                f"{_definitions(sweep)}, those of {first['model']} on {first['dataset']} of "
+                f"{_definitions(first)}; their records are not mixed"
             )
+
+
+def _definitions(sweep: Mapping[str, Any]) -> Any:
+    return sweep.get("versions", {}).get("definitions")
 
 
 def records_to_frame(header: Mapping[str, Any], records: Iterable[Record]) -> pandas.DataFrame:
@@ -139,12 +221,16 @@ def records_to_frame(header: Mapping[str, Any], records: Iterable[Record]) -> pa
                 score, row = scores.get((seed, layer)), profiles.get((seed, state), {}).get(layer)
                 if score is None or row is None:
                     continue
+                if seed not in heads:
+                    raise ValueError(f"layer {layer!r} was scored under seed {seed}, of which no head is recorded")
                 head = heads[seed]
                 leading = (
                     header["model"], header["dataset"], header["family"], seed, layer,
                     score["accuracy"], score["loss"], head["accuracy"], head["loss"], state,
                 )  # fmt: skip
-                rows.append(dict(zip(LEADING, leading, strict=True)) | row)
+                rows.append(
+                    dict(zip(LEADING, leading, strict=True)) | {k: v for k, v in row.items() if k not in LEADING}
+                )
     return pandas.DataFrame(rows, columns=None if rows else list(LEADING))
 
 

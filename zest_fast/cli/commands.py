@@ -21,6 +21,7 @@ from zest_fast.cli.options import (
     Seed,
     Task,
     TextColumn,
+    check_folder,
     check_writable,
     compiled,
     split_names,
@@ -51,8 +52,8 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Measure every metric of every layer in one forward and one backward pass over one batch."""
-    check_writable(out, {".json", ".parquet"})
-    check_writable(plot, {".png", ".svg", ".pdf"})
+    check_writable(out, {".json", ".parquet"}, inputs=[data])
+    check_writable(plot, {".png", ".svg", ".pdf"}, "--plot")
     pattern, chosen = compiled(layers), None if metrics == "all" else split_names(metrics)
     with work() as console:
         with console.status("loading model and data"):
@@ -169,6 +170,8 @@ def finetune(
         show.json_document(document)
     else:
         show.finetuning_table(document)
+    if document["not_saved"]:
+        raise OSError(f"--out {document['not_saved']}; what was trained is saved as {document['delta']}")
 
 
 @app.command()
@@ -179,6 +182,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Run the whole job on real packaged weights and data, beside head only, random layers and all layers."""
+    check_folder(out)
     results = show.results()
     with work() as console:
         from zest_fast.demo import run_demo

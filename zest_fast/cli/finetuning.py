@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from zest_fast import SelectiveBackward, choose, profile, rank
+from zest_fast.cli.interrupts import listening
 from zest_fast.cli.job import Job
+from zest_fast.cli.saving import save_somewhere
 from zest_fast.cli.training import evaluate, train
 from zest_fast.profiling.heads import find_head, is_language_model
 
@@ -63,19 +65,40 @@ def finetune_job(
         parameters = list(tuned.parameters())
         before = _score(job)
         total_steps = steps if steps is not None else epochs * _rounds_length(job)
-        with _progress(console, total_steps) as report:
-            training = train(
-                job.model,
-                parameters,
-                job.loaders.train,
-                epochs=epochs,
-                steps=steps,
-                lr=lr,
-                device=job.device,
-                report=report,
-            )
-        after = _score(job)
-        tuned.save(out)
+        recipe = {"optimizer": "AdamW", "lr": lr, "planned_steps": total_steps}
+        losses: list[float] = []
+        with listening() as interrupts, _progress(console, total_steps) as report:
+            try:
+                training = train(
+                    job.model,
+                    parameters,
+                    job.loaders.train,
+                    epochs=epochs,
+                    steps=steps,
+                    lr=lr,
+                    device=job.device,
+                    report=report,
+                    losses=losses,
+                    stop=lambda: interrupts.happened,
+                )
+            except Exception as error:
+                if not interrupts.happened:
+                    if not losses:
+                        raise
+                    raise _with_what_was_saved(error, tuned, out, ranking, recipe, losses) from error
+                # The workers of a DataLoader hear Ctrl-C, too, and their end is an error here.
+                training = None
+        if training is None or (interrupts.happened and len(losses) < total_steps):
+            raise KeyboardInterrupt(_save_partial(tuned, out, ranking, recipe, losses))
+        saved, not_there = save_somewhere(
+            lambda path: tuned.save(path, ranking=ranking, recipe={**recipe, "steps": len(losses)}), out
+        )
+        try:
+            if interrupts.happened:
+                raise KeyboardInterrupt
+            after = _score(job)  # when the weights are safe already
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"training was over, and the trained layers are saved as {saved}") from None
         cut, problem = tuned.cut, _problem(tuned)
     return {
         "layers": list(layers),
@@ -92,10 +115,38 @@ def finetune_job(
         "seconds_per_step": training.seconds_per_step,
         "peak_memory_bytes": training.peak_memory,
         "device": str(job.device),
-        "delta": str(out),
+        "delta": str(saved),
+        "not_saved": None if not_there is None else f"{out} could not be written ({_reason(not_there)})",
         "verified": problem is None,
         "problem": problem,
     }
+
+
+def _save_partial(tuned: SelectiveBackward, out: Path, ranking: Any, recipe: dict[str, Any], losses: list[float]) -> str:
+    """Saves what an unfinished run has trained beside `out`, marked as such in its recipe; says where."""
+    done, planned = len(losses), recipe["planned_steps"]
+    if not done:
+        return "no step was done, nothing is saved"
+    recipe = {**recipe, "steps": done, "interrupted": True}
+    path = out.with_name(f"{out.stem}.interrupted{out.suffix}")
+    saved, _ = save_somewhere(lambda file: tuned.save(file, ranking=ranking, recipe=recipe), path)
+    return f"the layers as they were after step {done} of {planned} are saved as {saved}"
+
+
+def _with_what_was_saved(
+    error: Exception, tuned: SelectiveBackward, out: Path, ranking: Any, recipe: dict[str, Any], losses: list[float]
+) -> Exception:
+    """The error that ended the training, and where the steps before it are."""
+    try:
+        told = _save_partial(tuned, out, ranking, recipe, losses)
+    except (OSError, RuntimeError) as failure:  # a disk is full, or what was trained is not finite
+        told = f"what was trained until then is not saved ({failure})"
+    text = str(error) or type(error).__name__
+    return RuntimeError(f"{text}; {told}")
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def _problem(tuned: SelectiveBackward) -> str | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -44,17 +46,61 @@ def work() -> Iterator[Console]:
         yield Console(stderr=True)
 
 
-def check_writable(path: Path | None, endings: set[str]) -> None:
-    """Fails before the work rather than after it."""
+def check_writable(
+    path: Path | None, endings: set[str], option: str = "--out", inputs: Iterable[str | Path | None] = ()
+) -> None:
+    """Fails before the work rather than after it: a file of this name is really made beside `path`, and removed.
+
+    endings: the ones known here; none = any. inputs: what the command reads, which it must not replace.
+    """
     if path is None:
         return
     from zest_fast.integrations.references import nearest_path
     from zest_fast.profiling.nearest import nearest
 
-    if path.suffix not in endings:
-        raise ValueError(f"{path}: the ending {path.suffix!r} is unknown here; {nearest(path.suffix, endings)}")
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a folder; name a file in it")
+    if endings and path.suffix not in endings:
+        raise ValueError(f"{option} {path}: the ending {path.suffix!r} is unknown here; {nearest(path.suffix, endings)}")
     if not path.parent.is_dir():
-        raise ValueError(f"the folder of {path} does not exist; {nearest_path(path.parent)}")
+        folder = path.parent
+        if folder.exists():
+            raise ValueError(f"{option} {path}: {folder} is a file, not a folder")
+        raise ValueError(f"{option}: the folder of {path} does not exist; {nearest_path(folder)}")
+    if os.path.lexists(path):
+        if not path.exists():
+            raise ValueError(f"{option} {path} is a link to what does not exist, {os.path.realpath(path)}; remove it")
+        if not path.is_file():
+            raise ValueError(f"{option} {path} is no ordinary file (a device or a pipe); name a file")
+        if not os.access(path, os.W_OK):
+            raise ValueError(f"{option} {path} is write-protected; name another file or change its mode")
+        for source in inputs:
+            if source is not None and Path(source).is_file() and path.samefile(source):
+                raise ValueError(f"{option} {path} is what this command reads, and would be replaced; name another file")
+    _try_to_write(Path(os.path.realpath(path)), f"{option} {path}")
+
+
+def _try_to_write(target: Path, what: str) -> None:
+    """As `replacing` will: to a new file beside `target`, with a longer name. A byte tells whether the disk is full."""
+    trial = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(trial, "xb") as file:
+            file.write(b"\0")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise ValueError(f"{what} cannot be written ({error.strerror or error}); name a file elsewhere") from error
+    finally:
+        with contextlib.suppress(OSError):
+            trial.unlink(missing_ok=True)
+
+
+def check_folder(path: Path, option: str = "--out") -> None:
+    """The same for a folder that is made, with its parents, where it is missing."""
+    there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        raise ValueError(f"{option} {path}: {there} is not a folder")
+    _try_to_write(there.absolute() / "file", f"{option} {path}")
 
 
 def split_names(joined: str | None) -> list[str] | None:

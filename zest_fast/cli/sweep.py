@@ -61,7 +61,7 @@ def sweep_command(
     as_json: Json = False,
 ) -> None:
     """Fine-tune every layer alone with the head, score it, and show the best. Takes long; run again, it goes on."""
-    check_writable(out, {".jsonl"})
+    check_writable(out, {".jsonl"}, inputs=[data])
     chosen = compiled(layers)
     changes: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "layer_lr_factor": layer_lr_factor, "head_lr": head_lr,
@@ -89,16 +89,19 @@ def sweep_command(
             inputs, targets = _all_samples(job.loaders.train)
             splits = _splits(inputs, targets, head_share, score_share)
         show.notes(console, job.loaded)
-        frame = sweep(
-            job.model,
-            splits,
-            layers=chosen,
-            recipe=recipe,
-            out=out,
-            model_name=_name(model),
-            dataset_name=_name(data),
-            workers=int(workers) if workers.lstrip("-").isdecimal() else workers,
-        )
+        try:
+            frame = sweep(
+                job.model,
+                splits,
+                layers=chosen,
+                recipe=recipe,
+                out=out,
+                model_name=_name(model),
+                dataset_name=_name(data),
+                workers=int(workers) if workers.lstrip("-").isdecimal() else workers,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{out} holds what was done; the same command goes on from there") from None
     document = _document(frame, recipe, out, top)
     if as_json:
         show.json_document(document)

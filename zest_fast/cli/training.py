@@ -74,30 +74,35 @@ def train(
     lr: float,
     device: torch.device,
     report: Callable[[int, float], None],
+    losses: list[float],
+    stop: Callable[[], bool] = lambda: False,
 ) -> Training:
     """AdamW over `parameters`; `steps` counts before `epochs`. report(step, loss) is called after every step.
 
+    losses: gets the loss of each step that was done, also where an error ends the training. stop: asked after each
+    step whether it was the last.
     Raises RuntimeError when the loss is not finite.
     """
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     batches = itertools.islice(_rounds(loader, epochs if steps is None else None), steps)
-    losses: list[float] = []
     seconds: list[float] = []
     model.train()
     started = time.perf_counter()
     for step, batch in enumerate(batches, start=1):
         loss, _, _ = loss_and_predictions(model, to_device(batch, device))
-        losses.append(loss.item())
         if not torch.isfinite(loss):
-            raise RuntimeError(f"the loss is {losses[-1]} at step {step}; try a smaller --lr than {lr:g}")
+            raise RuntimeError(f"the loss is {loss.item()} at step {step}; try a smaller --lr than {lr:g}")
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        losses.append(loss.item())
         seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
         report(step, losses[-1])
+        if stop():
+            break
     model.eval()
     return Training(losses, sorted(seconds)[len(seconds) // 2], peak_memory(device))
 

@@ -62,10 +62,10 @@ def test_other_classes_get_a_fresh_head_that_the_seed_decides(tmp_path):
     heads = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        loaded = load_model(str(folder), class_names=["0", "1", "2"])
+        loaded = load_model(str(folder), class_names=["a", "b", "c"])
         heads.append(loaded.model.classifier.weight.detach().clone())
     assert loaded.fresh == ("classifier.bias", "classifier.weight")
-    assert loaded.model.config.id2label == {0: "0", 1: "1", 2: "2"}
+    assert loaded.model.config.id2label == {0: "a", 1: "b", 2: "c"}
     assert heads[0].shape == (3, 16)
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 

@@ -55,7 +55,7 @@ def profile(
     check_writable(out, {".json", ".parquet"}, inputs=[data])
     check_writable(plot, {".png", ".svg", ".pdf"}, "--plot")
     pattern, chosen = compiled(layers), None if metrics == "all" else split_names(metrics)
-    with work() as console:
+    with work(model, data) as console:
         with console.status("loading model and data"):
             from zest_fast.cli.job import open_job
 
@@ -71,7 +71,6 @@ def profile(
                 max_length=max_length,
                 image_size=image_size,
             )
-        show.notes(console, job.loaded)
         with console.status("profiling one batch"):
             import zest_fast
 
@@ -79,6 +78,7 @@ def profile(
             result = zest_fast.profile(
                 job.model, batch, layers=pattern, metrics="all" if metrics == "all" else chosen, backend=backend
             )
+        show.notes(console, job.loaded)
         if out is not None:
             result.save(out)
         if plot is not None:
@@ -130,7 +130,7 @@ def finetune(
 ) -> None:
     """Profile, rank, train the best layers and the head, and save what changed."""
     check_writable(out, {".safetensors"})
-    with work() as console:
+    with work(model, data) as console:
         with console.status("loading model and data"):
             from zest_fast.cli.job import open_job
 
@@ -147,7 +147,6 @@ def finetune(
                 max_length=max_length,
                 image_size=image_size,
             )
-        show.notes(console, job.loaded)
         from zest_fast.cli.finetuning import finetune_job
 
         document = finetune_job(

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from zest_fast import SelectiveBackward, choose, profile, rank
+from zest_fast.cli import show
 from zest_fast.cli.interrupts import listening
 from zest_fast.cli.job import Job
 from zest_fast.cli.saving import save_somewhere
@@ -62,6 +63,7 @@ def finetune_job(
         raise ValueError("--max-memory and --prefer choose among ranked layers, and --layers names them: leave one out")
     chosen_head = _head(job, head, layers)
     with SelectiveBackward(job.model, layers, head=chosen_head, checkpoint=checkpoint, frozen=frozen) as tuned:
+        show.notes(console, job.loaded)  # once nothing is refused any more: an error is one line
         parameters = list(tuned.parameters())
         before = _score(job)
         total_steps = steps if steps is not None else epochs * _rounds_length(job)

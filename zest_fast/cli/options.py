@@ -40,9 +40,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to s
 
 
 @contextlib.contextmanager
-def work() -> Iterator[Console]:
-    """A console on stderr. What a user's module prints meanwhile goes there, too: stdout is for the result."""
-    with contextlib.redirect_stdout(sys.stderr):
+def work(*sources: str) -> Iterator[Console]:
+    """A console on stderr. What a user's module prints meanwhile goes there, too: stdout is for the result.
+
+    sources: model and data. Where one is a `module:function`, what lies in the current folder can be imported, after
+    all that is installed.
+    """
+    from zest_fast.integrations.references import current_folder_last, is_reference
+
+    here = current_folder_last() if any(map(is_reference, sources)) else contextlib.nullcontext()
+    with here, contextlib.redirect_stdout(sys.stderr):
         yield Console(stderr=True)
 
 

@@ -58,7 +58,7 @@ def plan(
     if model is None and file is None:
         raise ValueError("pass a model, or --file with a configuration of a trainer")
     sizes: dict[str, Any] = {"sequence_length": sequence_length, "image_size": image_size}
-    with work() as console:
+    with work(model or "") as console:
         with console.status("planning"):
             source = _source(model)
             if file is not None:

@@ -156,12 +156,8 @@ def sweep_table(document: Mapping[str, Any]) -> None:
 
 def notes(console: Console, loaded: LoadedModel) -> None:
     """What the user should know about the model before its figures."""
-    if loaded.fresh:
-        console.print(
-            f"note: {loaded.source} does not hold {', '.join(loaded.fresh)}; drawn at random",
-            highlight=False,
-            markup=False,
-        )
+    for note in loaded.notes:
+        console.print(printable(f"note: {note}"), highlight=False, markup=False, soft_wrap=True)
 
 
 def _marked(name: str, info: Mapping[str, Any]) -> str:

@@ -67,7 +67,7 @@ def sweep_command(
         "steps": steps, "batch_size": batch_size, "layer_lr_factor": layer_lr_factor, "head_lr": head_lr,
         "seeds": None if seeds is None else tuple(range(seeds)),
     }  # fmt: skip
-    with work() as console:
+    with work(model, data) as console:
         with console.status("loading model and data"):
             from zest_fast.cli.job import open_job
             from zest_fast.sweeping.recipe import Recipe

@@ -10,7 +10,7 @@ import sys
 if not getattr(sys.flags, "safe_path", False) and sys.path and sys.path[0] in ("", os.getcwd()):
     del sys.path[0]  # this package is found by its own __path__ from here on
 
-from zest_fast.cli import app  # noqa: E402
+from zest_fast.cli import app
 
 if __name__ == "__main__":
     app(prog_name="zest-fast")

@@ -25,12 +25,14 @@ from zest_fast.cli.options import (
     check_writable,
     compiled,
     split_names,
+    typed,
     work,
 )
 
 
 @app.command()
 def profile(
+    ctx: typer.Context,
     model: Model,
     data: Data,
     task: Task = None,
@@ -78,7 +80,7 @@ def profile(
             result = zest_fast.profile(
                 job.model, batch, layers=pattern, metrics="all" if metrics == "all" else chosen, backend=backend
             )
-        show.notes(console, job.loaded)
+        show.notes(console, job, typed(ctx))
         if out is not None:
             result.save(out)
         if plot is not None:
@@ -91,6 +93,7 @@ def profile(
 
 @app.command()
 def finetune(
+    ctx: typer.Context,
     model: Model,
     data: Data,
     task: Task = None,
@@ -130,6 +133,8 @@ def finetune(
 ) -> None:
     """Profile, rank, train the best layers and the head, and save what changed."""
     check_writable(out, {".safetensors"})
+    if layers is not None and (unused := typed(ctx) & {"by", "top"}):
+        raise ValueError(f"--{unused.pop()} chooses among ranked layers, and --layers names them: leave one out")
     with work(model, data) as console:
         with console.status("loading model and data"):
             from zest_fast.cli.job import open_job
@@ -163,6 +168,7 @@ def finetune(
             steps=steps,
             lr=lr,
             out=out,
+            written=typed(ctx),
             console=console,
         )
     if as_json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +35,7 @@ def finetune_job(
     steps: int | None,
     lr: float,
     out: Path,
+    written: Collection[str],
     console: Console,
 ) -> dict[str, Any]:
     """Trains `layers` and the head; returns the report, ready for JSON.
@@ -42,6 +43,7 @@ def finetune_job(
     layers: None = the `top` ones of a ranking, by a metric or (by=None) by the Ranker that ships.
     head: "auto", "none", or the names of modules, separated by commas.
     prefer, max_memory, checkpoint, frozen: as for `choose` and SelectiveBackward.
+    written: the parameters of the command line, for the notes on those without effect.
     """
     ranking, explanation = None, None
     if layers is None:
@@ -63,7 +65,7 @@ def finetune_job(
         raise ValueError("--max-memory and --prefer choose among ranked layers, and --layers names them: leave one out")
     chosen_head = _head(job, head, layers)
     with SelectiveBackward(job.model, layers, head=chosen_head, checkpoint=checkpoint, frozen=frozen) as tuned:
-        show.notes(console, job.loaded)  # once nothing is refused any more: an error is one line
+        show.notes(console, job, written)  # once nothing is refused any more: an error is one line
         parameters = list(tuned.parameters())
         before = _score(job)
         total_steps = steps if steps is not None else epochs * _rounds_length(job)
@@ -124,7 +126,9 @@ def finetune_job(
     }
 
 
-def _save_partial(tuned: SelectiveBackward, out: Path, ranking: Any, recipe: dict[str, Any], losses: list[float]) -> str:
+def _save_partial(
+    tuned: SelectiveBackward, out: Path, ranking: Any, recipe: dict[str, Any], losses: list[float]
+) -> str:
     """Saves what an unfinished run has trained beside `out`, marked as such in its recipe; says where."""
     done, planned = len(losses), recipe["planned_steps"]
     if not done:

@@ -68,7 +68,9 @@ def check_writable(
     if path.is_dir():
         raise ValueError(f"{option} {path} is a folder; name a file in it")
     if endings and path.suffix not in endings:
-        raise ValueError(f"{option} {path}: the ending {path.suffix!r} is unknown here; {nearest(path.suffix, endings)}")
+        raise ValueError(
+            f"{option} {path}: the ending {path.suffix!r} is unknown here; {nearest(path.suffix, endings)}"
+        )
     if not path.parent.is_dir():
         folder = path.parent
         if folder.exists():
@@ -83,7 +85,9 @@ def check_writable(
             raise ValueError(f"{option} {path} is write-protected; name another file or change its mode")
         for source in inputs:
             if source is not None and Path(source).is_file() and path.samefile(source):
-                raise ValueError(f"{option} {path} is what this command reads, and would be replaced; name another file")
+                raise ValueError(
+                    f"{option} {path} is what this command reads, and would be replaced; name another file"
+                )
     _try_to_write(Path(os.path.realpath(path)), f"{option} {path}")
 
 
@@ -108,6 +112,16 @@ def check_folder(path: Path, option: str = "--out") -> None:
     if not there.is_dir():
         raise ValueError(f"{option} {path}: {there} is not a folder")
     _try_to_write(there.absolute() / "file", f"{option} {path}")
+
+
+def typed(ctx: typer.Context) -> set[str]:
+    """The parameters that the user wrote on the command line, defaults left out."""
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def split_names(joined: str | None) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import tempfile
@@ -31,9 +32,7 @@ def save_somewhere(save: Callable[[Path], object], out: Path) -> tuple[Path, OSE
 
 def _elsewhere() -> list[Path]:
     folders = []
-    try:
+    with contextlib.suppress(OSError):  # none of the usual ones takes a byte
         folders.append(Path(tempfile.gettempdir()))
-    except OSError:  # none of the usual ones takes a byte
-        pass
     folders += [Path.home(), Path.cwd()] if os.environ.get("HOME") else [Path.cwd()]
     return folders

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from zest_fast.cli.options import option
+
 if TYPE_CHECKING:
     import pandas
 
-    from zest_fast.integrations.models import LoadedModel
+    from zest_fast.cli.job import Job
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.ranking.ranking import Ranking
 
@@ -65,7 +67,9 @@ def _name_column() -> Column:
 
 def profile_table(profile: LayerProfile, metrics: Sequence[str] | None) -> None:
     shown = [name for name in metrics or _SHOWN if name in profile.metrics]
-    table = Table(_name_column(), "kind", box=SIMPLE_HEAD, title=cell(f"loss {profile.loss:.4f}, backend {profile.backend}"))
+    table = Table(
+        _name_column(), "kind", box=SIMPLE_HEAD, title=cell(f"loss {profile.loss:.4f}, backend {profile.backend}")
+    )
     for name in ("weights", *shown):
         table.add_column(name, justify="right")
     for name in profile.names:
@@ -154,9 +158,10 @@ def sweep_table(document: Mapping[str, Any]) -> None:
     console.print(printable(f"records: {document['records']}"), highlight=False, markup=False)
 
 
-def notes(console: Console, loaded: LoadedModel) -> None:
-    """What the user should know about the model before its figures."""
-    for note in loaded.notes:
+def notes(console: Console, job: Job, written: Collection[str] = ()) -> None:
+    """What the user should know about model and data before the figures. written: parameters of the command line."""
+    unused = [f"{option(name)} has no effect: {why}" for name, why in job.without_effect.items() if name in written]
+    for note in (*job.loaded.notes, *unused):
         console.print(printable(f"note: {note}"), highlight=False, markup=False, soft_wrap=True)
 
 

@@ -21,6 +21,7 @@ from zest_fast.cli.options import (
     TextColumn,
     check_writable,
     compiled,
+    typed,
     work,
 )
 
@@ -35,6 +36,7 @@ EVERYTHING = 1 << 30  # samples in a batch: texts of one batch are padded alike
 
 @app.command("sweep")
 def sweep_command(
+    ctx: typer.Context,
     model: Model,
     data: Data,
     task: Task = None,
@@ -88,7 +90,7 @@ def sweep_command(
             )
             inputs, targets = _all_samples(job.loaders.train)
             splits = _splits(inputs, targets, head_share, score_share)
-        show.notes(console, job.loaded)
+        show.notes(console, job, typed(ctx) - {"batch_size"})  # that is the recipe's here
         try:
             frame = sweep(
                 job.model,

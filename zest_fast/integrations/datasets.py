@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,9 +63,10 @@ def open_data(source: str) -> Table | ImageFolder | Loaders:
 def class_names(labels: Sequence[Any]) -> tuple[str, ...]:
     """The classes among `labels`, sorted: integers (also written as text) by value, everything else as text.
 
-    ValueError where a label is a fraction: that is a target of regression, not a class.
+    ValueError where a label is a fraction (a target of regression) or a list (several labels at once): these are no
+    classes.
     """
-    names = {_label_name(label) for label in labels}
+    names = set(label_names(labels))
     integers = all(name.removeprefix("-").isdecimal() for name in names)
     return tuple(sorted(names, key=lambda name: (int(name) if integers else 0, name)))  # "01" before "1", always
 
@@ -97,7 +99,7 @@ def make_loaders(
         examples: Any = list(zip(data.files, encode_labels(data.labels, loaded.class_names), strict=True))
         collate = _image_collate(loaded, image_size)
     else:
-        texts = [str(text) for text in data.column(text_column)]
+        texts = _texts(data, text_column)
         collate = _text_collate(loaded, max_length, labelled=label_column is not None)
         labels = [IGNORED] * len(texts)
         if label_column is not None:
@@ -111,20 +113,69 @@ def make_loaders(
     )
 
 
+def _texts(data: Table, column: str) -> list[str]:
+    values = data.column(column)
+    for place, value in zip(data.places, values, strict=True):
+        if not isinstance(value, str | int | float):
+            raise ValueError(
+                f"{data.path}, {place}: column {column!r} holds a {type(value).__name__}, not a text; name the column "
+                "of texts, or join its parts into one"
+            )
+    return [str(value) for value in values]
+
+
 def encode_labels(labels: Sequence[Any], names: Sequence[str] | None = None) -> list[int]:
     """Class ids: the position of each label among `names` (None = the sorted classes of `labels` themselves)."""
     ids = {name: index for index, name in enumerate(names or class_names(labels))}
-    for unknown in {_label_name(label) for label in labels} - set(ids):
+    found = label_names(labels)
+    for unknown in set(found) - set(ids):
         raise ValueError(f"label {unknown!r} is none of the model's classes; {nearest(unknown, ids)}")
-    return [ids[_label_name(label)] for label in labels]
+    return [ids[name] for name in found]
+
+
+def label_names(labels: Sequence[Any]) -> list[str]:
+    """The labels as names of classes, one each: 1, 1.0 (Parquet of pandas, gaps in integers) and "1.0" (CSV) are "1".
+
+    Text is taken for numbers only where all of it is numbers and one of them has a decimal point.
+    """
+    texts = [_label_name(label) for label in labels]
+    if not any(isinstance(label, str) for label in labels) or not all(map(_NUMBER.fullmatch, texts)):
+        return texts
+    if not any("." in text or "e" in text.lower() for text in texts):
+        return texts
+    return [_whole(float(text), text) for text in texts]
+
+
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 
 
 def _label_name(label: Any) -> str:
     if isinstance(label, float):
-        if not label.is_integer():
-            raise ValueError(f"label {label} is a fraction; classes are integers or strings")
-        label = int(label)  # Parquet files of pandas hold integers with gaps as floats
+        return _whole(label, str(label))
+    if isinstance(label, str) and label.lstrip().startswith("[") and label.rstrip().endswith("]"):
+        label = label.strip()[1:-1].split(",")  # a list as a CSV file can hold it
+    if isinstance(label, list | tuple | dict | set):
+        raise ValueError(
+            f"label {_shortened(label)} holds several values: multi-label data is not supported yet; give each row one "
+            "class, as an integer or a string, or pass data and model as module:function"
+        )
+    if not isinstance(label, str | int):
+        raise ValueError(f"label {_shortened(label)} is a {type(label).__name__}; classes are integers or strings")
     return str(label)
+
+
+def _whole(number: float, text: str) -> str:
+    if not number.is_integer():
+        raise ValueError(
+            f"label {text} is a fraction: regression is not supported yet; classes are integers or strings (numbers "
+            "that are names need a letter: 'v1.5')"
+        )
+    return str(int(number))
+
+
+def _shortened(label: Any) -> str:
+    text = repr(label)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _user_loaders(source: str, made: Any) -> Loaders:

@@ -40,7 +40,9 @@ class LoadedModel:
     task: str | None  #: one of TASKS; None for `module:function`
     processor: Any | None = None  #: tokenizer or image processor, by task; None where there is none
     class_names: tuple[str, ...] | None = None  #: in the order of the model's outputs; None: the model does not say
-    fresh: tuple[str, ...] = ()  #: parameters that are newly drawn: not in the checkpoint, or of a head that was replaced
+    fresh: tuple[
+        str, ...
+    ] = ()  #: parameters that are newly drawn: not in the checkpoint, or of a head that was replaced
     notes: tuple[str, ...] = ()  #: what was decided while loading and the user should know, a sentence each
 
 
@@ -98,7 +100,9 @@ def load_model(source: str, *, task: str | None = None, class_names: Sequence[st
     if missing:
         notes.insert(0, f"{source} does not hold {some(missing)}; drawn at random")
     if own := _own_code(config):
-        notes.append(f"{source} brings code of its own ({own}), which is not run: {type(model).__name__} of transformers is used")
+        notes.append(
+            f"{source} brings code of its own ({own}), which is not run: {type(model).__name__} of transformers is used"
+        )
     fresh = tuple(sorted({*missing, *replaced}))
     return LoadedModel(model.eval(), source, task, _processor(source, task, model), head.names, fresh, tuple(notes))
 
@@ -140,7 +144,9 @@ def _choose_head(source: str, config: Any, wanted: Sequence[str] | None) -> _Hea
         strange = [name for name in wanted if name.strip().casefold() not in known]
         why = f"it knows no {some(map(repr, strange or wanted))}"
     new = _new_head(wanted)
-    note = f"{what} is replaced by a new one for {_count(len(wanted), 'class')} ({some(wanted)}), drawn at random: {why}"
+    note = (
+        f"{what} is replaced by a new one for {_count(len(wanted), 'class')} ({some(wanted)}), drawn at random: {why}"
+    )
     return _Head(new.changes, new.names, (note,))
 
 
@@ -195,15 +201,15 @@ def _count(number: int, what: str) -> str:
 
 
 def _check_causal(source: str, config: Any) -> None:
-    """An encoder has a form as language model whose tokens see those that they are to predict: its loss says nothing."""
+    """An encoder has a form as language model whose tokens see those that they are to predict: no loss to learn by."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
     if config.model_type in MASKED and not (
         getattr(config, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
     ):
         raise ValueError(
-            f"model {source!r} ({config.model_type}) is an encoder: as causal-lm its tokens would see the ones they are "
-            "to predict; use text-classification, or set is_decoder in its config.json"
+            f"model {source!r} ({config.model_type}) is an encoder: as causal-lm its tokens would see the ones they "
+            "are to predict; use text-classification, or set is_decoder in its config.json"
         )
 
 
@@ -261,7 +267,9 @@ def _config(source: str) -> Any:
     if architectures is not None and not (
         isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
     ):
-        raise ValueError(f"the configuration of {source!r} has architectures {architectures!r}, which is no list of names")
+        raise ValueError(
+            f"the configuration of {source!r} has architectures {architectures!r}, which is no list of names"
+        )
     return config
 
 
@@ -302,8 +310,8 @@ def _check_names(folder: Path) -> None:
     if adapter.exists():
         base = _check_json(adapter, "adapter configuration").get("base_model_name_or_path")
         raise ValueError(
-            f"{folder} holds a PEFT adapter (of {base!r}), which is not put into its model here: merge the two and save "
-            "that, or build them in a function and pass module:function"
+            f"{folder} holds a PEFT adapter (of {base!r}), which is not put into its model here: merge the two and "
+            "save that, or build them in a function and pass module:function"
         )
     for index in sorted(folder.glob("*.index.json")):
         for name in _shards(index):
@@ -377,8 +385,8 @@ def _from_pretrained(
         sizes = {(old, new) for old, new in zip(held, wanted, strict=False) if old != new}
         if len(held) != len(wanted) or sizes != {(trained_labels, changes["num_labels"])}:
             raise ValueError(
-                f"model {source!r}: {name} is {list(held)} in the weights and {list(wanted)} by its config.json; they do "
-                "not belong together"
+                f"model {source!r}: {name} is {list(held)} in the weights and {list(wanted)} by its config.json; they "
+                "do not belong together"
             )
     return model, missing, tuple(sorted(key[0] for key in report["mismatched_keys"]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import sysconfig
 import traceback
@@ -41,8 +42,19 @@ class _OneLineErrors(TyperGroup):
                 raise
             text = error.args[0] if isinstance(error, KeyError) and error.args else error  # str() would quote it
             line = " ".join(str(text).split()) or type(error).__name__
-            typer.echo(f"error: {printable(line)}{_place(error)}", err=True)
+            typer.echo(f"error: {printable(self._with_options(ctx, line))}{_place(error)}", err=True)
             raise typer.Exit(2) from error
+
+
+    def _with_options(self, ctx: Any, line: str) -> str:
+        """What Python passes as `argument=` is an option of the command, where the command has one of this name."""
+        command = self.commands.get(ctx.invoked_subcommand or "")
+        options = {parameter.name: parameter.opts[0] for parameter in command.params} if command is not None else {}
+        return re.sub(
+            r"\bpass (\w+)=(?=\W|$)",
+            lambda found: f"pass {options[found[1]]}" if found[1] in options else found[0],
+            line,
+        )
 
 
 def _place(error: BaseException) -> str:

@@ -56,7 +56,7 @@ def profile(
     """Measure every metric of every layer in one forward and one backward pass over one batch."""
     check_writable(out, {".json", ".parquet"}, inputs=[data])
     check_writable(plot, {".png", ".svg", ".pdf"}, "--plot")
-    pattern, chosen = compiled(layers), None if metrics == "all" else split_names(metrics)
+    pattern, chosen = compiled(layers), None if metrics == "all" else split_names(metrics, "--metrics")
     with work(model, data) as console:
         with console.status("loading model and data"):
             from zest_fast.cli.job import open_job
@@ -156,7 +156,7 @@ def finetune(
 
         document = finetune_job(
             job,
-            layers=split_names(layers),
+            layers=split_names(layers, "--layers"),
             head=head,
             by=by,
             top=top,

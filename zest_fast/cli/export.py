@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from zest_fast.cli.app import app
-from zest_fast.cli.options import check_writable
+from zest_fast.cli.options import check_readable, check_writable
 from zest_fast.profiling.nearest import nearest
 from zest_fast.profiling.replacing import replacing
 
@@ -33,12 +33,10 @@ def export(
     if to not in TARGETS:
         raise ValueError(f"--to {to!r} is unknown; {nearest(to, TARGETS)}")
     check_writable(out, set(), inputs=[profile_file])
-    from zest_fast.integrations.references import nearest_path
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.ranking.ranking import rank
 
-    if not profile_file.is_file():
-        raise ValueError(f"profile {str(profile_file)!r} does not exist; {nearest_path(profile_file)}")
+    check_readable(profile_file, "profile")
     chosen = rank(LayerProfile.load(profile_file), by=by).top(top)
     text = _settings(to, chosen, r, _load(model))
     if out is None:

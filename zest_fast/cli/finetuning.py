@@ -15,6 +15,7 @@ from zest_fast import SelectiveBackward, choose, profile, rank
 from zest_fast.cli import show
 from zest_fast.cli.interrupts import listening
 from zest_fast.cli.job import Job
+from zest_fast.cli.options import split_names
 from zest_fast.cli.saving import save_somewhere
 from zest_fast.cli.training import evaluate, train
 from zest_fast.profiling.heads import find_head, is_language_model
@@ -169,7 +170,7 @@ def _head(job: Job, head: str, layers: Sequence[str]) -> str | list[str] | None:
     if head == "none":
         return None
     if head != "auto":
-        return [name.strip() for name in head.split(",")]
+        return split_names(head, "--head")
     fresh = {name.rpartition(".")[0] for name in job.loaded.fresh} - set(layers)
     if not fresh:
         return "auto"

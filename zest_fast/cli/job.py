@@ -53,6 +53,8 @@ def open_job(
         task = _task_of(opened, label_column) or find_task(model)
     if task == "text-classification":
         label_column = label_column or DEFAULT_LABEL_COLUMN
+        if isinstance(opened, Table) and label_column == batching.get("text_column"):
+            raise ValueError(f"--label-column and --text-column are both {label_column!r}: each text would be a class")
     elif task == "causal-lm":
         label_column = None  # see _without_effect
     names = None
@@ -73,7 +75,10 @@ def open_job(
 def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name!r} is unknown; use auto, cpu, cuda or cuda:1") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch {torch.__version__} finds no CUDA device; use cpu or auto")
     return device

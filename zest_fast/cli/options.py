@@ -53,6 +53,16 @@ def work(*sources: str) -> Iterator[Console]:
         yield Console(stderr=True)
 
 
+def check_readable(path: Path, what: str) -> None:
+    """ValueError with the nearest name where there is no such file."""
+    from zest_fast.integrations.references import nearest_path
+
+    if path.is_dir():
+        raise ValueError(f"{what} {str(path)!r} is a folder; name a file")
+    if not path.is_file():
+        raise ValueError(f"{what} {str(path)!r} does not exist; {nearest_path(path)}")
+
+
 def check_writable(
     path: Path | None, endings: set[str], option: str = "--out", inputs: Iterable[str | Path | None] = ()
 ) -> None:
@@ -124,8 +134,14 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def split_names(joined: str | None) -> list[str] | None:
-    return None if joined is None else [name.strip() for name in joined.split(",") if name.strip()]
+def split_names(joined: str | None, written: str) -> list[str] | None:
+    """Names separated by commas; ValueError, with the option as it is written, where there are none."""
+    if joined is None:
+        return None
+    names = [name.strip() for name in joined.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"{written} {joined!r} names nothing; leave it out for the default")
+    return names
 
 
 def compiled(text: str | None) -> re.Pattern[str] | None:

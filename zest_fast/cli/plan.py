@@ -108,7 +108,7 @@ def _layers(source: Any, layers: str, lowest_block: int) -> Any:
     if layers == "all":
         return layers
     if not layers.isdecimal():
-        return split_names(layers)
+        return split_names(layers, "--layers")
     from zest_fast.finetuning.planning.blocks import layout_of
     from zest_fast.finetuning.planning.models import named_model
 

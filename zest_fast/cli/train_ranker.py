@@ -69,6 +69,8 @@ def read_sources(paths: Sequence[Path], *, shipped: bool) -> tuple[pandas.DataFr
     sources: dict[tuple[str, str], Path] = {}
     frames, sweeps = [], []
     for path in (*paths, *([SHIPPED] if shipped else [])):
+        if path.is_dir():
+            raise ValueError(f"records {str(path)!r} are a folder; name its files")
         if not path.is_file():
             raise ValueError(f"records {str(path)!r} do not exist; {nearest_path(path)}")
         frame, found = _read(path)

@@ -121,6 +121,8 @@ def _texts(data: Table, column: str) -> list[str]:
                 f"{data.path}, {place}: column {column!r} holds a {type(value).__name__}, not a text; name the column "
                 "of texts, or join its parts into one"
             )
+        if isinstance(value, str) and not value.strip():
+            raise ValueError(f"{data.path}, {place}: column {column!r} is empty")
     return [str(value) for value in values]
 
 
@@ -149,12 +151,13 @@ def label_names(labels: Sequence[Any]) -> list[str]:
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 
 
+_LIST = re.compile(r"\s*\[(|[^\]]*,.*|\s*[-+.\d]+\s*)\]\s*", re.DOTALL)  # as a CSV file holds one; "[spam]" is a name
+
+
 def _label_name(label: Any) -> str:
     if isinstance(label, float):
         return _whole(label, str(label))
-    if isinstance(label, str) and label.lstrip().startswith("[") and label.rstrip().endswith("]"):
-        label = label.strip()[1:-1].split(",")  # a list as a CSV file can hold it
-    if isinstance(label, list | tuple | dict | set):
+    if isinstance(label, list | tuple | dict | set) or (isinstance(label, str) and _LIST.fullmatch(label)):
         raise ValueError(
             f"label {_shortened(label)} holds several values: multi-label data is not supported yet; give each row one "
             "class, as an integer or a string, or pass data and model as module:function"

@@ -129,8 +129,8 @@ def _choose_head(source: str, config: Any, wanted: Sequence[str] | None) -> _Hea
     if config.problem_type == "multi_label_classification":
         raise ValueError(
             f"{what} is for several labels at once (problem_type multi_label_classification), and the data has one "
-            "class a row; this is not supported yet: pass data as module:function whose batches hold rows of 0.0 and "
-            "1.0, or a model of yours as module:function"
+            "class a row; this is not supported yet: to profile it, pass data as module:function whose batches hold "
+            "rows of 0.0 and 1.0; to train classes, give it a head of your own and pass it as module:function"
         )
     if len(trained) == 1 or config.problem_type == "regression":
         why = "it is for regression, and the labels are classes"

@@ -43,7 +43,8 @@ def net():
 class Named(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleDict({"[bold]x": nn.Linear(4, 6), "e\\x1b[31mvil": nn.Linear(6, 6), "head": nn.Linear(6, 2)})
+        named = {"[bold]x": nn.Linear(4, 6), "e\\x1b[31mvil": nn.Linear(6, 6), "head": nn.Linear(6, 2)}
+        self.layers = nn.ModuleDict(named)
 
     def forward(self, x):
         for layer in self.layers.values():
@@ -194,7 +195,9 @@ def test_outputs_are_tried_before_anything_is_loaded(run, home, words, option, e
     refused(run(*words, option, f"lost{ending}"), "link to what does not exist")
     refused(run(*words, option, f"/proc/x{ending}"), f"{option} /proc/x{ending} cannot be written")
     refused(run(*words, option, "x" * 255 + ending), "name too long")
-    refused(run(*words, option, "x" * (250 - len(ending)) + ending), "cannot be written")  # what is written first is longer
+    refused(
+        run(*words, option, "x" * (250 - len(ending)) + ending), "cannot be written"
+    )  # what is written first is longer
     if words[0] != "export":
         refused(run(*words, option, "/dev/full"), "the ending '' is unknown here")
     left = {entry.name for entry in home.iterdir()}
@@ -250,7 +253,9 @@ def test_weights_that_cannot_be_saved_are_saved_elsewhere(run, home, monkeypatch
 
 def test_what_was_trained_before_an_error_is_kept_and_the_error_says_where_it_arose(run, home) -> None:
     result = run("finetune", NET, "zest_ends_user:failing", "--layers", "b", "--out", "delta.safetensors")
-    refused(result, "speaker", "after step 5 of 10", "delta.interrupted.safetensors", "KeyError in", "zest_ends_user.py")
+    refused(
+        result, "speaker", "after step 5 of 10", "delta.interrupted.safetensors", "KeyError in", "zest_ends_user.py"
+    )
     assert not (home / "delta.safetensors").exists()
     assert read_delta(home / "delta.interrupted.safetensors").recipe["interrupted"] is True
 
@@ -341,7 +346,9 @@ def telling():
 @pytest.mark.parametrize("data", ["slow", "spawned"])
 def test_ctrl_c_saves_what_was_trained_so_far(home, data) -> None:
     (home / "telling.py").write_text(TELLING)
-    process = start(home, "finetune", "telling:telling", f"zest_ends_user:{data}", "--layers", "b", "--out", "d.safetensors")
+    process = start(
+        home, "finetune", "telling:telling", f"zest_ends_user:{data}", "--layers", "b", "--out", "d.safetensors"
+    )
     stepped = home / "stepped"
     output, errors = interrupted(process, lambda: stepped.exists() and stepped.stat().st_size >= 3)
     assert process.returncode == 130 and output == "", errors

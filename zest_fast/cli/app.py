@@ -45,7 +45,6 @@ class _OneLineErrors(TyperGroup):
             typer.echo(f"error: {printable(self._with_options(ctx, line))}{_place(error)}", err=True)
             raise typer.Exit(2) from error
 
-
     def _with_options(self, ctx: Any, line: str) -> str:
         """What Python passes as `argument=` is an option of the command, where the command has one of this name."""
         command = self.commands.get(ctx.invoked_subcommand or "")

@@ -106,7 +106,7 @@ def _config(source: Any) -> Any:
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"model {str(source)!r} asks to run code of its own, and code that comes with a configuration is never "
-                "run here: build the model in a function whose code you have read, and plan that"
+                "run here: build the model in code that you have read, and plan that (zest-fast plan: module:function)"
             ) from error
         where = f"{source} is no configuration" if path.exists() else f"model {str(source)!r} is unknown"
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""What `zest-fast` takes for classes, and when it keeps the head of a checkpoint, replaces it (and says so), refuses."""
+"""What `zest-fast` takes for classes, and when the head of a checkpoint is kept, replaced with a word, or refused."""
 
 from __future__ import annotations
 
@@ -282,3 +282,15 @@ def test_the_tokenizer_of_these_tests_knows_its_words(tmp_path) -> None:
     save_tokenizer(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.unk_token_id not in {token for ids in tokenizer(TEXTS)["input_ids"] for token in ids}
+
+
+def test_labels_and_texts_that_are_most_likely_a_mistake_are_pointed_out(run, tmp_path) -> None:
+    mixed = ["pos", "neg", "pos ", "Neg", "pos", "pos"]
+    found = " ".join(notes(run("two", mixed, *QUICK)))
+    assert "'Neg' and 'neg', 'pos' and 'pos '" in found and "classes of their own" in found
+    save_jsonl(tmp_path / "ids.jsonl", TEXTS * 4, [f"id-{number}" for number in range(24)])
+    result = CliRunner().invoke(app, ["profile", "two", str(tmp_path / "ids.jsonl"), *map(str, QUICK)])
+    assert "24 of the 24 classes have a single row" in " ".join(notes(result))
+    save_jsonl(tmp_path / "cyrillic.jsonl", ["\u0434\u043e\u043c", "\u0436\u0443\u043a"] * 12, SOME * 4)
+    result = CliRunner().invoke(app, ["profile", "two", str(tmp_path / "cyrillic.jsonl"), *map(str, QUICK)])
+    assert notes(result) == ["note: 100% of the tokens are unknown to the tokenizer: is it for this language?"]

@@ -342,6 +342,37 @@ def test_a_plan_runs_no_code_of_a_configuration(tmp_path):
     assert not (folder / "marker").exists()
 
 
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
+def test_kernels_that_a_configuration_names_are_not_fetched(tmp_path, monkeypatch, key):
+    folder = save_bert(tmp_path / "bert")
+    there = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**there, key: "evil/kernel"}))
+    for refusing in (
+        lambda: load_model(str(folder)),
+        lambda: plan(str(folder), "all", batch_size=1, sequence_length=8),
+    ):
+        if transformers.AutoConfig.from_pretrained(folder)._attn_implementation is None:
+            continue  # this version of transformers does not read the key
+        with pytest.raises(ValueError, match="asks for the kernels of 'evil/kernel'"):
+            refusing()
+
+
+class _Marking:
+    def __reduce__(self):
+        return (open, ("pickle-ran", "w"))
+
+
+def test_a_pickle_that_is_more_than_tensors_is_not_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = save_bert(tmp_path / "bert")
+    (folder / "model.safetensors").unlink()
+    torch.save({"a": _Marking()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError) as caught:
+        load_model(str(folder))
+    one_line(caught.value, "a pickle with more in it than tensors")
+    assert "weights_only" not in str(caught.value) and not (tmp_path / "pickle-ran").exists()
+
+
 @pytest.mark.parametrize("kind", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
 @pytest.mark.parametrize(
     "name",

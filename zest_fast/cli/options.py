@@ -34,7 +34,7 @@ MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens of a text; by
 ImageSize = Annotated[
     int | None, typer.Option(min=1, help="Pixels of both sides; by default the model's image processor, or 224.")
 ]
-Seed = Annotated[int, typer.Option(help="Of the shuffle, the split and a fresh head.")]
+Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Of the shuffle, the split and a fresh head.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 

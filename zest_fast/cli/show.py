@@ -161,7 +161,7 @@ def sweep_table(document: Mapping[str, Any]) -> None:
 def notes(console: Console, job: Job, written: Collection[str] = ()) -> None:
     """What the user should know about model and data before the figures. written: parameters of the command line."""
     unused = [f"{option(name)} has no effect: {why}" for name, why in job.without_effect.items() if name in written]
-    for note in (*job.loaded.notes, *unused):
+    for note in (*job.loaded.notes, *job.loaders.notes, *unused):
         console.print(printable(f"note: {note}"), highlight=False, markup=False, soft_wrap=True)
 
 

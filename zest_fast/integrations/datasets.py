@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Subset
 from zest_fast.integrations.models import LoadedModel
 from zest_fast.integrations.references import is_reference, load_function, nearest_path
 from zest_fast.integrations.tables import Table, read_table
-from zest_fast.profiling.nearest import nearest
+from zest_fast.profiling.nearest import nearest, some
 
 # The usual channel statistics of ImageNet, for images scaled to 0..1.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -28,6 +29,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 DEFAULT_IMAGE_SIZE = 224
 
 _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+_LOOKED_AT = 64  # texts whose tokens are counted
 IGNORED = -100  #: the target that cross-entropy leaves out
 
 
@@ -44,6 +46,7 @@ class Loaders:
 
     train: DataLoader[Any]
     validation: DataLoader[Any] | None  #: None: none was asked for, or the user's function returned none
+    notes: tuple[str, ...] = ()  #: what is strange in the data and the user should know, a sentence each
 
 
 def open_data(source: str) -> Table | ImageFolder | Loaders:
@@ -95,6 +98,7 @@ def make_loaders(
         return data
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}: it has to be 1 or more")
+    notes: list[str] = []
     if isinstance(data, ImageFolder):
         examples: Any = list(zip(data.files, encode_labels(data.labels, loaded.class_names), strict=True))
         collate = _image_collate(loaded, image_size)
@@ -104,13 +108,44 @@ def make_loaders(
         labels = [IGNORED] * len(texts)
         if label_column is not None:
             labels = encode_labels(data.column(label_column), loaded.class_names)
+            notes += _strange_classes(label_names(data.column(label_column)))
+        notes += _unknown_words(texts, loaded.processor)
         examples = list(zip(texts, labels, strict=True))
     train, validation = _split(examples, validation_share, seed)
     shuffle = torch.Generator().manual_seed(seed)
     return Loaders(
         DataLoader(train, batch_size, shuffle=True, generator=shuffle, collate_fn=collate),
         DataLoader(validation, batch_size, collate_fn=collate) if len(validation) else None,
+        tuple(notes),
     )
+
+
+def _strange_classes(labels: list[str]) -> list[str]:
+    """Classes that differ in blanks or capitals alone, and more classes than can be learnt from so many rows."""
+    notes = []
+    counts = Counter(labels)
+    alike: dict[str, list[str]] = {}
+    for name in sorted(counts):
+        alike.setdefault(name.strip().casefold(), []).append(name)
+    if pairs := [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]:
+        notes.append(f"labels that differ in blanks or capitals alone are classes of their own: {some(pairs)}")
+    single = [name for name, count in counts.items() if count == 1]
+    if len(single) > len(counts) / 2 and len(counts) > 10:
+        notes.append(
+            f"{len(single)} of the {len(counts)} classes have a single row: are these labels classes, and in the right "
+            "column?"
+        )
+    return notes
+
+
+def _unknown_words(texts: list[str], tokenizer: Any) -> list[str]:
+    """A note where most tokens of the first texts are unknown: they say nothing, and look all alike to the model."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or not callable(tokenizer):
+        return []
+    ids = [token for text in texts[:_LOOKED_AT] for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    share = ids.count(unknown) / max(len(ids), 1)
+    return [f"{share:.0%} of the tokens are unknown to the tokenizer: is it for this language?"] if share > 0.5 else []
 
 
 def _texts(data: Table, column: str) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from zest_fast.finetuning.planning.models import refuse_kernels
 from zest_fast.integrations.quiet import quiet_transformers
 from zest_fast.integrations.references import is_reference, load_function, nearest_path
 from zest_fast.profiling.nearest import nearest, some
@@ -263,6 +264,7 @@ def _config(source: str) -> Any:
             f"model {source!r} is no folder here, no module:function, and the hub did not give it "
             f"({_first_line(error)}); {nearest_path(folder, _folders_beside(folder))}"
         ) from error
+    refuse_kernels(source, config)
     architectures = config.architectures
     if architectures is not None and not (
         isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
@@ -376,6 +378,11 @@ def _from_pretrained(
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise _refused_code(f"model {source!r}", error, _auto_map(Path(source) / "config.json")) from error
+        if "Weights only load failed" in str(error):
+            raise ValueError(
+                f"model {source!r}: its weights are a pickle with more in it than tensors, which could run code when it "
+                "is loaded; this is never done here: save them as safetensors where you trust them"
+            ) from error
         if "Unrecognized configuration class" in str(error):
             raise ValueError(f"model {source!r} ({_config(source).model_type}) has no form for {task}") from error
         raise ValueError(f"model {source!r}: {_first_line(error)}") from error

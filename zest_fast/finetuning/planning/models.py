@@ -101,7 +101,7 @@ def _config(source: Any) -> Any:
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"model {str(source)!r}: the folder holds no config.json")
     try:
-        return transformers.AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(str(source), trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, and those of the hub's client
         if "trust_remote_code" in str(error):
             raise ValueError(
@@ -114,6 +114,21 @@ def _config(source: Any) -> Any:
             f"{where} ({why}); a plan takes a config.json, a PretrainedConfig, an nn.Module or a name: "
             + nearest(key, NAMED)
         ) from error
+    refuse_kernels(str(source), config)
+    return config
+
+
+def refuse_kernels(source: str, config: Any) -> None:
+    """ValueError where a configuration names a repository of kernels, whose code transformers would fetch and run."""
+    for part in (config, *(value for value in vars(config).values() if hasattr(value, "model_type"))):
+        for key in ("_attn_implementation", "_attn_implementation_internal", "attn_implementation"):
+            value = getattr(part, key, None)
+            names = list(value.values()) if isinstance(value, dict) else [value]
+            if wanted := next((name for name in names if isinstance(name, str) and "/" in name), None):
+                raise ValueError(
+                    f"model {source!r}: its configuration asks for the kernels of {wanted!r} as attention, code that "
+                    "would be fetched and run; this is never done here: take attn_implementation out of its config.json"
+                )
 
 
 def _from_config(config: Any) -> nn.Module:

@@ -424,3 +424,15 @@ def test_ctrl_c_in_rank_is_one_line(run, home, monkeypatch) -> None:
     monkeypatch.setattr("zest_fast.ranking.ranking.rank", interrupt)
     result = run("rank", "q.json", "--top", 1)
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+
+
+def test_processes_that_are_started_anew_find_the_users_module(run, home, monkeypatch) -> None:
+    """They unpickle a model whose class is in the current folder, which is not on sys.path by itself."""
+    monkeypatch.setattr("zest_fast.sweeping.local_workers._can_fork", lambda threads: False)
+    assert str(home) not in sys.path and "" not in sys.path
+    path = list(sys.path)
+    words = ("--steps", 2, "--batch-size", 4, "--seeds", 1, "--workers", 2, "--json")
+    result = run("sweep", NET, BATCHES, *words)
+    assert result.exit_code == 0, result.stderr
+    assert {row["layer"] for row in json.loads(result.stdout)["best"]} == {"a", "b"}
+    assert sys.path == path

@@ -380,8 +380,8 @@ def _from_pretrained(
             raise _refused_code(f"model {source!r}", error, _auto_map(Path(source) / "config.json")) from error
         if "Weights only load failed" in str(error):
             raise ValueError(
-                f"model {source!r}: its weights are a pickle with more in it than tensors, which could run code when it "
-                "is loaded; this is never done here: save them as safetensors where you trust them"
+                f"model {source!r}: its weights are a pickle with more in it than tensors, which could run code when "
+                "it is loaded; this is never done here: save them as safetensors where you trust them"
             ) from error
         if "Unrecognized configuration class" in str(error):
             raise ValueError(f"model {source!r} ({_config(source).model_type}) has no form for {task}") from error

@@ -1,13 +1,18 @@
 import builtins
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from checkpoints import TEXTS, minilm, save_bert, save_lite0, save_llama, save_resnet
 
+from zest_fast.finetuning.plan import plan
 from zest_fast.integrations.models import find_task, load_model
+from zest_fast.integrations.references import load_function
 
 
 @pytest.fixture
@@ -62,10 +67,10 @@ def test_other_classes_get_a_fresh_head_that_the_seed_decides(tmp_path):
     heads = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        loaded = load_model(str(folder), class_names=["0", "1", "2"])
+        loaded = load_model(str(folder), class_names=["a", "b", "c"])
         heads.append(loaded.model.classifier.weight.detach().clone())
     assert loaded.fresh == ("classifier.bias", "classifier.weight")
-    assert loaded.model.config.id2label == {0: "0", 1: "1", 2: "2"}
+    assert loaded.model.config.id2label == {0: "a", 1: "b", 2: "c"}
     assert heads[0].shape == (3, 16)
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
@@ -264,3 +269,247 @@ def test_the_texts_of_the_tests_are_known_words(tmp_path):
     """Otherwise the other tests would train on unknown tokens alone."""
     loaded = load_model(str(save_bert(tmp_path / "bert")))
     assert loaded.processor.unk_token_id not in {token for ids in loaded.processor(TEXTS)["input_ids"] for token in ids}
+
+
+# --- Code and names that come with a folder -------------------------------------------------------------------------
+
+EVIL = """
+import pathlib
+pathlib.Path(__file__).with_name("marker").touch()
+from transformers import BertConfig, BertForSequenceClassification
+class EvilConfig(BertConfig):
+    model_type = "{kind}"
+class EvilModel(BertForSequenceClassification):
+    config_class = EvilConfig
+"""
+
+
+def save_evil(folder, kind="evil", file="config.json"):
+    """A BERT whose `file` names classes in a module beside it, which leaves a marker when it is run."""
+    save_bert(folder)
+    settings = json.loads((folder / file).read_text())
+    if file == "config.json":
+        settings["model_type"] = kind
+        autos = ("AutoModel", "AutoModelForSequenceClassification", "AutoModelForCausalLM")
+        settings["auto_map"] = {"AutoConfig": "evil.EvilConfig", **dict.fromkeys(autos, "evil.EvilModel")}
+    else:
+        settings |= {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": [None, "evil.EvilTokenizer"]}}
+    (folder / file).write_text(json.dumps(settings))
+    (folder / "evil.py").write_text(EVIL.replace("{kind}", kind))
+    return folder
+
+
+@pytest.mark.parametrize("command", ["profile", "finetune", "sweep", "plan"])
+def test_code_of_a_folder_is_not_run_whatever_stdin_says(tmp_path, command):
+    folder = save_evil(tmp_path / "evil")
+    (tmp_path / "films.jsonl").write_text(
+        "".join(json.dumps({"text": t, "label": i % 2}) + "\n" for i, t in enumerate(TEXTS))
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "HF_HOME": str(tmp_path / "hf")}
+    words = [sys.executable, "-c", "from zest_fast.cli import app; app()", command, "./evil"]
+    words += ["films.jsonl", "--task", "text-classification"] if command != "plan" else ["--sequence-length", "8"]
+    result = subprocess.run(
+        words, cwd=tmp_path, env=environment, input="y\n" * 1000, capture_output=True, text=True, timeout=100
+    )
+    assert result.returncode == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert "'./evil' asks to run code of its own" in line and "module:function" in line
+    assert command == "plan" or "evil.EvilConfig" in line
+    assert not (folder / "marker").exists() and not (tmp_path / "hf").exists()
+
+
+def test_code_for_a_known_architecture_is_left_out_and_said_to_be(tmp_path):
+    folder = save_evil(tmp_path / "evil", kind="bert")
+    loaded = load_model(str(folder), class_names=["0", "1"])
+    assert type(loaded.model) is transformers.BertForSequenceClassification and not (folder / "marker").exists()
+    (note,) = loaded.notes
+    assert "code of its own" in note and "evil.EvilModel" in note and "BertForSequenceClassification" in note
+
+
+def test_code_of_a_tokenizer_is_not_run(tmp_path):
+    folder = save_evil(tmp_path / "evil", file="tokenizer_config.json")
+    try:
+        load_model(str(folder), class_names=["0", "1"])  # newer versions take tokenizer.json instead
+    except ValueError as error:
+        one_line(error, "AutoTokenizer", "asks to run code of its own", "evil.EvilTokenizer")
+    assert not (folder / "marker").exists()
+
+
+def test_a_plan_runs_no_code_of_a_configuration(tmp_path):
+    folder = save_evil(tmp_path / "evil")
+    with pytest.raises(ValueError, match="asks to run code of its own"):
+        plan(str(folder), "all", batch_size=1, sequence_length=8)
+    assert not (folder / "marker").exists()
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])
+def test_kernels_that_a_configuration_names_are_not_fetched(tmp_path, monkeypatch, key):
+    folder = save_bert(tmp_path / "bert")
+    there = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**there, key: "evil/kernel"}))
+    for refusing in (
+        lambda: load_model(str(folder)),
+        lambda: plan(str(folder), "all", batch_size=1, sequence_length=8),
+    ):
+        if transformers.AutoConfig.from_pretrained(folder)._attn_implementation is None:
+            continue  # this version of transformers does not read the key
+        with pytest.raises(ValueError, match="asks for the kernels of 'evil/kernel'"):
+            refusing()
+
+
+class _Marking:
+    def __reduce__(self):
+        return (open, ("pickle-ran", "w"))
+
+
+def test_a_pickle_that_is_more_than_tensors_is_not_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = save_bert(tmp_path / "bert")
+    (folder / "model.safetensors").unlink()
+    torch.save({"a": _Marking()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError) as caught:
+        load_model(str(folder))
+    one_line(caught.value, "a pickle with more in it than tensors")
+    assert "weights_only" not in str(caught.value) and not (tmp_path / "pickle-ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["../secret.safetensors", "{tmp}/secret.safetensors", "a/../../secret.safetensors", "..\\secret", "C:\\secret", ""],
+)
+def test_an_index_that_leads_out_of_the_folder_is_refused_before_anything_is_read(tmp_path, monkeypatch, kind, name):
+    folder = save_bert(tmp_path / "bert")
+    (folder / "model.safetensors").rename(tmp_path / "secret.safetensors")
+    name = name.replace("{tmp}", str(tmp_path))
+    (folder / kind).write_text(json.dumps({"metadata": {}, "weight_map": {"classifier.weight": name}}))
+    monkeypatch.setattr("safetensors.safe_open", None)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", None)
+    with pytest.raises(ValueError) as caught:
+        load_model(str(folder))
+    one_line(caught.value, kind, repr(name), "outside of", "nothing was read")
+
+
+def test_an_index_beside_whole_weights_is_looked_at_too(tmp_path):
+    folder = save_bert(tmp_path / "bert")
+    index = {"weight_map": {"a": "../secret.bin"}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="outside of"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"weight_map": 5}', '{"weight_map": {"a": 5}}', '{"weight_map": {}}', "{"]
+)
+def test_an_index_that_is_none(tmp_path, content):
+    folder = save_bert(tmp_path / "bert")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError) as caught:
+        load_model(str(folder))
+    one_line(caught.value, "weights index", "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        ("config.json", {"transformers_weights": "../secret.safetensors"}),
+        ("tokenizer_config.json", {"tokenizer_file": "{tmp}/secret.json"}),
+        ("tokenizer_config.json", {"vocab_file": "../secret.json"}),
+        ("tokenizer_config.json", {"fast_tokenizer_files": ["../tokenizer.4.0.json"]}),
+    ],
+)
+def test_settings_that_lead_out_of_the_folder_are_refused(tmp_path, file, settings):
+    folder = save_bert(tmp_path / "bert")
+    for name in ("secret.safetensors", "secret.json", "tokenizer.4.0.json"):
+        (tmp_path / name).write_text("{}")
+    there = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**there, **settings}).replace("{tmp}", str(tmp_path)))
+    with pytest.raises(ValueError) as caught:
+        load_model(str(folder))
+    one_line(caught.value, str(folder / file), "outside of")
+
+
+def test_files_of_another_machine_that_are_not_here_are_no_reason(tmp_path):
+    folder = save_bert(tmp_path / "bert")
+    there = json.loads((folder / "tokenizer_config.json").read_text())
+    stale = {"special_tokens_map_file": str(folder / "config.json"), "tokenizer_file": "/home/someone/tokenizer.json"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**there, **stale}))
+    assert load_model(str(folder)).processor is not None
+
+
+def test_the_links_of_a_hub_cache_are_followed(tmp_path):
+    """models--owner--name/snapshots/REVISION/FILE -> ../../blobs/DIGEST, for whole weights and for shards."""
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    snapshot.parent.mkdir(parents=True)
+    save_bert(snapshot)
+    expected = load_model(str(snapshot)).model.state_dict()
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir()
+    (snapshot / "model.safetensors").rename(snapshot / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(expected, "model-00001-of-00001.safetensors")}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    for number, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(Path("..") / ".." / "blobs" / str(number))
+    loaded = load_model(str(snapshot)).model.state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in expected.items())
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    folder = save_bert(tmp_path / "bert")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "../secret"}))
+    with pytest.raises(ValueError) as caught:
+        load_model(str(folder))
+    one_line(caught.value, "PEFT adapter", "'../secret'", "merge")
+
+
+@pytest.mark.parametrize(
+    "change", [{"architectures": 5}, {"architectures": [5]}, {"id2label": 5}, {"hidden_size": "x"}, {"model_type": 5}]
+)
+def test_a_configuration_of_strange_types_is_one_line(tmp_path, change):
+    folder = save_bert(tmp_path / "bert")
+    there = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**there, **change}))
+    with pytest.raises((ValueError, TypeError)) as caught:
+        load_model(str(folder), class_names=["0", "1"])
+    one_line(caught.value, str(folder))
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds a list, not an object"):
+        load_model(str(folder))
+
+
+# --- module:function ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_installed_goes_before_the_current_folder(user_module, tmp_path, monkeypatch):
+    """A module of the user's imports the real lightgbm and colorsys, whatever lies beside it."""
+    for name in ("lightgbm", "colorsys"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        user_module(name, "raise RuntimeError('shadowed')")
+    user_module(
+        "zest_mine",
+        "import colorsys, lightgbm, zest_beside\ndef build(): import zest_late; return lightgbm.__version__",
+    )
+    user_module("zest_beside", "")
+    user_module("zest_late", "")
+    path = list(sys.path)
+    assert load_function("zest_mine:build")()
+    assert sys.path == path  # nothing that is imported later comes from here
+    with pytest.raises(ModuleNotFoundError):
+        __import__("zest_nowhere")
+
+
+def test_of_two_modules_of_one_name_the_one_that_was_taken_is_named(user_module, tmp_path):
+    user_module("colorsys", "def rgb_to_hsv(): return 1\ndef mine(): return 2\n")
+    user_module("getpass", "def getuser(): return 1\n")
+    with pytest.warns(UserWarning, match=r"'getpass' was taken from .*getpass\.py, not from .*; rename yours"):
+        load_function("getpass:getuser")
+    with pytest.raises(ValueError) as caught:
+        load_function("colorsys:mine")
+    one_line(caught.value, "has no function 'mine'", str(tmp_path / "colorsys.py"), "rename yours")
+    (tmp_path / "email").mkdir()
+    (tmp_path / "email" / "nets.py").write_text("def build(): return 1")
+    with pytest.raises(ValueError) as caught:
+        load_function("email.nets:build")
+    one_line(caught.value, "no module named 'email.nets'", "'email' was taken from", str(tmp_path / "email"))

@@ -2,27 +2,82 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import sysconfig
+import traceback
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from zest_fast.cli.show import printable
+
 # IndexError is what torch raises for a label beyond the outputs and a token beyond the vocabulary.
 USER_ERRORS = (ValueError, TypeError, KeyError, IndexError, OSError, ImportError, RuntimeError)
 
 
+INTERRUPTED = 130  #: the exit code of a shell for what SIGINT ended
+
+
 class _OneLineErrors(TyperGroup):
-    """Turns what a wrong input raises into one line and exit code 2; bugs (other errors) keep their traceback."""
+    """Turns what a wrong input raises into one line and exit code 2; bugs (other errors) keep their traceback.
+
+    Ctrl-C is one line and exit code 130.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):  # RuntimeErrors, too: the end of --help, and of Ctrl-D at a prompt
+            raise
+        except KeyboardInterrupt as interrupt:
+            if ctx.params.get("debug"):
+                raise
+            typer.echo(f"interrupted{printable(f': {interrupt}' if str(interrupt) else '')}", err=True)
+            raise typer.Exit(INTERRUPTED) from interrupt
         except USER_ERRORS as error:
             if ctx.params.get("debug") or isinstance(error, BrokenPipeError):
                 raise
             text = error.args[0] if isinstance(error, KeyError) and error.args else error  # str() would quote it
-            typer.echo(f"error: {' '.join(str(text).split()) or type(error).__name__}", err=True)
+            line = " ".join(str(text).split()) or type(error).__name__
+            typer.echo(f"error: {printable(self._with_options(ctx, line))}{_place(error)}", err=True)
             raise typer.Exit(2) from error
+
+    def _with_options(self, ctx: Any, line: str) -> str:
+        """What Python passes as `argument=` is an option of the command, where the command has one of this name."""
+        command = self.commands.get(ctx.invoked_subcommand or "")
+        options = {parameter.name: parameter.opts[0] for parameter in command.params} if command is not None else {}
+        return re.sub(
+            r"\bpass (\w+)=(?=\W|$)",
+            lambda found: f"pass {options[found[1]]}" if found[1] in options else found[0],
+            line,
+        )
+
+
+def _place(error: BaseException) -> str:
+    """Where in the user's own code an error was raised: " (KeyError in FILE, line 7)"; "" where it was not."""
+    cause: BaseException | None = error
+    for _ in range(10):  # causes of causes; a user's exception may be its own
+        if cause is None:
+            break
+        for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+            if _is_users(frame.filename):
+                return f" ({type(cause).__name__} in {printable(frame.filename)}, line {frame.lineno})"
+        cause = cause.__cause__
+    return ""
+
+
+def _is_users(file: str) -> bool:
+    """Whether a source file belongs neither to this package nor to Python nor to anything that is installed."""
+    if file.startswith("<"):
+        return False
+    paths = sysconfig.get_paths()
+    theirs = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    theirs |= {str(Path(__file__).parents[1]), *(path for path in sys.path if path.endswith("-packages"))}
+    where = Path(file).resolve()
+    return not any(where.is_relative_to(Path(folder).resolve()) for folder in theirs)
 
 
 app = typer.Typer(

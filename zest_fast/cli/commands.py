@@ -21,15 +21,18 @@ from zest_fast.cli.options import (
     Seed,
     Task,
     TextColumn,
+    check_folder,
     check_writable,
     compiled,
     split_names,
+    typed,
     work,
 )
 
 
 @app.command()
 def profile(
+    ctx: typer.Context,
     model: Model,
     data: Data,
     task: Task = None,
@@ -51,10 +54,10 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Measure every metric of every layer in one forward and one backward pass over one batch."""
-    check_writable(out, {".json", ".parquet"})
-    check_writable(plot, {".png", ".svg", ".pdf"})
-    pattern, chosen = compiled(layers), None if metrics == "all" else split_names(metrics)
-    with work() as console:
+    check_writable(out, {".json", ".parquet"}, inputs=[data])
+    check_writable(plot, {".png", ".svg", ".pdf"}, "--plot")
+    pattern, chosen = compiled(layers), None if metrics == "all" else split_names(metrics, "--metrics")
+    with work(model, data) as console:
         with console.status("loading model and data"):
             from zest_fast.cli.job import open_job
 
@@ -70,7 +73,6 @@ def profile(
                 max_length=max_length,
                 image_size=image_size,
             )
-        show.notes(console, job.loaded)
         with console.status("profiling one batch"):
             import zest_fast
 
@@ -78,6 +80,7 @@ def profile(
             result = zest_fast.profile(
                 job.model, batch, layers=pattern, metrics="all" if metrics == "all" else chosen, backend=backend
             )
+        show.notes(console, job, typed(ctx))
         if out is not None:
             result.save(out)
         if plot is not None:
@@ -90,6 +93,7 @@ def profile(
 
 @app.command()
 def finetune(
+    ctx: typer.Context,
     model: Model,
     data: Data,
     task: Task = None,
@@ -129,7 +133,9 @@ def finetune(
 ) -> None:
     """Profile, rank, train the best layers and the head, and save what changed."""
     check_writable(out, {".safetensors"})
-    with work() as console:
+    if layers is not None and (unused := typed(ctx) & {"by", "top"}):
+        raise ValueError(f"--{unused.pop()} chooses among ranked layers, and --layers names them: leave one out")
+    with work(model, data) as console:
         with console.status("loading model and data"):
             from zest_fast.cli.job import open_job
 
@@ -146,12 +152,11 @@ def finetune(
                 max_length=max_length,
                 image_size=image_size,
             )
-        show.notes(console, job.loaded)
         from zest_fast.cli.finetuning import finetune_job
 
         document = finetune_job(
             job,
-            layers=split_names(layers),
+            layers=split_names(layers, "--layers"),
             head=head,
             by=by,
             top=top,
@@ -163,12 +168,15 @@ def finetune(
             steps=steps,
             lr=lr,
             out=out,
+            written=typed(ctx),
             console=console,
         )
     if as_json:
         show.json_document(document)
     else:
         show.finetuning_table(document)
+    if document["not_saved"]:
+        raise OSError(f"--out {document['not_saved']}; what was trained is saved as {document['delta']}")
 
 
 @app.command()
@@ -179,6 +187,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Run the whole job on real packaged weights and data, beside head only, random layers and all layers."""
+    check_folder(out)
     results = show.results()
     with work() as console:
         from zest_fast.demo import run_demo

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from zest_fast.cli.app import app
+from zest_fast.cli.options import check_readable, check_writable
 from zest_fast.profiling.nearest import nearest
+from zest_fast.profiling.replacing import replacing
 
 TARGETS = ("peft", "axolotl", "llama-factory", "llama-factory-freeze")
 
@@ -30,18 +32,18 @@ def export(
     """Write the best layers as settings for another trainer."""
     if to not in TARGETS:
         raise ValueError(f"--to {to!r} is unknown; {nearest(to, TARGETS)}")
-    from zest_fast.integrations.references import nearest_path
+    check_writable(out, set(), inputs=[profile_file])
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.ranking.ranking import rank
 
-    if not profile_file.is_file():
-        raise ValueError(f"profile {str(profile_file)!r} does not exist; {nearest_path(profile_file)}")
+    check_readable(profile_file, "profile")
     chosen = rank(LayerProfile.load(profile_file), by=by).top(top)
     text = _settings(to, chosen, r, _load(model))
     if out is None:
         typer.echo(text, nl=False)
     else:
-        out.write_text(text)
+        with replacing(out) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def _settings(to: str, chosen: tuple[str, ...], r: int, model: Any) -> str:

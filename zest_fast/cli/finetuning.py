@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from zest_fast import SelectiveBackward, choose, profile, rank
+from zest_fast.cli import show
+from zest_fast.cli.interrupts import listening
 from zest_fast.cli.job import Job
+from zest_fast.cli.options import split_names
+from zest_fast.cli.saving import save_somewhere
 from zest_fast.cli.training import evaluate, train
 from zest_fast.profiling.heads import find_head, is_language_model
 
@@ -32,6 +36,7 @@ def finetune_job(
     steps: int | None,
     lr: float,
     out: Path,
+    written: Collection[str],
     console: Console,
 ) -> dict[str, Any]:
     """Trains `layers` and the head; returns the report, ready for JSON.
@@ -39,6 +44,7 @@ def finetune_job(
     layers: None = the `top` ones of a ranking, by a metric or (by=None) by the Ranker that ships.
     head: "auto", "none", or the names of modules, separated by commas.
     prefer, max_memory, checkpoint, frozen: as for `choose` and SelectiveBackward.
+    written: the parameters of the command line, for the notes on those without effect.
     """
     ranking, explanation = None, None
     if layers is None:
@@ -60,22 +66,44 @@ def finetune_job(
         raise ValueError("--max-memory and --prefer choose among ranked layers, and --layers names them: leave one out")
     chosen_head = _head(job, head, layers)
     with SelectiveBackward(job.model, layers, head=chosen_head, checkpoint=checkpoint, frozen=frozen) as tuned:
+        show.notes(console, job, written)  # once nothing is refused any more: an error is one line
         parameters = list(tuned.parameters())
         before = _score(job)
         total_steps = steps if steps is not None else epochs * _rounds_length(job)
-        with _progress(console, total_steps) as report:
-            training = train(
-                job.model,
-                parameters,
-                job.loaders.train,
-                epochs=epochs,
-                steps=steps,
-                lr=lr,
-                device=job.device,
-                report=report,
-            )
-        after = _score(job)
-        tuned.save(out)
+        recipe = {"optimizer": "AdamW", "lr": lr, "planned_steps": total_steps}
+        losses: list[float] = []
+        with listening() as interrupts, _progress(console, total_steps) as report:
+            try:
+                training = train(
+                    job.model,
+                    parameters,
+                    job.loaders.train,
+                    epochs=epochs,
+                    steps=steps,
+                    lr=lr,
+                    device=job.device,
+                    report=report,
+                    losses=losses,
+                    stop=lambda: interrupts.happened,
+                )
+            except Exception as error:
+                if not interrupts.happened:
+                    if not losses:
+                        raise
+                    raise _with_what_was_saved(error, tuned, out, ranking, recipe, losses) from error
+                # The workers of a DataLoader hear Ctrl-C, too, and their end is an error here.
+                training = None
+        if training is None or (interrupts.happened and len(losses) < total_steps):
+            raise KeyboardInterrupt(_save_partial(tuned, out, ranking, recipe, losses))
+        saved, not_there = save_somewhere(
+            lambda path: tuned.save(path, ranking=ranking, recipe={**recipe, "steps": len(losses)}), out
+        )
+        try:
+            if interrupts.happened:
+                raise KeyboardInterrupt
+            after = _score(job)  # when the weights are safe already
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"training was over, and the trained layers are saved as {saved}") from None
         cut, problem = tuned.cut, _problem(tuned)
     return {
         "layers": list(layers),
@@ -92,10 +120,40 @@ def finetune_job(
         "seconds_per_step": training.seconds_per_step,
         "peak_memory_bytes": training.peak_memory,
         "device": str(job.device),
-        "delta": str(out),
+        "delta": str(saved),
+        "not_saved": None if not_there is None else f"{out} could not be written ({_reason(not_there)})",
         "verified": problem is None,
         "problem": problem,
     }
+
+
+def _save_partial(
+    tuned: SelectiveBackward, out: Path, ranking: Any, recipe: dict[str, Any], losses: list[float]
+) -> str:
+    """Saves what an unfinished run has trained beside `out`, marked as such in its recipe; says where."""
+    done, planned = len(losses), recipe["planned_steps"]
+    if not done:
+        return "no step was done, nothing is saved"
+    recipe = {**recipe, "steps": done, "interrupted": True}
+    path = out.with_name(f"{out.stem}.interrupted{out.suffix}")
+    saved, _ = save_somewhere(lambda file: tuned.save(file, ranking=ranking, recipe=recipe), path)
+    return f"the layers as they were after step {done} of {planned} are saved as {saved}"
+
+
+def _with_what_was_saved(
+    error: Exception, tuned: SelectiveBackward, out: Path, ranking: Any, recipe: dict[str, Any], losses: list[float]
+) -> Exception:
+    """The error that ended the training, and where the steps before it are."""
+    try:
+        told = _save_partial(tuned, out, ranking, recipe, losses)
+    except (OSError, RuntimeError) as failure:  # a disk is full, or what was trained is not finite
+        told = f"what was trained until then is not saved ({failure})"
+    text = str(error) or type(error).__name__
+    return RuntimeError(f"{text}; {told}")
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def _problem(tuned: SelectiveBackward) -> str | None:
@@ -112,7 +170,7 @@ def _head(job: Job, head: str, layers: Sequence[str]) -> str | list[str] | None:
     if head == "none":
         return None
     if head != "auto":
-        return [name.strip() for name in head.split(",")]
+        return split_names(head, "--head")
     fresh = {name.rpartition(".")[0] for name in job.loaded.fresh} - set(layers)
     if not fresh:
         return "auto"

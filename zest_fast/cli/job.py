@@ -10,6 +10,7 @@ import torch
 
 from zest_fast.integrations.datasets import ImageFolder, Loaders, class_names, make_loaders, open_data
 from zest_fast.integrations.models import LoadedModel, find_task, load_model
+from zest_fast.integrations.references import is_reference
 from zest_fast.integrations.tables import Table
 from zest_fast.profiling.heads import find_head
 
@@ -21,6 +22,7 @@ class Job:
     loaded: LoadedModel
     loaders: Loaders
     device: torch.device
+    without_effect: dict[str, str]  #: options that this model and data have no use for, and why
 
     @property
     def model(self) -> torch.nn.Module:
@@ -51,8 +53,10 @@ def open_job(
         task = _task_of(opened, label_column) or find_task(model)
     if task == "text-classification":
         label_column = label_column or DEFAULT_LABEL_COLUMN
+        if isinstance(opened, Table) and label_column == batching.get("text_column"):
+            raise ValueError(f"--label-column and --text-column are both {label_column!r}: each text would be a class")
     elif task == "causal-lm":
-        label_column = None
+        label_column = None  # see _without_effect
     names = None
     if isinstance(opened, ImageFolder):
         names = class_names(opened.labels)
@@ -65,13 +69,16 @@ def open_job(
     loaders = make_loaders(opened, loaded, label_column=label_column, seed=seed, **batching)
     target = pick_device(device)
     loaded.model.to(target)
-    return Job(loaded, loaders, target)
+    return Job(loaded, loaders, target, _without_effect(opened, data, task, is_reference(model)))
 
 
 def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name!r} is unknown; use auto, cpu, cuda or cuda:1") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch {torch.__version__} finds no CUDA device; use cpu or auto")
     return device
@@ -94,6 +101,19 @@ def _task_of(opened: Table | ImageFolder | Loaders, label_column: str | None) ->
     if isinstance(opened, Table) and label_column is not None:
         return "text-classification"
     return None
+
+
+def _without_effect(
+    opened: Table | ImageFolder | Loaders, data: str, task: str | None, own_model: bool
+) -> dict[str, str]:
+    if isinstance(opened, Loaders):
+        names = ["text_column", "label_column", "batch_size", "max_length", "image_size", "validation_share"]
+        names += ["task"] if own_model else []
+        return dict.fromkeys(names, f"{data} makes its own batches")
+    if isinstance(opened, ImageFolder):
+        return dict.fromkeys(("text_column", "label_column", "max_length"), f"{data} is a folder of images")
+    unlabelled = {"label_column": "a causal language model learns the texts alone"} if task == "causal-lm" else {}
+    return {"image_size": f"{data} is a table of texts", **unlabelled}
 
 
 def _check_kind(opened: Table | ImageFolder | Loaders, data: str, task: str | None) -> None:

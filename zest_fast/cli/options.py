@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -32,33 +34,114 @@ MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens of a text; by
 ImageSize = Annotated[
     int | None, typer.Option(min=1, help="Pixels of both sides; by default the model's image processor, or 224.")
 ]
-Seed = Annotated[int, typer.Option(help="Of the shuffle, the split and a fresh head.")]
+Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Of the shuffle, the split and a fresh head.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
 
 
 @contextlib.contextmanager
-def work() -> Iterator[Console]:
-    """A console on stderr. What a user's module prints meanwhile goes there, too: stdout is for the result."""
-    with contextlib.redirect_stdout(sys.stderr):
+def work(*sources: str) -> Iterator[Console]:
+    """A console on stderr. What a user's module prints meanwhile goes there, too: stdout is for the result.
+
+    sources: model and data. Where one is a `module:function`, what lies in the current folder can be imported, after
+    all that is installed.
+    """
+    from zest_fast.integrations.references import current_folder_last, is_reference
+
+    here = current_folder_last() if any(map(is_reference, sources)) else contextlib.nullcontext()
+    with here, contextlib.redirect_stdout(sys.stderr):
         yield Console(stderr=True)
 
 
-def check_writable(path: Path | None, endings: set[str]) -> None:
-    """Fails before the work rather than after it."""
+def check_readable(path: Path, what: str) -> None:
+    """ValueError with the nearest name where there is no such file."""
+    from zest_fast.integrations.references import nearest_path
+
+    if path.is_dir():
+        raise ValueError(f"{what} {str(path)!r} is a folder; name a file")
+    if not path.is_file():
+        raise ValueError(f"{what} {str(path)!r} does not exist; {nearest_path(path)}")
+
+
+def check_writable(
+    path: Path | None, endings: set[str], option: str = "--out", inputs: Iterable[str | Path | None] = ()
+) -> None:
+    """Fails before the work rather than after it: a file of this name is really made beside `path`, and removed.
+
+    endings: the ones known here; none = any. inputs: what the command reads, which it must not replace.
+    """
     if path is None:
         return
     from zest_fast.integrations.references import nearest_path
     from zest_fast.profiling.nearest import nearest
 
-    if path.suffix not in endings:
-        raise ValueError(f"{path}: the ending {path.suffix!r} is unknown here; {nearest(path.suffix, endings)}")
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a folder; name a file in it")
+    if endings and path.suffix not in endings:
+        raise ValueError(
+            f"{option} {path}: the ending {path.suffix!r} is unknown here; {nearest(path.suffix, endings)}"
+        )
     if not path.parent.is_dir():
-        raise ValueError(f"the folder of {path} does not exist; {nearest_path(path.parent)}")
+        folder = path.parent
+        if folder.exists():
+            raise ValueError(f"{option} {path}: {folder} is a file, not a folder")
+        raise ValueError(f"{option}: the folder of {path} does not exist; {nearest_path(folder)}")
+    if os.path.lexists(path):
+        if not path.exists():
+            raise ValueError(f"{option} {path} is a link to what does not exist, {os.path.realpath(path)}; remove it")
+        if not path.is_file():
+            raise ValueError(f"{option} {path} is no ordinary file (a device or a pipe); name a file")
+        if not os.access(path, os.W_OK):
+            raise ValueError(f"{option} {path} is write-protected; name another file or change its mode")
+        for source in inputs:
+            if source is not None and Path(source).is_file() and path.samefile(source):
+                raise ValueError(
+                    f"{option} {path} is what this command reads, and would be replaced; name another file"
+                )
+    _try_to_write(Path(os.path.realpath(path)), f"{option} {path}")
 
 
-def split_names(joined: str | None) -> list[str] | None:
-    return None if joined is None else [name.strip() for name in joined.split(",") if name.strip()]
+def _try_to_write(target: Path, what: str) -> None:
+    """As `replacing` will: to a new file beside `target`, with a longer name. A byte tells whether the disk is full."""
+    trial = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(trial, "xb") as file:
+            file.write(b"\0")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise ValueError(f"{what} cannot be written ({error.strerror or error}); name a file elsewhere") from error
+    finally:
+        with contextlib.suppress(OSError):
+            trial.unlink(missing_ok=True)
+
+
+def check_folder(path: Path, option: str = "--out") -> None:
+    """The same for a folder that is made, with its parents, where it is missing."""
+    there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        raise ValueError(f"{option} {path}: {there} is not a folder")
+    _try_to_write(there.absolute() / "file", f"{option} {path}")
+
+
+def typed(ctx: typer.Context) -> set[str]:
+    """The parameters that the user wrote on the command line, defaults left out."""
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def split_names(joined: str | None, written: str) -> list[str] | None:
+    """Names separated by commas; ValueError, with the option as it is written, where there are none."""
+    if joined is None:
+        return None
+    names = [name.strip() for name in joined.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"{written} {joined!r} names nothing; leave it out for the default")
+    return names
 
 
 def compiled(text: str | None) -> re.Pattern[str] | None:

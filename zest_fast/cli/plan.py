@@ -58,7 +58,7 @@ def plan(
     if model is None and file is None:
         raise ValueError("pass a model, or --file with a configuration of a trainer")
     sizes: dict[str, Any] = {"sequence_length": sequence_length, "image_size": image_size}
-    with work() as console:
+    with work(model or "") as console:
         with console.status("planning"):
             source = _source(model)
             if file is not None:
@@ -108,7 +108,7 @@ def _layers(source: Any, layers: str, lowest_block: int) -> Any:
     if layers == "all":
         return layers
     if not layers.isdecimal():
-        return split_names(layers)
+        return split_names(layers, "--layers")
     from zest_fast.finetuning.planning.blocks import layout_of
     from zest_fast.finetuning.planning.models import named_model
 

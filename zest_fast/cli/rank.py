@@ -9,7 +9,7 @@ import typer
 
 from zest_fast.cli import show
 from zest_fast.cli.app import app
-from zest_fast.cli.options import Json
+from zest_fast.cli.options import Json, check_readable
 
 
 @app.command()
@@ -25,7 +25,6 @@ def rank(
     as_json: Json = False,
 ) -> None:
     """Rank the layers of a saved profile, best first."""
-    from zest_fast.integrations.references import nearest_path
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.ranking.ranking import Scorer
     from zest_fast.ranking.ranking import rank as rank_layers
@@ -33,8 +32,8 @@ def rank(
     if by is not None and ranker is not None:
         raise ValueError("--by and --ranker exclude each other; leave one of them out")
     for what, file in (("profile", profile_file), ("ranker", ranker)):
-        if file is not None and not file.is_file():
-            raise ValueError(f"{what} {str(file)!r} does not exist; {nearest_path(file)}")
+        if file is not None:
+            check_readable(file, what)
     saved = LayerProfile.load(profile_file)
     scorer: str | Scorer | None = by
     if ranker is not None:

@@ -5,22 +5,37 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
+
+from zest_fast.cli.options import option
 
 if TYPE_CHECKING:
     import pandas
 
-    from zest_fast.integrations.models import LoadedModel
+    from zest_fast.cli.job import Job
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.ranking.ranking import Ranking
 
 # Columns of the table where --metrics chose none: they do not all fit into a terminal.
 _SHOWN = ("snip", "grad_norm", "fisher", "rgn")
+
+
+def printable(text: str) -> str:
+    """`text` with its control characters spelt out: names in files of others may hold the escapes of a terminal."""
+    return "".join(
+        character if character == "\n" or character.isprintable() else ascii(character)[1:-1] for character in text
+    )
+
+
+def cell(value: object) -> Text:
+    """A cell of a table, as it is: "[bold]" in a name is no markup, and nothing in it moves the cursor."""
+    return Text(printable(str(value)))
 
 
 def results() -> Console:
@@ -52,22 +67,24 @@ def _name_column() -> Column:
 
 def profile_table(profile: LayerProfile, metrics: Sequence[str] | None) -> None:
     shown = [name for name in metrics or _SHOWN if name in profile.metrics]
-    table = Table(_name_column(), "kind", box=SIMPLE_HEAD, title=f"loss {profile.loss:.4f}, backend {profile.backend}")
+    table = Table(
+        _name_column(), "kind", box=SIMPLE_HEAD, title=cell(f"loss {profile.loss:.4f}, backend {profile.backend}")
+    )
     for name in ("weights", *shown):
         table.add_column(name, justify="right")
     for name in profile.names:
         info = profile.info[name]
         values = (f"{profile[name][metric]:.3g}" for metric in shown)
-        table.add_row(_marked(name, info), info["kind"], f"{info['numel']:,}", *values)
+        table.add_row(cell(_marked(name, info)), cell(info["kind"]), f"{info['numel']:,}", *values)
     console = results()
     console.print(table)
     for name, reason in profile.uncovered.items():
-        console.print(f"not covered: {name} ({reason})", highlight=False, markup=False)
+        console.print(printable(f"not covered: {name} ({reason})"), highlight=False, markup=False)
 
 
 def ranking_table(ranking: Ranking, profile: LayerProfile, chosen: Sequence[str]) -> None:
     title = f"by {ranking.by}: the {len(chosen)} layers to train"
-    table = Table("rank", _name_column(), "kind", box=SIMPLE_HEAD, title=title)
+    table = Table("rank", _name_column(), "kind", box=SIMPLE_HEAD, title=cell(title))
     score = "score" if ranking.note else ranking.by
     for name in ("depth", "weights", score, *(["80% interval"] if ranking.note else [])):
         table.add_column(name, justify="right")
@@ -78,21 +95,21 @@ def ranking_table(ranking: Ranking, profile: LayerProfile, chosen: Sequence[str]
         info, (score, (low, high)) = profile.info[name], rows[name]
         interval = [f"{low:.2f} to {high:.2f}"] if ranking.note else []
         cells = (str(info["depth"]), f"{info['numel']:,}", f"{score:.4g}", *interval)
-        table.add_row(str(place), name, info["kind"], *cells)
+        table.add_row(str(place), cell(name), cell(info["kind"]), *cells)
     console = results()
     console.print(table)
     if ranking.note:
-        console.print(ranking.note, highlight=False, markup=False)
+        console.print(printable(ranking.note), highlight=False, markup=False)
 
 
 def cross_validation_table(found: pandas.DataFrame, title: str) -> None:
     """found: what `cross_validate` gave; the last line is the mean over the pairs."""
-    table = Table("model", "data set", box=SIMPLE_HEAD, title=title)
+    table = Table("model", "data set", box=SIMPLE_HEAD, title=cell(title))
     numbers = [str(name) for name in found.select_dtypes("number")]
     for name in numbers:
         table.add_column(name.replace("_", " "), justify="right")
     for row in found.to_dict("records"):
-        table.add_row(row["model"], row["dataset"], *(_tau(row[name]) for name in numbers))
+        table.add_row(cell(row["model"]), cell(row["dataset"]), *(_tau(row[name]) for name in numbers))
     table.add_section()
     table.add_row("mean", "", *(_tau(found[name].mean()) for name in numbers))
     results().print(table)
@@ -104,7 +121,7 @@ def _tau(value: float) -> str:
 
 def finetuning_table(report: Mapping[str, Any]) -> None:
     title = f"{report['steps']} steps on {report['device']}"
-    table = Table("", Column(overflow="fold"), box=SIMPLE_HEAD, show_header=False, title=title)
+    table = Table("", Column(overflow="fold"), box=SIMPLE_HEAD, show_header=False, title=cell(title))
     share = report["trainable_parameters"] / report["parameters"]
     peak = report["peak_memory_bytes"]
     rows = {
@@ -123,32 +140,29 @@ def finetuning_table(report: Mapping[str, Any]) -> None:
     if report["choice"] is not None:
         rows["layers"] = report["choice"]
     for label, value in rows.items():
-        table.add_row(label, value)
+        table.add_row(label, cell(value))
     results().print(table)
 
 
 def sweep_table(document: Mapping[str, Any]) -> None:
     head = document["head"]
     title = f"{document['layers']} layers; the head alone: loss {head['loss']:.4f}, accuracy {head['accuracy']:.1%}"
-    table = Table("rank", _name_column(), box=SIMPLE_HEAD, title=title)
+    table = Table("rank", _name_column(), box=SIMPLE_HEAD, title=cell(title))
     for name in ("loss gained", "between seeds", "accuracy"):
         table.add_column(name, justify="right")
     for place, row in enumerate(document["best"], start=1):
         deviation = "" if math.isnan(row["deviation"]) else f"± {row['deviation']:.4f}"
-        table.add_row(str(place), row["layer"], f"{row['gain']:+.4f}", deviation, f"{row['accuracy']:.1%}")
+        table.add_row(str(place), cell(row["layer"]), f"{row['gain']:+.4f}", deviation, f"{row['accuracy']:.1%}")
     console = results()
     console.print(table)
-    console.print(f"records: {document['records']}", highlight=False, markup=False)
+    console.print(printable(f"records: {document['records']}"), highlight=False, markup=False)
 
 
-def notes(console: Console, loaded: LoadedModel) -> None:
-    """What the user should know about the model before its figures."""
-    if loaded.fresh:
-        console.print(
-            f"note: {loaded.source} does not hold {', '.join(loaded.fresh)}; drawn at random",
-            highlight=False,
-            markup=False,
-        )
+def notes(console: Console, job: Job, written: Collection[str] = ()) -> None:
+    """What the user should know about model and data before the figures. written: parameters of the command line."""
+    unused = [f"{option(name)} has no effect: {why}" for name, why in job.without_effect.items() if name in written]
+    for note in (*job.loaded.notes, *job.loaders.notes, *unused):
+        console.print(printable(f"note: {note}"), highlight=False, markup=False, soft_wrap=True)
 
 
 def _marked(name: str, info: Mapping[str, Any]) -> str:
@@ -177,7 +191,7 @@ def doctor_table(found: Mapping[str, Any]) -> None:
     console = results()
     table = Table("backend", "", "", box=SIMPLE_HEAD)
     for name, state in found["backends"].items():
-        table.add_row(name, "on" if state["on"] else "off", state["why"])
+        table.add_row(name, "on" if state["on"] else "off", cell(state["why"]))
     console.print(table)
     for device, backend in found["auto"].items():
         console.print(f"backend='auto' on {device}: {backend}")

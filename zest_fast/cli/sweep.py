@@ -21,6 +21,7 @@ from zest_fast.cli.options import (
     TextColumn,
     check_writable,
     compiled,
+    typed,
     work,
 )
 
@@ -35,6 +36,7 @@ EVERYTHING = 1 << 30  # samples in a batch: texts of one batch are padded alike
 
 @app.command("sweep")
 def sweep_command(
+    ctx: typer.Context,
     model: Model,
     data: Data,
     task: Task = None,
@@ -61,13 +63,13 @@ def sweep_command(
     as_json: Json = False,
 ) -> None:
     """Fine-tune every layer alone with the head, score it, and show the best. Takes long; run again, it goes on."""
-    check_writable(out, {".jsonl"})
+    check_writable(out, {".jsonl"}, inputs=[data])
     chosen = compiled(layers)
     changes: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "layer_lr_factor": layer_lr_factor, "head_lr": head_lr,
         "seeds": None if seeds is None else tuple(range(seeds)),
     }  # fmt: skip
-    with work() as console:
+    with work(model, data) as console:
         with console.status("loading model and data"):
             from zest_fast.cli.job import open_job
             from zest_fast.sweeping.recipe import Recipe
@@ -88,17 +90,20 @@ def sweep_command(
             )
             inputs, targets = _all_samples(job.loaders.train)
             splits = _splits(inputs, targets, head_share, score_share)
-        show.notes(console, job.loaded)
-        frame = sweep(
-            job.model,
-            splits,
-            layers=chosen,
-            recipe=recipe,
-            out=out,
-            model_name=_name(model),
-            dataset_name=_name(data),
-            workers=int(workers) if workers.lstrip("-").isdecimal() else workers,
-        )
+        show.notes(console, job, typed(ctx) - {"batch_size"})  # that is the recipe's here
+        try:
+            frame = sweep(
+                job.model,
+                splits,
+                layers=chosen,
+                recipe=recipe,
+                out=out,
+                model_name=_name(model),
+                dataset_name=_name(data),
+                workers=int(workers) if workers.lstrip("-").isdecimal() else workers,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{out} holds what was done; the same command goes on from there") from None
     document = _document(frame, recipe, out, top)
     if as_json:
         show.json_document(document)

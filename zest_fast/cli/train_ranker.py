@@ -33,7 +33,7 @@ def train_ranker(
     as_json: Json = False,
 ) -> None:
     """Fit a Ranker to your records beside the shipped ones, and say what it is worth on data it has not seen."""
-    check_writable(out, {".json"})
+    check_writable(out, {".json"}, inputs=records or [])
     with work() as console, console.status("reading records") as status:
         from zest_fast.ranking.cross_validation import cross_validate
         from zest_fast.ranking.ranker import Ranker
@@ -69,6 +69,8 @@ def read_sources(paths: Sequence[Path], *, shipped: bool) -> tuple[pandas.DataFr
     sources: dict[tuple[str, str], Path] = {}
     frames, sweeps = [], []
     for path in (*paths, *([SHIPPED] if shipped else [])):
+        if path.is_dir():
+            raise ValueError(f"records {str(path)!r} are a folder; name its files")
         if not path.is_file():
             raise ValueError(f"records {str(path)!r} do not exist; {nearest_path(path)}")
         frame, found = _read(path)

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from zest_fast.cli.job import to_device
 from zest_fast.integrations.datasets import IGNORED
+from zest_fast.profiling.heads import is_language_model, unwrap
 from zest_fast.profiling.loss import call_model, logits_of, own_loss
 
 
@@ -38,12 +39,41 @@ def loss_and_predictions(model: torch.nn.Module, batch: Any) -> tuple[torch.Tens
             raise ValueError(f"the batch holds {sorted(batch)} and no 'labels'; training needs them")
         output = model(**batch)
         loss, logits, targets = own_loss(output, batch), logits_of(output), batch["labels"]
-        if logits.dim() == 3 and targets.dim() == 2:  # a language model: position t predicts token t + 1
-            logits, targets = logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten()
+        _check_classes(logits, targets, classes=-1)
+        if logits.dim() == 3:
+            if _predicts_next(model):  # position t predicts token t + 1
+                logits, targets = logits[:, :-1], targets[:, 1:]
+            logits, targets = logits.flatten(0, 1), targets.flatten()
         return loss, logits, targets
     inputs, targets = batch
     logits = logits_of(call_model(model, inputs))
+    _check_classes(logits, targets, classes=1 if logits.dim() > 1 else 0)
     return torch.nn.functional.cross_entropy(logits, targets), logits, targets
+
+
+def _predicts_next(model: torch.nn.Module) -> bool:
+    """Whether the loss shifts the labels: not in a masked one, a decoder that is given them, a classifier of tokens."""
+    inner = unwrap(model)
+    decoder = getattr(getattr(inner, "config", None), "is_encoder_decoder", False)
+    return is_language_model(inner) and not decoder and "MaskedLM" not in type(inner).__name__
+
+
+def _check_classes(logits: torch.Tensor, targets: Any, classes: int) -> None:
+    """Targets that are no class numbers have a loss of their own, and no accuracy: comparing would broadcast them."""
+    if not isinstance(targets, torch.Tensor) or targets.is_floating_point() or targets.dim() != logits.dim() - 1:
+        found = (
+            f"{targets.dtype} {list(targets.shape)}" if isinstance(targets, torch.Tensor) else type(targets).__name__
+        )
+        raise ValueError(
+            f"the targets of a batch are {found} for logits {list(logits.shape)}; finetune trains classes and "
+            "tokens, whose targets are integers without the last dimension of the logits: regression, soft and several "
+            "labels at once are not supported yet; wrap the model in SelectiveBackward in a loop of your own"
+        )
+    if logits.shape[classes] < 2:
+        raise ValueError(
+            f"the model has a single output (logits {list(logits.shape)}), whose cross-entropy is zero for any "
+            "weights: give it an output for each class"
+        )
 
 
 @torch.no_grad()
@@ -74,30 +104,35 @@ def train(
     lr: float,
     device: torch.device,
     report: Callable[[int, float], None],
+    losses: list[float],
+    stop: Callable[[], bool] = lambda: False,
 ) -> Training:
     """AdamW over `parameters`; `steps` counts before `epochs`. report(step, loss) is called after every step.
 
+    losses: gets the loss of each step that was done, also where an error ends the training. stop: asked after each
+    step whether it was the last.
     Raises RuntimeError when the loss is not finite.
     """
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     batches = itertools.islice(_rounds(loader, epochs if steps is None else None), steps)
-    losses: list[float] = []
     seconds: list[float] = []
     model.train()
     started = time.perf_counter()
     for step, batch in enumerate(batches, start=1):
         loss, _, _ = loss_and_predictions(model, to_device(batch, device))
-        losses.append(loss.item())
         if not torch.isfinite(loss):
-            raise RuntimeError(f"the loss is {losses[-1]} at step {step}; try a smaller --lr than {lr:g}")
+            raise RuntimeError(f"the loss is {loss.item()} at step {step}; try a smaller --lr than {lr:g}")
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        losses.append(loss.item())
         seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
         report(step, losses[-1])
+        if stop():
+            break
     model.eval()
     return Training(losses, sorted(seconds)[len(seconds) // 2], peak_memory(device))
 

@@ -63,7 +63,7 @@ def load(budget: Budget = BUDGET, seed: int = 0) -> Task:
 def _tokenize(folder: Path, questions: list[str]) -> tuple[Tensor, int]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     padded = tokenizer(questions, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
     return padded.input_ids, tokenizer.pad_token_id
 
@@ -72,7 +72,9 @@ def _model(folder: Path, pad_id: int, seed: int) -> nn.Module:
     from transformers import AutoModel
 
     with quiet_transformers():  # it would report the pooling layer, which mean pooling does without
-        encoder = AutoModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False, dtype=torch.float32)
+        encoder = AutoModel.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, add_pooling_layer=False, dtype=torch.float32
+        )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return SentenceClassifier(encoder, encoder.config.hidden_size, len(trec.CLASSES), pad_id)

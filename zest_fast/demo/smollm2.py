@@ -79,7 +79,7 @@ def load(budget: Budget = BUDGET, seed: int = 0) -> Task:
 def _tokenize(folder: Path, questions: list[str]) -> tuple[Tensor, list[int], int]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS, local_files_only=True, trust_remote_code=False)
     words = [tokenizer(f" {word}", add_special_tokens=False).input_ids[0] for word in trec.CLASSES.values()]
     tokenizer.padding_side = "right"
     prompts = [PROMPT.format(question=question) for question in questions]
@@ -92,5 +92,5 @@ def _model(folder: Path) -> nn.Module:
 
     with quiet_transformers():
         return AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=WEIGHTS, local_files_only=True, dtype=torch.float32
+            folder, gguf_file=WEIGHTS, local_files_only=True, trust_remote_code=False, dtype=torch.float32
         )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from zest_fast.integrations.models import LoadedModel
 from zest_fast.integrations.references import is_reference, load_function, nearest_path
 from zest_fast.integrations.tables import Table, read_table
 from zest_fast.profiling.documents import check_regular
-from zest_fast.profiling.nearest import nearest
+from zest_fast.profiling.nearest import nearest, some
 
 # The usual channel statistics of ImageNet, for images scaled to 0..1.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -32,6 +34,7 @@ _MOST_PIXELS = 89_478_485  # where Pillow begins to warn: 256 MiB of colours
 # By content, whatever the ending says: a "PNG" that is an EPS would be run by Ghostscript.
 _IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _IMAGE_ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+_LOOKED_AT = 64  # texts whose tokens are counted
 IGNORED = -100  #: the target that cross-entropy leaves out
 
 
@@ -48,6 +51,7 @@ class Loaders:
 
     train: DataLoader[Any]
     validation: DataLoader[Any] | None  #: None: none was asked for, or the user's function returned none
+    notes: tuple[str, ...] = ()  #: what is strange in the data and the user should know, a sentence each
 
 
 def open_data(source: str) -> Table | ImageFolder | Loaders:
@@ -67,9 +71,10 @@ def open_data(source: str) -> Table | ImageFolder | Loaders:
 def class_names(labels: Sequence[Any]) -> tuple[str, ...]:
     """The classes among `labels`, sorted: integers (also written as text) by value, everything else as text.
 
-    ValueError where a label is a fraction: that is a target of regression, not a class.
+    ValueError where a label is a fraction (a target of regression) or a list (several labels at once): these are no
+    classes.
     """
-    names = {_label_name(label) for label in labels}
+    names = set(label_names(labels))
     integers = all(name.removeprefix("-").isdecimal() for name in names)
     return tuple(sorted(names, key=lambda name: (int(name) if integers else 0, name)))  # "01" before "1", always
 
@@ -98,38 +103,122 @@ def make_loaders(
         return data
     if batch_size < 1:
         raise ValueError(f"batch size {batch_size}: it has to be 1 or more")
+    notes: list[str] = []
     if isinstance(data, ImageFolder):
         examples: Any = list(zip(data.files, encode_labels(data.labels, loaded.class_names), strict=True))
         collate = _image_collate(loaded, image_size)
     else:
-        texts = [str(text) for text in data.column(text_column)]
+        texts = _texts(data, text_column)
         collate = _text_collate(loaded, max_length, labelled=label_column is not None)
         labels = [IGNORED] * len(texts)
         if label_column is not None:
             labels = encode_labels(data.column(label_column), loaded.class_names)
+            notes += _strange_classes(label_names(data.column(label_column)))
+        notes += _unknown_words(texts, loaded.processor)
         examples = list(zip(texts, labels, strict=True))
     train, validation = _split(examples, validation_share, seed)
     shuffle = torch.Generator().manual_seed(seed)
     return Loaders(
         DataLoader(train, batch_size, shuffle=True, generator=shuffle, collate_fn=collate),
         DataLoader(validation, batch_size, collate_fn=collate) if len(validation) else None,
+        tuple(notes),
     )
+
+
+def _strange_classes(labels: list[str]) -> list[str]:
+    """Classes that differ in blanks or capitals alone, and more classes than can be learnt from so many rows."""
+    notes = []
+    counts = Counter(labels)
+    alike: dict[str, list[str]] = {}
+    for name in sorted(counts):
+        alike.setdefault(name.strip().casefold(), []).append(name)
+    if pairs := [" and ".join(map(repr, names)) for names in alike.values() if len(names) > 1]:
+        notes.append(f"labels that differ in blanks or capitals alone are classes of their own: {some(pairs)}")
+    single = [name for name, count in counts.items() if count == 1]
+    if len(single) > len(counts) / 2 and len(counts) > 10:
+        notes.append(
+            f"{len(single)} of the {len(counts)} classes have a single row: are these labels classes, and in the right "
+            "column?"
+        )
+    return notes
+
+
+def _unknown_words(texts: list[str], tokenizer: Any) -> list[str]:
+    """A note where most tokens of the first texts are unknown: they say nothing, and look all alike to the model."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or not callable(tokenizer):
+        return []
+    ids = [token for text in texts[:_LOOKED_AT] for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    share = ids.count(unknown) / max(len(ids), 1)
+    return [f"{share:.0%} of the tokens are unknown to the tokenizer: is it for this language?"] if share > 0.5 else []
+
+
+def _texts(data: Table, column: str) -> list[str]:
+    values = data.column(column)
+    for place, value in zip(data.places, values, strict=True):
+        if not isinstance(value, str | int | float):
+            raise ValueError(
+                f"{data.path}, {place}: column {column!r} holds a {type(value).__name__}, not a text; name the column "
+                "of texts, or join its parts into one"
+            )
+        if isinstance(value, str) and not value.strip():
+            raise ValueError(f"{data.path}, {place}: column {column!r} is empty")
+    return [str(value) for value in values]
 
 
 def encode_labels(labels: Sequence[Any], names: Sequence[str] | None = None) -> list[int]:
     """Class ids: the position of each label among `names` (None = the sorted classes of `labels` themselves)."""
     ids = {name: index for index, name in enumerate(names or class_names(labels))}
-    for unknown in {_label_name(label) for label in labels} - set(ids):
+    found = label_names(labels)
+    for unknown in set(found) - set(ids):
         raise ValueError(f"label {unknown!r} is none of the model's classes; {nearest(unknown, ids)}")
-    return [ids[_label_name(label)] for label in labels]
+    return [ids[name] for name in found]
+
+
+def label_names(labels: Sequence[Any]) -> list[str]:
+    """The labels as names of classes, one each: 1, 1.0 (Parquet of pandas, gaps in integers) and "1.0" (CSV) are "1".
+
+    Text is taken for numbers only where all of it is numbers and one of them has a decimal point.
+    """
+    texts = [_label_name(label) for label in labels]
+    if not any(isinstance(label, str) for label in labels) or not all(map(_NUMBER.fullmatch, texts)):
+        return texts
+    if not any("." in text or "e" in text.lower() for text in texts):
+        return texts
+    return [_whole(float(text), text) for text in texts]
+
+
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+
+
+_LIST = re.compile(r"\s*\[(|[^\]]*,.*|\s*[-+.\d]+\s*)\]\s*", re.DOTALL)  # as a CSV file holds one; "[spam]" is a name
 
 
 def _label_name(label: Any) -> str:
     if isinstance(label, float):
-        if not label.is_integer():
-            raise ValueError(f"label {label} is a fraction; classes are integers or strings")
-        label = int(label)  # Parquet files of pandas hold integers with gaps as floats
+        return _whole(label, str(label))
+    if isinstance(label, list | tuple | dict | set) or (isinstance(label, str) and _LIST.fullmatch(label)):
+        raise ValueError(
+            f"label {_shortened(label)} holds several values: multi-label data is not supported yet; give each row one "
+            "class, as an integer or a string, or pass data and model as module:function"
+        )
+    if not isinstance(label, str | int):
+        raise ValueError(f"label {_shortened(label)} is a {type(label).__name__}; classes are integers or strings")
     return str(label)
+
+
+def _whole(number: float, text: str) -> str:
+    if not number.is_integer():
+        raise ValueError(
+            f"label {text} is a fraction: regression is not supported yet; classes are integers or strings (numbers "
+            "that are names need a letter: 'v1.5')"
+        )
+    return str(int(number))
+
+
+def _shortened(label: Any) -> str:
+    text = repr(label)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _user_loaders(source: str, made: Any) -> Loaders:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -100,14 +101,34 @@ def _config(source: Any) -> Any:
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"model {str(source)!r}: the folder holds no config.json")
     try:
-        return transformers.AutoConfig.from_pretrained(str(source))
+        config = transformers.AutoConfig.from_pretrained(str(source), trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, and those of the hub's client
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model {str(source)!r} asks to run code of its own, and code that comes with a configuration is never "
+                "run here: build the model in code that you have read, and plan that (zest-fast plan: module:function)"
+            ) from error
         where = f"{source} is no configuration" if path.exists() else f"model {str(source)!r} is unknown"
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
             f"{where} ({why}); a plan takes a config.json, a PretrainedConfig, an nn.Module or a name: "
             + nearest(key, NAMED)
         ) from error
+    refuse_kernels(str(source), config)
+    return config
+
+
+def refuse_kernels(source: str, config: Any) -> None:
+    """ValueError where a configuration names a repository of kernels, whose code transformers would fetch and run."""
+    for part in (config, *(value for value in vars(config).values() if hasattr(value, "model_type"))):
+        for key in ("_attn_implementation", "_attn_implementation_internal", "attn_implementation"):
+            value = getattr(part, key, None)
+            names = list(value.values()) if isinstance(value, dict) else [value]
+            if wanted := next((name for name in names if isinstance(name, str) and "/" in name), None):
+                raise ValueError(
+                    f"model {source!r}: its configuration asks for the kernels of {wanted!r} as attention, code that "
+                    "would be fetched and run; this is never done here: take attn_implementation out of its config.json"
+                )
 
 
 def _from_config(config: Any) -> nn.Module:
@@ -116,7 +137,7 @@ def _from_config(config: Any) -> nn.Module:
     kind = next((getattr(transformers, name, None) for name in config.architectures or ()), None)
     if kind is None or not re.search(r"For\w*(Causal|Classification|Generation)|LMHead", kind.__name__):
         kind = _auto_class(config, transformers)
-    build = getattr(kind, "_from_config", None) or kind.from_config
+    build = getattr(kind, "_from_config", None) or functools.partial(kind.from_config, trust_remote_code=False)
     config = copy.deepcopy(config)
     if getattr(config, "use_cache", False):  # keys and values for generation, which training has no use for
         config.use_cache = False

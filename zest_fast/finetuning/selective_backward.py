@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,12 +15,13 @@ from zest_fast.finetuning.base import Base, digests, saved_buffers
 from zest_fast.finetuning.cut import Cut, remove_copied_cut
 from zest_fast.finetuning.delta import Delta, check_tensors, read_delta, write_delta
 from zest_fast.finetuning.frozen_norms import keep_frozen_norms_in_eval
+from zest_fast.finetuning.interrupts import uninterrupted
 from zest_fast.finetuning.lean import apply_lean
 from zest_fast.finetuning.optimizer_check import check_optimizer
 from zest_fast.finetuning.quantised_models import UnpackedLayers
 from zest_fast.finetuning.quantised_weights import QuantisedWeights, weight_counts
 from zest_fast.finetuning.recomputation import AboveCut, InputGradients
-from zest_fast.finetuning.run_state import Stateful, read_run, restore, set_random_state, write_run
+from zest_fast.finetuning.run_state import Objects, Stateful, random_state, read_run, set_random_state, write_run
 from zest_fast.finetuning.sharding import put
 from zest_fast.finetuning.summary import Summary
 from zest_fast.finetuning.trainable_layers import Part, chosen_layers, head_layers
@@ -199,7 +200,8 @@ class SelectiveBackward:
         """
         delta = read_delta(path)
         self._check(path, delta)
-        self._put(delta)
+        with uninterrupted():
+            self._put(delta)
         return self
 
     def save_run(
@@ -231,15 +233,25 @@ class SelectiveBackward:
         Raises ValueError, with everything as it was, when the file is torn or foreign, or fits neither this model,
         these layers nor these objects.
         """
-        delta, rest = read_run(path)
-        self._check(path, delta)
+        run = read_run(path)
+        self._check(path, run.delta)
+        before = {name: tensor.detach().clone() for name, tensor in self._kept().items()}
         try:
-            restore(_stateful(optimizer, scheduler, others), rest["states"], rest.get("kinds", {}))
+            objects = Objects(_stateful(optimizer, scheduler, others), run)
+            with uninterrupted():
+                generators = random_state()
+                try:
+                    objects.put()
+                    self._put(run.delta)
+                    set_random_state(run.random)
+                except BaseException:
+                    objects.put_back()
+                    self._put_back(before)
+                    set_random_state(generators)
+                    raise
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)!r} does not fit: {error}") from error
-        self._put(delta)
-        set_random_state(rest["random"])
-        return rest["progress"]
+        return run.progress
 
     def remove(self) -> None:
         """Give the model back: `requires_grad` as found, no hooks, tuned weights. A second call does nothing.
@@ -322,6 +334,15 @@ class SelectiveBackward:
             put(parameter, delta.parameters[name])
         for name, buffer in saved_buffers(self.model).items():  # one that had not changed is as it was when wrapped
             put(buffer, delta.buffers.get(name, self._base.buffers.get(name, buffer)))
+
+    def _kept(self) -> dict[str, torch.Tensor]:
+        """What `_put` writes to."""
+        return {**self._chosen(), **saved_buffers(self.model)}
+
+    @torch.no_grad()
+    def _put_back(self, before: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in self._kept().items():
+            tensor.copy_(before[name])
 
     def _cut_and_tie(self) -> tuple[str, str]:
         """The name of the cut, and of the layer that it is tied to where it was not itself chosen."""

@@ -27,6 +27,7 @@ from zest_fast.finetuning.dependence import tensors_in
 from zest_fast.finetuning.first_backward import FirstBackward
 from zest_fast.finetuning.frozen_norms import end_calls
 from zest_fast.finetuning.modules import compiled_modules, modules_of, upwards
+from zest_fast.finetuning.moving_buffers import MovingBuffers
 from zest_fast.finetuning.recomputation import is_lost_in_recomputation, non_reentrant, unmarked
 from zest_fast.profiling.nearest import some
 from zest_fast.profiling.profile import is_being_profiled
@@ -50,13 +51,16 @@ class Cut:
         self,
         model: nn.Module,
         chosen: Mapping[str, nn.Parameter],
+        buffers: MovingBuffers,
         on_compiled: Callable[[frozenset[int]], None] = lambda modules: None,
     ) -> None:
         """chosen: what has to train, by name; a pass in which one does not require a gradient is refused.
 
+        buffers: sees what each pass moves.
+
         on_compiled: is told the ids of the modules in compiled code, before it first runs.
         """
-        self._model = model
+        self._model, self._buffers = model, buffers
         self._compiled: frozenset[int] = frozenset()
         self._on_compiled = on_compiled
         self._chosen = dict(chosen)
@@ -84,6 +88,12 @@ class Cut:
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """The forward pass of the model."""
+        if torch.compiler.is_compiling():
+            return forward(*args, **keywords)
+        with self._buffers.watched():
+            return self._run(forward, args, keywords)
+
+    def _run(self, forward: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         if not self._applies():
             return forward(*args, **keywords)
         self._first_backward.check()
@@ -116,8 +126,7 @@ class Cut:
     def _applies(self) -> bool:
         """Not to nested calls, to recomputation in backward, to functional transforms and to a profile."""
         return (
-            not torch.compiler.is_compiling()
-            and torch.is_grad_enabled()
+            torch.is_grad_enabled()
             and get_ident() not in self._running
             and torch._C._current_graph_task_id() == -1
             and torch._C._functorch.peek_interpreter_stack() is None

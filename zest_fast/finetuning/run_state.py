@@ -7,6 +7,7 @@ contents. Version 1, written before, had none; it is read as it is.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import os
 import random
@@ -225,18 +226,45 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Mapping
             elif key not in saved and key != "initial_lr" and _kind(value) in ("number", "list"):  # flags may be new
                 raise ValueError(f"{wrong}param_groups[{place}] lacks {key!r}")
     parameters = dict(zip(numbers, own, strict=True))
+    expected: dict[int, set[str]] = {}
+    if type(optimizer) in _ELEMENTWISE:
+        for group in groups:
+            expected |= dict.fromkeys(group["params"], _names_of_moments(type(optimizer), group, wrong))
     for number, values in moments.items():
         if number not in parameters or not isinstance(values, dict):
             raise ValueError(f"{wrong}state[{number!r:.40}] belongs to no parameter of this optimizer")
+        if missing := sorted(expected.get(number, set()) - values.keys()):
+            raise ValueError(f"{wrong}state[{number}] lacks {missing[0]!r}")
         for key, value in values.items():
             place = f"{wrong}state[{number}][{key!r:.40}]"
-            if isinstance(value, torch.Tensor) and type(optimizer) in _ELEMENTWISE and value.dim() > 0:
-                if value.shape != parameters[number].shape:
-                    raise ValueError(
-                        f"{place} has shape {list(value.shape)}, its parameter {list(parameters[number].shape)}"
-                    )
-            elif key == "step" and not _is_count(value):
+            if key == "step" and not _is_count(value):
                 raise ValueError(f"{place} is {value!r:.80}, and a count of steps is needed")
+            if number in expected and isinstance(value, torch.Tensor) and value.dim() > 0:
+                _check_moment(place, value, parameters[number])
+
+
+def _names_of_moments(kind: Any, group: Mapping[str, Any], wrong: str) -> set[str]:
+    """What torch's optimizer of this kind keeps of a parameter, by a step with the settings of the group."""
+    settings = {key: group[key] for key in inspect.signature(kind).parameters if key in group and key not in _HOW}
+    parameter = torch.nn.Parameter(torch.ones(1))
+    parameter.grad = torch.ones(1)
+    try:
+        optimizer = kind([parameter], **settings)
+        optimizer.step()
+    except Exception as error:
+        raise ValueError(f"{wrong}a group with {settings!r:.200} is refused ({reason(error)})") from error
+    return set(optimizer.state[parameter])
+
+
+_HOW = ("params", "foreach", "fused", "capturable", "differentiable")  # how it computes, and no setting
+
+
+def _check_moment(place: str, moment: torch.Tensor, parameter: torch.Tensor) -> None:
+    if moment.shape != parameter.shape or moment.layout != torch.strided or not moment.is_floating_point():
+        raise ValueError(
+            f"{place} has shape {list(moment.shape)}, {moment.dtype}, {moment.layout}; its parameter "
+            f"{list(parameter.shape)}, {parameter.dtype}, {parameter.layout}"
+        )
 
 
 # Those whose moments have the shape of the parameter.

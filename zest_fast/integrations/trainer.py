@@ -80,11 +80,11 @@ class ZestCallback(TrainerCallback):
         if self.tuned is None or not state.global_step or not state.is_world_process_zero:
             return
         try:
-            self.tuned.verify()
+            found = self.tuned.verify()
         except Exception as error:
             _log.warning("%s", error)
         else:
-            _log.info("verified: every chosen weight moved, every frozen tensor is bit for bit as it was")
+            _log.info("%s", found)
         if self.tuned.frozen_format:
             _log.warning(
                 "the model's frozen weights are packed in %s, which from_pretrained does not read: call tuned.remove() "

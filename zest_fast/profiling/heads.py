@@ -64,7 +64,14 @@ def _language_model_head(model: nn.Module) -> nn.Module | None:
     if not owners or not isinstance(owners[-1], nn.Linear):
         return None
     embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
-    return owners[-1] if any(table.weight.shape == owners[-1].weight.shape for table in embeddings) else None
+    shape = _shape(owners[-1])
+    return owners[-1] if shape and any(_shape(table) == shape for table in embeddings) else None
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """Of its weight, without computing it: reading a parametrised one takes a step of its power iteration."""
+    weight = module._parameters.get("weight", vars(module).get("weight"))
+    return () if weight is None else tuple(weight.shape)
 
 
 def _is_transformers(model: nn.Module) -> bool:

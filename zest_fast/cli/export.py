@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from zest_fast.cli.app import app
 from zest_fast.profiling.nearest import nearest
+
+if TYPE_CHECKING:
+    from zest_fast.ranking.ranking import Ranking
 
 TARGETS = ("peft", "axolotl", "llama-factory", "llama-factory-freeze")
 
@@ -36,24 +39,24 @@ def export(
 
     if not profile_file.is_file():
         raise ValueError(f"profile {str(profile_file)!r} does not exist; {nearest_path(profile_file)}")
-    chosen = rank(LayerProfile.load(profile_file), by=by).top(top)
-    text = _settings(to, chosen, r, _load(model))
+    text = _settings(to, rank(LayerProfile.load(profile_file), by=by), top, r, _load(model))
     if out is None:
         typer.echo(text, nl=False)
     else:
         out.write_text(text)
 
 
-def _settings(to: str, chosen: tuple[str, ...], r: int, model: Any) -> str:
+def _settings(to: str, ranking: Ranking, top: int, r: int, model: Any) -> str:
     if to == "peft":
         if model is None:
-            return (
-                json.dumps({"peft_type": "LORA", "r": r, "lora_alpha": r, "target_modules": list(chosen)}, indent=2)
-                + "\n"
-            )
+            from zest_fast.integrations.exports import trained_head
+
+            whole = list(trained_head(None, ranking, "auto"))
+            settings = {"peft_type": "LORA", "r": r, "lora_alpha": r, "target_modules": list(ranking.top(top))}
+            return json.dumps(settings | ({"modules_to_save": whole} if whole else {}), indent=2) + "\n"
         from zest_fast.integrations.peft import lora_config
 
-        config = lora_config(chosen, model, r=r).to_dict()
+        config = lora_config(ranking, model, n=top, r=r).to_dict()
         kept = {key: config[key] for key in ("peft_type", "task_type", "r", "lora_alpha", "modules_to_save")}
         targets = config["target_modules"]
         kept["target_modules"] = targets if isinstance(targets, str) else sorted(targets)
@@ -61,8 +64,8 @@ def _settings(to: str, chosen: tuple[str, ...], r: int, model: Any) -> str:
     from zest_fast.integrations.exports import as_yaml, axolotl, llama_factory
 
     if to == "axolotl":
-        return as_yaml(axolotl(chosen, model))
-    return as_yaml(llama_factory(chosen, model, method="freeze" if to.endswith("freeze") else "lora", r=r))
+        return as_yaml(axolotl(ranking, model, n=top))
+    return as_yaml(llama_factory(ranking, model, n=top, method="freeze" if to.endswith("freeze") else "lora", r=r))
 
 
 def _load(source: str | None) -> Any:

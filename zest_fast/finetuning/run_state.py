@@ -260,7 +260,8 @@ _HOW = ("params", "foreach", "fused", "capturable", "differentiable")  # how it 
 
 
 def _check_moment(place: str, moment: torch.Tensor, parameter: torch.Tensor) -> None:
-    if moment.shape != parameter.shape or moment.layout != torch.strided or not moment.is_floating_point():
+    is_number = moment.is_floating_point() or moment.is_complex()
+    if moment.shape != parameter.shape or moment.layout != torch.strided or not is_number:
         raise ValueError(
             f"{place} has shape {list(moment.shape)}, {moment.dtype}, {moment.layout}; its parameter "
             f"{list(parameter.shape)}, {parameter.dtype}, {parameter.layout}"

@@ -5,6 +5,7 @@ Each file is loaded in a child process, which survives neither a crash nor an en
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import multiprocessing
@@ -66,7 +67,7 @@ class Job:
 
 
 def damaged(data, rng):
-    """One of: flipped bits, a byte of any value, a piece lost, doubled or overwritten, the end lost, more at the end."""
+    """Bits flipped, a byte of any value, a piece lost, doubled or overwritten, the end lost, more at the end."""
     data = bytearray(data)
     at = rng.randrange(len(data))
     to = min(len(data), at + rng.choice([1, 2, 8, 64, 512]))
@@ -144,10 +145,8 @@ def edited_delta(path, rng, out):
     if kind == 0:
         key = rng.choice(list(metadata))
         text = ["[" * 50_000, "{", "null", "[1]", '"a"', "[[]]", "NaN", "9" * 5000, '["a", "a"]', "0" * 64, "\x00", "2"]
-        try:
+        with contextlib.suppress(ValueError, TypeError):
             text.append(json.dumps(edited(json.loads(metadata[key]), rng)))
-        except (ValueError, TypeError):
-            pass
         metadata[key] = rng.choice(text)
         if rng.random() < 0.2:
             del metadata[key]
@@ -172,10 +171,8 @@ def edited_delta(path, rng, out):
 def edited_run(path, rng, out):
     content = edited(torch.load(path, weights_only=True), rng)
     if isinstance(content, dict) and rng.random() < 0.9:
-        try:
+        with contextlib.suppress(Exception):  # of a tensor without contents
             content["checksum"] = run_checksum(content)
-        except Exception:  # of a tensor without contents
-            pass
     torch.save(content, out)
 
 
@@ -183,7 +180,7 @@ def edited_run(path, rng, out):
 
 
 def load(kind, path):
-    """"taken" and what came of it where the file is loaded; "refused" where it is a ValueError that names it, and nothing has changed."""
+    """What came of it where the file is taken; "refused" for a ValueError that names it, and nothing has changed."""
     job = Job()
     before = job.state()
     calls = [job.resume] if kind == "run" else [job.tuned.load, lambda p: apply_delta(job.base, p)]
@@ -211,7 +208,9 @@ def load(kind, path):
                 torch.rand(1), np.random.rand(), random.random()
             job = Job()
             before = job.state()
-    return " ".join(dict.fromkeys(answers)) if len({answer[:5] for answer in answers}) == 1 else f"it depends: {answers}"
+    return (
+        " ".join(dict.fromkeys(answers)) if len({answer[:5] for answer in answers}) == 1 else f"it depends: {answers}"
+    )
 
 
 def child(tasks, answers):

@@ -1,4 +1,4 @@
-"""Losses that differentiate inputs or weights, functional transforms, threads: what plain freezing yields, in float64."""
+"""Losses that differentiate inputs or weights, functional transforms, threads: as plain freezing, in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files are written completely or not at all, with the permissions that were there, and killed writers leave nothing."""
+"""Files are written completely or not at all, with the permissions of before, and killed writers leave nothing."""
 
 from __future__ import annotations
 

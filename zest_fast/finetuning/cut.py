@@ -161,8 +161,8 @@ class Cut:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"an input of {type(self._model).__name__} was computed from something that trains or wants a gradient, "
-                "so backward runs on through the whole model to it; detach the input if it should not",
+                f"an input of {type(self._model).__name__} was computed from something that trains or needs a "
+                "gradient, so backward runs on through the whole model to it; detach the input if it should not",
                 stacklevel=4,
             )
 
@@ -250,10 +250,10 @@ class Cut:
         if torch.compiler.is_compiling() or get_ident() not in self._running:
             return None
         found = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
-        if found and torch.is_grad_enabled() and len(module._forward_hooks) > 1:
-            if not any(tensor.grad_fn is not None for tensor in found) and _is_marked_by_hooks(module, args):
-                self._warn_of_marks(name, module)
-                return _detached(output)
+        leaves = found and all(tensor.grad_fn is None for tensor in found)
+        if leaves and len(module._forward_hooks) > 1 and _is_marked_by_hooks(module, args):
+            self._warn_of_marks(name, module)
+            return _detached(output)
         if found and self._learner == get_ident():
             self._below = False
         return None

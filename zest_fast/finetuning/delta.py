@@ -30,6 +30,7 @@ FORMAT = "zest_fast.delta"
 VERSION = 3
 _WITHOUT_CHECKSUM = 2
 
+
 @dataclass(frozen=True)
 class Delta:
     """layers, head: what trained. base: hash of the frozen parameters, and of the buffers as they were found.
@@ -79,7 +80,7 @@ def write_delta(path: str | os.PathLike[str], delta: Delta) -> Path:
 
 
 def read_delta(path: str | os.PathLike[str]) -> Delta:
-    """Read what `write_delta` wrote. Raises ValueError, naming the file, if torn, damaged, foreign or of another format.
+    """Read what `write_delta` wrote. Raises ValueError, naming the file, if torn, damaged or of another format.
 
     The checksum takes a second for each GB and core.
     """

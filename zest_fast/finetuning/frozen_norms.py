@@ -70,5 +70,6 @@ def end_calls(model: nn.Module) -> None:
 
 def _hooks_on(module: nn.Module) -> Iterator[_EvalForOneCall]:
     for hook in module._forward_pre_hooks.values():
-        if isinstance(getattr(hook, "__self__", None), _EvalForOneCall):
-            yield hook.__self__
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, _EvalForOneCall):
+            yield owner

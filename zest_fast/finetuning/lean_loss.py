@@ -90,7 +90,7 @@ class LeanLanguageModel(LeanForward):
 
     def put_in(self) -> None:
         super().put_in()
-        self.module.loss_function = causal_lm_loss
+        self.module.loss_function = causal_lm_loss  # type: ignore[assignment]
 
     def remove(self) -> None:
         super().remove()

@@ -1,5 +1,6 @@
-"""Buffers that a model's own forward pass moves in train mode, whatever is frozen: the vectors of spectral norms, running
-means of its own modules, codebooks. That is torch's behaviour and no fault of training.
+"""Buffers that a model's own forward pass moves in train mode, whatever is frozen: vectors of spectral norms, codebooks.
+
+That is torch's behaviour and no fault of training.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ weights as large as 0.02 in bfloat16 that is 6e-5, three times AdamW's step at a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,11 @@ def half_steps(weights: Tensor) -> Tensor:
     _, exponent = torch.frexp(weights.float())  # weight = m 2**exponent, 0.5 <= |m| < 1
     last = (exponent - 1 - fraction).clamp(min=smallest)
     last = torch.where(weights == 0, smallest, last)
-    return torch.ldexp(torch.tensor(0.5), last)
+    return torch.ldexp(torch.full(weights.shape, 0.5), last)
 
 
-class Lost(NamedTuple):
+@dataclass(frozen=True)
+class Lost:
     """share: of `count` weights in `dtype` that a step at `rate` cannot move. enough: a rate that moves most."""
 
     dtype: str
@@ -49,8 +51,8 @@ class Lost(NamedTuple):
 
 
 def lost_steps(optimizer: Any, chosen: Mapping[str, nn.Parameter]) -> Lost | None:
-    """What rounding takes from a step of `optimizer`, where that is known: of optimizers like Adam from the rate, of SGD
-    from gradients that are there. None where (nearly) all weights in low precision can move, or nothing is known.
+    """What rounding takes from a step of `optimizer`, where that is known: of those like Adam from the rate, of SGD from
+    gradients that are there. None where (nearly) all weights in low precision can move, or nothing is known.
     """
     while hasattr(getattr(optimizer, "optimizer", None), "param_groups"):  # accelerate's is around another
         optimizer = optimizer.optimizer
@@ -135,8 +137,8 @@ def complaints(samples: Samples, chosen: Mapping[str, nn.Parameter], optimizer: 
     if found is not None and 0 < found[1] < 0.9:  # none at all is an error, said elsewhere
         yield (
             f"only {found[1]:.0%} of the chosen weights in {found[0]} have moved: the steps of the others were rounded "
-            "away, or they had no gradient. Let the chosen layers be float32 (under torch.autocast), raise the learning "
-            "rate, or take an optimizer with float32 master weights"
+            "away, or they had no gradient. Let the chosen layers be float32 (under torch.autocast), raise the rate, or "
+            "take an optimizer with float32 master weights"
         )
     if optimizer is not None and (lost := lost_steps(optimizer, chosen)) is not None:
         yield str(lost)

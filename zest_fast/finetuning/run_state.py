@@ -219,12 +219,12 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Mapping
     if len(set(map(repr, numbers))) < len(numbers) or any(type(number) is not int for number in numbers):
         raise ValueError(wrong + "the numbers of its parameters are not all different whole numbers")
     own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for place, (saved, ours) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+    for at, (saved, ours) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
         for key, value in ours.items():
             if key in saved and key not in ("params", "param_names"):
-                _check_value(f"{wrong}param_groups[{place}][{key!r}]", saved[key], value, finite=True)
+                _check_value(f"{wrong}param_groups[{at}][{key!r}]", saved[key], value, finite=True)
             elif key not in saved and key != "initial_lr" and _kind(value) in ("number", "list"):  # flags may be new
-                raise ValueError(f"{wrong}param_groups[{place}] lacks {key!r}")
+                raise ValueError(f"{wrong}param_groups[{at}] lacks {key!r}")
     parameters = dict(zip(numbers, own, strict=True))
     expected: dict[int, set[str]] = {}
     if type(optimizer) in _ELEMENTWISE:

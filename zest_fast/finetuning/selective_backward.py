@@ -56,14 +56,14 @@ class SelectiveBackward:
 
     Chosen layers of a model that bitsandbytes has quantised are unpacked, and stay so.
 
-    While wrapped, a forward pass makes no graph below the lowest weight that trains (see cut.py): not with gradient
-    checkpointing of transformers, which leaves the blocks down there alone, nor with inputs that require a gradient,
-    which are detached. Whatever else is made to train (an adapter) moves the cut. Choosing a layer that shares its
+    While wrapped, a forward pass makes no graph below the lowest weight that trains (see cut.py), also with gradient
+    checkpointing of transformers and its `enable_input_require_grads()`. An input that requires a gradient gets it, and
+    may be differentiated twice; that and whatever else is made to train (an adapter) moves the cut. Choosing a layer that shares its
     weight with an embedding makes backward run down to the embedding. Batch norm whose parameters are frozen runs in
     eval mode, also after `model.train()`. The `.grad` of what is frozen is neither read nor cleared.
 
-    Compiled code (torch.compile of the wrapped model or of its blocks) has the cut that freezing gives;
-    `enable_input_require_grads()` of transformers has no effect there.
+    Compiled code (torch.compile of the wrapped model or of its blocks) has the cut that freezing gives. Ctrl-C waits
+    for the end of wrapping, of `.remove()` and of `.resume()`, each of which is done whole or not at all.
 
     Every tensor is hashed once, for `.verify()` and `.save()`: a second for each GB and core.
 
@@ -202,8 +202,8 @@ class SelectiveBackward:
         FSDP2 (`fully_shard`) every process has to call it, as `.save()` and `.load()`: shards are gathered one by one.
 
         Returns what was found. Buffers that the model's own forward pass moves in train mode, such as the vectors of
-        spectral norms, are no fault; they are named there, and travel with a delta. Warns where most weights in bfloat16
-        or float16 have not moved, since their steps were rounded away.
+        spectral norms, are no fault; they are named there, and travel with a delta. Warns where weights in bfloat16 or
+        float16 have not moved, since their steps were rounded away.
         """
         if self._removed and self._quantised is not None:
             raise RuntimeError("verify: the quantised weights are unpacked since .remove(); call .verify() before it")

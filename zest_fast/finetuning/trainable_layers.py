@@ -64,7 +64,9 @@ def head_layers(model: nn.Module, head: str | Iterable[str] | None) -> tuple[Par
     return tuple(selected)
 
 
-def layer_names(layers: Any, n: int | None = None, *, argument: str = "layers", takes_n: bool = True) -> tuple[str, ...]:
+def layer_names(
+    layers: Any, n: int | None = None, *, argument: str = "layers", takes_n: bool = True
+) -> tuple[str, ...]:
     """The names: given, each once; or the `n` best of a Ranking, which holds every layer of the model.
 
     Every function that takes layers asks here. takes_n: whether it has an `n` that could be given.
@@ -72,7 +74,9 @@ def layer_names(layers: Any, n: int | None = None, *, argument: str = "layers", 
     """
     if isinstance(layers, Ranking) and takes_n:
         if n is None:
-            raise ValueError(f"{argument} is a Ranking of every layer: say how many to take with n=, or pass its .top(5)")
+            raise ValueError(
+                f"{argument} is a Ranking of every layer: say how many to take with n=, or pass its .top(5)"
+            )
         return layers.top(n)
     if n is not None:
         raise ValueError(f"n is for a Ranking; {argument} holds names already")
@@ -90,8 +94,8 @@ def layer_names(layers: Any, n: int | None = None, *, argument: str = "layers", 
 def head_modules(model: nn.Module, head: str | Iterable[str] | None) -> tuple[str, ...]:
     """Names of the modules that another trainer has to train whole.
 
-    "auto" = all that a classifier of transformers has beside its base model, which is new in it (`classifier`, also
-    where that has several layers; `pre_classifier`); the last layer of another classifier; nothing for a language model.
+    "auto" = all that a classifier of transformers has beside its base model, which is new in it (`classifier`, whatever
+    it holds; `pre_classifier`); the last layer of another classifier; nothing for a language model.
     Raises as `head_layers`.
     """
     names = [part.name for part in head_layers(model, head)]

@@ -43,7 +43,11 @@ def axolotl(
                 *(f"^{_literal(name)}." for name in whole),
             ]
         }
-    return {"unfrozen_parameters": [f"^{_literal(name)}$" for name in [*parameter_names(model, names), *_below(model, whole, names)]]}
+    return {
+        "unfrozen_parameters": [
+            f"^{_literal(name)}$" for name in [*parameter_names(model, names), *_below(model, whole, names)]
+        ]
+    }
 
 
 def llama_factory(

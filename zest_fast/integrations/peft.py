@@ -51,8 +51,8 @@ def lora_config(
         raise ValueError(f"ranks names layers that are not among the chosen ones: {some(sorted(unknown))}")
     if more := _ends_alike(model, whole):
         raise ValueError(
-            f"head: PEFT takes modules_to_save for the ends of names, so {some(whole)} would bring in {some(more)}, which "
-            "would train too; name another head=, or add them to it"
+            f"head: PEFT takes modules_to_save for the ends of names, so {some(whole)} would bring in {some(more)}, "
+            "which would train too; name another head=, or add them to it"
         )
     if is_language_model(model):
         options.setdefault("task_type", "CAUSAL_LM")
@@ -72,9 +72,7 @@ def _ends_alike(model: nn.Module, whole: Sequence[str]) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if name.endswith(tuple(whole))
-        and not f"{name}.".startswith(inside)
-        and any(True for _ in module.parameters())
+        if name.endswith(tuple(whole)) and not f"{name}.".startswith(inside) and any(True for _ in module.parameters())
     ]
 
 

@@ -30,7 +30,8 @@ _log = logging.getLogger("zest_fast")
 class ZestCallback(TrainerCallback):
     """Train only these layers: `Trainer(model=model, callbacks=[ZestCallback(ranking.top(5))], ...)`.
 
-    layers: names, or a Ranking of which the `n` best are taken. head: as in SelectiveBackward, with whose other `options` the model is wrapped.
+    layers: names, or a Ranking of which the `n` best are taken. head: as in SelectiveBackward, with whose other `options`
+        the model is wrapped.
     save_delta: write what trained as zest_delta.safetensors into every checkpoint folder, beside Trainer's own files.
 
     At the end of training what `tuned.verify()` finds is logged (logger "zest_fast"), as a warning where it fails.
@@ -101,11 +102,13 @@ class ZestCallback(TrainerCallback):
             self.tuned.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / DELTA)
 
 
-def prepare(trainer: Trainer, layers: int | Ranking | Iterable[str], *, by: Any = None, **options: Any) -> SelectiveBackward:
+def prepare(
+    trainer: Trainer, layers: int | Ranking | Iterable[str], *, by: Any = None, **options: Any
+) -> SelectiveBackward:
     """Freeze all but `layers` in a Trainer that is there already, before its `train()`; returns the SelectiveBackward.
 
-    layers: names, a Ranking with n=, or how many: then the first batch of the trainer's own training data is profiled and ranked (`by` as
-        in `rank`). options: those of ZestCallback.
+    layers: names, a Ranking with n=, or how many: then the first batch of the trainer's own training data is profiled
+        and ranked (`by` as in `rank`). options: those of ZestCallback.
 
     Raises RuntimeError where the Trainer has its optimizer already; the model is then as it was.
     """
@@ -116,7 +119,7 @@ def prepare(trainer: Trainer, layers: int | Ranking | Iterable[str], *, by: Any 
         )
     if isinstance(layers, bool):
         raise TypeError(f"layers must be names or how many, not {layers}")
-    names = _best(trainer, operator.index(layers), by) if isinstance(layers, Integral) else layers
+    names: Any = _best(trainer, operator.index(layers), by) if isinstance(layers, Integral) else layers
     callback = ZestCallback(names, **options)
     callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
     trainer.add_callback(callback)

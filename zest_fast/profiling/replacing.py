@@ -26,8 +26,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes the place of `path` only when the block ends well.
 
     A full disk or an exception leaves an existing file as it was, and nothing of the new one. A link stays a link.
-    Until then it lies in a folder that nobody else can read, then it has the permissions of the file it replaces. What writers that were killed left
-    beside this file is removed first; what another living process writes there stays.
+    Until then it lies in a folder that nobody else can read, then it has the permissions of the file that it replaces.
+    What writers that were killed left beside this file is removed first; what a living process writes there stays.
     Errors of the operating system name `path`; what torch and safetensors make of a full disk becomes one again.
     Raises FileNotFoundError without the folder, OSError where `path` is no regular file (a folder, a device, a pipe).
     """

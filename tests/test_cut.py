@@ -133,12 +133,17 @@ def test_switches_in_the_middle_of_a_run(frozen_by_hand, one_block):
     assert model.model.embed_tokens.weight.grad is not None  # as without the wrapper
 
 
-def test_embeddings_that_require_a_gradient(frozen_by_hand):
-    model = blocks()
+def test_embeddings_that_require_a_gradient_get_it(frozen_by_hand):
+    model, by_hand = blocks(), blocks().requires_grad_(False)
+    by_hand.get_submodule(LAYER).weight.requires_grad_(True)
     SelectiveBackward(model, [LAYER])
-    embeddings = model.model.embed_tokens(IDS).detach().requires_grad_()
-    assert_minimal(Cost(model, partial(loss_of, model, inputs_embeds=embeddings)), frozen_by_hand)
-    assert embeddings.grad is None and embeddings.requires_grad
+    gradients = []
+    for one in (model, by_hand):
+        embeddings = one.model.embed_tokens(IDS).detach().requires_grad_()
+        found = Cost(one, partial(loss_of, one, inputs_embeds=embeddings)).gradients
+        gradients.append({**found, "embeddings": embeddings.grad})
+    assert_close(*gradients)
+    assert_minimal(Cost(model, partial(loss_of, model)), frozen_by_hand)  # the next pass asks for none
 
 
 def test_checkpoint_above_cut(frozen_by_hand, one_block):
@@ -184,7 +189,7 @@ def test_checkpointing_of_any_model(how):
         minimum = Cost(plain, lambda: plain(x).sum())
     forward = model.blocks[2].forward
     with SelectiveBackward(model, ["blocks.2.0"], checkpoint="above-cut" if how == "above-cut" else None):
-        cost = Cost(model, lambda: model(x.requires_grad_()).sum())
+        cost = Cost(model, lambda: model(x).sum())
     assert_minimal(cost, minimum, recomputed=2 * 2 * 2 * 3 * 4 * 8)
     assert cost.flops > minimum.flops and model.blocks[2].forward == forward
 
@@ -192,9 +197,15 @@ def test_checkpointing_of_any_model(how):
 def test_reentrant_checkpointing_of_another_kind_is_refused_where_it_would_lose_gradients():
     model = Blocks(reentrant=True)
     SelectiveBackward(model, ["blocks.2.0"])
+    x = torch.randn(3, 4)
     with pytest.raises(RuntimeError, match=r"'blocks\.2\.0' trains and runs inside reentrant .*use_reentrant=False"):
-        model(torch.randn(3, 4, requires_grad=True))
+        model(x)
     assert torch.is_grad_enabled()
+    model(x.requires_grad_()).sum().backward()
+    found = [x.grad, model.blocks[2][0].weight.grad]
+    model.reentrant, x.grad, model.blocks[2][0].weight.grad = None, None, None
+    model(x).sum().backward()
+    assert all(map(torch.equal, found, [x.grad, model.blocks[2][0].weight.grad]))
 
 
 def test_accelerate(frozen_by_hand):
@@ -561,9 +572,10 @@ def test_gradients_of_odd_models_are_those_of_plain_freezing(how):
         module.requires_grad_(True)
     tuned = SelectiveBackward(model, ["chosen"], head="head")
     model.embed.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
-    for _ in range(2):
-        costs = [Cost(one, lambda one=one: one(ids).square().sum()) for one in (model, plain)]
-        assert_minimal(*costs)
+    with pytest.warns(UserWarning, match="a hook makes the output of 'embed', which is frozen, require a gradient"):
+        for _ in range(2):
+            costs = [Cost(one, lambda one=one: one(ids).square().sum()) for one in (model, plain)]
+            assert_minimal(*costs)
     assert tuned.cut == "chosen"
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, load_model, save_file
 from small_models import Mlp, Recurrent, assert_same, conv_net, images, llama, snapshot, step
 from torch import nn
 
-from zest_fast.finetuning.delta import hash_tensors, read_delta
+from zest_fast.finetuning.delta import checksum, hash_tensors, read_delta
 from zest_fast.finetuning.deltas import DeltaSwitch, apply_delta, merge_delta
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.ranking.ranking import rank
@@ -165,7 +165,7 @@ def test_edited_tensors_are_refused(edit, message, tmp_path):
         metadata = file.metadata()
     tensors = load_file(path)
     edit(tensors)
-    save_file(tensors, path, metadata)
+    save_file(tensors, path, {**metadata, "checksum": checksum(metadata, tensors)})
     tuned = SelectiveBackward(fresh, ["a", "b"])
     before = snapshot(fresh)
     with pytest.raises(ValueError, match=message):
@@ -192,8 +192,8 @@ def test_foreign_newer_and_missing_files(tmp_path):
     save_file({"a.weight": torch.zeros(4, 4)}, path)
     with pytest.raises(ValueError, match=r"its format is None, not 'zest_fast\.delta'"):
         tuned.load(path)
-    save_file({"a.weight": torch.zeros(4, 4)}, path, {"format": "zest_fast.delta", "version": "3"})
-    with pytest.raises(ValueError, match=r"format version 3, .*upgrade zest_fast"):
+    save_file({"a.weight": torch.zeros(4, 4)}, path, {"format": "zest_fast.delta", "version": "4"})
+    with pytest.raises(ValueError, match=r"format version 4, .*upgrade zest_fast"):
         tuned.load(path)
     save_file({"a.weight": torch.zeros(4, 4)}, path, {"format": "zest_fast.delta", "version": "1"})
     with pytest.raises(ValueError, match=r"format version 1, .*save it again"):

@@ -13,6 +13,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from small_models import Recurrent, llama
@@ -24,6 +25,7 @@ import zest_fast
 from zest_fast.cli import app
 from zest_fast.integrations.exports import as_yaml, axolotl, llama_factory
 from zest_fast.integrations.peft import lora_config
+from zest_fast.integrations.trainer import ZestCallback
 
 CHOSEN = ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj", "model.layers.2.self_attn.o_proj")
 
@@ -95,12 +97,12 @@ def adapted_by_peft(model, config):
 )
 def test_axolotl_unfreezes_exactly_these(make, layers):
     model = make()
-    for settings in (axolotl(layers, model), axolotl(layers)):
+    for settings in (axolotl(layers, model, head=None), axolotl(layers)):
         assert unfrozen_by_axolotl(model, settings["unfrozen_parameters"]) == parameters_of(model, layers)
 
 
 def test_axolotl_takes_layers_that_go_by_a_parameter():
-    settings = axolotl(["rnn.weight_ih_l0"], Recurrent())
+    settings = axolotl(["rnn.weight_ih_l0"], Recurrent(), head=None)
     assert unfrozen_by_axolotl(Recurrent(), settings["unfrozen_parameters"]) == {"rnn.weight_ih_l0", "rnn.bias_ih_l0"}
 
 
@@ -193,6 +195,99 @@ def test_lora_on_the_top_of_a_ranking_learns():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+# The head of a classifier, which is new in it and would stay at random values
+
+
+def classifier(name, **sizes):
+    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = getattr(transformers, f"{name}Config")(**{**common, "num_labels": 3, **sizes})
+    kind = "ImageClassification" if name in ("ViT", "Swin") else "SequenceClassification"
+    return getattr(transformers, f"{name}For{kind}")(config)
+
+
+CLASSIFIERS = {
+    "Bert": (lambda: classifier("Bert", vocab_size=30), "bert.encoder.layer.1.output.dense", {"classifier"}),
+    "Roberta": (lambda: classifier("Roberta", vocab_size=30), "roberta.encoder.layer.1.output.dense", {"classifier"}),
+    "DistilBert": (
+        lambda: classifier("DistilBert", vocab_size=30, dim=16, hidden_dim=32, n_layers=2, n_heads=2),
+        "distilbert.transformer.layer.1.ffn.lin2",
+        {"pre_classifier", "classifier"},
+    ),
+    "ViT": (lambda: classifier("ViT", image_size=16, patch_size=8), None, {"classifier"}),
+    "Llama": (lambda: classifier("Llama", vocab_size=30), "model.layers.1.mlp.down_proj", {"score"}),
+    "Deberta": (lambda: classifier("DebertaV2", vocab_size=30), None, {"pooler", "classifier"}),
+}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_the_head_of_a_classifier_trains_and_nothing_else_does(name):
+    make, layer, head = CLASSIFIERS[name]
+    model = make()
+    names = [place for place, module in model.named_modules() if isinstance(module, nn.Linear)]
+    layer = layer or next(place for place in reversed(names) if place.split(".")[0] not in head)
+    of_head = {place for place, _ in model.named_parameters() if place.split(".")[0] in head}
+    assert unfrozen_by_axolotl(model, axolotl([layer], model)["unfrozen_parameters"]) == of_head | parameters_of(
+        model, [layer]
+    )
+    settings = llama_factory([layer], model)
+    assert set(settings["additional_target"].split(",")) == head and settings["lora_target"] == layer
+    config = lora_config([layer], model)
+    assert set(config.modules_to_save) == head
+    wrapped = get_peft_model(model, config)
+    trained = {place for place, parameter in wrapped.named_parameters() if parameter.requires_grad}
+    whole = {place.replace(".modules_to_save.default", "") for place in trained if "modules_to_save" in place}
+    assert whole == {f"base_model.model.{place}" for place in of_head}
+    assert {place.split(".lora_")[0] for place in trained if "lora_" in place} == {f"base_model.model.{layer}"}
+    assert len(trained) == len(of_head) + 2
+
+
+def test_a_layer_inside_the_head_gets_no_adapter():
+    model = CLASSIFIERS["Roberta"][0]()
+    layers = ["classifier.dense", "roberta.encoder.layer.1.output.dense"]
+    assert lora_config(layers, model).target_modules == {layers[1]}
+    with pytest.raises(ValueError, match="all of them are in the head, classifier, which trains whole"):
+        lora_config(layers[:1], model)
+
+
+def test_a_head_that_peft_would_take_for_others_too_is_refused():
+    model = CLASSIFIERS["DistilBert"][0]()
+    with pytest.raises(ValueError, match="classifier would bring in pre_classifier, which would train too"):
+        lora_config(["distilbert.transformer.layer.1.ffn.lin2"], model, head="classifier")
+
+
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "language model"])
+def test_the_command_knows_the_head_from_the_profile(name, tmp_path):
+    model = llama() if name == "language model" else CLASSIFIERS[name][0]()
+    ids = torch.randint(30, (2, 8), generator=torch.Generator().manual_seed(0))
+    labels = ids if name == "language model" else torch.tensor([0, 2])
+    zest_fast.profile(model, {"input_ids": ids, "labels": labels}, metrics=["snip"]).save(tmp_path / "profile.json")
+    common = (tmp_path / "profile.json", "--by", "snip", "--top", 2, "--to")
+    settings = json.loads(run(*common, "peft"))
+    patterns = re.findall(r'"(.*)"', run(*common, "axolotl"))
+    heads = ("classifier.", "lm_head.")
+    unfrozen = {place for place in unfrozen_by_axolotl(model, patterns) if place.startswith(heads)}
+    if name == "language model":
+        assert "modules_to_save" not in settings and not unfrozen
+    else:
+        assert settings["modules_to_save"] == ["classifier"]
+        assert unfrozen == {place for place, _ in model.named_parameters() if place.startswith("classifier.")}
+
+
+def test_a_ranking_needs_to_be_told_how_many():
+    model = llama()
+    ids = torch.randint(40, (2, 8), generator=torch.Generator().manual_seed(0))
+    profile = zest_fast.profile(model, {"input_ids": ids, "labels": ids}, metrics=["snip"])
+    ranking = zest_fast.rank(profile, by="snip")
+    for call in (axolotl, llama_factory, lambda layers: lora_config(layers, model), ZestCallback):
+        with pytest.raises(ValueError, match="layers is a Ranking of every layer: say how many to take with n="):
+            call(ranking)
+        with pytest.raises(TypeError, match="layers is a LayerProfile with every layer"):
+            call(profile)
+        with pytest.raises(TypeError, match="such as"):
+            call("lm_head")
+    assert ZestCallback(ranking, n=2).layers == ranking.top(2)
 
 
 @pytest.mark.parametrize(

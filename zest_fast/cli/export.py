@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from zest_fast.cli.app import app
 from zest_fast.cli.options import check_readable, check_writable
 from zest_fast.profiling.nearest import nearest
 from zest_fast.profiling.replacing import replacing
+
+if TYPE_CHECKING:
+    from zest_fast.ranking.ranking import Ranking
 
 TARGETS = ("peft", "axolotl", "llama-factory", "llama-factory-freeze")
 
@@ -37,8 +40,7 @@ def export(
     from zest_fast.ranking.ranking import rank
 
     check_readable(profile_file, "profile")
-    chosen = rank(LayerProfile.load(profile_file), by=by).top(top)
-    text = _settings(to, chosen, r, _load(model))
+    text = _settings(to, rank(LayerProfile.load(profile_file), by=by), top, r, _load(model))
     if out is None:
         typer.echo(text, nl=False)
     else:
@@ -46,16 +48,17 @@ def export(
             temporary.write_text(text, encoding="utf-8")
 
 
-def _settings(to: str, chosen: tuple[str, ...], r: int, model: Any) -> str:
+def _settings(to: str, ranking: Ranking, top: int, r: int, model: Any) -> str:
     if to == "peft":
         if model is None:
-            return (
-                json.dumps({"peft_type": "LORA", "r": r, "lora_alpha": r, "target_modules": list(chosen)}, indent=2)
-                + "\n"
-            )
+            from zest_fast.integrations.exports import trained_head
+
+            whole = list(trained_head(None, ranking, "auto"))
+            settings = {"peft_type": "LORA", "r": r, "lora_alpha": r, "target_modules": list(ranking.top(top))}
+            return json.dumps(settings | ({"modules_to_save": whole} if whole else {}), indent=2) + "\n"
         from zest_fast.integrations.peft import lora_config
 
-        config = lora_config(chosen, model, r=r).to_dict()
+        config = lora_config(ranking, model, n=top, r=r).to_dict()
         kept = {key: config[key] for key in ("peft_type", "task_type", "r", "lora_alpha", "modules_to_save")}
         targets = config["target_modules"]
         kept["target_modules"] = targets if isinstance(targets, str) else sorted(targets)
@@ -63,8 +66,8 @@ def _settings(to: str, chosen: tuple[str, ...], r: int, model: Any) -> str:
     from zest_fast.integrations.exports import as_yaml, axolotl, llama_factory
 
     if to == "axolotl":
-        return as_yaml(axolotl(chosen, model))
-    return as_yaml(llama_factory(chosen, model, method="freeze" if to.endswith("freeze") else "lora", r=r))
+        return as_yaml(axolotl(ranking, model, n=top))
+    return as_yaml(llama_factory(ranking, model, n=top, method="freeze" if to.endswith("freeze") else "lora", r=r))
 
 
 def _load(source: str | None) -> Any:

@@ -1,14 +1,12 @@
-"""The cut: a forward pass makes no graph before it uses a weight that trains, whatever asks for one.
+"""The cut: a forward pass makes no graph before it uses a weight that trains, whatever asks for one by the way.
 
-Freezing alone lets autograd skip everything below the lowest trained weight, until something makes an activation down
-there require a gradient (`enable_input_require_grads()` of transformers, an input of the user). Here modules without
-anything that trains run under `no_grad` while nothing trained has been used in the pass, so they save nothing and are
-not checkpointed; activations that require a gradient for their own sake are detached on the way. Once a module that
-owns a trained weight is entered, everything is plain autograd.
+Freezing lets autograd skip everything below the lowest trained weight, until something makes an activation down there
+require a gradient for the sake of reentrant checkpointing (`enable_input_require_grads()` of transformers, or a hook of
+that kind). Here such marks have no effect during a pass, and transformers checkpoints without re-entering autograd.
 
-That is decided in every pass from what requires a gradient now, not from a list made once: an adapter that is added
-below moves the cut. Where an input of a frozen module does depend on something that trains, the module runs as usual;
-a gradient is never lost to a wrong guess.
+All else is plain autograd, in every pass: what requires a gradient because somebody wants it (an input of a physics
+loss, a soft prompt, an adapter that was added below, the fast weights of an inner loop) gets it, at the price of a
+graph down to there.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ import functools
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -24,10 +23,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from zest_fast.finetuning.dependence import tensors_in, trains
+from zest_fast.finetuning.dependence import tensors_in
 from zest_fast.finetuning.first_backward import FirstBackward
+from zest_fast.finetuning.frozen_norms import end_calls
 from zest_fast.finetuning.modules import compiled_modules, modules_of, upwards
-from zest_fast.finetuning.recomputation import is_lost_in_recomputation, non_reentrant
+from zest_fast.finetuning.moving_buffers import MovingBuffers
+from zest_fast.finetuning.recomputation import is_lost_in_recomputation, non_reentrant, unmarked
 from zest_fast.profiling.nearest import some
 from zest_fast.profiling.profile import is_being_profiled
 
@@ -38,7 +39,9 @@ class Cut:
     owner: the module whose weight is that: the first in registration until a forward pass has shown the order of use. A
     module that is never called, because its parent uses its weight directly (nn.MultiheadAttention.out_proj), counts
     where the parent runs.
-    skipped: the outermost modules that ran without a graph in that pass; empty before.
+    skipped: the outermost modules that made no graph in that pass; empty before.
+
+    Several threads may run the model at the same time; the first of them shows the order of use.
 
     Modules that are compiled one by one have the cut of freezing inside, without hooks: with them torch.compile would
     not see that the code of one block is that of the next.
@@ -48,20 +51,25 @@ class Cut:
         self,
         model: nn.Module,
         chosen: Mapping[str, nn.Parameter],
+        buffers: MovingBuffers,
         on_compiled: Callable[[frozenset[int]], None] = lambda modules: None,
     ) -> None:
         """chosen: what has to train, by name; a pass in which one does not require a gradient is refused.
 
+        buffers: sees what each pass moves.
+
         on_compiled: is told the ids of the modules in compiled code, before it first runs.
         """
-        self._model = model
-        self._open: frozenset[nn.Module] = frozenset()
+        self._model, self._buffers = model, buffers
         self._compiled: frozenset[int] = frozenset()
         self._on_compiled = on_compiled
         self._chosen = dict(chosen)
+        self._places = _places(model, chosen)
         self._first_backward = FirstBackward(chosen)
-        self._learning, self._warned, self._running, self._below = True, False, False, False
-        self._holding: nn.Module | None = None  # the module that turned gradients off
+        self._learning, self._warned, self._warned_of_marks = True, False, False
+        self._running: set[int] = set()  # threads
+        self._learner: int | None = None  # the thread whose pass shows the order of use
+        self._below = False  # nothing that requires a gradient has been used in that pass
         self._handles: dict[str, list[RemovableHandle]] = {}
         self._plan(_trained(model))
         self._found = {name: model.__dict__[name] for name in _REPLACED if name in model.__dict__}
@@ -80,45 +88,53 @@ class Cut:
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """The forward pass of the model."""
+        if torch.compiler.is_compiling():
+            return forward(*args, **keywords)
+        with self._buffers.watched():
+            return self._run(forward, args, keywords)
+
+    def _run(self, forward: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         if not self._applies():
             return forward(*args, **keywords)
         self._first_backward.check()
-        self._look_at_what_trains()
-        wanting = [tensor for tensor in tensors_in((args, keywords)) if tensor.requires_grad]
-        if any(tensor.grad_fn is not None or trains(tensor) for tensor in wanting):
+        own = self._look_at_what_trains()
+        if any(tensor.grad_fn is not None for tensor in tensors_in((args, keywords))):
             self._warn_of_inputs_that_train()
-            with non_reentrant(self._model):
-                return forward(*args, **keywords)
-        if wanting:
-            args, keywords = _detached((args, keywords))
-        if self._learning:  # an earlier pass may have raised
+        thread = get_ident()
+        learns = own and self._learning and self._learner is None
+        if learns:  # an earlier pass may have raised
             self._order.clear()
             self._met.clear()
-        self._running = self._below = True
+            self._learner, self._below = thread, True
+        self._running.add(thread)
         try:
-            with non_reentrant(self._model):
+            with non_reentrant(self._model), unmarked():
                 output = forward(*args, **keywords)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                end_calls(self._model)  # hooks do not see a KeyboardInterrupt
+            raise
         finally:
-            self._running = self._below = False
-            self._holding = None
-            torch.set_grad_enabled(True)  # as it was: hooks do not see a KeyboardInterrupt
-        if self._learning:
+            self._running.discard(thread)
+            if learns:
+                self._learner, self._below = None, False
+        if learns:
             self._warn_of_a_constant(output)
-        self._learn()
+            self._learn()
         return output
 
     def _applies(self) -> bool:
         """Not to nested calls, to recomputation in backward, to functional transforms and to a profile."""
         return (
-            not torch.compiler.is_compiling()
-            and torch.is_grad_enabled()
-            and not self._running
+            torch.is_grad_enabled()
+            and get_ident() not in self._running
             and torch._C._current_graph_task_id() == -1
             and torch._C._functorch.peek_interpreter_stack() is None
             and not is_being_profiled(self._model)
         )
 
-    def _look_at_what_trains(self) -> None:
+    def _look_at_what_trains(self) -> bool:
+        """Whether the model's own parameters are in it: `torch.func.functional_call` exchanges them for a pass."""
         frozen = [name for name, parameter in self._chosen.items() if not parameter.requires_grad]
         if frozen:
             raise RuntimeError(
@@ -131,21 +147,22 @@ class Cut:
             self._compiled = compiled
             self._on_compiled(compiled)
             self._unhook([name for name in self._handles if id(self._model.get_submodule(name)) in compiled])
+        if any(module._parameters.get(name) is not parameter for module, name, parameter in self._places):
+            return False
         trained = _trained(self._model)
         if len(trained) != len(self._trained) or any(a is not b for a, b in zip(trained, self._trained, strict=True)):
             self._plan(trained)
-        hooked = (module for name, module in self._frozen.items() if name in self._handles)
-        self._open = frozenset(module for module in hooked if any(map(_has_foreign_code, modules_of(module))))
         for name, module in self._frozen.items():  # the last word on outputs, also after hooks registered later
             if len(module._forward_hooks) > 1 and name in self._handles:
                 module._forward_hooks.move_to_end(self._handles[name][1].id)  # type: ignore[attr-defined]
+        return True
 
     def _warn_of_inputs_that_train(self) -> None:
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"an input of {type(self._model).__name__} was computed from something that trains, so backward runs "
-                "on through the whole model to it; detach the input if it should not",
+                f"an input of {type(self._model).__name__} was computed from something that trains or needs a "
+                "gradient, so backward runs on through the whole model to it; detach the input if it should not",
                 stacklevel=4,
             )
 
@@ -193,7 +210,7 @@ class Cut:
         self._frozen[name] = module
         self._handles[name] = [
             module.register_forward_pre_hook(partial(self._enter_frozen, name), with_kwargs=True),
-            module.register_forward_hook(self._leave_frozen, always_call=True),
+            module.register_forward_hook(partial(self._leave_frozen, name)),
         ]
 
     def _unhook(self, names: list[str]) -> None:
@@ -203,58 +220,55 @@ class Cut:
 
     def _enter_holder(
         self, name: str, is_owner: bool, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    ) -> None:
         if torch.compiler.is_compiling():
-            return None
-        if self._running and self._learning:
+            return
+        if get_ident() not in self._running:
+            return
+        learns = self._learner == get_ident()
+        if learns:
             self._order.setdefault(name, 1 + len(self._order))
-        if not self._below:
-            return None
-        self._met[name] = None
+            if self._below:
+                self._met.setdefault(name)
         if is_owner and not torch.is_grad_enabled() and is_lost_in_recomputation():
             raise RuntimeError(
                 f"{name!r} trains and runs inside reentrant checkpointing without an input that requires a gradient, "
                 "so it would get none: pass use_reentrant=False to torch.utils.checkpoint.checkpoint"
             )
-        found = list(tensors_in((args, keywords)))
-        depends = any(trains(tensor) for tensor in found)
-        self._below = not (is_owner or depends)
-        if depends or not any(tensor.requires_grad for tensor in found):
-            return None
-        return _detached((args, keywords))
+        if learns and (is_owner or any(tensor.requires_grad for tensor in tensors_in((args, keywords)))):
+            self._below = False
 
     def _enter_frozen(self, name: str, module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or not self._below or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or self._learner != get_ident() or not self._below:
             return
-        if any(trains(tensor) for tensor in tensors_in((args, keywords))):
+        if any(tensor.requires_grad for tensor in tensors_in((args, keywords))):
             self._below = False
-            return
-        self._met[name] = None
-        if module not in self._open:
-            self._holding = module
-            torch.set_grad_enabled(False)
+        else:
+            self._met.setdefault(name)
 
-    def _leave_frozen(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if torch.compiler.is_compiling():
+    def _leave_frozen(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if torch.compiler.is_compiling() or get_ident() not in self._running:
             return None
-        if module in self._open and self._below and torch.is_grad_enabled():
-            return self._leave_open(output)
-        if self._holding is not module:
-            return None
-        self._holding = None
-        torch.set_grad_enabled(True)
-        # A view that was made without gradients may not be changed in place by something that has one.
-        if any(tensor.requires_grad or tensor._is_view() for tensor in tensors_in(output)):
+        found = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+        leaves = found and all(tensor.grad_fn is None for tensor in found)
+        if leaves and len(module._forward_hooks) > 1 and _is_marked_by_hooks(module, args):
+            self._warn_of_marks(name, module)
             return _detached(output)
+        if found and self._learner == get_ident():
+            self._below = False
         return None
 
-    def _leave_open(self, output: Any) -> Any:
-        """What hooks or another forward of the user's may have brought in trains, or is detached."""
-        found = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
-        if any(trains(tensor) for tensor in found):
-            self._below = False
-            return None
-        return _detached(output) if found else None
+    def _warn_of_marks(self, name: str, module: nn.Module) -> None:
+        strangers = [hook for hook in module._forward_hooks.values() if not _is_ours(hook)]
+        if self._warned_of_marks or any("make_inputs_require_grad" in _name_of(hook) for hook in strangers):
+            return
+        self._warned_of_marks = True
+        warnings.warn(
+            f"a hook makes the output of {name!r}, which is frozen, require a gradient. That is taken for the sake of "
+            "gradient checkpointing, which does not need it here, and has no effect: to differentiate with respect to "
+            "it, compute it before and give it to the model as an input",
+            stacklevel=4,
+        )
 
     def _learn(self) -> None:
         """After the first pass: the cut is known, and hooks that had nothing to do go away."""
@@ -314,14 +328,20 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def _has_foreign_code(module: nn.Module) -> bool:
-    """Whether hooks or a forward that are not ours run with it, and may use what trains elsewhere."""
-    own = module.__dict__  # this runs for every module in every pass
-    before, after, forward = own["_forward_pre_hooks"], own["_forward_hooks"], own.get("forward")
-    if not before and not after and forward is None:
+def _places(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Where the chosen parameters are: the module, the name in it, and the parameter."""
+    found = []
+    for path, parameter in chosen.items():
+        owner, _, name = path.rpartition(".")
+        found.append((model.get_submodule(owner), name, parameter))
+    return found
+
+
+def _is_marked_by_hooks(module: nn.Module, args: tuple[Any, ...]) -> bool:
+    """Whether leaves in its output require a gradient though nothing that it got or holds does."""
+    if any(tensor.requires_grad for tensor in tensors_in(args)):
         return False
-    run = [*before.values(), *after.values(), *(() if forward is None else (forward,))]
-    return not all(map(_is_ours, run))
+    return not all(map(_is_ours, module._forward_hooks.values()))
 
 
 def _is_ours(code: Any) -> bool:
@@ -329,6 +349,12 @@ def _is_ours(code: Any) -> bool:
         code = code.func
     place = getattr(code, "__module__", None) or type(code).__module__
     return str(place).startswith("zest_fast.")
+
+
+def _name_of(code: Any) -> str:
+    while isinstance(code, partial):
+        code = code.func
+    return str(getattr(code, "__qualname__", ""))
 
 
 def _detached(values: Any) -> Any:

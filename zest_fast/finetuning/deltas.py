@@ -14,6 +14,7 @@ from torch import nn
 from zest_fast.finetuning.base import Base, saved_buffers
 from zest_fast.finetuning.delta import Delta, check_tensors, read_delta
 from zest_fast.finetuning.quantised_weights import QuantisedLinear
+from zest_fast.profiling.interrupts import HeldInterrupts
 from zest_fast.profiling.replacing import replacing
 
 
@@ -119,5 +120,6 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def _put(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
     there = _tensors(model)
-    for name, value in values.items():
-        there[name].copy_(value)
+    with HeldInterrupts():
+        for name, value in values.items():
+            there[name].copy_(value)

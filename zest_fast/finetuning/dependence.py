@@ -1,4 +1,4 @@
-"""Whether an activation depends on something that trains."""
+"""The tensors in the arguments and the output of a module."""
 
 from __future__ import annotations
 
@@ -8,28 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 _DEEPEST = 6  # a cache of keys and values: arguments, cache, its layers, a layer, its attributes, a tensor
-
-
-def trains(tensor: Tensor) -> bool:
-    """Whether backward from `tensor` would reach a parameter.
-
-    What merely requires a gradient, such as an input or the output of a frozen embedding on which
-    `requires_grad_()` was called, does not. The weights inside reentrant checkpointing cannot be seen; it counts.
-    """
-    if not tensor.requires_grad:
-        return False
-    if tensor.grad_fn is None:
-        return isinstance(tensor, nn.Parameter)
-    pending, seen = [tensor.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if isinstance(getattr(node, "variable", None), nn.Parameter) or node.name() == "CheckpointFunctionBackward":
-            return True
-        pending += [parent for parent, _ in node.next_functions if parent is not None]
-    return False
 
 
 def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:

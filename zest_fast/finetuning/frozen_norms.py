@@ -6,6 +6,8 @@ between forward passes it says what the user asked for.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -14,17 +16,33 @@ from torch.utils.hooks import RemovableHandle
 
 
 class _EvalForOneCall:
-    """Two hooks around the forward of one module."""
+    """Two hooks around the forward of one module, which several threads may call at the same time."""
 
     def __init__(self) -> None:
         self._asked_for = False
+        self._inside = 0  # calls that have not ended
 
     def enter(self, module: nn.Module, inputs: Any) -> None:
-        self._asked_for = module.training
-        module.training = False
+        with _changing:
+            if not self._inside:
+                self._asked_for = module.training
+            self._inside += 1
+            module.training = False
 
     def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        module.training = self._asked_for
+        with _changing:
+            self._inside = max(0, self._inside - 1)
+            if not self._inside:
+                module.training = self._asked_for
+
+    def end(self, module: nn.Module) -> None:
+        """After a KeyboardInterrupt, of which hooks are not told."""
+        with _changing:
+            if self._inside:
+                self._inside, module.training = 0, self._asked_for
+
+
+_changing = threading.Lock()  # of all modules, since a lock cannot be copied with one
 
 
 def keep_frozen_norms_in_eval(model: nn.Module) -> list[RemovableHandle]:
@@ -40,6 +58,18 @@ def keep_frozen_norms_in_eval(model: nn.Module) -> list[RemovableHandle]:
 
 def is_kept_in_eval(module: nn.Module) -> bool:
     """Whether `keep_frozen_norms_in_eval` has hooked this module, whose forward then always runs in eval mode."""
-    return any(
-        isinstance(getattr(hook, "__self__", None), _EvalForOneCall) for hook in module._forward_pre_hooks.values()
-    )
+    return any(True for _ in _hooks_on(module))
+
+
+def end_calls(model: nn.Module) -> None:
+    """Give every module that was interrupted within its forward the mode that the user asked for."""
+    for module in model.modules():
+        for hooks in _hooks_on(module):
+            hooks.end(module)
+
+
+def _hooks_on(module: nn.Module) -> Iterator[_EvalForOneCall]:
+    for hook in module._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, _EvalForOneCall):
+            yield owner

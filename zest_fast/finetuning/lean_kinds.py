@@ -44,7 +44,8 @@ def _of_class(
     def forwards(module: nn.Module) -> list[LeanForward] | str:
         if not any(type(module).forward is own.forward for own in classes):
             return f"its class {type(module).__name__} has a forward of its own"
-        if getattr(module, "weight", None) is not module._parameters.get("weight"):
+        if "weight" not in module._parameters and ("weight" in vars(module) or hasattr(type(module), "weight")):
+            # Not read: a parametrisation may take a step then, as a spectral norm does.
             return "its weight is no parameter but computed from others"
         return obstacle(module) or [lean(module)]
 

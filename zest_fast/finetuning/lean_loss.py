@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from zest_fast.finetuning.lean_forward import (
@@ -81,31 +78,38 @@ class LeanHead(LeanForward):
 
 
 class LeanLanguageModel(LeanForward):
-    """The forward of the model: while it runs with labels, its head defers the logits and its loss goes by chunks."""
+    """The forward of the model: while it runs with labels, its head defers the logits and its loss goes by chunks.
+
+    The loss function is there for as long as the forward is, since several threads may run the model; a loss function
+    that is set later takes its place, and gets the logits.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, plain_forward(model))
+        self._own = vars(model).get("_loss_function")
+
+    def put_in(self) -> None:
+        super().put_in()
+        self.module.loss_function = causal_lm_loss  # type: ignore[assignment]
+
+    def remove(self) -> None:
+        super().remove()
+        if vars(self.module).get("_loss_function") is causal_lm_loss:
+            if self._own is None:
+                del self.module._loss_function
+            else:
+                self.module.loss_function = self._own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not builds_plain_graph() or not self.enabled or kwargs.get("labels") is None:
             return run_plainly(self.module, *args, **kwargs)
-        with _by_chunks(self.module):
+        if vars(self.module).get("_loss_function") is not causal_lm_loss:
             return run_plainly(self.module, *args, **kwargs)
-
-
-@contextmanager
-def _by_chunks(model: Any) -> Iterator[None]:
-    token = _deferring.set(model.get_output_embeddings())
-    own = vars(model).get("_loss_function")
-    model.loss_function = causal_lm_loss
-    try:
-        yield
-    finally:
-        _deferring.reset(token)
-        if own is None:
-            del model._loss_function
-        else:
-            model.loss_function = own
+        token = _deferring.set(self.module.get_output_embeddings())  # type: ignore[operator]
+        try:
+            return run_plainly(self.module, *args, **kwargs)
+        finally:
+            _deferring.reset(token)
 
 
 def causal_lm_loss(
@@ -166,8 +170,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: the gradient that was kept would count as a constant
+            raise RuntimeError(
+                "the loss over chunks of a causal language model (lean saving) cannot be differentiated twice: use "
+                "SelectiveBackward(..., lean=False), or apply_lean only to the blocks"
+            )
         (gradient,) = ctx.saved_tensors
         return (gradient.float() * grads[0]).to(gradient.dtype), None, None, None, None
 

@@ -43,9 +43,13 @@ class UnpackedLayers:
                     f"{name!r} is quantised, and the forward of its {kind.__name__} was replaced by "
                     f"{vars(module)['forward']!r:.80}, so it cannot be unpacked to train; choose another layer"
                 )
-        for module, _, weight in self._packed.values():
-            module._parameters["weight"] = nn.Parameter(_dense(module, weight, _dtype(model)), False)
-            module.__class__ = nn.Linear
+        try:
+            for module, _, weight in self._packed.values():
+                module._parameters["weight"] = nn.Parameter(_dense(module, weight, _dtype(model)), False)
+                module.__class__ = nn.Linear
+        except BaseException:  # no memory for it
+            self.undo()
+            raise
 
     def undo(self) -> None:
         """Put the quantised weights back: nothing has trained yet."""

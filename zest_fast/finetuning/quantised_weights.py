@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from zest_fast.finetuning.lean_forward import LeanForward
@@ -46,6 +47,8 @@ class QuantisedLinear(nn.Module):
         return FORMATS[self.format].unpack(packed, scale, shape, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return F.linear(x, self.weight, self.bias)  # which knows every kind of differentiation
         return _PackedLinear.apply(x, self.bias, self.packed, self.scale, self.unpack)
 
     def extra_repr(self) -> str:

@@ -6,6 +6,7 @@ Below the cut gradients are off, and torch and transformers checkpoint nothing w
 from __future__ import annotations
 
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,15 +33,31 @@ def non_reentrant(model: nn.Module) -> Iterator[None]:
     Reentrant checkpointing gives the weights inside no gradient unless an input requires one, and above the cut none
     does. The gradients are the same.
     """
-    found = [(module, vars(module)[_FUNCTION]) for module in modules_of(model) if _is_reentrant(module)]
-    for module, function in found:
-        keywords = {**function.keywords, "use_reentrant": False}
-        setattr(module, _FUNCTION, partial(function.func, *function.args, **keywords))
+    with _exchanging:
+        found = [(module, vars(module)[_FUNCTION]) for module in modules_of(model) if _is_reentrant(module)]
+        for module, function in found:
+            keywords = {**function.keywords, "use_reentrant": False}
+            setattr(module, _FUNCTION, partial(function.func, *function.args, **keywords))
+            _reentrant[module] = function, 1
+        if not found:  # exchanged by the pass of another thread, which may end before this one
+            found = [(module, _reentrant[module][0]) for module in modules_of(model) if module in _reentrant]
+            for module, function in found:
+                _reentrant[module] = function, _reentrant[module][1] + 1
     try:
         yield
     finally:
-        for module, function in found:
-            setattr(module, _FUNCTION, function)
+        with _exchanging:
+            for module, function in found:
+                passes = _reentrant[module][1] - 1
+                if passes:
+                    _reentrant[module] = function, passes
+                else:
+                    del _reentrant[module]
+                    setattr(module, _FUNCTION, function)
+
+
+_exchanging = threading.Lock()
+_reentrant: dict[nn.Module, tuple[Any, int]] = {}  # what modules checkpoint with otherwise; passes that run
 
 
 def _is_reentrant(module: nn.Module) -> bool:
@@ -97,10 +114,10 @@ class AboveCut:
 
 
 class InputGradients:
-    """Lets `enable_input_require_grads()` of transformers act in eager code only, until `remove()`.
+    """Lets `enable_input_require_grads()` of transformers act outside the passes of a cut only, until `remove()`.
 
-    Its hook marks the output of the embeddings, for the sake of reentrant checkpointing. The cut detaches that; in
-    compiled code, which the cut cannot look into, backward would run down to the embeddings.
+    Its hook marks the output of the embeddings, for the sake of reentrant checkpointing, and backward would run down to
+    them. Within a pass, and in compiled code, nothing is checkpointed in that way.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -134,16 +151,29 @@ class _Switch:
         for handle in self._handles():
             hooks = handle.hooks_dict_ref()
             if hooks is not None and handle.id in hooks:
-                hooks[handle.id] = _require_in_eager_code
+                hooks[handle.id] = _require_outside_passes
 
     def _handles(self) -> list[RemovableHandle]:
         found = [vars(self._module).get(name) or () for name in _INPUT_HOOKS]  # a list, and before 4.5x one handle
         return [handle for one in found for handle in (one if isinstance(one, list | tuple) else (one,))]
 
 
-def _require_in_eager_code(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-    if not torch.compiler.is_compiling():
+def _require_outside_passes(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+    if not torch.compiler.is_compiling() and not getattr(_thread, "unmarked", 0):
         output.requires_grad_(True)
+
+
+@contextmanager
+def unmarked() -> Iterator[None]:
+    """While the block runs in this thread, `enable_input_require_grads()` has no effect."""
+    _thread.unmarked = getattr(_thread, "unmarked", 0) + 1
+    try:
+        yield
+    finally:
+        _thread.unmarked -= 1
+
+
+_thread = threading.local()
 
 
 class _Recomputed:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Iterator
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,16 +19,19 @@ from zest_fast.finetuning.cut import Cut, remove_copied_cut
 from zest_fast.finetuning.delta import Delta, check_tensors, read_delta, write_delta
 from zest_fast.finetuning.frozen_norms import keep_frozen_norms_in_eval
 from zest_fast.finetuning.lean import apply_lean
+from zest_fast.finetuning.moving_buffers import MovingBuffers
 from zest_fast.finetuning.optimizer_check import check_optimizer
 from zest_fast.finetuning.quantised_models import UnpackedLayers
 from zest_fast.finetuning.quantised_weights import QuantisedWeights, weight_counts
 from zest_fast.finetuning.recomputation import AboveCut, InputGradients
-from zest_fast.finetuning.run_state import Stateful, read_run, restore, set_random_state, write_run
+from zest_fast.finetuning.rounding import Samples, complaints, lost_steps
+from zest_fast.finetuning.run_state import Objects, Stateful, random_state, read_run, set_random_state, write_run
 from zest_fast.finetuning.sharding import put
 from zest_fast.finetuning.summary import Summary
 from zest_fast.finetuning.trainable_layers import Part, chosen_layers, head_layers
 from zest_fast.finetuning.verification import not_finite, verify
 from zest_fast.finetuning.wrapped_models import mark_wrapped, refuse_wrapped, unmark_wrapped
+from zest_fast.profiling.interrupts import HeldInterrupts
 from zest_fast.profiling.nearest import some
 
 
@@ -50,14 +56,14 @@ class SelectiveBackward:
 
     Chosen layers of a model that bitsandbytes has quantised are unpacked, and stay so.
 
-    While wrapped, a forward pass makes no graph below the lowest weight that trains (see cut.py): not with gradient
-    checkpointing of transformers, which leaves the blocks down there alone, nor with inputs that require a gradient,
-    which are detached. Whatever else is made to train (an adapter) moves the cut. Choosing a layer that shares its
+    While wrapped, a forward pass makes no graph below the lowest weight that trains (see cut.py), also with gradient
+    checkpointing of transformers and its `enable_input_require_grads()`. An input that requires a gradient gets it, and
+    may be differentiated twice; that and whatever else is made to train (an adapter) moves the cut. Choosing a layer that shares its
     weight with an embedding makes backward run down to the embedding. Batch norm whose parameters are frozen runs in
     eval mode, also after `model.train()`. The `.grad` of what is frozen is neither read nor cleared.
 
-    Compiled code (torch.compile of the wrapped model or of its blocks) has the cut that freezing gives;
-    `enable_input_require_grads()` of transformers has no effect there.
+    Compiled code (torch.compile of the wrapped model or of its blocks) has the cut that freezing gives. Ctrl-C waits
+    for the end of wrapping, of `.remove()` and of `.resume()`, each of which is done whole or not at all.
 
     Every tensor is hashed once, for `.verify()` and `.save()`: a second for each GB and core.
 
@@ -85,22 +91,22 @@ class SelectiveBackward:
             raise ValueError("nothing would train: layers is empty and there is no head; choose layers or pass head=")
         self.model = model
         self._quantised = None if frozen is None else QuantisedWeights(model, frozen, self._chosen_ids())
-        unpacked = UnpackedLayers(model, (*self._layers, *self._head))
-        if unpacked:  # these are other parameters now
-            self._layers, self._head = (
-                chosen_layers(model, _names(self._layers)),
-                head_layers(model, _names(self._head)),
-            )
-        chosen = self._chosen_ids()
-        self.trainable_names = tuple(name for name, parameter in model.named_parameters() if id(parameter) in chosen)
         self._found = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._removed = False
+        self._optimizer: weakref.ref[Any] | None = None  # the one that was last seen
         self._handles: list[Any] = []  # whatever has .remove()
+        self._unpacked: UnpackedLayers | None = None
         try:
-            self._freeze(chosen, checkpoint, lean)
+            with HeldInterrupts():
+                self._choose(checkpoint)
+            self._base, self._samples = Base(model), Samples(self._chosen())  # takes long: may be interrupted
+            with HeldInterrupts():
+                self._put_in(checkpoint, lean)
         except BaseException as error:
-            self.remove()
-            unpacked.undo()
+            with HeldInterrupts():
+                self.remove()
+                if self._unpacked is not None:
+                    self._unpacked.undo()
             if self._quantised is not None and self._quantised.rounded:
                 error.add_note("frozen weights have been rounded before this happened: load the model again")
             raise
@@ -108,16 +114,25 @@ class SelectiveBackward:
     def _chosen_ids(self) -> set[int]:
         return {id(parameter) for part in (*self._layers, *self._head) for parameter in part.parameters}
 
-    def _freeze(self, chosen: set[int], checkpoint: str | None, lean: bool) -> None:
-        remove_copied_cut(self.model)
-        for parameter in self.model.parameters():
+    def _choose(self, checkpoint: str | None) -> None:
+        """What trains requires a gradient, and nothing else; frozen weights are packed."""
+        model = self.model
+        self._unpacked = UnpackedLayers(model, (*self._layers, *self._head))
+        if self._unpacked:  # these are other parameters now
+            self._layers = chosen_layers(model, _names(self._layers))
+            self._head = head_layers(model, _names(self._head))
+        chosen = self._chosen_ids()
+        self.trainable_names = tuple(name for name, parameter in model.named_parameters() if id(parameter) in chosen)
+        remove_copied_cut(model)
+        for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in chosen)
         if self._quantised is not None:
             if checkpoint is not None:
-                AboveCut(self.model).remove()  # raises what it raises before anything is rounded
+                AboveCut(model).remove()  # raises what it raises before anything is rounded
             self._handles.append(self._quantised)
             self._quantised.put_in()
-        self._base = Base(self.model)
+
+    def _put_in(self, checkpoint: str | None, lean: bool) -> None:
         self._handles += keep_frozen_norms_in_eval(self.model)
         self._lean = apply_lean(self.model) if lean else None
         if self._lean is not None:
@@ -125,7 +140,8 @@ class SelectiveBackward:
         if checkpoint is not None:
             self._handles.append(AboveCut(self.model))
         self._handles.append(InputGradients(self.model))
-        self._cut = Cut(self.model, self._chosen(), self._leave_compiled_code)
+        self._buffers = MovingBuffers(self.model)
+        self._cut = Cut(self.model, self._chosen(), self._buffers, self._leave_compiled_code)
         self._handles.append(self._cut)
         mark_wrapped(self.model)
 
@@ -146,7 +162,7 @@ class SelectiveBackward:
         """What trains, where backward ends and what it skips; print it.
 
         optimizer: is checked: ValueError when it lacks something that trains, or holds something frozen because it was
-        built before the model was wrapped.
+        built before the model was wrapped; a warning where its steps are too small for weights in bfloat16 or float16.
         """
         cut, tied = self._cut_and_tie()
         counts = weight_counts(self.model)
@@ -162,20 +178,41 @@ class SelectiveBackward:
             lean=str(self._lean) if self._lean is not None else "",
             frozen=str(self._quantised or ""),
             foreign=0 if optimizer is None else self._check_optimizer(optimizer),
+            rounding="" if optimizer is None else self._rounding(optimizer),
         )
+
+    def _rounding(self, optimizer: Any) -> str:
+        self._remember(optimizer)
+        lost = lost_steps(optimizer, self._chosen())
+        if lost is not None:
+            warnings.warn(str(lost), stacklevel=3)
+        return "" if lost is None else str(lost)
+
+    def _remember(self, optimizer: Any) -> None:
+        with contextlib.suppress(TypeError):  # of a kind that knows no weak references
+            self._optimizer = weakref.ref(optimizer)
 
     def _check_optimizer(self, optimizer: Any) -> int:
         replaced = () if self._quantised is None else self._quantised.replaced()
         return check_optimizer(optimizer, self._chosen(), self.model, replaced)
 
-    def verify(self) -> None:
+    def verify(self) -> str:
         """After training: raise RuntimeError, naming each, unless every chosen weight moved and is finite, and every
         frozen parameter and buffer is bit for bit as it was when wrapped. Takes a second for each GB and core. With
         FSDP2 (`fully_shard`) every process has to call it, as `.save()` and `.load()`: shards are gathered one by one.
+
+        Returns what was found. Buffers that the model's own forward pass moves in train mode, such as the vectors of
+        spectral norms, are no fault; they are named there, and travel with a delta. Warns where weights in bfloat16 or
+        float16 have not moved, since their steps were rounded away.
         """
         if self._removed and self._quantised is not None:
             raise RuntimeError("verify: the quantised weights are unpacked since .remove(); call .verify() before it")
-        verify(self.model, self._base, self._chosen())
+        found = verify(self.model, self._base, self._chosen(), self._buffers.names)
+        optimizer = self._optimizer() if self._optimizer is not None else None
+        for complaint in complaints(self._samples, self._chosen(), optimizer):
+            warnings.warn(f"verify: {complaint}", stacklevel=2)
+            found += f"; {complaint}"
+        return found
 
     @property
     def frozen_format(self) -> str | None:
@@ -199,7 +236,8 @@ class SelectiveBackward:
         """
         delta = read_delta(path)
         self._check(path, delta)
-        self._put(delta)
+        with HeldInterrupts():
+            self._put(delta)
         return self
 
     def save_run(
@@ -217,6 +255,7 @@ class SelectiveBackward:
         a sampler: what has a state_dict), and of the random generators of torch, NumPy and Python. Not the place in the
         data: say in `progress` (plain data) where you are. An existing file is replaced at once or kept.
         """
+        self._remember(optimizer)
         return write_run(path, self._delta(), _stateful(optimizer, scheduler, others), progress)
 
     def resume(
@@ -231,15 +270,26 @@ class SelectiveBackward:
         Raises ValueError, with everything as it was, when the file is torn or foreign, or fits neither this model,
         these layers nor these objects.
         """
-        delta, rest = read_run(path)
-        self._check(path, delta)
+        run = read_run(path)
+        self._check(path, run.delta)
+        self._remember(optimizer)
+        before = {name: tensor.detach().clone() for name, tensor in self._kept().items()}
         try:
-            restore(_stateful(optimizer, scheduler, others), rest["states"], rest.get("kinds", {}))
+            objects = Objects(_stateful(optimizer, scheduler, others), run)
+            with HeldInterrupts():
+                generators = random_state()
+                try:
+                    objects.put()
+                    self._put(run.delta)
+                    set_random_state(run.random)
+                except BaseException:
+                    objects.put_back()
+                    self._put_back(before)
+                    set_random_state(generators)
+                    raise
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)!r} does not fit: {error}") from error
-        self._put(delta)
-        set_random_state(rest["random"])
-        return rest["progress"]
+        return run.progress
 
     def remove(self) -> None:
         """Give the model back: `requires_grad` as found, no hooks, tuned weights. A second call does nothing.
@@ -248,12 +298,18 @@ class SelectiveBackward:
         """
         if self._removed:
             return
-        self._removed = True
-        for handle in reversed(self._handles):
-            handle.remove()
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._found.get(name, parameter.requires_grad))
-        unmark_wrapped(self.model)
+        with HeldInterrupts():
+            while self._handles:
+                self._handles[-1].remove()
+                self._handles.pop()  # now, so that a second call goes on where one was stopped by an error
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(self._found.get(name, parameter.requires_grad))
+            unmark_wrapped(self.model)
+            self._removed = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles of a wrapped model hold this; they have no optimizer yet."""
+        return {**vars(self), "_optimizer": None}
 
     def __enter__(self) -> SelectiveBackward:
         return self
@@ -320,8 +376,18 @@ class SelectiveBackward:
     def _put(self, delta: Delta) -> None:
         for name, parameter in self._chosen().items():
             put(parameter, delta.parameters[name])
+        self._buffers.names.update(delta.buffers)
         for name, buffer in saved_buffers(self.model).items():  # one that had not changed is as it was when wrapped
             put(buffer, delta.buffers.get(name, self._base.buffers.get(name, buffer)))
+
+    def _kept(self) -> dict[str, torch.Tensor]:
+        """What `_put` writes to."""
+        return {**self._chosen(), **saved_buffers(self.model)}
+
+    @torch.no_grad()
+    def _put_back(self, before: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in self._kept().items():
+            tensor.copy_(before[name])
 
     def _cut_and_tie(self) -> tuple[str, str]:
         """The name of the cut, and of the layer that it is tied to where it was not itself chosen."""

@@ -14,6 +14,7 @@ class Summary:
     frozen: what is kept quantised; "" if nothing is.
     skipped_parameters: of the modules that ran without a graph in the first forward pass; 0 before.
     foreign: parameters of something else in the optimizer that was checked.
+    rounding: which weights in bfloat16 or float16 the steps of that optimizer cannot move; "" if they can.
     """
 
     trainable_parameters: int
@@ -26,6 +27,7 @@ class Summary:
     frozen: str = ""
     skipped_parameters: int = 0
     foreign: int = 0
+    rounding: str = ""
 
     @property
     def share(self) -> float:
@@ -48,4 +50,6 @@ class Summary:
             lines.append(f"  skipped   {self.skipped_parameters:,} parameters below ({share:.2%}) ran without a graph")
         if self.foreign:
             lines.append(f"  optimizer also holds {self.foreign:,} parameters that are not of this model")
+        if self.rounding:
+            lines.append(f"  rounding  {self.rounding}")
         return "\n".join(lines)

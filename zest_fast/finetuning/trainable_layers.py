@@ -5,14 +5,15 @@ A layer bears the name of its row in a profile. Nothing here changes a model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from zest_fast.finetuning.quantised_models import can_be_unpacked
-from zest_fast.profiling.heads import find_head, is_language_model
+from zest_fast.profiling.heads import find_head, is_classifier, is_language_model, unwrap
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.layers import Layer, find_layers
 from zest_fast.profiling.nearest import nearest
@@ -30,7 +31,7 @@ class Part:
 
 def chosen_layers(model: nn.Module, layers: Iterable[str]) -> tuple[Part, ...]:
     """The layers of these names, each once, in the order given. Raises ValueError for a name that cannot train."""
-    names = _names("layers", layers)
+    names = layer_names(layers, takes_n=False)
     rows = _rows(model)
     for name in names:
         if name not in rows:
@@ -54,7 +55,7 @@ def head_layers(model: nn.Module, head: str | Iterable[str] | None) -> tuple[Par
             raise ValueError("head='auto': the model has no layer with a weight; pass head=")
         head = found or next(iter(rows))  # the root module is the head: its row goes by the parameter's name
     selected = []
-    for name in _names("head", [head] if isinstance(head, str) else head):
+    for name in layer_names([head] if isinstance(head, str) else head, argument="head", takes_n=False):
         part = _whole_module(model, name) or rows.get(name)
         if part is None:
             raise ValueError(f"head: {_why_not(model, name)}; {nearest(name, rows)}")
@@ -63,16 +64,53 @@ def head_layers(model: nn.Module, head: str | Iterable[str] | None) -> tuple[Par
     return tuple(selected)
 
 
-def _names(argument: str, names: Iterable[str]) -> list[str]:
-    if isinstance(names, Ranking | LayerProfile):
-        raise TypeError(f"{argument} is a {type(names).__name__} with every layer of the model; pass ranking.top(n)")
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise TypeError(f"{argument} must be an iterable of layer names, such as [{names!r}]")
-    names = list(dict.fromkeys(names))
+def layer_names(
+    layers: Any, n: int | None = None, *, argument: str = "layers", takes_n: bool = True
+) -> tuple[str, ...]:
+    """The names: given, each once; or the `n` best of a Ranking, which holds every layer of the model.
+
+    Every function that takes layers asks here. takes_n: whether it has an `n` that could be given.
+    Raises TypeError for what holds no names, ValueError for a Ranking without n or an n without a Ranking.
+    """
+    if isinstance(layers, Ranking) and takes_n:
+        if n is None:
+            raise ValueError(
+                f"{argument} is a Ranking of every layer: say how many to take with n=, or pass its .top(5)"
+            )
+        return layers.top(n)
+    if n is not None:
+        raise ValueError(f"n is for a Ranking; {argument} holds names already")
+    if isinstance(layers, Ranking | LayerProfile):
+        raise TypeError(f"{argument} is a {type(layers).__name__} with every layer of the model; pass ranking.top(n)")
+    if isinstance(layers, str | bytes | Mapping) or not isinstance(layers, Iterable):
+        raise TypeError(f"{argument} must be an iterable of layer names, such as [{layers!r:.80}]")
+    names = list(layers)
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"{argument} must hold layer names, not {type(name).__name__} {name!r}")
-    return names
+    return tuple(dict.fromkeys(names))
+
+
+def head_modules(model: nn.Module, head: str | Iterable[str] | None) -> tuple[str, ...]:
+    """Names of the modules that another trainer has to train whole.
+
+    "auto" = all that a classifier of transformers has beside its base model, which is new in it (`classifier`, whatever
+    it holds; `pre_classifier`); the last layer of another classifier; nothing for a language model.
+    Raises as `head_layers`.
+    """
+    names = [part.name for part in head_layers(model, head)]
+    inner = unwrap(model)
+    base = getattr(inner, str(getattr(inner, "base_model_prefix", "")) or "base_model", None)
+    if head != "auto" or not names or not is_classifier(inner) or not isinstance(base, nn.Module) or base is inner:
+        return tuple(names)
+    inside = set(base.modules())
+    beside = {
+        child
+        for child in inner.children()
+        if child not in inside and any(True for _ in child.parameters()) and base not in set(child.modules())
+    }
+    whole = [name for name, module in model.named_modules() if module in beside]
+    return tuple(whole + [name for name in names if not any(f"{name}.".startswith(f"{one}.") for one in whole)])
 
 
 def _rows(model: nn.Module) -> dict[str, Part]:

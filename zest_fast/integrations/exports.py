@@ -15,22 +15,39 @@ from typing import Any
 
 from torch import nn
 
-from zest_fast.finetuning.trainable_layers import chosen_layers
+from zest_fast.finetuning.trainable_layers import chosen_layers, head_modules, layer_names
 from zest_fast.profiling.nearest import nearest, some
 from zest_fast.ranking.ranking import Ranking
 
 METHODS = ("lora", "freeze")
 
 
-def axolotl(layers: Ranking | Iterable[str], model: nn.Module | None = None, *, n: int | None = None) -> dict[str, Any]:
+def axolotl(
+    layers: Ranking | Iterable[str],
+    model: nn.Module | None = None,
+    *,
+    n: int | None = None,
+    head: str | Iterable[str] | None = "auto",
+) -> dict[str, Any]:
     """`{"unfrozen_parameters": [...]}` for axolotl's YAML, without an `adapter:` there: weight and bias of these train.
 
     layers: names, or a Ranking of which the `n` best are taken.
+    head: trains too, with all its parameters: "auto" = that of a classifier, nothing for a language model (see
+        `trained_head`; without a model and with names only it is not known, and to be named); names; None.
     """
-    names = selected(layers, n)
+    names, whole = selected(layers, n), trained_head(model, layers, head)
     if model is None:
-        return {"unfrozen_parameters": [f"^{_literal(name)}.(weight|bias)$" for name in names]}
-    return {"unfrozen_parameters": [f"^{_literal(name)}$" for name in parameter_names(model, names)]}
+        return {
+            "unfrozen_parameters": [
+                *(f"^{_literal(name)}.(weight|bias)$" for name in names),
+                *(f"^{_literal(name)}." for name in whole),
+            ]
+        }
+    return {
+        "unfrozen_parameters": [
+            f"^{_literal(name)}$" for name in [*parameter_names(model, names), *_below(model, whole, names)]
+        ]
+    }
 
 
 def llama_factory(
@@ -40,43 +57,69 @@ def llama_factory(
     n: int | None = None,
     method: str = "lora",
     r: int = 8,
+    head: str | Iterable[str] | None = "auto",
 ) -> dict[str, Any]:
     """Settings for LLaMA-Factory's YAML.
+
+    head: as in `axolotl`.
 
     method: "lora" = adapters of rank `r` on exactly these layers. "freeze" = train the layers themselves, which
         LLaMA-Factory can say only of whole modules (self_attn, mlp) in its first or last blocks; it needs the model.
 
     Raises ValueError where LLaMA-Factory would train other layers as well, naming some of them.
     """
-    names = selected(layers, n)
+    names, whole = selected(layers, n), trained_head(model, layers, head)
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; {nearest(method, METHODS)}")
     if method == "freeze":
         if model is None:
             raise ValueError("method='freeze' needs model=: its names tell whether whole blocks can say this choice")
-        return _frozen_blocks(model, names)
+        return _frozen_blocks(model, names, whole)
     if model is not None and (others := suffix_matches(model, names)):
         raise ValueError(
             f"lora_target matches the ends of names, so these layers would bring in {some(others)}; "
             "export to PEFT instead, whose configuration can hold a regular expression"
         )
-    return {"finetuning_type": "lora", "lora_target": ",".join(names), "lora_rank": r}
+    inside = tuple(f"{name}." for name in whole)
+    adapted = [name for name in names if not f"{name}.".startswith(inside)]  # what trains whole has no adapter
+    settings = {"finetuning_type": "lora", "lora_target": ",".join(adapted or names), "lora_rank": r}
+    return settings | ({"additional_target": ",".join(whole)} if whole else {})
 
 
 def selected(layers: Ranking | Iterable[str], n: int | None) -> tuple[str, ...]:
-    """The names: given, or the n best of a Ranking."""
-    if isinstance(layers, Ranking):
-        if n is None:
-            raise ValueError("layers is a Ranking of every layer: say how many to take with n=, or pass ranking.top(5)")
-        return layers.top(n)
-    if n is not None:
-        raise ValueError("n is for a Ranking; layers holds names already")
-    if isinstance(layers, str):
-        raise TypeError(f"layers must be an iterable of layer names, such as [{layers!r}]")
-    names = tuple(dict.fromkeys(layers))
+    """The names: given, or the n best of a Ranking. Raises as `layer_names`, and ValueError where there are none."""
+    names = layer_names(layers, n)
     if not names:
         raise ValueError("layers is empty: nothing would train")
     return names
+
+
+def trained_head(
+    model: nn.Module | None, layers: Ranking | Iterable[str], head: str | Iterable[str] | None
+) -> tuple[str, ...]:
+    """Names of the modules to train whole beside the layers: see `head_modules`.
+
+    Without a model, "auto" goes by the row that a Ranking knows as the head, unless that is called as those of language
+    models are, with the module around it where that is called as the heads of classifiers are. Nothing for names only.
+    """
+    if model is not None:
+        return head_modules(model, head)
+    if head != "auto":
+        return () if head is None else layer_names([head] if isinstance(head, str) else head, argument="head")
+    rows = layers.heads if isinstance(layers, Ranking) else ()
+    found = []
+    for row in rows:
+        parts = row.split(".")
+        if parts[-1] in _OF_LANGUAGE_MODELS:
+            continue
+        while len(parts) > 1 and parts[-2] in _OF_CLASSIFIERS:
+            parts.pop()
+        found.append(".".join(parts))
+    return tuple(found)
+
+
+_OF_LANGUAGE_MODELS = ("lm_head", "embed_out", "output_projection", "decoder")
+_OF_CLASSIFIERS = ("classifier", "classification_head", "score", "head")
 
 
 def parameter_names(model: nn.Module, layers: Sequence[str]) -> list[str]:
@@ -87,6 +130,13 @@ def parameter_names(model: nn.Module, layers: Sequence[str]) -> list[str]:
     return [
         name for part in chosen_layers(model, layers) for parameter in part.parameters for name in names[id(parameter)]
     ]
+
+
+def _below(model: nn.Module, modules: Sequence[str], without: Sequence[str]) -> list[str]:
+    """Full names of the parameters of these modules that are not among those of the layers `without`."""
+    known = set(parameter_names(model, without))
+    inside = tuple(f"{name}." for name in modules)
+    return [name for name, _ in model.named_parameters() if name.startswith(inside) and name not in known]
 
 
 def suffix_matches(model: nn.Module, layers: Sequence[str]) -> list[str]:
@@ -112,12 +162,12 @@ def _literal(name: str) -> str:
     return ".".join(re.escape(part) for part in name.split("."))
 
 
-def _frozen_blocks(model: nn.Module, layers: Sequence[str]) -> dict[str, Any]:
+def _frozen_blocks(model: nn.Module, layers: Sequence[str], head: Sequence[str]) -> dict[str, Any]:
     """finetuning_type: freeze. Its rule: a parameter trains if its name contains `.BLOCK.MODULE` for one of the first
     or last blocks and one of freeze_trainable_modules, or one of freeze_extra_modules.
     """
     names = [name for name, _ in model.named_parameters()]
-    wanted = set(parameter_names(model, layers)) & set(names)
+    wanted = (set(parameter_names(model, layers)) | set(_below(model, head, layers))) & set(names)
     modules = sorted({found[1] for name in wanted if (found := _IN_A_BLOCK.search(name))})
     extra = sorted({name.split(".")[-2] for name in wanted if not _IN_A_BLOCK.search(name)})
     depth = _depth(model)

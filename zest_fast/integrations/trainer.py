@@ -8,7 +8,9 @@ freezes later, at the beginning of training, leaves the optimizer with the old o
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Iterable
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from zest_fast.finetuning.selective_backward import SelectiveBackward
+from zest_fast.finetuning.trainable_layers import layer_names
 from zest_fast.profiling.profile import profile
-from zest_fast.ranking.ranking import rank
+from zest_fast.ranking.ranking import Ranking, rank
 
 DELTA = "zest_delta.safetensors"
 
@@ -27,7 +30,8 @@ _log = logging.getLogger("zest_fast")
 class ZestCallback(TrainerCallback):
     """Train only these layers: `Trainer(model=model, callbacks=[ZestCallback(ranking.top(5))], ...)`.
 
-    layers, head: as in SelectiveBackward, with whose other `options` the model is wrapped.
+    layers: names, or a Ranking of which the `n` best are taken. head: as in SelectiveBackward, with whose other `options`
+        the model is wrapped.
     save_delta: write what trained as zest_delta.safetensors into every checkpoint folder, beside Trainer's own files.
 
     At the end of training what `tuned.verify()` finds is logged (logger "zest_fast"), as a warning where it fails.
@@ -40,13 +44,14 @@ class ZestCallback(TrainerCallback):
 
     def __init__(
         self,
-        layers: Iterable[str],
+        layers: Ranking | Iterable[str],
         *,
+        n: int | None = None,
         head: str | Iterable[str] | None = "auto",
         save_delta: bool = False,
         **options: Any,
     ) -> None:
-        self.layers = layers if isinstance(layers, str) else tuple(layers)  # a string is refused by name when wrapping
+        self.layers = layer_names(layers, n)
         self.options = {"head": head, **options}
         self.save_delta = save_delta
         self.tuned: SelectiveBackward | None = None
@@ -80,11 +85,11 @@ class ZestCallback(TrainerCallback):
         if self.tuned is None or not state.global_step or not state.is_world_process_zero:
             return
         try:
-            self.tuned.verify()
+            found = self.tuned.verify()
         except Exception as error:
             _log.warning("%s", error)
         else:
-            _log.info("verified: every chosen weight moved, every frozen tensor is bit for bit as it was")
+            _log.info("%s", found)
         if self.tuned.frozen_format:
             _log.warning(
                 "the model's frozen weights are packed in %s, which from_pretrained does not read: call tuned.remove() "
@@ -97,11 +102,13 @@ class ZestCallback(TrainerCallback):
             self.tuned.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / DELTA)
 
 
-def prepare(trainer: Trainer, layers: int | Iterable[str], *, by: Any = None, **options: Any) -> SelectiveBackward:
+def prepare(
+    trainer: Trainer, layers: int | Ranking | Iterable[str], *, by: Any = None, **options: Any
+) -> SelectiveBackward:
     """Freeze all but `layers` in a Trainer that is there already, before its `train()`; returns the SelectiveBackward.
 
-    layers: names, or how many: then the first batch of the trainer's own training data is profiled and ranked (`by` as
-        in `rank`). options: those of ZestCallback.
+    layers: names, a Ranking with n=, or how many: then the first batch of the trainer's own training data is profiled
+        and ranked (`by` as in `rank`). options: those of ZestCallback.
 
     Raises RuntimeError where the Trainer has its optimizer already; the model is then as it was.
     """
@@ -110,7 +117,9 @@ def prepare(trainer: Trainer, layers: int | Iterable[str], *, by: Any = None, **
             "the Trainer has its optimizer already, built from all parameters that required a gradient: call prepare() "
             "before train(), and leave the optimizer to the Trainer"
         )
-    names = _best(trainer, layers, by) if isinstance(layers, int) else layers
+    if isinstance(layers, bool):
+        raise TypeError(f"layers must be names or how many, not {layers}")
+    names: Any = _best(trainer, operator.index(layers), by) if isinstance(layers, Integral) else layers
     callback = ZestCallback(names, **options)
     callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
     trainer.add_callback(callback)

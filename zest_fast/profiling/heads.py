@@ -22,7 +22,7 @@ def find_head(model: nn.Module) -> str | None:
     inner = unwrap(model)
     head = _language_model_head(inner)
     if head is None and _is_transformers(inner):
-        if not _is_classifier(inner):
+        if not is_classifier(inner):
             raise _cannot_tell(model, "it is no classifier and has no output embeddings")
         labels: int = inner.config.num_labels  # type: ignore[assignment, union-attr]
         head = _last_linear(inner, labels)
@@ -58,20 +58,30 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _language_model_head(model: nn.Module) -> nn.Module | None:
     if _is_transformers(model):
-        head = None if _is_classifier(model) else model.get_output_embeddings()  # type: ignore[operator]
+        head = None if is_classifier(model) else model.get_output_embeddings()  # type: ignore[operator]
         return _inside_adapter(head) if isinstance(head, nn.Module) else None
     owners = list(_weighted(model))
     if not owners or not isinstance(owners[-1], nn.Linear):
         return None
     embeddings = (module for module in model.modules() if isinstance(module, nn.Embedding))
-    return owners[-1] if any(table.weight.shape == owners[-1].weight.shape for table in embeddings) else None
+    shape = _shape(owners[-1])
+    return owners[-1] if shape and any(_shape(table) == shape for table in embeddings) else None
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    """Of its weight, without computing it: reading a parametrised one takes a step of its power iteration."""
+    weight = module._parameters.get("weight", vars(module).get("weight"))
+    return () if weight is None else tuple(weight.shape)
 
 
 def _is_transformers(model: nn.Module) -> bool:
     return hasattr(model, "config") and callable(getattr(model, "get_output_embeddings", None))
 
 
-def _is_classifier(model: nn.Module) -> bool:
+def is_classifier(model: nn.Module) -> bool:
+    """Whether it is a classifier of transformers."""
+    if not _is_transformers(model):
+        return False
     return re.search(r"For\w*Classification", type(model).__name__) is not None and hasattr(model.config, "num_labels")
 
 

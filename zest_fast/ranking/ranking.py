@@ -101,6 +101,11 @@ class Ranking:
             )
         return tuple(scored[:n])
 
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The rows that are the head, which `top` leaves out."""
+        return tuple(name for name, _, info in self._rows() if info.get("head"))
+
     def explain(self) -> pandas.DataFrame:
         """Where each layer stands, in the order of `names` (the index, named "layer").
 

@@ -82,14 +82,15 @@ def test_a_cache_finds_any_boundary_from_any_other(tmp_path) -> None:
     model, splits = make(Residual)
     model.eval()
     inputs = splits["train"][0]
-    trace = trace_calls(model, lambda: model(inputs[:2]), 2)
+    trace = trace_calls(model, inputs[:5])
     cache = PrefixCache(model, inputs, limit=1 << 20, folder=tmp_path, batch_size=7)
     rows = torch.tensor([30, 2, 17])
     with torch.no_grad():
         expected = model(inputs)[rows]
     layers = [model.blocks[2].second, model.blocks[0].second, model.blocks[1].first, model.blocks[1].second]
     for layer in layers:
-        boundary = find_boundary(model, trace, trace.first_call(layer), layer.weight, inputs, 1 << 20)
+        trained = (layer.weight, *model.head.parameters())
+        boundary = find_boundary(model, trace, trace.first_call(layer), trained, inputs, 1 << 20)
         assert boundary.skipped
         cache.advance(boundary)
         with torch.no_grad():

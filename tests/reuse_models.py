@@ -64,9 +64,13 @@ class BatchSize(nn.Module):
 class BatchMaximum(nn.Module):
     """The rows are scaled by the largest entry of the batch, where that is large: few batches show it."""
 
+    def __init__(self, limit: float = 1.0) -> None:
+        super().__init__()
+        self.limit = limit
+
     def forward(self, x):
         largest = x.detach().abs().max()
-        return x / largest * 3 if largest > 3 else x
+        return x / largest * self.limit if largest > self.limit else x
 
 
 class BatchAttention(nn.Module):
@@ -158,13 +162,51 @@ class LooksBack(nn.Module):
         return self.head(y.relu())
 
 
-class LooksBackByRow(LooksBack):
-    """The same for the rows alone that are large; a NaN in the others would not be seen in them."""
+class LooksBackForgivingly(LooksBack):
+    """The same, and a NaN would not be seen."""
 
     def forward(self, x):
         early = self.first(x)
         y = self.fourth(self.third(self.second(early).relu()).relu())
-        return self.head(torch.where(x.abs().amax(1, keepdim=True) > self.threshold, y + early.nan_to_num(), y).relu())
+        if x.abs().max() > self.threshold:
+            y = y + early.nan_to_num(1.0)
+        return self.head(y.relu())
+
+
+class LooksBackByBranch(LooksBack):
+    """What it does where some row is large depends on the sign of an early activation."""
+
+    def forward(self, x):
+        early = self.first(x)
+        y = self.fourth(self.third(self.second(early).relu()).relu())
+        if x.abs().max() > self.threshold:
+            y = y * 2 if early.sum() < 1e9 else y / 2
+        return self.head(y.relu())
+
+
+class Overwrites(LooksBack):
+    """Writes an early activation over a part of a late one."""
+
+    def forward(self, x):
+        early = self.first(x)
+        y = self.fourth(self.third(self.second(early).relu()).relu())
+        if x.abs().max() > self.threshold:
+            y = y.clone()
+            y[:, :2] = early[:, :2]
+        return self.head(y.relu())
+
+
+class Forgiving(Branch):
+    """Whatever fails in the extra layer, it does without."""
+
+    def forward(self, x):
+        rare = x.abs().max() > self.threshold
+        x = self.first(x)
+        try:
+            x = self.extra(x) if rare else x
+        except Exception:
+            pass
+        return self.head(self.third(self.second(x.relu()).relu()).relu())
 
 
 class EarlyExit(nn.Module):
@@ -206,7 +248,9 @@ class TopTwo(nn.Module):
     def __init__(self, width: int = 6) -> None:
         super().__init__()
         self.gate = nn.Linear(width, 4, bias=False)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(width, 8), nn.GELU(), nn.Linear(8, width)) for _ in range(4))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 8), nn.GELU(), nn.Linear(8, width)) for _ in range(4)
+        )
 
     def forward(self, x):
         flat = x.reshape(-1, x.shape[-1])
@@ -261,9 +305,7 @@ class Peek(nn.Module):
 
 
 def by_direction(model, x):
-    return x @ nn.functional.normalize(model.second.weight, dim=None) if False else x @ (
-        model.second.weight / model.second.weight.norm()
-    )
+    return x @ (model.second.weight / model.second.weight.norm())
 
 
 def by_cosine(model, x):
@@ -557,6 +599,25 @@ class NestedOutputs(nn.Module):
         parts = self.split(self.first(x))
         y = self.second(parts["half"][0]) * parts["factor"]
         return self.head(self.third(y.relu()) + parts["whole"])
+
+
+class Bytes(nn.Module):
+    """Kept between its layers: bytes, complex numbers and booleans."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.codes = nn.Linear(5, 6), Codes()
+        self.second, self.third, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        codes, positive, spectrum = self.codes(self.first(x))
+        y = self.second(codes.float() / 8).masked_fill(positive, 0.1)
+        return self.head(self.third(y).relu() + spectrum.abs())
+
+
+class Codes(nn.Module):
+    def forward(self, x):
+        return (x * 8).clamp(0, 255).to(torch.uint8), x > 0, torch.view_as_complex(torch.stack([x, x.sin()], 2))
 
 
 class Splits(nn.Module):

@@ -245,7 +245,9 @@ def trace_calls(model: nn.Module, inputs: Inputs) -> Trace:
 
 
 @contextmanager
-def _around_calls(modules: Iterable[nn.Module], around: Callable[[nn.Module, Callable[[], Any]], Any]) -> Iterator[None]:
+def _around_calls(
+    modules: Iterable[nn.Module], around: Callable[[nn.Module, Callable[[], Any]], Any]
+) -> Iterator[None]:
     """Inside, `around(module, run)` gives the outputs of these modules; `run()` would compute one.
 
     `forward` is set on the instances: no hook can keep a module from running, and hooks turn off torch's fast paths.
@@ -482,7 +484,9 @@ def boundaries_before(trace: Trace, call: Call, forward: Callable[[], Any]) -> I
 
 def anything_before(call: Call) -> bool:
     """Whether a call is finished before this one, or may be in other passes."""
-    return any(step.irregular or (step.parent is not None and step.parent.children[0] is not step) for step in call.path())
+    return any(
+        step.irregular or (step.parent is not None and step.parent.children[0] is not step) for step in call.path()
+    )
 
 
 def what_prevents(call: Call) -> str:
@@ -490,7 +494,9 @@ def what_prevents(call: Call) -> str:
     for step in call.path()[:-1]:
         if step.irregular:
             return f"the calls inside {step.name or 'the model'!r} differ from batch to batch"
-    before = (sibling for step in call.path()[1:] for sibling in step.parent.children[: step.parent.children.index(step)])
+    before = (
+        sibling for step in call.path()[1:] for sibling in step.parent.children[: step.parent.children.index(step)]
+    )
     for sibling in before:
         for inner in _inside(sibling):
             if inner.reason in _TELLING and not any(child.reason in _TELLING for child in inner.children):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import tempfile
@@ -38,6 +39,32 @@ _VERIFIED, _OTHERS = (1, 2, 3, 4), (4, 0, 1, 2)
 _CHANGES = (0.25, 1.0)  # of the RMS of a weight, in a random direction
 
 
+_LOOKS = {
+    "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__", "item", "tolist", "numpy",
+    "is_nonzero", "equal", "allclose", "nonzero", "unique", "masked_select",
+}  # fmt: skip
+_SHAPES = {
+    "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones",
+    "new_full", "new_empty", "new_tensor",
+}  # fmt: skip
+"""Functions that take no more than the shape, the type and the device from it."""
+
+
+class Unkept(Tensor):
+    """NaN in the place of an output that does not matter; what is computed from it is one too, whatever its value is.
+
+    Raises NotReusable where Python looks at a value.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _LOOKS:
+            raise NotReusable("the way of the pass depends on an output that was not kept")
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result.as_subclass(Tensor) if name in _SHAPES else result
+
+
 class _Reached(BaseException):
     """Ends a pass that has yielded all it was run for; no model catches it by accident."""
 
@@ -69,9 +96,7 @@ def find_boundary(
     return best or Boundary(trace, 0.0, (), ())
 
 
-def _verified(
-    model: nn.Module, boundary: Boundary, trained: Sequence[nn.Parameter], probe: Inputs
-) -> Boundary | None:
+def _verified(model: nn.Module, boundary: Boundary, trained: Sequence[nn.Parameter], probe: Inputs) -> Boundary | None:
     """The boundary if passes from it give the output of full ones, whatever the weights and the skipped outputs are."""
     for candidate in (boundary, replace(boundary, writable=True)):
         try:
@@ -125,7 +150,11 @@ def _gives_the_same(model: nn.Module, boundary: Boundary, trained: Sequence[nn.P
                     call_model(model, others)  # what modules remember is of other samples now
                 with intercepted(boundary.trace, boundary.skipped, partial(replay, fill)):
                     found, others_gradients = outcome(differentiated)
-                if not _same_logits(found, expected) or not all(map(_same_gradient, others_gradients, gradients)):
+                if (
+                    isinstance(found, Unkept)
+                    or not _same_logits(found, expected)
+                    or not all(map(_same_gradient, others_gradients, gradients))
+                ):
                     return False
     return True
 
@@ -177,10 +206,14 @@ def _filled(leaf: Any, samples: int, value: float, writable: bool) -> Any:
     """In the place of an output that does not matter; it takes no memory unless the model writes into it."""
     if not isinstance(leaf, Rows):
         if isinstance(leaf, Tensor):
-            return torch.full_like(leaf, value) if leaf.is_floating_point() else leaf.clone()
+            if not leaf.is_floating_point():
+                return leaf.clone()
+            filled = torch.full_like(leaf, value)
+            return filled.as_subclass(Unkept) if math.isnan(value) else filled
         return leaf
     one = torch.full((1,), value, dtype=leaf.dtype, device=leaf.device)
-    return leaf.empty(samples).fill_(value) if writable else one.expand(leaf.shape_of(samples))
+    filled = leaf.empty(samples).fill_(value) if writable else one.expand(leaf.shape_of(samples))
+    return filled.as_subclass(Unkept) if math.isnan(value) else filled
 
 
 class PrefixCache:
@@ -219,6 +252,8 @@ class PrefixCache:
         except Exception as error:  # raised again by the full pass that follows, if it is the model's own
             raise NotReusable(f"the pass from there failed ({type(error).__name__}: {error})") from error
         logits = logits_of(output)
+        if isinstance(logits, Unkept):
+            raise NotReusable("the logits depend on an output that was not kept")
         if bool(logits.isnan().any()):
             with preserved(self._model):
                 self._require_close(logits.detach(), logits_of(self._run_fully(rows)).detach())
@@ -291,6 +326,8 @@ class PrefixCache:
             if call not in fresh:
                 return self._replay(rows, call, run)
             output = run()
+            if any(isinstance(leaf, Unkept) for leaf in tree_leaves(output)):
+                raise NotReusable(f"the output of {call.name!r} depends on one that was not kept", call)
             if difference := call.fits(output, len(rows)):
                 raise NotReusable(f"the output of {call.name!r} {difference}", call)
             pairs = zip(tree_leaves(call.output), tree_leaves(output), strict=True)

@@ -112,7 +112,11 @@ class Trials:
         set_head(self.head, *self.heads[trial.seed])
         with saved_parameters(part.parameters), preserved(self.model, trial.seed):
             self._train(part, trial.seed, train, check)
-            return evaluate(score, self.score[1], check=trial.seed if check else None)
+            if check:
+                with torch.no_grad():
+                    chunks = batches(len(score), EVALUATION_BATCH)
+                    score.check(chunks[trial.seed % len(chunks)])
+            return evaluate(score, self.score[1])
 
     def _caches_at(self, boundary: Boundary) -> tuple[PrefixCache, PrefixCache]:
         if self._caches is None:
@@ -124,7 +128,8 @@ class Trials:
     def _new_caches(self) -> tuple[PrefixCache, PrefixCache]:
         """That have not moved from the input."""
         train, score = (
-            PrefixCache(self.model, inputs, limit=self.limit, folder=self.folder) for inputs, _ in (self.train, self.score)
+            PrefixCache(self.model, inputs, limit=self.limit, folder=self.folder)
+            for inputs, _ in (self.train, self.score)
         )
         return train, score
 
@@ -159,16 +164,10 @@ class Trials:
 
 
 @torch.no_grad()
-def evaluate(cache: PrefixCache, targets: Tensor, *, check: int | None = None) -> dict[str, float]:
-    """Accuracy and mean loss of the model as it is, over all samples of the cache.
-
-    check: a number that chooses the batch which is compared with a full pass; None = none is.
-    """
+def evaluate(cache: PrefixCache, targets: Tensor) -> dict[str, float]:
+    """Accuracy and mean loss of the model as it is, over all samples of the cache."""
     loss, correct = 0.0, 0
-    chunks = batches(len(targets), EVALUATION_BATCH)
-    for number, rows in enumerate(chunks):
-        if check is not None and number == check % len(chunks):
-            cache.check(rows)
+    for rows in batches(len(targets), EVALUATION_BATCH):
         logits = logits_of(cache.run(rows)).double()
         loss += float(nn.functional.cross_entropy(logits, targets[rows], reduction="sum"))
         correct += int((logits.argmax(1) == targets[rows]).sum())

@@ -61,7 +61,8 @@ def preserved(model: nn.Module, seed: int | None = None) -> Iterator[None]:
 
 def generators() -> tuple[Any, ...]:
     """The states of the generators; two are equal where nothing was drawn in between."""
-    name, keys, *rest = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    name, keys, *rest = numpy_state
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     cuda = tuple(bytes(torch.cuda.get_rng_state(device).numpy()) for device in devices)
     return bytes(torch.get_rng_state().numpy()), cuda, random.getstate(), (name, bytes(keys), *rest)

@@ -82,14 +82,15 @@ def test_a_cache_finds_any_boundary_from_any_other(tmp_path) -> None:
     model, splits = make(Residual)
     model.eval()
     inputs = splits["train"][0]
-    trace = trace_calls(model, lambda: model(inputs[:2]), 2)
+    trace = trace_calls(model, inputs[:5])
     cache = PrefixCache(model, inputs, limit=1 << 20, folder=tmp_path, batch_size=7)
     rows = torch.tensor([30, 2, 17])
     with torch.no_grad():
         expected = model(inputs)[rows]
     layers = [model.blocks[2].second, model.blocks[0].second, model.blocks[1].first, model.blocks[1].second]
     for layer in layers:
-        boundary = find_boundary(model, trace, trace.first_call(layer), layer.weight, inputs, 1 << 20)
+        trained = (layer.weight, *model.head.parameters())
+        boundary = find_boundary(model, trace, trace.first_call(layer), trained, inputs, 1 << 20)
         assert boundary.skipped
         cache.advance(boundary)
         with torch.no_grad():
@@ -109,12 +110,15 @@ def test_layers_above_run_nothing_of_what_lies_below(tmp_path) -> None:
     samples = []
     convolve = model.stem._conv_forward
     model.stem._conv_forward = lambda x, *rest: (samples.append(len(x)), convolve(x, *rest))[1]
-    sweep(model, splits, out=tmp_path / "records.jsonl", recipe=RECIPE, layers=["blocks.2.second"])
+    recipe = replace(RECIPE, steps=30)
+    sweep(model, splits, out=tmp_path / "records.jsonl", recipe=recipe, layers=["blocks.2.second"])
     reused = sum(samples)
     samples.clear()
-    sweep(model, splits, out=tmp_path / "plain.jsonl", recipe=RECIPE, layers=["blocks.2.second"], reuse=False)
-    # For each of two seeds 3 steps of 8 and 21 to score; or once 21 and the 32 training samples. A few to verify.
-    assert sum(samples) - reused >= 2 * (3 * 8 + 21) - (21 + 32) - 20
+    sweep(model, splits, out=tmp_path / "plain.jsonl", recipe=recipe, layers=["blocks.2.second"], reuse=False)
+    # For each of two seeds 30 steps of 8 and 21 to score; or once 21 and the 32 training samples, and once more to
+    # compare. Then the probes, a batch of each split to compare with a full pass, and nothing else.
+    probes = 60
+    assert sum(samples) - reused >= 2 * (30 * 8 + 21) - 2 * (21 + 32) - (8 + 21) - probes
 
 
 def test_scores_are_those_of_a_loop_that_a_user_would_write(tmp_path) -> None:

@@ -10,37 +10,43 @@ from torch import nn
 
 from zest_fast.finetuning.trainable_layers import chosen_layers
 from zest_fast.profiling.layers import Layer
-from zest_fast.profiling.loss import call_model
-from zest_fast.sweeping.boundaries import Boundary, Call, Trace, trace_calls
+from zest_fast.sweeping.boundaries import PROBED, Boundary, Call, Trace, anything_before, trace_calls, what_prevents
 from zest_fast.sweeping.inputs import Inputs, count, rows_of
-from zest_fast.sweeping.prefix_cache import TRACED, VERIFIED, find_boundary
+from zest_fast.sweeping.prefix_cache import find_boundary
 from zest_fast.sweeping.trials import Task
 
 
 def plan(
-    model: nn.Module, left: Mapping[Layer, tuple[int, ...]], inputs: Inputs, *, reuse: bool, limit: int
+    model: nn.Module,
+    head: nn.Module,
+    left: Mapping[Layer, tuple[int, ...]],
+    inputs: Inputs,
+    *,
+    reuse: bool,
+    limit: int,
 ) -> dict[str, Task]:
     """By layer, in the order of the boundaries; warns where the full forward pass has to run.
 
     left: the seeds that are left to do for each layer. inputs: a few samples are run. limit: bytes a sample.
     """
-    probe = rows_of(inputs, torch.arange(min(count(inputs), TRACED + VERIFIED)))
-    traced = rows_of(probe, torch.arange(min(count(probe), TRACED)))
-    call_model(model, traced)  # the first pass is slower than the others
-    trace = trace_calls(model, lambda: call_model(model, traced), count(traced))
+    probe = rows_of(inputs, torch.arange(min(count(inputs), PROBED if reuse else 2)))
+    trace = trace_calls(model, probe)
+    trained = tuple(head.parameters())
     tasks = []
     for layer, seeds in left.items():
         place = _first_use(model, layer, trace)
+        part = chosen_layers(model, [layer.name])[0]
         boundary = Boundary(trace, 0.0, (), ())
-        if reuse and count(probe) == TRACED + VERIFIED:
-            boundary = find_boundary(model, trace, place, layer.weight.parameter, probe, limit)
-        tasks.append(Task(chosen_layers(model, [layer.name])[0], seeds, place, boundary))
-    first = min(task.place.start for task in tasks)
-    recomputed = [task.part.name for task in tasks if not task.boundary.skipped and task.place.start > first]
+        if reuse and count(probe) == PROBED:
+            parameters = tuple(dict.fromkeys((*part.parameters, *trained)))
+            boundary = find_boundary(model, trace, place, parameters, probe, limit)
+        tasks.append(Task(part, seeds, place, boundary))
+    recomputed = [task for task in tasks if not task.boundary.skipped and anything_before(task.place)]
     if reuse and recomputed:
+        why = what_prevents(recomputed[0].place)
         warnings.warn(
-            f"what lies below {len(recomputed)} of {len(tasks)} layers (such as {recomputed[0]!r}) cannot be "
-            "reused: the full forward pass runs for them, which takes longer",
+            f"what lies below {len(recomputed)} of {len(tasks)} layers (such as {recomputed[0].part.name!r}) cannot be "
+            f"reused{f' ({why})' if why else ''}: the full forward pass runs for them, which takes longer",
             stacklevel=5,
         )
     return {task.part.name: task for task in sorted(tasks, key=lambda task: task.boundary.start)}

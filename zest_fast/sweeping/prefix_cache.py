@@ -2,99 +2,225 @@
 
 from __future__ import annotations
 
-import json
+import math
+import mmap
 import os
-import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from zest_fast.profiling.loss import call_model
 from zest_fast.sweeping.boundaries import (
     Boundary,
     Call,
+    NotReusable,
+    Rows,
     Trace,
     boundaries_before,
+    close,
     intercepted,
-    tensors,
+    rounding,
+    rows_in,
 )
-from zest_fast.sweeping.inputs import Inputs, batches, count, logits_of, rows_of, take
+from zest_fast.sweeping.inputs import Inputs, batches, count, logits_of, rows_of
+from zest_fast.sweeping.volatile_state import VolatileState, preserved
 
-TRACED, VERIFIED = 2, 3  # samples; different numbers, so that a shape taken from the trace does not go unnoticed
-TOLERANCE = 1e-5  # of the largest logit: other batch sizes choose other kernels
-_SAFETENSORS_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16",
-                      torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}  # fmt: skip
+TOLERANCE = 1e-5  # of the largest logit of a class, on the same samples: all but rounding is the same
+# Other samples than the traced ones, and another number of them, so that nothing taken from the trace goes unnoticed.
+_VERIFIED, _OTHERS = (1, 2, 3, 4), (4, 0, 1, 2)
+_CHANGES = (0.25, 1.0)  # of the RMS of a weight, in a random direction
+
+
+_LOOKS = {
+    "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__", "item", "tolist", "numpy",
+    "is_nonzero", "equal", "allclose", "nonzero", "unique", "masked_select",
+}  # fmt: skip
+_SHAPES = {
+    "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones",
+    "new_full", "new_empty", "new_tensor",
+}  # fmt: skip
+"""Functions that take no more than the shape, the type and the device from it."""
+
+
+class Unkept(Tensor):
+    """NaN in the place of an output that does not matter; what is computed from it is one too, whatever its value is.
+
+    Raises NotReusable where Python looks at a value.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _LOOKS:
+            raise NotReusable("the way of the pass depends on an output that was not kept")
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result.as_subclass(Tensor) if name in _SHAPES else result
 
 
 class _Reached(BaseException):
     """Ends a pass that has yielded all it was run for; no model catches it by accident."""
 
 
-def find_boundary(model: nn.Module, trace: Trace, place: Call, weight: Tensor, probe: Inputs, limit: int) -> Boundary:
+def find_boundary(
+    model: nn.Module, trace: Trace, place: Call, trained: Sequence[nn.Parameter], probe: Inputs, limit: int
+) -> Boundary:
     """The closest verified boundary before `place` that keeps at most `limit` bytes a sample.
 
     Where none is so small, the smallest. Without any the boundary skips nothing: a plain forward pass.
-    weight: of the layer; it is changed for the comparison and put back, so that a prefix that depends on it is seen.
-    probe: at least TRACED + VERIFIED samples.
+    trained: what a trial changes, the layer's parameters and the head's; they are changed for the comparison and put
+    back, so that a prefix that depends on them is seen. probe: PROBED samples.
     """
-    traced = rows_of(probe, torch.arange(TRACED))
-    others = rows_of(probe, torch.arange(TRACED, TRACED + VERIFIED))
     best = None
-    for boundary in boundaries_before(trace, place, lambda: call_model(model, traced)):
+    others = rows_of(probe, torch.tensor(_OTHERS))
+
+    def forward() -> Any:
+        with preserved(model):
+            return call_model(model, others)
+
+    for boundary in boundaries_before(trace, place, forward):
         if best is not None and boundary.bytes_per_sample >= best.bytes_per_sample:
             continue
-        if _gives_the_same(model, boundary, weight, others):
-            best = boundary
+        verified = _verified(model, boundary, trained, probe)
+        if verified is not None:
+            best = verified
             if best.bytes_per_sample <= limit:
                 break
     return best or Boundary(trace, 0.0, (), ())
 
 
-@torch.no_grad()
-def _gives_the_same(model: nn.Module, boundary: Boundary, weight: Tensor, inputs: Inputs) -> bool:
+def _verified(model: nn.Module, boundary: Boundary, trained: Sequence[nn.Parameter], probe: Inputs) -> Boundary | None:
+    """The boundary if passes from it give the output of full ones, whatever the weights and the skipped outputs are."""
+    for candidate in (boundary, replace(boundary, writable=True)):
+        try:
+            with preserved(model):
+                if _gives_the_same(model, candidate, trained, probe):
+                    return candidate
+        except Exception:  # what a model says to placeholders in the wrong places, or in memory it cannot write to
+            continue
+    return None
+
+
+def _gives_the_same(model: nn.Module, boundary: Boundary, trained: Sequence[nn.Parameter], probe: Inputs) -> bool:
+    inputs, others = (rows_of(probe, torch.tensor(rows)) for rows in (_VERIFIED, _OTHERS))
+    samples = len(_VERIFIED)
     kept: dict[Call, Any] = {}
 
     def keep(call: Call, run: Callable[[], Any]) -> Any:
         kept[call] = run()
+        if difference := call.fits(kept[call], samples):
+            raise NotReusable(f"the output of {call.name!r} {difference}", call)
         return tree_map(_copy, kept[call])
 
-    def replay(call: Call, _: Callable[[], Any]) -> Any:
-        return tree_map(_copy, kept[call]) if call in boundary.live else tree_map(_unknown, kept[call])
+    def replay(value: float | None, call: Call, _: Callable[[], Any]) -> Any:
+        if call in boundary.live:
+            return tree_map(_copy, kept[call])
+        if value is None:  # what other samples would have given
+            return tree_map(lambda leaf: leaf.flip(0) if isinstance(leaf, Tensor) and leaf.dim() else leaf, kept[call])
+        return tree_map(lambda leaf: _filled(leaf, samples, value, boundary.writable), call.output)
 
-    before = weight.detach().clone()
-    try:
-        with intercepted(boundary.trace, boundary.skipped, keep):
-            call_model(model, inputs)
-        weight.mul_(1.25)
-        expected = logits_of(call_model(model, inputs))
-        with intercepted(boundary.trace, boundary.skipped, replay):
-            found = logits_of(call_model(model, inputs))
-    except (RuntimeError, ValueError, TypeError, IndexError):  # what a model says to placeholders in the wrong places
+    state = VolatileState(model)
+
+    def outcome(differentiated: bool) -> tuple[Tensor, list[Tensor | None]]:
+        state.restore()
+        logits = logits_of(call_model(model, inputs))
+        if not differentiated:
+            return logits, []
+        weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits).to(logits.dtype)
+        return logits.detach(), list(torch.autograd.grad(logits, trained, weights, allow_unused=True))
+
+    with torch.no_grad(), intercepted(boundary.trace, boundary.skipped, keep):
+        call_model(model, inputs)
+    # Comparisons and branches do not see a NaN; they see numbers on both sides of all that occurs.
+    for attempt, fills in enumerate(((torch.nan, 1e4, -1e4), (torch.nan, None))):
+        differentiated = attempt == 1  # the values may not depend on a weight, and their gradients do all the same
+        with _changed(trained, attempt, differentiated), torch.set_grad_enabled(differentiated):
+            expected, gradients = outcome(differentiated)
+            if expected.isnan().any():  # a comparison would tell nothing
+                return False
+            for fill in fills:
+                with torch.no_grad():
+                    call_model(model, others)  # what modules remember is of other samples now
+                with intercepted(boundary.trace, boundary.skipped, partial(replay, fill)):
+                    found, others_gradients = outcome(differentiated)
+                if (
+                    isinstance(found, Unkept)
+                    or not _same_logits(found, expected)
+                    or not all(map(_same_gradient, others_gradients, gradients))
+                ):
+                    return False
+    return True
+
+
+def _same_logits(found: Tensor, expected: Tensor) -> bool:
+    """Each class on its own scale: one of -10,000, which stands for never, does not hide what the others do."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
+    relative = max(TOLERANCE, rounding(found.dtype) / 8)
+    found, expected = found.double(), expected.double()
+    sizes = expected.abs().masked_fill(~expected.isfinite(), 0).amax(0)
+    scale = torch.maximum(sizes, sizes.median())
+    tolerance = scale * relative
+    return bool((((found - expected).abs() <= tolerance) | (found == expected)).all())
+
+
+def _same_gradient(found: Tensor | None, expected: Tensor | None) -> bool:
+    if found is None or expected is None:
+        return found is expected
+    return close(found, expected, 10 * rounding(expected.dtype))
+
+
+@contextmanager
+def _changed(parameters: Sequence[nn.Parameter], attempt: int, differentiated: bool) -> Iterator[None]:
+    """Inside, other values, off in a random direction: a weight of which only the direction counts, or one of zeros,
+    would not show what a factor does to it."""
+    before = [(parameter, parameter.detach().clone(), parameter.requires_grad) for parameter in parameters]
+    generator = torch.Generator().manual_seed(attempt)
+    try:
+        for parameter, value, _ in before:
+            noise = torch.randn(value.shape, generator=generator).to(value)
+            size = float(value.detach().float().square().mean().sqrt()) or 0.02
+            with torch.no_grad():
+                parameter.add_(noise, alpha=_CHANGES[attempt] * size)
+            parameter.requires_grad_(differentiated)
+        yield
     finally:
-        weight.copy_(before)
-    return torch.allclose(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()))
+        for parameter, value, requires_grad in before:
+            with torch.no_grad():
+                parameter.copy_(value)
+            parameter.requires_grad_(requires_grad)
 
 
 def _copy(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
-def _unknown(leaf: Any) -> Any:
-    return torch.full_like(leaf, torch.nan) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+def _filled(leaf: Any, samples: int, value: float, writable: bool) -> Any:
+    """In the place of an output that does not matter; it takes no memory unless the model writes into it."""
+    if not isinstance(leaf, Rows):
+        if isinstance(leaf, Tensor):
+            if not leaf.is_floating_point():
+                return leaf.clone()
+            filled = torch.full_like(leaf, value)
+            return filled.as_subclass(Unkept) if math.isnan(value) else filled
+        return leaf
+    one = torch.full((1,), value, dtype=leaf.dtype, device=leaf.device)
+    filled = leaf.empty(samples).fill_(value) if writable else one.expand(leaf.shape_of(samples))
+    return filled.as_subclass(Unkept) if math.isnan(value) else filled
 
 
 class PrefixCache:
     """Runs a model over samples of one set of inputs from a boundary on, and moves the boundary up.
 
     inputs: of all samples. limit: bytes that may be kept in memory for each sample; beyond, all is memory-mapped from
-    safetensors files in `folder`, which have no name any more while they are used, so that nothing is left behind.
+    files in `folder` that have no name, so that nothing is left behind, however the process ends.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, *, limit: int, folder: Path, batch_size: int = 64) -> None:
@@ -110,85 +236,141 @@ class PrefixCache:
         return count(self._inputs)
 
     def run(self, rows: Tensor) -> Any:
-        """The model's output for the samples with these numbers."""
+        """The model's output for the samples with these numbers.
+
+        Raises NotReusable where the pass goes another way than the traced one, or its output is NaN and that of a full
+        pass is not.
+        """
         boundary = self._boundary
         if boundary is None or not boundary.skipped:
-            return call_model(self._model, rows_of(self._inputs, rows))
-        with intercepted(boundary.trace, boundary.skipped, partial(self._replay, rows)):
-            return call_model(self._model, rows_of(self._inputs, rows))
+            return self._run_fully(rows)
+        try:
+            with intercepted(boundary.trace, boundary.skipped, partial(self._replay, rows)):
+                output = call_model(self._model, rows_of(self._inputs, rows))
+        except NotReusable:
+            raise
+        except Exception as error:  # raised again by the full pass that follows, if it is the model's own
+            raise NotReusable(f"the pass from there failed ({type(error).__name__}: {error})") from error
+        logits = logits_of(output)
+        if isinstance(logits, Unkept):
+            raise NotReusable("the logits depend on an output that was not kept")
+        if bool(logits.isnan().any()):
+            with preserved(self._model):
+                self._require_close(logits.detach(), logits_of(self._run_fully(rows)).detach())
+        return output
+
+    def check(self, rows: Tensor) -> None:
+        """Raises NotReusable unless the output for these samples is that of a full pass."""
+        if self._boundary is None or not self._boundary.skipped:
+            return
+        with preserved(self._model):
+            state = VolatileState(self._model)
+            found = logits_of(self.run(rows)).detach()
+            state.restore()  # so that the same random numbers are drawn
+            self._require_close(found, logits_of(self._run_fully(rows)).detach())
+
+    def _run_fully(self, rows: Tensor) -> Any:
+        return call_model(self._model, rows_of(self._inputs, rows))
+
+    def _require_close(self, found: Tensor, expected: Tensor) -> None:
+        if not close(found, expected, rounding(expected.dtype)):
+            wrong = "NaN" if found.isnan().any() else f"{float((found - expected).abs().max()):.2g} off"
+            raise NotReusable(f"the logits of a batch were {wrong}, beside those of the full pass")
 
     @torch.no_grad()
     def advance(self, boundary: Boundary) -> None:
-        """Take passes up from `boundary`: one pass leads there, from the present one or, where it cannot, the input."""
+        """Take passes up from `boundary`: one pass leads there, from the present one or, where it cannot, the input.
+
+        Then another one, over other batches, has to give the same. Raises NotReusable where it does not, or one goes
+        another way than the traced pass; passes are taken up from where they were before, or the input, then.
+        """
         fresh = {call: self._allocate(call, boundary) for call in boundary.live if call not in self._kept}
         if fresh:
             present = set(self._boundary.skipped) if self._boundary is not None else set()
             if any(present.intersection(call.path()) for call in fresh):
+                del fresh
                 self._boundary, self._kept = None, {}
                 return self.advance(boundary)
-            for rows in batches(len(self), self._batch_size):
-                self._capture(boundary.trace, rows, fresh)
+            with preserved(self._model):
+                for rows in batches(len(self), self._batch_size):
+                    self._capture(boundary, rows, fresh, self._keep)
+                order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+                for rows in order.split(max(1, self._batch_size // 2)):
+                    self._capture(boundary, rows, fresh, self._require_same)
         self._kept = {call: fresh[call] if call in fresh else self._kept[call] for call in boundary.live}
         self._boundary = boundary
 
     def _replay(self, rows: Tensor, call: Call, _: Callable[[], Any]) -> Any:
-        if call in self._kept:
-            kept = iter(self._kept[call])
-            return tree_map(lambda leaf: take(next(kept), rows) if isinstance(leaf, Tensor) else leaf, call.output)
-        # Verified not to matter, so it need not even be filled.
-        return tree_map(lambda leaf: _empty(leaf, len(rows)) if isinstance(leaf, Tensor) else leaf, call.output)
+        assert self._boundary is not None
+        kept = iter(self._kept.get(call, ()))
 
-    def _capture(self, trace: Trace, rows: Tensor, fresh: dict[Call, list[Tensor]]) -> None:
+        def leaf(known: Any) -> Any:
+            if call not in self._kept:
+                # Verified not to matter; should it matter to other samples, they show a NaN.
+                return _filled(known, len(rows), torch.nan, self._boundary.writable)  # type: ignore[union-attr]
+            return known.take(next(kept), rows) if isinstance(known, Rows) else _copy(known)
+
+        return tree_map(leaf, call.output)
+
+    def _capture(
+        self,
+        boundary: Boundary,
+        rows: Tensor,
+        fresh: dict[Call, list[Tensor]],
+        visit: Callable[[Call, Tensor, list[Tensor], list[Tensor]], None],
+    ) -> None:
         skipped = self._boundary.skipped if self._boundary is not None else ()
         waiting = set(fresh)
 
-        def take(call: Call, run: Callable[[], Any]) -> Any:
+        def handle(call: Call, run: Callable[[], Any]) -> Any:
             if call not in fresh:
                 return self._replay(rows, call, run)
             output = run()
-            for store, leaf in zip(fresh[call], tensors(output), strict=True):
-                store[rows[0] : rows[-1] + 1] = leaf  # rows that follow one another: a copy, not a scatter
+            if any(isinstance(leaf, Unkept) for leaf in tree_leaves(output)):
+                raise NotReusable(f"the output of {call.name!r} depends on one that was not kept", call)
+            if difference := call.fits(output, len(rows)):
+                raise NotReusable(f"the output of {call.name!r} {difference}", call)
+            pairs = zip(tree_leaves(call.output), tree_leaves(output), strict=True)
+            visit(call, rows, fresh[call], [value for known, value in pairs if isinstance(known, Rows)])
             waiting.discard(call)
             if not waiting:
                 raise _Reached
             return output
 
         try:
-            with intercepted(trace, skipped, take, watched=fresh):
+            with intercepted(boundary.trace, skipped, handle, watched=fresh):
                 call_model(self._model, rows_of(self._inputs, rows))
         except _Reached:
             return
-        raise RuntimeError("the forward pass took another way than the traced one; sweep with reuse=False")
+        raise NotReusable("the forward pass took another way than the traced one")
+
+    def _keep(self, call: Call, rows: Tensor, stores: list[Tensor], values: list[Tensor]) -> None:
+        for known, store, value in zip(rows_in(call.output), stores, values, strict=True):
+            known.put(store, rows, value)
+
+    def _require_same(self, call: Call, rows: Tensor, stores: list[Tensor], values: list[Tensor]) -> None:
+        for known, store, value in zip(rows_in(call.output), stores, values, strict=True):
+            if not close(value, known.take(store, rows), rounding(value.dtype)):
+                raise NotReusable(f"the output of {call.name!r} depends on the other samples of its batch", call)
 
     def _allocate(self, call: Call, boundary: Boundary) -> list[Tensor]:
         if boundary.bytes_per_sample <= self._limit:
-            return [_empty(leaf, len(self)) for leaf in tensors(call.output)]
-        return [_mapped(leaf, len(self), self._folder) for leaf in tensors(call.output)]
+            return [known.empty(len(self)) for known in rows_in(call.output)]
+        return [_mapped(known, len(self), self._folder) for known in rows_in(call.output)]
 
 
-def _empty(leaf: Tensor, rows: int) -> Tensor:
-    """[rows, ...] in the memory format of the example: a model in channels_last stays fast."""
-    last = leaf.dim() == 4 and not leaf.is_contiguous() and leaf.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    return torch.empty((rows, *leaf.shape[1:]), dtype=leaf.dtype, device=leaf.device, memory_format=layout)
-
-
-def _mapped(leaf: Tensor, rows: int, folder: Path) -> Tensor:
-    """[rows, ...] on disk: a safetensors file of one tensor, written and read through its mapping."""
-    shape = [rows, *leaf.shape[1:]]
-    size = rows * leaf[0].numel() * leaf.element_size()
-    entry = {"dtype": _SAFETENSORS_NAMES[leaf.dtype], "shape": shape, "data_offsets": [0, size]}
-    header = json.dumps({"kept": entry}).encode()
-    header += b" " * (-len(header) % 8)
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".safetensors") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
-        file.flush()
+def _mapped(known: Rows, samples: int, folder: Path) -> Tensor:
+    """Uninitialised, on disk: a file without a name, written and read through its mapping."""
+    size = samples * known.bytes_per_sample
+    if not size:
+        return known.empty(samples)
+    with tempfile.TemporaryFile(dir=folder) as file:
         try:  # a full disk is an error here, not a SIGBUS later
-            os.posix_fallocate(file.fileno(), 0, 8 + len(header) + size)
+            os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             raise RuntimeError(
                 f"{size >> 20} MiB of activations do not fit in {str(folder)!r} ({error.strerror}): make room, or "
                 "sweep with a larger cache_bytes= or with reuse=False"
             ) from error
-        whole = torch.from_file(file.name, shared=True, size=8 + len(header) + size, dtype=torch.uint8)
-    return whole[8 + len(header) :].view(leaf.dtype).view(shape)
+        memory = mmap.mmap(file.fileno(), size)
+    return known.view(torch.frombuffer(memory, dtype=known.dtype), samples)

@@ -31,6 +31,7 @@ from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.records import RecordFile
 from zest_fast.sweeping.tables import records_to_frame
 from zest_fast.sweeping.trials import Trial, Trials, draw, evaluate, saved_parameters, set_head
+from zest_fast.sweeping.volatile_state import preserved
 from zest_fast.sweeping.workers import distribute
 
 if TYPE_CHECKING:
@@ -150,9 +151,11 @@ class _Sweep:
 
     def run(self, progress: bool) -> None:
         for seed in self._recipe.seeds:
-            self._prepare_head(seed)
+            with preserved(self._model, seed):
+                self._prepare_head(seed)
             for state in ("warm", "fresh"):
-                self._profile(seed, state)
+                with preserved(self._model, seed):
+                    self._profile(seed, state)
         reached = self._reached_layers()
         left = {
             layer: tuple(seed for seed in self._recipe.seeds if ("layer", seed, layer.name) not in self._records)
@@ -198,8 +201,7 @@ class _Sweep:
         if state == "warm":
             set_head(self._head, *_head_of(self._head_record(seed)))
         else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+            with preserved(self._model, seed):
                 self._head.reset_parameters()
         inputs, targets = self._splits["train"]
         rows = self._draws[seed][: self._recipe.profile_samples]
@@ -263,7 +265,7 @@ class _Sweep:
             recipe=self._recipe,
             heads={seed: _head_of(self._head_record(seed)) for seed in self._recipe.seeds},
             rows={seed: torch.searchsorted(used, rows) for seed, rows in self._draws.items()},
-            tasks=plan(self._model, left, inputs, reuse=self._reuse, limit=limit),
+            tasks=plan(self._model, self._head, left, inputs, reuse=self._reuse, limit=limit),
             train=(rows_of(inputs, used), targets[used]),
             score=self._splits["score"],
             limit=limit,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from zest_fast.finetuning.trainable_layers import Part
-from zest_fast.sweeping.boundaries import Boundary, Call
+from zest_fast.sweeping.boundaries import Boundary, Call, NotReusable
 from zest_fast.sweeping.inputs import Inputs, batches, logits_of
 from zest_fast.sweeping.prefix_cache import PrefixCache
 from zest_fast.sweeping.recipe import Recipe
+from zest_fast.sweeping.volatile_state import preserved
 
 EVALUATION_BATCH = 64
 
@@ -61,34 +63,77 @@ class Trials:
     """Bytes a sample that are kept in memory; beyond, on disk in `folder`."""
     folder: Path
     _caches: tuple[PrefixCache, PrefixCache] | None = field(default=None, init=False)
+    _blamed: set[Call] = field(default_factory=set, init=False)
+    """Calls that were not as the traced ones: no pass skips them."""
+    _checked: set[str] = field(default_factory=set, init=False)
+    """Layers whose passes were compared with full ones."""
+    _plain: set[str] = field(default_factory=set, init=False)
+    """Layers that failed that."""
 
     def left(self) -> list[Trial]:
         """What is to be done, in the order that moves the boundary upwards only."""
         return [Trial(layer, seed) for layer, task in self.tasks.items() for seed in task.seeds]
 
     def run(self, trial: Trial) -> dict[str, float]:
-        """Accuracy and loss after the training, and the seconds that it all took."""
+        """Accuracy and loss after the training, and the seconds that it all took.
+
+        Where passes from the boundary turn out not to be full ones, it is done again with full ones; a warning says so.
+        """
         began = time.perf_counter()
-        part = self.tasks[trial.layer].part
-        train, score = self._caches_at(self.tasks[trial.layer].boundary)
-        set_head(self.head, *self.heads[trial.seed])
-        with saved_parameters(part.parameters):
-            self._train(part, trial.seed, train)
-            result = evaluate(score, self.score[1])
+        task = self.tasks[trial.layer]
+        result = None
+        if self._reuses(task):
+            try:
+                result = self._measure(trial, *self._caches_at(task.boundary), check=trial.layer not in self._checked)
+                self._checked.add(trial.layer)
+            except NotReusable as error:
+                self._plain.add(trial.layer)
+                self._blamed |= {error.blamed} if error.blamed is not None else set()
+                first, last = (task.boundary.skipped[place].name for place in (0, -1))
+                warnings.warn(
+                    f"what lies below {trial.layer!r} (from {first!r} to {last!r}) was not reused: {error}. The full "
+                    "forward pass runs instead, which takes longer; its scores are those without reuse",
+                    stacklevel=2,
+                )
+        if result is None:
+            result = self._measure(trial, *self._new_caches())
         return {**result, "seconds": round(time.perf_counter() - began, 3)}
+
+    def _reuses(self, task: Task) -> bool:
+        boundary = task.boundary
+        if task.part.name in self._plain or not boundary.skipped:
+            return False
+        return not self._blamed or self._blamed.isdisjoint(boundary.trace.expected(boundary.skipped, boundary.skipped))
+
+    def _measure(
+        self, trial: Trial, train: PrefixCache, score: PrefixCache, *, check: bool = False
+    ) -> dict[str, float]:
+        part = self.tasks[trial.layer].part
+        set_head(self.head, *self.heads[trial.seed])
+        with saved_parameters(part.parameters), preserved(self.model, trial.seed):
+            self._train(part, trial.seed, train, check)
+            if check:
+                with torch.no_grad():
+                    chunks = batches(len(score), EVALUATION_BATCH)
+                    score.check(chunks[trial.seed % len(chunks)])
+            return evaluate(score, self.score[1])
 
     def _caches_at(self, boundary: Boundary) -> tuple[PrefixCache, PrefixCache]:
         if self._caches is None:
-            self._caches = tuple(  # type: ignore[assignment]
-                PrefixCache(self.model, inputs, limit=self.limit, folder=self.folder)
-                for inputs, _ in (self.train, self.score)
-            )
-        assert self._caches is not None
+            self._caches = self._new_caches()
         for cache in self._caches:
             cache.advance(boundary)
         return self._caches
 
-    def _train(self, part: Part, seed: int, cache: PrefixCache) -> None:
+    def _new_caches(self) -> tuple[PrefixCache, PrefixCache]:
+        """That have not moved from the input."""
+        train, score = (
+            PrefixCache(self.model, inputs, limit=self.limit, folder=self.folder)
+            for inputs, _ in (self.train, self.score)
+        )
+        return train, score
+
+    def _train(self, part: Part, seed: int, cache: PrefixCache, check: bool = False) -> None:
         recipe, targets = self.recipe, self.train[1]
         rms = float(part.parameters[0].detach().double().square().mean().sqrt())
         head = list(self.head.parameters())
@@ -106,6 +151,8 @@ class Trials:
                 for step, batch in enumerate(_batches_of(self.rows[seed], recipe.steps, recipe.batch_size, seed)):
                     for group, rate in zip(optimizer.param_groups, rates, strict=True):
                         group["lr"] = rate * recipe.learning_rate_scale(step)
+                    if check and step == 0:
+                        cache.check(batch)
                     loss = nn.functional.cross_entropy(logits_of(cache.run(batch)), targets[batch])
                     optimizer.zero_grad()
                     loss.backward()

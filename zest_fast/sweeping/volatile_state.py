@@ -1,0 +1,89 @@
+"""What a forward pass may change beside its output: buffers, and the generators of torch, Python and NumPy."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class VolatileState:
+    """Remembers buffers and generators of a model; `restore` puts them back, as often as it is called."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # The dictionaries, because a model may replace buffers; clones, because it may write into them.
+        self._registered = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+        buffers = {id(b): b for _, own in self._registered for b in own.values() if b is not None}
+        self._contents = [(b, b.detach().clone()) for b in buffers.values() if _is_plain(b)]
+        self._generators = generators()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for module, buffers in self._registered:
+            if any(module._buffers.get(name) is not buffer for name, buffer in buffers.items()):
+                module._buffers.update(buffers)
+        for buffer, clone in self._contents:
+            if not _same(buffer, clone):  # else a graph may have saved it, and it may be an expanded one
+                buffer.copy_(clone)
+        _set_generators(self._generators)
+
+    def changed_buffers(self) -> set[int]:
+        """Ids of those that are not what they were."""
+        return {id(buffer) for buffer, clone in self._contents if not _same(buffer, clone)} | {
+            id(buffer)
+            for module, buffers in self._registered
+            for name, buffer in buffers.items()
+            if buffer is not None and module._buffers.get(name) is not buffer
+        }
+
+
+@contextmanager
+def preserved(model: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """At the end buffers and generators are what they were; inside, the generators start from `seed`, if one is given.
+
+    So what a model draws, such as dropout that is active in eval mode, does not depend on what ran before.
+    """
+    state = VolatileState(model)
+    try:
+        if seed is not None:
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+        yield
+    finally:
+        state.restore()
+
+
+def generators() -> tuple[Any, ...]:
+    """The states of the generators; two are equal where nothing was drawn in between."""
+    numpy_state: Any = np.random.get_state()
+    name, keys, *rest = numpy_state
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    cuda = tuple(bytes(torch.cuda.get_rng_state(device).numpy()) for device in devices)
+    return bytes(torch.get_rng_state().numpy()), cuda, random.getstate(), (name, bytes(keys), *rest)
+
+
+def _set_generators(states: tuple[Any, ...]) -> None:
+    cpu, cuda, python, (name, keys, *rest) = states
+    torch.set_rng_state(_state(cpu))
+    for device, state in enumerate(cuda):
+        torch.cuda.set_rng_state(_state(state), device)
+    random.setstate(python)
+    np.random.set_state((name, np.frombuffer(keys, dtype=np.uint32), *rest))
+
+
+def _state(contents: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(contents), dtype=torch.uint8)
+
+
+def _same(buffer: Tensor, clone: Tensor) -> bool:
+    return bool(torch.eq(buffer, clone).logical_or_((buffer != buffer) & (clone != clone)).all())
+
+
+def _is_plain(buffer: Tensor) -> bool:
+    return buffer.layout == torch.strided and not (buffer.is_meta or buffer.is_inference() or buffer.is_quantized)

@@ -10,11 +10,13 @@ import bisect
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C._autograd import _get_sequence_nr
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -60,6 +62,8 @@ class Ledger(TorchDispatchMode):
         self._packed: dict[int, int] = {}  # bytes of a quantised weight when it is unpacked, by address
         self._events: list[tuple[Allocation, bool]] = []  # came, or went
         self._first = 0
+        self._owned = _owned()
+        self._device_of: Any = None  # the tensor whose device the operator before this one asked for
         self._modules = _RunningModules()
         self.enter("before")
 
@@ -114,6 +118,7 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        func, args, kwargs = self._as_for_plain_tensors(func, args, kwargs)
         out = func(*args, **kwargs)
         packet = func._overloadpacket
         unpacked = None
@@ -128,6 +133,19 @@ class Ledger(TorchDispatchMode):
         if unpacked is not None:
             self._events.append((unpacked, False))
         return out
+
+    def _as_for_plain_tensors(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+        """The operator that autograd calls where no mode runs and no tensor is fake: it writes into what it owns then."""
+        device_of, self._device_of = self._device_of, None
+        if func is _DEVICE:
+            self._device_of = args[0]
+        elif func is _ADD and len(args) == 2 and args[1] is device_of and torch._C._current_graph_task_id() != -1:
+            first, second = args
+            if _fits_into(second, first) and _use_counts(first) == self._owned:
+                return _ADD_IN_PLACE, args, kwargs
+            if _fits_into(first, second) and _use_counts(second) == self._owned:
+                return _ADD_IN_PLACE, (second, first), kwargs
+        return func, args, kwargs
 
     def _owner(self, args: Any) -> str:
         """The module of the parameter that an operator of the update works on."""
@@ -208,6 +226,61 @@ class _RunningModules:
     def _mark(self) -> None:
         self._numbers.append(_get_sequence_nr())
         self._places.append((self._stack[-1] if self._stack else "", self.kind))
+
+
+# The engine sums the gradients of a tensor that is used more than once in InputBuffer::add. It asks for the device of the
+# newer one, then writes into one of the two that nobody else holds; but not into a fake one, nor in a dispatch mode
+# (isTensorSubclassLike), where it makes a third.
+_DEVICE = torch.ops.prim.device.default
+_ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
+
+
+def _fits_into(added: Any, total: Any) -> bool:
+    """Whether a sum in place has the shape, type and layout of one that is not."""
+    return (
+        isinstance(added, Tensor)
+        and isinstance(total, Tensor)
+        and added.shape == total.shape
+        and torch.promote_types(added.dtype, total.dtype) == total.dtype
+        and _is_dense(total)
+    )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements lie side by side in memory, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _use_counts(tensor: Tensor) -> tuple[int, int]:
+    """How many hold the tensor, and its storage, as seen from a dispatch mode."""
+    return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=1)
+def _owned() -> tuple[int, int]:
+    """What `_use_counts` gives for a gradient that the engine alone holds: of a sum in which this is known."""
+    probe = _Probe()
+    with FakeTensorMode(), torch.enable_grad():
+        x = torch.ones(1, requires_grad=True)
+        y = x * 1
+        z = y.sin() + y.cos()
+        with probe:
+            z.backward()
+    return probe.found
+
+
+class _Probe(TorchDispatchMode):
+    found = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _ADD:
+            self.found = _use_counts(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def _rounded(size: int) -> int:

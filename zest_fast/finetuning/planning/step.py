@@ -16,13 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from zest_fast.finetuning.fake_mode import FakeMode, masks_as_in_a_real_step
 from zest_fast.finetuning.planning.batches import cast, make_batch
 from zest_fast.finetuning.planning.blocks import Layout
 from zest_fast.finetuning.planning.ledger import Ledger, Peak
@@ -58,7 +55,7 @@ def dry_step(
     """
     model = copy.deepcopy(skeleton).train()
     weights, autocast = DTYPES[setting.dtype] if setting.dtype else (None, None)
-    with dry() as mode:
+    with dry(batch) as mode:
         with mode:
             fill(model, weights)
             example = make_batch(model, setting) if batch is None else _fake_batch(batch)
@@ -90,16 +87,17 @@ def dry_step(
 
 
 @contextlib.contextmanager
-def dry() -> Iterator[FakeTensorMode]:
+def dry(batch: Any = None) -> Iterator[FakeMode]:
     """A mode in which new tensors are fake. Tensors that a model keeps outside of its buffers stay real and take part.
 
-    The collector of cycles rests meanwhile, whose moments would be chance. Raises ValueError where a model asks for the
+    batch: one with values, by which a real step would leave out masks; None = texts without padding. The collector of cycles rests meanwhile, whose moments would be chance. Raises ValueError where a model asks for the
     value of a tensor.
     """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        yield FakeTensorMode(allow_non_fake_inputs=True)
+        with masks_as_in_a_real_step(batch):
+            yield FakeMode()
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
             f"the model asks for values of tensors ({error}), and a dry run has shapes only; pass a configuration or a "

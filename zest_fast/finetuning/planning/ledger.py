@@ -1,7 +1,8 @@
 """The books of a dry run: every storage that came and went, what it was for, and the FLOPs of every operator.
 
-A TorchDispatchMode sees the result of each operator in forward, backward and the update alike. It does not see scratch
-inside of operators; real steps differ from it by less than 2 % (tests/test_plan.py).
+A TorchDispatchMode sees the result of each operator in forward, backward and the update alike. It does not see what is
+held inside of operators: the large ones of a CPU come by formula (onednn.py). Real steps differ from it by less than 2 %
+(tests/test_plan.py, tests/test_plan_architectures.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from zest_fast.finetuning.flop_formulas import FORMULAS
+from zest_fast.finetuning.planning import onednn
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "loss")
 
@@ -52,10 +54,16 @@ class Peak:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts from its construction on; `start` sets the moment from which on a peak counts."""
+    """Counts from its construction on; `start` sets the moment from which on a peak counts.
 
-    def __init__(self) -> None:
+    on_cpu: whether what oneDNN holds beside the results counts. estimated: the modules of which something was counted
+    by a formula that no tensor shows.
+    """
+
+    def __init__(self, on_cpu: bool = False) -> None:
         super().__init__()
+        self._on_cpu = on_cpu
+        self.estimated: dict[str, None] = {}
         self.phase = "before"
         self.flops: dict[str, int] = {}  #: by phase
         self._open: dict[int, Allocation] = {}  # by address of the storage
@@ -63,7 +71,7 @@ class Ledger(TorchDispatchMode):
         self._events: list[tuple[Allocation, bool]] = []  # came, or went
         self._first = 0
         self._owned = _owned()
-        self._device_of: Any = None  # the tensor whose device the operator before this one asked for
+        self._device_of = 0  # address of the tensor whose device the operator before this one asked for
         self._modules = _RunningModules()
         self.enter("before")
 
@@ -125,21 +133,45 @@ class Ledger(TorchDispatchMode):
         if packet in FORMULAS:
             self.count(FORMULAS[packet](*args, **kwargs, out_val=out))
             unpacked = self._unpack(args) if self._packed else None
+        if self._on_cpu:
+            self._pass_by(onednn.scratch(packet, args), packet.__name__)
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._open:
                 module, kind = self._modules.now()
                 module = self._owner(args) if kind == "optimizer" else module
                 self._enter(tensor, kind, module, packet.__name__)
+        if onednn.is_recurrent(packet):
+            self._hold_recurrent(packet, args, out)
         if unpacked is not None:
             self._events.append((unpacked, False))
         return out
 
+    def _hold_recurrent(self, packet: Any, args: Any, out: Any) -> None:
+        """The workspace, whose fake tensor is empty, and what comes and goes while the layer runs."""
+        x = args[0]
+        mode, hidden = (args[9], args[10]) if packet is _RNN else (args[14], args[15])
+        self.estimated[self._modules.now()[0]] = None
+        if packet is _RNN:
+            workspace = self._open[out[3].untyped_storage()._cdata]
+            workspace.size = _rounded(onednn.recurrent_workspace(x, hidden, mode))
+        if self._on_cpu:
+            gradients = () if packet is _RNN else args[10:13]
+            copies = sum(_size(g) for g in gradients if g is not None and not g.is_contiguous())
+            self._pass_by(copies + onednn.recurrent_scratch(packet, x, hidden, mode), packet.__name__)
+
+    def _pass_by(self, size: int, operator: str) -> None:
+        """Bytes that are there for a moment."""
+        if size:
+            module, kind = self._modules.now()
+            moment = Allocation(_rounded(size), kind, module, self.phase, operator, (size,), torch.uint8)
+            self._events += [(moment, True), (moment, False)]
+
     def _as_for_plain_tensors(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
         """The operator that autograd calls where no mode runs and no tensor is fake: it writes into what it owns then."""
-        device_of, self._device_of = self._device_of, None
+        device_of, self._device_of = self._device_of, 0
         if func is _DEVICE:
-            self._device_of = args[0]
-        elif func is _ADD and len(args) == 2 and args[1] is device_of and torch._C._current_graph_task_id() != -1:
+            self._device_of = args[0]._cdata  # not the tensor: autograd would no longer own it
+        elif func is _ADD and device_of and _is_sum_of_gradients(args, device_of):
             first, second = args
             if _fits_into(second, first) and _use_counts(first) == self._owned:
                 return _ADD_IN_PLACE, args, kwargs
@@ -228,6 +260,8 @@ class _RunningModules:
         self._places.append((self._stack[-1] if self._stack else "", self.kind))
 
 
+_RNN = torch.ops.aten.mkldnn_rnn_layer
+
 # The engine sums the gradients of a tensor that is used more than once in InputBuffer::add. It asks for the device of the
 # newer one, then writes into one of the two that nobody else holds; but not into a fake one, nor in a dispatch mode
 # (isTensorSubclassLike), where it makes a third.
@@ -235,12 +269,19 @@ _DEVICE = torch.ops.prim.device.default
 _ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
 
 
-def _fits_into(added: Any, total: Any) -> bool:
+def _is_sum_of_gradients(args: Any, device_of: int) -> bool:
+    return (
+        len(args) == 2
+        and all(isinstance(x, Tensor) for x in args)
+        and args[1]._cdata == device_of
+        and torch._C._current_graph_task_id() != -1
+    )
+
+
+def _fits_into(added: Tensor, total: Tensor) -> bool:
     """Whether a sum in place has the shape, type and layout of one that is not."""
     return (
-        isinstance(added, Tensor)
-        and isinstance(total, Tensor)
-        and added.shape == total.shape
+        added.shape == total.shape
         and torch.promote_types(added.dtype, total.dtype) == total.dtype
         and _is_dense(total)
     )
@@ -281,6 +322,10 @@ class _Probe(TorchDispatchMode):
         if func is _ADD:
             self.found = _use_counts(args[0])
         return func(*args, **(kwargs or {}))
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _rounded(size: int) -> int:

@@ -1,7 +1,8 @@
 """A training step on fake tensors: shapes and dtypes without contents, so that 7B parameters need no memory.
 
 The step is the real one: the same model code, SelectiveBackward, autograd and optimizer of torch, on tensors that are
-said to be on the CPU (fake CUDA tensors need a CUDA build). Kernels that keep other things on a GPU than on the CPU
+said to be on the CPU (fake CUDA tensors need a CUDA build). What oneDNN holds beside them counts only where the step is
+to run on a CPU. Kernels that keep other things on a GPU than on the CPU
 differ there: dropout keeps a mask of bytes instead of floats, fused attention a smaller statistic.
 """
 
@@ -33,12 +34,16 @@ from zest_fast.profiling.loss import loss_of
 
 @dataclass(frozen=True)
 class Step:
-    """What a dry run found. flops: by phase. trainable: parameters that train. cut: "" without SelectiveBackward."""
+    """What a dry run found. flops: by phase. trainable: parameters that train. cut: "" without SelectiveBackward.
+
+    estimated: modules of which something was counted by a formula, because no tensor shows it.
+    """
 
     peak: Peak
     flops: dict[str, int]
     trainable: int
     cut: str
+    estimated: tuple[str, ...] = ()
 
 
 def dry_step(
@@ -68,7 +73,7 @@ def dry_step(
             parameters = [p for p in model.parameters() if p.requires_grad]
             if not parameters:
                 raise ValueError("nothing would train: no parameter of the model requires a gradient")
-            ledger = Ledger()
+            ledger = Ledger(on_cpu=setting.device == "cpu")
             hold(ledger, model, example, _packed(model, layout, setting))
             ledger.watch(model, layout.head)
             training = _Training(parameters, setting, ledger, {id(p): name for name, p in model.named_parameters()})
@@ -83,7 +88,7 @@ def dry_step(
                 loss.backward()
                 ledger.enter("update")
                 training.update()
-        return Step(ledger.peak(), ledger.flops, sum(p.numel() for p in parameters), cut())
+        return Step(ledger.peak(), ledger.flops, sum(p.numel() for p in parameters), cut(), tuple(ledger.estimated))
 
 
 @contextlib.contextmanager

@@ -281,9 +281,7 @@ def _is_sum_of_gradients(args: Any, device_of: int) -> bool:
 def _fits_into(added: Tensor, total: Tensor) -> bool:
     """Whether a sum in place has the shape, type and layout of one that is not."""
     return (
-        added.shape == total.shape
-        and torch.promote_types(added.dtype, total.dtype) == total.dtype
-        and _is_dense(total)
+        added.shape == total.shape and torch.promote_types(added.dtype, total.dtype) == total.dtype and _is_dense(total)
     )
 
 

@@ -76,7 +76,15 @@ def _pages(size: int) -> int:
 
 
 def _convolution(
-    x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, extra: Any, groups: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    extra: Any,
+    groups: int,
 ) -> int:
     if not _is_blocked(x, weight, stride, padding, dilation, transposed, extra, groups):
         return 0
@@ -100,6 +108,8 @@ def _convolution_backward(
     groups: int,
     mask: Sequence[bool],
 ) -> int:
+    if not transposed and mask[1] and x.dim() == 4 and (_is_channels_last(x) or _is_channels_last(g)):
+        return ((x.numel() if mask[0] else 0) + _grouped_weight(weight, groups)) * x.element_size()
     if not _is_blocked(x, weight, stride, padding, dilation, transposed, extra, groups):
         return 0
     blocked_g = _blocked(g.numel(), g.shape[1], groups)
@@ -107,7 +117,9 @@ def _convolution_backward(
     dx = x.numel() if mask[0] else 0
     found = 0
     if mask[0]:
-        found = max(blocked_g + blocked_w + blocked_x, (2 if max(stride) > 1 and not transposed else 1) * blocked_x + dx)
+        found = max(
+            blocked_g + blocked_w + blocked_x, (2 if max(stride) > 1 and not transposed else 1) * blocked_x + dx
+        )
     if mask[1]:
         few = x.shape[1] < _BLOCK and groups == 1
         found = max(found, dx + (0 if few else blocked_x) + blocked_g + blocked_w)
@@ -149,6 +161,17 @@ def _blocked(numel: int, channels: int, groups: int) -> int:
     if channels % _BLOCK == 0 or channels < _BLOCK or groups not in (1, channels):
         return numel
     return numel // channels * (-(-channels // _BLOCK) * _BLOCK)
+
+
+def _grouped_weight(weight: Tensor, groups: int) -> int:
+    """Entries of a weight's gradient in channels-last order: each group has whole blocks of channels, except where a
+    kernel for depthwise convolutions takes over, of up to three by three.
+    """
+    out, inputs, *kernel = weight.shape
+    if groups == 1 or (inputs == 1 and out == groups and max(kernel) <= 3):
+        return weight.numel()
+    sizes = (-(-size // _BLOCK) * _BLOCK for size in (out // groups, inputs))
+    return groups * math.prod(sizes) * math.prod(kernel)
 
 
 def _blocked_weight(weight: Tensor, groups: int) -> int:

@@ -1,8 +1,8 @@
 """The books of a dry run: every storage that came and went, what it was for, and the FLOPs of every operator.
 
 A TorchDispatchMode sees the result of each operator in forward, backward and the update alike. It does not see what is
-held inside of operators: the large ones of a CPU come by formula (onednn.py). Real steps differ from it by less than 2 %
-(tests/test_plan.py, tests/test_plan_architectures.py).
+held inside of operators: the large ones of a CPU come by formula (onednn.py). Real steps differ from it by less than
+2 % (tests/test_plan.py, tests/test_plan_architectures.py).
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class Ledger(TorchDispatchMode):
             self._events += [(moment, True), (moment, False)]
 
     def _as_for_plain_tensors(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
-        """The operator that autograd calls where no mode runs and no tensor is fake: it writes into what it owns then."""
+        """The operator that autograd calls where no tensor is fake and no mode runs: it writes into what it owns."""
         device_of, self._device_of = self._device_of, 0
         if func is _DEVICE:
             self._device_of = args[0]._cdata  # not the tensor: autograd would no longer own it
@@ -262,8 +262,8 @@ class _RunningModules:
 
 _RNN = torch.ops.aten.mkldnn_rnn_layer
 
-# The engine sums the gradients of a tensor that is used more than once in InputBuffer::add. It asks for the device of the
-# newer one, then writes into one of the two that nobody else holds; but not into a fake one, nor in a dispatch mode
+# The engine sums the gradients of a tensor that is used more than once in InputBuffer::add. It asks for the device of
+# the newer one, then writes into one of the two that nobody else holds; but not into a fake one, nor in a dispatch mode
 # (isTensorSubclassLike), where it makes a third.
 _DEVICE = torch.ops.prim.device.default
 _ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor

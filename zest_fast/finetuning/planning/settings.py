@@ -32,7 +32,8 @@ class Setting:
     """One column of the arguments of `plan`.
 
     layers: names, "all", or None = what requires a gradient now. dtype: None = as the model is. accumulating: gradients
-    of an earlier batch are there when the step begins. device: "cuda", or "cpu", where oneDNN's copies count too. trained_float32: what trains is kept in float32 under autocast.
+    of an earlier batch are there when the step begins. device: "cuda", or "cpu", where oneDNN's copies count too.
+    trained_float32: what trains is kept in float32 under autocast.
     """
 
     layers: tuple[str, ...] | str | None

@@ -95,7 +95,8 @@ def dry_step(
 def dry(batch: Any = None) -> Iterator[FakeMode]:
     """A mode in which new tensors are fake. Tensors that a model keeps outside of its buffers stay real and take part.
 
-    batch: one with values, by which a real step would leave out masks; None = texts without padding. The collector of cycles rests meanwhile, whose moments would be chance. Raises ValueError where a model asks for the
+    batch: one with values, by which a real step would leave out masks; None = texts without padding.
+    The collector of cycles rests meanwhile, whose moments would be chance. Raises ValueError where a model asks for the
     value of a tensor.
     """
     was_enabled = gc.isenabled()

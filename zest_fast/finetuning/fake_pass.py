@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from zest_fast.finetuning.fake_mode import FakeMode, masks_as_in_a_real_step
 from zest_fast.finetuning.flop_formulas import OWN
 from zest_fast.finetuning.frozen_norms import keep_frozen_norms_in_eval
 from zest_fast.profiling.heads import is_language_model
@@ -29,7 +29,7 @@ def faked(model: nn.Module, batch: Any) -> Iterator[Callable[[], Tensor]]:
     """
     modes = [(module, module.training) for module in model.modules()]
     real = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeMode()
     fakes: dict[int, Tensor] = {}  # one for each tensor, so that tied weights stay tied
 
     def fake(tensor: Tensor | None) -> Any:
@@ -48,7 +48,7 @@ def faked(model: nn.Module, batch: Any) -> Iterator[Callable[[], Tensor]]:
                 module._buffers.update({name: fake(tensor) for name, tensor in buffers.items()})
             handles += keep_frozen_norms_in_eval(model)
             model.train()
-            with mode:
+            with masks_as_in_a_real_step(batch), mode:
                 yield loss_of(model, tree_map_only(Tensor, fake, batch), None, None)
         finally:
             for handle in handles:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch  # before the extension: whichever comes first decides which OpenMP runtime both use
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from zest_fast import _native  # type: ignore[attr-defined]
 from zest_fast.kernels.statistics import GradientMoments, Moments
@@ -68,16 +69,19 @@ def silu_gated_backward(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
     """The gradients of gate and up, given that of silu(gate) * up, computed in float32 in one pass.
 
     None unless all three are plain CPU tensors of one shape and type, float32 or bfloat16, with rows that lie dense.
+    Fake ones get fake ones of the same sizes.
     """
     operands = (g, gate, up)
-    if not all(type(x) is Tensor and x.is_cpu and x.dtype == g.dtype and x.shape == g.shape for x in operands):
+    if not all(_is_plain(x) and x.is_cpu and x.dtype == g.dtype and x.shape == g.shape for x in operands):
         return None
-    if not all(map(is_as_it_seems, operands)):
+    if not all(_is_fake(x) or is_as_it_seems(x) for x in operands):
         return None
     strides = [_row_stride(x) for x in operands]
     if g.dtype not in (torch.float32, torch.bfloat16) or None in strides:
         return None
     gradients = (g.new_empty(g.shape), g.new_empty(g.shape))
+    if _is_fake(*operands):
+        return gradients
     columns = g.shape[-1]
     _native.silu_gated_backward(
         [x.data_ptr() for x in (*operands, *gradients)],
@@ -99,6 +103,8 @@ def interval_bits(x: Tensor, low: float, high: float) -> Tensor | None:
     if not _is_dense(x) or x.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         return None
     bits = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    if _is_fake(x):
+        return bits
     _native.interval_bits(
         x.data_ptr(), _DTYPE_NUMBER[x.dtype], x.numel(), low, high, bits.data_ptr(), torch.get_num_threads()
     )
@@ -111,12 +117,23 @@ def masked_into(g: Tensor, bits: Tensor, out: Tensor) -> bool:
     """
     if not all(map(_is_dense, (g, bits, out))) or g.dtype != out.dtype or g.dtype not in _DTYPE_NUMBER:
         return False
+    if _is_fake(g, bits, out):
+        return True
     _native.masked(g.data_ptr(), bits.data_ptr(), g.numel(), g.element_size(), out.data_ptr(), torch.get_num_threads())
     return True
 
 
 def _is_dense(x: Tensor) -> bool:
-    return type(x) is Tensor and x.is_cpu and x.is_contiguous() and is_as_it_seems(x)
+    return _is_plain(x) and x.is_cpu and x.is_contiguous() and (_is_fake(x) or is_as_it_seems(x))
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) is Tensor or type(x) is FakeTensor
+
+
+def _is_fake(*tensors: Tensor) -> bool:
+    """Whether some are: the pass is a plan's then, which needs the results' sizes and has nothing to compute with."""
+    return any(type(x) is FakeTensor for x in tensors)
 
 
 def _row_stride(x: Tensor) -> int | None:

@@ -1,7 +1,8 @@
 """The books of a dry run: every storage that came and went, what it was for, and the FLOPs of every operator.
 
-A TorchDispatchMode sees the result of each operator in forward, backward and the update alike. It does not see scratch
-inside of operators; real steps differ from it by less than 2 % (tests/test_plan.py).
+A TorchDispatchMode sees the result of each operator in forward, backward and the update alike. It does not see what is
+held inside of operators: the large ones of a CPU come by formula (onednn.py). Real steps differ from it by less than
+2 % (tests/test_plan.py, tests/test_plan_architectures.py).
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ import bisect
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C._autograd import _get_sequence_nr
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from zest_fast.finetuning.flop_formulas import FORMULAS
+from zest_fast.finetuning.planning import onednn
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "loss")
 
@@ -50,16 +54,24 @@ class Peak:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts from its construction on; `start` sets the moment from which on a peak counts."""
+    """Counts from its construction on; `start` sets the moment from which on a peak counts.
 
-    def __init__(self) -> None:
+    on_cpu: whether what oneDNN holds beside the results counts. estimated: the modules of which something was counted
+    by a formula that no tensor shows.
+    """
+
+    def __init__(self, on_cpu: bool = False) -> None:
         super().__init__()
+        self._on_cpu = on_cpu
+        self.estimated: dict[str, None] = {}
         self.phase = "before"
         self.flops: dict[str, int] = {}  #: by phase
         self._open: dict[int, Allocation] = {}  # by address of the storage
         self._packed: dict[int, int] = {}  # bytes of a quantised weight when it is unpacked, by address
         self._events: list[tuple[Allocation, bool]] = []  # came, or went
         self._first = 0
+        self._owned = _owned()
+        self._device_of = 0  # address of the tensor whose device the operator before this one asked for
         self._modules = _RunningModules()
         self.enter("before")
 
@@ -114,20 +126,58 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        func, args, kwargs = self._as_for_plain_tensors(func, args, kwargs)
         out = func(*args, **kwargs)
         packet = func._overloadpacket
         unpacked = None
         if packet in FORMULAS:
             self.count(FORMULAS[packet](*args, **kwargs, out_val=out))
             unpacked = self._unpack(args) if self._packed else None
+        if self._on_cpu:
+            self._pass_by(onednn.scratch(packet, args), packet.__name__)
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._open:
                 module, kind = self._modules.now()
                 module = self._owner(args) if kind == "optimizer" else module
                 self._enter(tensor, kind, module, packet.__name__)
+        if onednn.is_recurrent(packet):
+            self._hold_recurrent(packet, args, out)
         if unpacked is not None:
             self._events.append((unpacked, False))
         return out
+
+    def _hold_recurrent(self, packet: Any, args: Any, out: Any) -> None:
+        """The workspace, whose fake tensor is empty, and what comes and goes while the layer runs."""
+        x = args[0]
+        mode, hidden = (args[9], args[10]) if packet is _RNN else (args[14], args[15])
+        self.estimated[self._modules.now()[0]] = None
+        if packet is _RNN:
+            workspace = self._open[out[3].untyped_storage()._cdata]
+            workspace.size = _rounded(onednn.recurrent_workspace(x, hidden, mode))
+        if self._on_cpu:
+            gradients = () if packet is _RNN else args[10:13]
+            copies = sum(_size(g) for g in gradients if g is not None and not g.is_contiguous())
+            self._pass_by(copies + onednn.recurrent_scratch(packet, x, hidden, mode), packet.__name__)
+
+    def _pass_by(self, size: int, operator: str) -> None:
+        """Bytes that are there for a moment."""
+        if size:
+            module, kind = self._modules.now()
+            moment = Allocation(_rounded(size), kind, module, self.phase, operator, (size,), torch.uint8)
+            self._events += [(moment, True), (moment, False)]
+
+    def _as_for_plain_tensors(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+        """The operator that autograd calls where no tensor is fake and no mode runs: it writes into what it owns."""
+        device_of, self._device_of = self._device_of, 0
+        if func is _DEVICE:
+            self._device_of = args[0]._cdata  # not the tensor: autograd would no longer own it
+        elif func is _ADD and device_of and _is_sum_of_gradients(args, device_of):
+            first, second = args
+            if _fits_into(second, first) and _use_counts(first) == self._owned:
+                return _ADD_IN_PLACE, args, kwargs
+            if _fits_into(first, second) and _use_counts(second) == self._owned:
+                return _ADD_IN_PLACE, (second, first), kwargs
+        return func, args, kwargs
 
     def _owner(self, args: Any) -> str:
         """The module of the parameter that an operator of the update works on."""
@@ -208,6 +258,72 @@ class _RunningModules:
     def _mark(self) -> None:
         self._numbers.append(_get_sequence_nr())
         self._places.append((self._stack[-1] if self._stack else "", self.kind))
+
+
+_RNN = torch.ops.aten.mkldnn_rnn_layer
+
+# The engine sums the gradients of a tensor that is used more than once in InputBuffer::add. It asks for the device of
+# the newer one, then writes into one of the two that nobody else holds; but not into a fake one, nor in a dispatch mode
+# (isTensorSubclassLike), where it makes a third.
+_DEVICE = torch.ops.prim.device.default
+_ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
+
+
+def _is_sum_of_gradients(args: Any, device_of: int) -> bool:
+    return (
+        len(args) == 2
+        and all(isinstance(x, Tensor) for x in args)
+        and args[1]._cdata == device_of
+        and torch._C._current_graph_task_id() != -1
+    )
+
+
+def _fits_into(added: Tensor, total: Tensor) -> bool:
+    """Whether a sum in place has the shape, type and layout of one that is not."""
+    return (
+        added.shape == total.shape and torch.promote_types(added.dtype, total.dtype) == total.dtype and _is_dense(total)
+    )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements lie side by side in memory, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _use_counts(tensor: Tensor) -> tuple[int, int]:
+    """How many hold the tensor, and its storage, as seen from a dispatch mode."""
+    return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=1)
+def _owned() -> tuple[int, int]:
+    """What `_use_counts` gives for a gradient that the engine alone holds: of a sum in which this is known."""
+    probe = _Probe()
+    with FakeTensorMode(), torch.enable_grad():
+        x = torch.ones(1, requires_grad=True)
+        y = x * 1
+        z = y.sin() + y.cos()
+        with probe:
+            z.backward()
+    return probe.found
+
+
+class _Probe(TorchDispatchMode):
+    found = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _ADD:
+            self.found = _use_counts(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _rounded(size: int) -> int:

@@ -10,6 +10,7 @@ from zest_fast.finetuning.planning.blocks import GROUPS, Layout
 from zest_fast.finetuning.planning.ledger import KINDS, Allocation
 from zest_fast.finetuning.planning.settings import Setting, dtype_name, memory_bytes
 from zest_fast.finetuning.planning.step import Step
+from zest_fast.profiling.nearest import some
 from zest_fast.profiling.text_table import text_table
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class HeldTensor:
 class Plan:
     """Peak memory and FLOPs of one training step, found by a dry run without weights and without a GPU.
 
-    peak_bytes: of all tensors, once the states of the optimizer exist; without the CUDA context and fragmentation.
+    peak_bytes: of all tensors, once the states of the optimizer exist; without the CUDA context and fragmentation. With
+        setting.device "cpu" the copies that oneDNN makes are in it.
     breakdown: bytes at the peak by kind: weights (buffers included), gradients, optimizer (states, temporaries of the
         update), activations (inputs and temporaries included), loss (logits and what follows them). Sums to peak_bytes.
     groups: the same for embeddings (what stands before the blocks), blocks, head (what stands behind them).
@@ -55,6 +57,7 @@ class Plan:
     peak_phase: forward, backward or update. largest: the largest tensors that the step made and holds at the peak;
     peak_tensor: the first of them, of equals the one that came last: what sets the peak.
     trainable_parameters: how many train. cut: the lowest layer that trains; "" for full fine-tuning.
+    estimated: modules whose kernels keep what no tensor shows (LSTM), counted by a formula; a note says so.
     """
 
     model: str
@@ -71,6 +74,7 @@ class Plan:
     cut: str
     notes: tuple[str, ...] = ()
     purpose: str = "training"
+    estimated: tuple[str, ...] = ()
     _layout: Layout | None = field(default=None, repr=False, compare=False)
     _again: Callable[[Setting], Plan] | None = field(default=None, repr=False, compare=False)
 
@@ -182,7 +186,7 @@ class Plan:
     def __str__(self) -> str:
         lines = [
             f"{self.model}: {_what(self)}, {self.setting.size}, {self.setting.dtype or 'dtype as found'}",
-            f"peak {_size(self.peak_bytes)} of tensors (dry run); fits "
+            f"peak {_size(self.peak_bytes)} of tensors{_place(self.setting)} (dry run); fits "
             + (", ".join(f"{card} GB" for card in self.fits) or f"no card of up to {CARDS[-1]} GB"),
             f"  in {self.peak_phase}, set by {self.peak_tensor}",
             f"{self.flops / 1e12:.3g} TFLOP, {self.flops_by_phase.get('forward', 0) / 1e12:.3g} of them forward",
@@ -230,11 +234,24 @@ def make_plan(
         largest=tuple(largest),
         trainable_parameters=step.trainable,
         cut=step.cut,
-        notes=notes,
+        notes=(*notes, *_notes_on(step, setting)),
         purpose=purpose,
+        estimated=step.estimated,
         _layout=layout,
         _again=again,
     )
+
+
+def _notes_on(step: Step, setting: Setting) -> list[str]:
+    if not step.estimated:
+        return []
+    names = some(map(repr, step.estimated))
+    other = "; what cuDNN keeps differs from that" if setting.device == "cuda" else ""
+    return [f"what the kernels of {names} keep for backward is counted by oneDNN's formula for float32{other}"]
+
+
+def _place(setting: Setting) -> str:
+    return " on the CPU" if setting.device == "cpu" else ""
 
 
 def needed(peak_bytes: int) -> int:

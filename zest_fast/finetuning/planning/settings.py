@@ -32,7 +32,8 @@ class Setting:
     """One column of the arguments of `plan`.
 
     layers: names, "all", or None = what requires a gradient now. dtype: None = as the model is. accumulating: gradients
-    of an earlier batch are there when the step begins. trained_float32: what trains is kept in float32 under autocast.
+    of an earlier batch are there when the step begins. device: "cuda", or "cpu", where oneDNN's copies count too.
+    trained_float32: what trains is kept in float32 under autocast.
     """
 
     layers: tuple[str, ...] | str | None
@@ -46,6 +47,7 @@ class Setting:
     frozen: str | None = None
     head: Any = "auto"
     accumulating: bool = False
+    device: str = "cuda"
     trained_float32: bool = False
 
     def __post_init__(self) -> None:
@@ -53,6 +55,8 @@ class Setting:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: a whole number from 1 on is needed")
+        if self.device not in ("cuda", "cpu"):
+            raise ValueError(f"device={self.device!r} is unknown; 'cuda' or 'cpu' is needed")
         check_optimizer(self.optimizer)
         if self.frozen is not None and self.frozen not in QUANTISED:
             raise ValueError(f"frozen={self.frozen!r} is unknown; None, 'int8' or 'nf4' is needed")

@@ -1,7 +1,8 @@
 """A training step on fake tensors: shapes and dtypes without contents, so that 7B parameters need no memory.
 
 The step is the real one: the same model code, SelectiveBackward, autograd and optimizer of torch, on tensors that are
-said to be on the CPU (fake CUDA tensors need a CUDA build). Kernels that keep other things on a GPU than on the CPU
+said to be on the CPU (fake CUDA tensors need a CUDA build). What oneDNN holds beside them counts only where the step is
+to run on a CPU. Kernels that keep other things on a GPU than on the CPU
 differ there: dropout keeps a mask of bytes instead of floats, fused attention a smaller statistic.
 """
 
@@ -16,13 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from zest_fast.finetuning.fake_mode import FakeMode, masks_as_in_a_real_step
 from zest_fast.finetuning.planning.batches import cast, make_batch
 from zest_fast.finetuning.planning.blocks import Layout
 from zest_fast.finetuning.planning.ledger import Ledger, Peak
@@ -36,12 +34,16 @@ from zest_fast.profiling.loss import loss_of
 
 @dataclass(frozen=True)
 class Step:
-    """What a dry run found. flops: by phase. trainable: parameters that train. cut: "" without SelectiveBackward."""
+    """What a dry run found. flops: by phase. trainable: parameters that train. cut: "" without SelectiveBackward.
+
+    estimated: modules of which something was counted by a formula, because no tensor shows it.
+    """
 
     peak: Peak
     flops: dict[str, int]
     trainable: int
     cut: str
+    estimated: tuple[str, ...] = ()
 
 
 def dry_step(
@@ -58,7 +60,7 @@ def dry_step(
     """
     model = copy.deepcopy(skeleton).train()
     weights, autocast = DTYPES[setting.dtype] if setting.dtype else (None, None)
-    with dry() as mode:
+    with dry(batch) as mode:
         with mode:
             fill(model, weights)
             example = make_batch(model, setting) if batch is None else _fake_batch(batch)
@@ -71,7 +73,7 @@ def dry_step(
             parameters = [p for p in model.parameters() if p.requires_grad]
             if not parameters:
                 raise ValueError("nothing would train: no parameter of the model requires a gradient")
-            ledger = Ledger()
+            ledger = Ledger(on_cpu=setting.device == "cpu")
             hold(ledger, model, example, _packed(model, layout, setting))
             ledger.watch(model, layout.head)
             training = _Training(parameters, setting, ledger, {id(p): name for name, p in model.named_parameters()})
@@ -86,20 +88,22 @@ def dry_step(
                 loss.backward()
                 ledger.enter("update")
                 training.update()
-        return Step(ledger.peak(), ledger.flops, sum(p.numel() for p in parameters), cut())
+        return Step(ledger.peak(), ledger.flops, sum(p.numel() for p in parameters), cut(), tuple(ledger.estimated))
 
 
 @contextlib.contextmanager
-def dry() -> Iterator[FakeTensorMode]:
+def dry(batch: Any = None) -> Iterator[FakeMode]:
     """A mode in which new tensors are fake. Tensors that a model keeps outside of its buffers stay real and take part.
 
+    batch: one with values, by which a real step would leave out masks; None = texts without padding.
     The collector of cycles rests meanwhile, whose moments would be chance. Raises ValueError where a model asks for the
     value of a tensor.
     """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        yield FakeTensorMode(allow_non_fake_inputs=True)
+        with masks_as_in_a_real_step(batch):
+            yield FakeMode()
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
             f"the model asks for values of tensors ({error}), and a dry run has shapes only; pass a configuration or a "

@@ -6,6 +6,8 @@ its own, a bit that says "negated", memory that was freed. An address of 0 would
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,12 @@ def has_storage(x: Tensor) -> bool:
     return (x.storage_offset() + last) * x.element_size() <= storage.nbytes()
 
 
+def is_fake(x: Tensor) -> bool:
+    """Whether x is torch's own stand-in for a tensor: a shape without data, as plans are made of."""
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return fake is not None and isinstance(x, fake.FakeTensor)
+
+
 def is_as_it_seems(x: Tensor) -> bool:
     """Whether a kernel may read, and write, x as it lies: has storage, and no bit that changes what it says."""
     return has_storage(x) and not x.is_neg()
@@ -60,7 +68,7 @@ def why_no_storage(x: Tensor) -> str:
         return f"of layout {x.layout}; call .to_dense() first"
     if x.device.type == "meta":
         return "on the meta device and has no data"
-    if kind == "FakeTensor":
+    if is_fake(x):
         return "a FakeTensor, which has a shape but no data; leave the FakeTensorMode"
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         return (

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _calls
 
+from zest_fast.kernels.storage import is_fake
+
 _OWN_MODES = ("torch", "zest_fast")  # modes of these packages watch, place or fake tensors, and leave values alone
 
 
@@ -34,10 +36,7 @@ def is_transformed(x: Tensor) -> bool:
 
 def is_plain(x: object) -> bool:
     """Whether torch's own kernels compute with this tensor; a subclass may do anything."""
-    if type(x) in (Tensor, nn.Parameter):
-        return True
-    fake = sys.modules.get("torch._subclasses.fake_tensor")
-    return fake is not None and isinstance(x, fake.FakeTensor)
+    return type(x) in (Tensor, nn.Parameter) or (isinstance(x, Tensor) and is_fake(x))
 
 
 def is_altered() -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from zest_fast.kernels import DTYPES
-from zest_fast.kernels.storage import has_storage, why_no_storage
+from zest_fast.kernels.storage import has_storage, is_fake, why_no_storage
 from zest_fast.profiling.nearest import nearest
 
 LayerSelection = str | re.Pattern[str] | Iterable[str] | Callable[[str, nn.Module], bool] | None
@@ -90,7 +90,7 @@ def unsupported(p: Tensor) -> str:
         return f"quantised or integer storage ({p.dtype})"
     if p.dtype not in DTYPES:
         return f"{p.dtype} has no gradient statistics"
-    return "" if has_storage(p) else f"its weight is {why_no_storage(p)}"
+    return "" if has_storage(p) or is_fake(p) else f"its weight is {why_no_storage(p)}"
 
 
 def kind_of(module: nn.Module) -> str:

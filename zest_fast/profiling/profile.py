@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from zest_fast import kernels
-from zest_fast.kernels.storage import has_storage, why_no_storage
+from zest_fast.kernels.storage import has_storage, is_fake, why_no_storage
 from zest_fast.profiling.functions import attributes_read, forwards_of, referred
 from zest_fast.profiling.gradient_pass import GradientPass
 from zest_fast.profiling.graph import custom_functions, gradients_of_others, leaves_of
@@ -372,7 +372,7 @@ def _require_usable(modules: dict[str, nn.Module]) -> None:
                     f"parameter {name!r} is a DTensor (fully_shard, tensor parallel): sharded models cannot be "
                     "profiled yet; profile the model before it is sharded, or one process's copy with whole weights"
                 )
-            if type(p) in (Tensor, nn.Parameter) and not has_storage(p):
+            if (type(p) in (Tensor, nn.Parameter) and not has_storage(p)) or is_fake(p):
                 raise ValueError(f"parameter {name!r} is {why_no_storage(p)}")
 
 

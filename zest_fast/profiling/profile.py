@@ -95,7 +95,8 @@ def profile(
         TypeError, ValueError: an argument that does not fit, a model on the meta device, a loss that is not a finite
             scalar or does not depend on the model. The message names the argument or layer.
         RuntimeError: inside ``torch.inference_mode``, or inside another profile of the same model; where the loss of a
-            pass that was run again is another one; where a hook of the backward pass wrote into a large model's weights.
+            pass that was run again is another one; where a hook of the backward pass wrote into weights that are too
+            large for a copy.
         NotImplementedError: TorchScript modules, which take no hooks, and sharded parameters (DTensor), which are not
             done yet.
         Whatever model, loss_fn or closure raise passes through unchanged.
@@ -165,7 +166,7 @@ class _Pass:
         repeated = RepeatedLoss(layer.weight.parameter for layer in self._chosen)
         with torch.enable_grad(), _eager(), kept as state:
             while True:
-                statistics = Statistics(self._needed, self._backend)
+                statistics = Statistics(self._needed, self._backend, state.may_have_written)
                 taps, loss = self._once(compute_loss, routes, statistics, state)
                 repeated.check(loss)
                 revised = taps.revised() if self._backward else None

@@ -20,8 +20,8 @@ _OUTPUT_NAME = ("its output",)
 # Of means over a whole tensor, in which the rounding of a second computation (checkpointing) averages out.
 _AGAIN, _AGAIN_ON_A_GPU = 1e-6, 1e-4
 _OVERWRITTEN = (
-    "fisher undefined: the output was overwritten after the layer had returned it, past autograd (y.data), and is not Y "
-    "any more; act is that of Y"
+    "fisher undefined: the output was overwritten after the layer had returned it, past autograd (y.data), and is not "
+    "Y any more; act is that of Y"
 )
 
 
@@ -45,11 +45,15 @@ class Statistics:
     Args:
         needed: kinds of statistics, as ``zest_fast.profiling.metrics.statistics_needed`` gives them.
         backend: as in ``zest_fast.profile``.
+        may_be_written: whether somebody may have written into an output since the layer returned it.
     """
 
-    def __init__(self, needed: frozenset[str], backend: str) -> None:
+    def __init__(
+        self, needed: frozenset[str], backend: str, may_be_written: Callable[[Tensor], bool] = lambda y: True
+    ) -> None:
         self.needed = needed
         self.backend = backend
+        self._may_be_written = may_be_written
         self.collector = Collector(backend)
         self._outputs: dict[Layer, list[Callable[[], Moments]]] = {}
         self._gradients: dict[Weight, Callable[[], GradientMoments]] = {}
@@ -98,7 +102,7 @@ class Statistics:
 
     def _require_as_returned(self, layer: Layer, y: Tensor) -> None:
         """Notes what tells, once results are there, whether Y is still what the layer returned (see ``finish``)."""
-        if not y.is_nested:
+        if not y.is_nested and self._may_be_written(y):
             (found,) = self.collector.moments([y], _OUTPUT_NAME)
             self._outputs_again.setdefault(layer, []).append((found, _AGAIN if y.is_cpu else _AGAIN_ON_A_GPU))
 

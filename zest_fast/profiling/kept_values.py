@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zest_fast.kernels.storage import has_storage
@@ -78,7 +78,8 @@ class _Kept:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.values, self.version = tensor, tensor.data, tensor._version
         self._identity = storage_of(tensor)
-        self.storage = self._identity if has_storage(tensor) and tensor.numel() else 0
+        plain = type(tensor) is nn.Parameter and tensor.layout == torch.strided  # whose storage was checked before
+        self.storage = self._identity if (plain or has_storage(tensor)) and tensor.numel() else 0
         self.saved = False
 
     def put_back(self) -> None:

@@ -295,12 +295,12 @@ def _require_usable(modules: dict[str, nn.Module]) -> None:
                 raise ValueError(f"parameter {name!r} is on the meta device and has no data; load the weights first")
             if p.is_inference():
                 raise ValueError(f"parameter {name!r} was made under torch.inference_mode and can have no gradient")
-            if hasattr(p, "full_tensor"):
+            if type(p) is not nn.Parameter and hasattr(p, "full_tensor"):
                 raise NotImplementedError(
                     f"parameter {name!r} is a DTensor (fully_shard, tensor parallel): sharded models cannot be "
                     "profiled yet; profile the model before it is sharded, or one process's copy with whole weights"
                 )
-            if type(p) in (Tensor, nn.Parameter) and not has_storage(p):
+            if type(p) is nn.Parameter and not has_storage(p) and p.layout == torch.strided:
                 raise ValueError(f"parameter {name!r} is {why_no_storage(p)}")
 
 

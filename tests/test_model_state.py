@@ -179,7 +179,9 @@ class Overwriting(nn.Module):
 
 
 @pytest.mark.parametrize("metrics", [None, ["fisher", "plain"], ["fisher"]])
-def test_fisher_of_an_output_that_was_overwritten_is_nan_with_its_reason(metrics: list[str] | None) -> None:
+def test_fisher_of_an_output_that_was_overwritten_is_nan_with_its_reason(
+    metrics: list[str] | None, keeping: str
+) -> None:
     """Or right: that of Y as the layer returned it, which is what act sees, too."""
     torch.manual_seed(0)
     model = Overwriting()

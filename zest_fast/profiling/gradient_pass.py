@@ -77,7 +77,6 @@ class GradientPass:
                 outputs=False,
                 gradients=True,
                 output_gradients=False,
-                keep_outputs=False,
             )
 
         def once(taps: Taps) -> Tensor:
@@ -104,7 +103,7 @@ class _Receiver:
     def weight_gradient(self, weight: Weight, dw: Tensor) -> None:
         self._receive(weight, dw.detach())
 
-    def linear(self, layer: Layer, x: Tensor, g: Tensor, y: Callable[[], Tensor]) -> None:
+    def linear(self, layer: Layer, x: Tensor, g: Tensor) -> None:
         assert self._receive_factors is not None  # without it no weight is on the tile route
         self._receive_factors(layer.weight, *linear_gradient_factors(layer.module, x, g))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor, torch.dtype, torch.device, torch.Size)
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
+_COMMON = frozenset({bool, int, float, str, type(None)})
 _LONGEST = 4096  # entries of a container that is kept: a table of that many is no state of a forward
 _OF_TORCH = frozenset(vars(nn.Module()))
 
@@ -33,7 +35,7 @@ class KeptAttributes:
             attributes = vars(module)
             self._before.append((attributes, attributes.copy()))
             for name, value in attributes.items():
-                if name not in _OF_TORCH:
+                if name not in _OF_TORCH and type(value) not in _COMMON:
                     self._look_at(value)
         self.tensors = list({id(tensor): tensor for tensor in self.tensors}.values())
 
@@ -50,6 +52,12 @@ class KeptAttributes:
     def restore(self) -> None:
         """Puts back what has changed."""
         for now, before in self._before:
+            if (
+                len(now) == len(before)
+                and all(map(operator.is_, now.values(), before.values()))
+                and now.keys() == before.keys()
+            ):
+                continue  # the usual case: the same keys in the same order
             changed = [name for name, value in before.items() if now.get(name, _NOTHING) is not value]
             for name in changed:
                 if name not in _OF_TORCH and _is_plain(before[name]):

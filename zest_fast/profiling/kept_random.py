@@ -19,11 +19,17 @@ class KeptRandom:
     Args:
         parameters: of the model; they tell the CUDA devices.
         objects: attributes of modules, generators among them.
-        functions: what runs the model: generators in their closures and among the globals that they name are kept.
+        functions: what runs the model: generators in their closures and among the globals that they name are kept, and
+            those of functions that they refer to in turn.
+        forwards: of modules; as functions, but without what they refer to in turn.
     """
 
     def __init__(
-        self, parameters: Iterable[Tensor], objects: Iterable[Any], functions: Iterable[Callable[..., Any]]
+        self,
+        parameters: Iterable[Tensor],
+        objects: Iterable[Any],
+        functions: Iterable[Callable[..., Any]],
+        forwards: Iterable[Callable[..., Any]],
     ) -> None:
         self._cpu = torch.get_rng_state()
         self._cuda = {d: torch.cuda.get_rng_state(d) for d in {p.device for p in parameters} if d.type == "cuda"}
@@ -31,7 +37,10 @@ class KeptRandom:
         numpy = sys.modules.get("numpy")
         self._numpy = numpy.random.get_state() if numpy is not None else None
         held = [value for function in referred(functions) for value in values_in(function)]
-        found = {id(g): g for g in (*objects, *held) if _is_generator(g)}
+        held += [value for function in forwards for value in values_in(function)]
+        candidates = (*objects, *held)
+        kinds = {kind for kind in {type(value) for value in candidates} if _is_generator(kind)}
+        found = {id(g): g for g in candidates if type(g) in kinds}
         self._own = [(g, _state(g)) for g in found.values()]
 
     def restore(self) -> None:
@@ -46,11 +55,10 @@ class KeptRandom:
             _set_state(generator, state)
 
 
-def _is_generator(value: Any) -> bool:
+def _is_generator(kind: type) -> bool:
     numpy = sys.modules.get("numpy")
-    return isinstance(value, torch.Generator | random.Random) or (
-        numpy is not None and isinstance(value, numpy.random.Generator | numpy.random.RandomState)
-    )
+    own = () if numpy is None else (numpy.random.Generator, numpy.random.RandomState)
+    return issubclass(kind, (torch.Generator, random.Random, *own))
 
 
 def _state(generator: Any) -> Any:

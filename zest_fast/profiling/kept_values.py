@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zest_fast.kernels.storage import has_storage
@@ -44,7 +44,7 @@ class KeptValues:
     def about_to_write(self, tensor: Tensor) -> None:
         """Copies what lies in the storage of this tensor, once."""
         if self._by_storage:
-            group = self._by_storage.pop(_storage_of(tensor), None)
+            group = self._by_storage.pop(storage_of(tensor), None)
             for kept in group or ():  # one by one: they may be of several types
                 kept.saved = True
                 self._copies.append(([kept], _joined([kept])))
@@ -77,12 +77,14 @@ class _Kept:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.values, self.version = tensor, tensor.data, tensor._version
-        self.storage = _storage_of(tensor) if has_storage(tensor) and tensor.numel() else 0
+        self._identity = storage_of(tensor)
+        plain = type(tensor) is nn.Parameter and tensor.layout == torch.strided  # whose storage was checked before
+        self.storage = self._identity if (plain or has_storage(tensor)) and tensor.numel() else 0
         self.saved = False
 
     def put_back(self) -> None:
         now = self.tensor
-        if _storage_of(now) != _storage_of(self.values) or now.shape != self.values.shape:
+        if storage_of(now) != self._identity or now.shape != self.values.shape:
             now.data = self.values
 
     def write(self, integers: Tensor) -> None:
@@ -104,6 +106,8 @@ class CopyOnWrite(TorchDispatchMode):
     def __init__(self, levels: Iterable[KeptValues]) -> None:
         super().__init__()
         self._levels = list(levels)
+        self.written: set[int] = set()
+        """Storages that were written into, by ``storage_of``."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -114,6 +118,7 @@ class CopyOnWrite(TorchDispatchMode):
             argument = args[position] if position < len(args) else kwargs.get(name)
             for tensor in argument if isinstance(argument, list | tuple) else (argument,):
                 if isinstance(tensor, Tensor):
+                    self.written.add(storage_of(tensor))
                     for level in self._levels:
                         level.about_to_write(tensor)
         return func(*args, **kwargs)
@@ -144,7 +149,7 @@ def _as_integers(x: Tensor) -> Tensor:
     return x.view(_INTEGERS[x.element_size()])
 
 
-def _storage_of(x: Tensor) -> int:
+def storage_of(x: Tensor) -> int:
     """A number for the storage, whatever address it has; 0 of a tensor that has none."""
     try:
         return x.untyped_storage()._cdata

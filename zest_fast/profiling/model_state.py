@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zest_fast.profiling.functions import forwards_of
 from zest_fast.profiling.kept_attributes import KeptAttributes
 from zest_fast.profiling.kept_random import KeptRandom
-from zest_fast.profiling.kept_values import CopyOnWrite, KeptValues
+from zest_fast.profiling.kept_values import CopyOnWrite, KeptValues, storage_of
 from zest_fast.profiling.nearest import some
 
 
@@ -45,6 +45,7 @@ class ModelState(AbstractContextManager["ModelState"]):
         self._keeps_values = values
         self._trainable = {id(p) for p in trainable}
         self._functions = list(functions)
+        self._written: set[int] | None = None
 
     def __enter__(self) -> ModelState:
         modules = self._modules
@@ -66,7 +67,7 @@ class ModelState(AbstractContextManager["ModelState"]):
         self._attributes = KeptAttributes(modules)
         self._own_tensors = [t for t in self._attributes.tensors if id(t) not in buffers and id(t) not in unique]
         self._values = [self._values_now()]
-        self._random = KeptRandom(parameters, self._attributes.objects, [*self._functions, *forwards_of(modules)])
+        self._random = KeptRandom(parameters, self._attributes.objects, self._functions, forwards_of(modules))
         for p in parameters:
             p.grad = None
             if p._post_accumulate_grad_hooks is not None:
@@ -102,10 +103,18 @@ class ModelState(AbstractContextManager["ModelState"]):
         """The function, run so that what it writes into parameters can be restored."""
 
         def run() -> Tensor:
-            with nullcontext() if all(kept.everything for kept in self._values) else CopyOnWrite(self._values):
+            if all(kept.everything for kept in self._values):
+                self._written = None
+                return compute_loss()
+            with CopyOnWrite(self._values) as watching:
+                self._written = watching.written
                 return compute_loss()
 
         return run
+
+    def may_have_written(self, tensor: Tensor) -> bool:
+        """Whether a ``guarded`` forward may have written into this tensor by an alias of it; False is certain."""
+        return self._written is None or storage_of(tensor) in self._written
 
     @contextmanager
     def replaced(self, tensors: Iterable[Tensor], change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:

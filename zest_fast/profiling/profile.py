@@ -26,9 +26,7 @@ from zest_fast.profiling.loss import RepeatedLoss, check_loss, loss_of, require_
 from zest_fast.profiling.metrics import (
     BACKWARD,
     FISHER,
-    NEEDS_TILES,
     OUTPUT,
-    PRODUCT,
     select_metrics,
     statistics_needed,
 )
@@ -98,8 +96,8 @@ def profile(
         TypeError, ValueError: an argument that does not fit, a model on the meta device, a loss that is not a finite
             scalar or does not depend on the model. The message names the argument or layer.
         RuntimeError: inside ``torch.inference_mode``, or inside another profile of the same model; where the loss of a
-            pass that was run again is another one; where a hook of the backward pass wrote into a large model's
-            weights; where another thread ran a backward pass over the model meanwhile.
+            pass that was run again is another one; where a hook of the backward pass wrote into weights that are too
+            large for a copy; where another thread ran a backward pass over the model meanwhile.
         NotImplementedError: TorchScript modules, which take no hooks, and sharded parameters (DTensor), which are not
             done yet.
         Whatever model, loss_fn or closure raise passes through unchanged.
@@ -184,6 +182,7 @@ class _Pass:
             trainable = [layer.weight.parameter for layer in self._chosen] if takes_part else []
             kept = ModelState(self._modules.values(), trainable, self._users_functions, values=True)
             with torch.enable_grad(), _eager(), kept as state:
+                self._state = state
                 try:
                     taps, loss = self._until_it_stands(compute_loss, state, routes)
                 except _GradientInLoss:
@@ -250,7 +249,7 @@ class _Pass:
         return run_until_it_stands(self._taps, once, prepare, routes)
 
     def _taps(self, routes: Routes) -> Taps:
-        self._statistics = Statistics(self._needed, self._backend)
+        self._statistics = Statistics(self._needed, self._backend, self._state.may_have_written)
         return Taps(
             self._chosen,
             self._embeddings,
@@ -260,7 +259,6 @@ class _Pass:
             outputs=bool(self._needed & {OUTPUT, FISHER}),  # for fisher: to see whether Y is still Y in backward
             gradients=self._weight_gradients,
             output_gradients=FISHER in self._needed,
-            keep_outputs=PRODUCT in self._needed and not self._needed & NEEDS_TILES,
         )
 
     def _once(self, taps: Taps, compute_loss: Callable[[], Tensor], state: ModelState) -> Tensor:
@@ -367,7 +365,7 @@ def _require_usable(modules: dict[str, nn.Module]) -> None:
                 raise ValueError(f"parameter {name!r} is on the meta device and has no data; load the weights first")
             if p.is_inference():
                 raise ValueError(f"parameter {name!r} was made under torch.inference_mode and can have no gradient")
-            if hasattr(p, "full_tensor"):
+            if type(p) is not nn.Parameter and hasattr(p, "full_tensor"):
                 raise NotImplementedError(
                     f"parameter {name!r} is a DTensor (fully_shard, tensor parallel): sharded models cannot be "
                     "profiled yet; profile the model before it is sharded, or one process's copy with whole weights"

@@ -41,11 +41,15 @@ class Statistics:
     Args:
         needed: kinds of statistics, as ``zest_fast.profiling.metrics.statistics_needed`` gives them.
         backend: as in ``zest_fast.profile``.
+        may_be_written: whether somebody may have written into an output since the layer returned it.
     """
 
-    def __init__(self, needed: frozenset[str], backend: str) -> None:
+    def __init__(
+        self, needed: frozenset[str], backend: str, may_be_written: Callable[[Tensor], bool] = lambda y: True
+    ) -> None:
         self.needed = needed
         self.backend = backend
+        self._may_be_written = may_be_written
         self.collector = Collector(backend)
         self._outputs: dict[Layer, list[Callable[[], Moments]]] = {}
         self._gradients: dict[Weight, Callable[[], GradientMoments]] = {}
@@ -71,7 +75,7 @@ class Statistics:
         self._outputs.setdefault(layer, []).extend(self.collector.moments([y], _OUTPUT_NAME))
 
     @_naming_the_layer
-    def linear(self, layer: Layer, x: Tensor, g: Tensor, y: Callable[[], Tensor]) -> None:
+    def linear(self, layer: Layer, x: Tensor, g: Tensor) -> None:
         # ΣW⊙dW = Σ(x·w)⊙G holds for products before rounding: in half precision tiles are nearer to the truth.
         rounded = PRODUCT in self.needed and g.dtype.itemsize < 4
         if NEEDS_TILES & self.needed or x.dtype != g.dtype or rounded:
@@ -106,7 +110,7 @@ class Statistics:
 
     def _require_as_returned(self, layer: Layer, y: Tensor) -> None:
         """Notes what tells, once results are there, whether Y is still what the layer returned (see ``finish``)."""
-        if not y.is_nested:
+        if not y.is_nested and self._may_be_written(y):
             (found,) = self.collector.moments([y], _OUTPUT_NAME)
             self._outputs_again.setdefault(layer, []).append((found, _AGAIN if y.is_cpu else _AGAIN_ON_A_GPU))
 

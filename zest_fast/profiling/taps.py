@@ -41,8 +41,8 @@ class Observer(Protocol):
     def output(self, layer: Layer, y: Tensor) -> None:
         """Y of one use, in forward."""
 
-    def linear(self, layer: Layer, x: Tensor, g: Tensor, y: Callable[[], Tensor]) -> None:
-        """X and G of the only use of a linear layer, in backward; y() gives Y."""
+    def linear(self, layer: Layer, x: Tensor, g: Tensor) -> None:
+        """X and G of the only use of a linear layer, in backward."""
 
     def weight_gradient(self, weight: Weight, dw: Tensor) -> None:
         """dW, all uses together."""
@@ -130,7 +130,6 @@ class Taps(AbstractContextManager["Taps"]):
         outputs: whether Y is observed in forward.
         gradients: whether dW is observed.
         output_gradients: whether Y and G are observed in backward.
-        keep_outputs: whether Y of a tiled layer must be kept for ``Observer.linear``.
     """
 
     def __init__(
@@ -144,7 +143,6 @@ class Taps(AbstractContextManager["Taps"]):
         outputs: bool,
         gradients: bool,
         output_gradients: bool,
-        keep_outputs: bool,
     ) -> None:
         self._layers = list(layers)
         self._embeddings = list(embeddings)
@@ -154,7 +152,6 @@ class Taps(AbstractContextManager["Taps"]):
         self._outputs = outputs
         self._gradients = gradients
         self._output_gradients = output_gradients
-        self._keep_outputs = keep_outputs
         self._handles: list[Any] = []
         self._anchor = torch.zeros((), requires_grad=True)
         self._keeper = Keeper(self._anchor)
@@ -465,7 +462,7 @@ class Taps(AbstractContextManager["Taps"]):
             and not is_altered()
             and all(has_output_rule(layer) for layer in layers)
         )
-        keep_y = self._output_gradients or (elsewhere and self._outputs) or (tiled is not None and self._keep_outputs)
+        keep_y = self._output_gradients or (elsewhere and self._outputs)
         state = {
             "x": self._keeper.keep(x) if keep_x else None,  # type: ignore[arg-type]
             "y": self._keeper.keep(kept) if keep_y else None,
@@ -551,7 +548,7 @@ class Taps(AbstractContextManager["Taps"]):
                 return
             tiled.tile_firings += 1
             if tiled.calls == 1:
-                self._observer.linear(layers[0], x, g, y)
+                self._observer.linear(layers[0], x, g)
             else:
                 dw = linear_gradient(layers[0].module, x, g)
                 tiled.dense = dw if tiled.dense is None else tiled.dense.add_(dw)
@@ -629,7 +626,7 @@ def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _is_dense(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.layout == torch.strided and x.dtype in DTYPES and x.dim() > 0
+    return isinstance(x, Tensor) and x.layout == torch.strided and x.dtype in DTYPES and x.dim() > 0 and not x.is_nested
 
 
 def _is_reshaped(base: Tensor, y: Tensor) -> bool:

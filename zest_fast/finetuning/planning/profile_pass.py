@@ -18,10 +18,8 @@ from zest_fast.profiling.loss import loss_of
 from zest_fast.profiling.metrics import (
     BACKWARD,
     FISHER,
-    NEEDS_TILES,
     ON_REQUEST,
     OUTPUT,
-    PRODUCT,
     select_metrics,
     statistics_needed,
 )
@@ -62,7 +60,6 @@ def dry_profile(
             outputs=OUTPUT in needed,
             gradients=with_gradients,
             output_gradients=FISHER in needed,
-            keep_outputs=PRODUCT in needed and not needed & NEEDS_TILES,
         )
         compute_loss = loss_of(model, batch, None, None)
         with ledger, taps:
@@ -83,7 +80,7 @@ class _Mute:
     def output(self, layer: Layer, y: Tensor) -> None:
         """Reduced where it is."""
 
-    def linear(self, layer: Layer, x: Tensor, g: Tensor, y: Callable[[], Tensor]) -> None:
+    def linear(self, layer: Layer, x: Tensor, g: Tensor) -> None:
         entries = x.shape[-1] * g.shape[-1]
         self._ledger.count(2 * (x.numel() // x.shape[-1]) * entries)
         torch.empty(min(4 * entries, _TILE_BYTES) // 4, device="cpu")  # seen by the ledger, and gone again

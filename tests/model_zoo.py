@@ -1389,7 +1389,9 @@ import zoo_implicit  # noqa: E402, F401
 import zoo_objectives  # noqa: E402, F401
 import zoo_patched  # noqa: E402, F401
 import zoo_physics  # noqa: E402, F401
+import zoo_recomputation  # noqa: E402, F401
 import zoo_saved_tensors  # noqa: E402, F401
 import zoo_sequences  # noqa: E402, F401
+import zoo_training_loops  # noqa: E402, F401
 import zoo_weight_losses  # noqa: E402, F401
 import zoo_writes  # noqa: E402, F401

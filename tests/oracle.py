@@ -143,7 +143,9 @@ def recorded(layers: Iterable[nn.Module]) -> Iterator[tuple[dict[nn.Module, Outp
         counting = True
 
     def hook(module: nn.Module, args: tuple, output: object) -> Tensor | None:
-        record = outputs[module]
+        record = outputs.get(module)
+        if record is None:  # a copy of the module that the user made, hooks and all
+            return None
         if not isinstance(output, Tensor) or not output.is_floating_point():
             record.single = False
             return None

@@ -329,6 +329,14 @@ def interrupted(process, when) -> tuple[str, str]:
     return process.communicate(timeout=120)
 
 
+def read_until(process, words) -> None:
+    """Reads lines of stderr up to one with these words; the process must not end before."""
+    seen = []
+    while not seen or words not in seen[-1]:
+        seen.append(process.stderr.readline())
+        assert seen[-1], seen
+
+
 TELLING = """
 import zest_fast.cli.training as training
 from zest_ends_user import *
@@ -365,18 +373,9 @@ def test_ctrl_c_saves_what_was_trained_so_far(home, data) -> None:
 def test_a_second_ctrl_c_ends_at_once(home) -> None:
     """The first is heard in a forward pass that takes a minute."""
     process = start(home, "finetune", "zest_ends_user:Stuck", BATCHES, "--layers", "net.b", "--out", "d.safetensors")
-    seen: list[str] = []
-
-    def running() -> bool:
-        seen.append(process.stderr.readline())  # a user's module prints to stderr
-        return "running" in seen[-1]
-
-    deadline = time.monotonic() + 100
-    while not running():
-        assert time.monotonic() < deadline
+    read_until(process, "running")  # a user's module prints to stderr
     process.send_signal(signal.SIGINT)
-    while "once more ends at once" not in process.stderr.readline():
-        assert time.monotonic() < deadline
+    read_until(process, "once more ends at once")
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode == 130
@@ -404,8 +403,7 @@ def test_ctrl_c_after_the_training_leaves_the_whole_delta(run, home, monkeypatch
 def test_ctrl_c_elsewhere_is_one_line(home, command) -> None:
     words = {"profile": ("--metrics", "snip"), "sweep": ("--out", "s.jsonl")}[command]
     process = start(home, command, "zest_ends_user:Stuck", BATCHES, *words)
-    while "running" not in process.stderr.readline():
-        assert process.poll() is None
+    read_until(process, "running")
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and output == ""

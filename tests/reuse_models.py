@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -202,10 +203,8 @@ class Forgiving(Branch):
     def forward(self, x):
         rare = x.abs().max() > self.threshold
         x = self.first(x)
-        try:
+        with suppress(Exception):
             x = self.extra(x) if rare else x
-        except Exception:
-            pass
         return self.head(self.third(self.second(x.relu()).relu()).relu())
 
 

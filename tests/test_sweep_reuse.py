@@ -175,6 +175,38 @@ def test_what_cannot_be_reused_is_recomputed_and_said_so(name, tmp_path) -> None
     assert compare(make, make_splits(kind), tmp_path)
 
 
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "num_labels": 3}
+TRANSFORMERS = {
+    "BertForSequenceClassification": (TOKENS, "BertConfig", SIZES),
+    "DistilBertForSequenceClassification": (
+        TOKENS, "DistilBertConfig", {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24, "num_labels": 3},
+    ),
+    "ViTForImageClassification": (IMAGES, "ViTConfig", {**SIZES, "image_size": 8, "patch_size": 4, "num_channels": 1}),
+    "SwinForImageClassification": (
+        IMAGES, "SwinConfig",
+        {"image_size": 8, "patch_size": 2, "num_channels": 1, "embed_dim": 8, "depths": [2, 1], "num_heads": [2, 2],
+         "window_size": 2, "num_labels": 3},
+    ),
+    "ConvNextForImageClassification": (
+        IMAGES, "ConvNextConfig",
+        {"num_channels": 1, "patch_size": 2, "hidden_sizes": [8, 8], "depths": [1, 2], "num_stages": 2,
+         "num_labels": 3},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_small_models_of_transformers_reuse_what_lies_below_every_layer(name, tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    kind, config, options = TRANSFORMERS[name]
+    options = {**options, "vocab_size": 40} if kind == TOKENS else options
+
+    def make() -> nn.Module:
+        return getattr(transformers, name)(getattr(transformers, config)(**options))
+
+    assert compare(make, make_splits(kind), tmp_path) == []
+
+
 def with_one_large_row(split: str) -> dict:
     """Small inputs, but for a row that no probe sees: of the score split, or among the training samples."""
     splits = make_splits(VECTORS, (24, 40, 70))

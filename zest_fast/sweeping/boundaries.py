@@ -453,7 +453,8 @@ def _order_of(leaf: Tensor) -> tuple[int, ...]:
         return natural
     if leaf.dim() == 4 and leaf.is_contiguous(memory_format=torch.channels_last):
         return 0, 2, 3, 1
-    return tuple(sorted(natural, key=lambda dim: -leaf.stride(dim)))
+    strides = leaf.stride()
+    return tuple(sorted(natural, key=lambda dim: -strides[dim]))
 
 
 def _equal(ours: Any, theirs: Any) -> bool:
@@ -493,14 +494,14 @@ def what_prevents(call: Call) -> str:
     """Why nothing before this call can be kept, as far as the calls tell; empty where they do not."""
     for step in call.path()[:-1]:
         if step.irregular:
-            return f"the calls inside {step.name or 'the model'!r} differ from batch to batch"
-    before = (
-        sibling for step in call.path()[1:] for sibling in step.parent.children[: step.parent.children.index(step)]
-    )
-    for sibling in before:
-        for inner in _inside(sibling):
-            if inner.reason in _TELLING and not any(child.reason in _TELLING for child in inner.children):
-                return f"{inner.name!r} {inner.reason}"
+            inside = repr(step.name) if step.name else "the model"
+            return f"the calls inside {inside} differ from batch to batch"
+    for step in call.path():
+        siblings = step.parent.children if step.parent is not None else [step]
+        for sibling in siblings[: siblings.index(step)]:
+            for inner in _inside(sibling):
+                if inner.reason in _TELLING and not any(child.reason in _TELLING for child in inner.children):
+                    return f"{inner.name!r} {inner.reason}"
     return ""
 
 

@@ -270,6 +270,8 @@ def test_layers_that_are_made_during_the_pass_are_named() -> None:
     profile = zest_fast.profile(model, data)
     assert profile.names == ["first"]
     assert "made during the pass" in profile.uncovered["second.weight"]
+    assert not hasattr(model, "second")
+    model(data[0])
     assert zest_fast.profile(model, data).names == ["first", "second"]
 
 

@@ -59,7 +59,7 @@ def saved_tensors_are_moved() -> bool:
 class Spectator(Protocol):
     """Who is told of backward passes as they begin and end, on whichever thread."""
 
-    def begins(self, accumulates: bool, inputs: Iterable[Any]) -> Callable[[], None] | None:
+    def begins(self, roots: Any, accumulates: bool, inputs: Iterable[Any]) -> Callable[[], None] | None:
         """A call of ``backward`` (accumulates into ``.grad``) or ``grad``; what is returned is called when it ends."""
 
 
@@ -92,7 +92,7 @@ def _reporting(run: Callable[..., Any]) -> Callable[..., Any]:
     def reporting(*arguments: Any, **options: Any) -> Any:
         inputs = arguments[4] if len(arguments) > 4 else options.get("inputs", ())
         accumulates = bool(options.get("accumulate_grad", False))
-        ends = [spectator.begins(accumulates, inputs) for spectator in tuple(Watching._spectators)]
+        ends = [spectator.begins(arguments[0], accumulates, inputs) for spectator in tuple(Watching._spectators)]
         try:
             return run(*arguments, **options)
         finally:

@@ -56,6 +56,13 @@ def forwards_of(modules: Iterable[nn.Module]) -> Iterator[Callable[..., Any]]:
         yield from (value for value in vars(kind).values() if isinstance(value, FunctionType))
 
 
+def hooks_of(modules: Iterable[nn.Module]) -> Iterator[Callable[..., Any]]:
+    """Their forward hooks and pre-hooks."""
+    for module in modules:
+        yield from module._forward_hooks.values()
+        yield from module._forward_pre_hooks.values()
+
+
 def _plain(function: Any) -> FunctionType | None:
     """The Python function behind a callable."""
     while isinstance(function, functools.partial):

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
-from zest_fast.profiling.graph import gradients_of_others
 from zest_fast.profiling.layer_rules import linear_gradient_factors
 from zest_fast.profiling.layers import Layer, Weight
 from zest_fast.profiling.loss import RepeatedLoss, check_loss
@@ -82,9 +81,8 @@ class GradientPass:
         def once(taps: Taps) -> Tensor:
             with taps:
                 loss = self.loss(compute_loss)
-                repeated.check(loss, taps.routes.takes_part)
-                with gradients_of_others(loss, self._state.parameters):
-                    taps.backward(loss)
+                repeated.check(loss, taps.may_change_the_loss)
+                taps.backward(loss, self._state.parameters)
             return loss
 
         def prepare(routes: Routes) -> None:

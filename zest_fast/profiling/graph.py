@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
 
 
-@contextmanager
-def gradients_of_others(loss: Tensor, parameters: list[Tensor]) -> Iterator[None]:
-    """Tensors that a closure brings along (inputs, another model's weights) keep the .grad that they have."""
-    own = {id(p) for p in parameters}
-    others = [(leaf, leaf.grad) for key, leaf in leaves_of(loss)[0].items() if key not in own]
-    for leaf, _ in others:
-        leaf.grad = None
-    try:
-        yield
-    finally:
-        for leaf, grad in others:
-            leaf.grad = grad
+class OtherGradients(AbstractContextManager["OtherGradients"]):
+    """The ``.grad`` of tensors that are not a model's own, out of the way of a backward pass and put back after it.
+
+    Args:
+        own: parameters of the model, which are left alone.
+    """
+
+    def __init__(self, own: Iterable[Tensor]) -> None:
+        self._own = {id(p) for p in own}
+        self._gradients: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def set_aside(self, roots: Iterable[Any]) -> None:
+        """Those of the leaves in the graphs of these tensors: what reentrant checkpointing hides shows only later."""
+        for root in roots:
+            if not isinstance(root, Tensor):
+                continue
+            for key, leaf in leaves_of(root)[0].items():
+                if key not in self._own and key not in self._gradients:
+                    self._gradients[key] = (leaf, leaf.grad)
+                    leaf.grad = None
+
+    def __exit__(self, *exception: object) -> None:
+        for leaf, gradient in self._gradients.values():
+            leaf.grad = gradient
 
 
 def leaves_of(loss: Tensor) -> tuple[dict[int, Tensor], bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class KeptRandom:
         numpy = sys.modules.get("numpy")
         self._numpy = numpy.random.get_state() if numpy is not None else None
         held = [value for function in referred(functions) for value in values_in(function)]
-        held += [value for function in forwards for value in values_in(function)]
+        held += [value for function in forwards if isinstance(function, FunctionType) for value in values_in(function)]
         candidates = (*objects, *held)
         kinds = {kind for kind in {type(value) for value in candidates} if _is_generator(kind)}
         found = {id(g): g for g in candidates if type(g) in kinds}

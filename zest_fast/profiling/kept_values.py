@@ -144,6 +144,8 @@ def _joined(group: list[_Kept]) -> Tensor:
 
 def _as_integers(x: Tensor) -> Tensor:
     """The bits: a comparison of floats takes -0.0 for 0.0 and NaN for different from itself."""
+    if x.is_neg():
+        x = torch._neg_view(x)  # the same memory without the bit
     if x.is_complex():
         x = torch.view_as_real(x.resolve_conj())
     return x.view(_INTEGERS[x.element_size()])

@@ -120,6 +120,10 @@ def check_loss(loss: Any) -> None:
         )
 
 
+class NotRepeatable(RuntimeError):
+    """A pass that was run again had another loss."""
+
+
 class RepeatedLoss:
     """Compares the losses of one pass that is run several times: all from the same state, they must be the same.
 
@@ -132,7 +136,7 @@ class RepeatedLoss:
         self._first: dict[Any, Tensor] = {}
 
     def check(self, loss: Tensor, of: Any = None) -> None:
-        """Raises RuntimeError where a loss differs from the first one that was handed over.
+        """Raises NotRepeatable, a RuntimeError, where a loss differs from the first one that was handed over.
 
         of: what may change the loss of a run by itself, such as which parameters take part; runs are compared where it
         is the same.
@@ -142,7 +146,7 @@ class RepeatedLoss:
         if a == b or (math.isnan(a) and math.isnan(b)):
             return
         if abs(a - b) > self._tolerance(loss) * max(abs(a), abs(b)):
-            raise RuntimeError(
+            raise NotRepeatable(
                 f"the loss was {a:.9g} in the first run of this pass and {b:.9g} in the next, though the model, its "
                 "buffers and plain attributes, and the random state of torch, NumPy, Python and of generators that "
                 "were found had been rewound: model or closure keeps something else (a data iterator, a counter in a "

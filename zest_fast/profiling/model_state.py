@@ -55,9 +55,14 @@ class ModelState(AbstractContextManager["ModelState"]):
         self._modes = [(module, module.training) for module in modules]
         # The dictionaries, because a model may replace or add buffers; clones, because it may write into them.
         self._registered: list[tuple[dict[str, Any], dict[str, Any]]] = [
-            (own, dict(own)) for module in modules for own in (module._buffers, module._parameters) if own
+            (own, dict(own))
+            for module in modules
+            for own in (module._buffers, module._parameters, module._modules)
+            if own
         ]
-        self._registered += [(module._buffers, {}) for module in modules if not module._buffers]
+        self._registered += [
+            (own, {}) for module in modules for own in (module._buffers, module._parameters, module._modules) if not own
+        ]
         buffers = {id(b): b for module in modules for b in module._buffers.values() if b is not None}
         self._contents = [
             (buffer, buffer.detach().clone())
@@ -88,16 +93,18 @@ class ModelState(AbstractContextManager["ModelState"]):
                 p.requires_grad_(wanted)
 
     @contextmanager
-    def flags_of_the_user(self) -> Iterator[None]:
-        """Every parameter requires a gradient, or not, as it was handed over."""
-        now = [p.requires_grad for p in self.parameters]
+    def as_handed_over(self) -> Iterator[None]:
+        """Every parameter requires a gradient, or not, and has one, or not, as its user has it."""
+        now = [(p.requires_grad, p.grad) for p in self.parameters]
         try:
-            for p, requires_grad, *_ in self._parameters:
+            for p, requires_grad, grad, _ in self._parameters:
                 p.requires_grad_(requires_grad)
+                p.grad = grad
             yield
         finally:
-            for parameter, flag in zip(self.parameters, now, strict=True):
+            for parameter, (flag, gradient) in zip(self.parameters, now, strict=True):
                 parameter.requires_grad_(flag)
+                parameter.grad = gradient
 
     def guarded(self, compute_loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """The function, run so that what it writes into parameters can be restored."""

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from zest_fast import kernels
 from zest_fast.kernels.storage import has_storage, is_fake, why_no_storage
-from zest_fast.profiling.functions import attributes_read, forwards_of, referred
+from zest_fast.profiling.functions import attributes_read, forwards_of, hooks_of, referred
 from zest_fast.profiling.gradient_pass import GradientPass
-from zest_fast.profiling.graph import custom_functions, gradients_of_others, leaves_of
+from zest_fast.profiling.graph import custom_functions, leaves_of
 from zest_fast.profiling.interrupts import HeldInterrupts
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
@@ -136,7 +136,7 @@ def is_being_profiled(module: nn.Module) -> bool:
     return module in _in_progress
 
 
-_WAYS_TO_PARAMETERS = {"parameters", "named_parameters", "_parameters", "weight"}
+_WAYS_TO_PARAMETERS = {"parameters", "named_parameters", "_parameters", "weight", "bias"}
 
 
 class _Pass:
@@ -185,16 +185,19 @@ class _Pass:
                 self._state = state
                 try:
                     taps, loss = self._until_it_stands(compute_loss, state, routes)
-                except _GradientInLoss:
-                    self._saves = True
+                except Exception:
+                    if self._saves:
+                        raise
+                    self._saves = True  # a loss that takes gradients itself, or has words with hooks on saved tensors
                     continue
                 statistics = self._statistics
                 statistics.finish(self._chosen)
                 if loss.device.type != "cpu":
                     require_finite(loss, self._model, compute_loss)
-                if routes.own_flags:
+                if self._looks_at_state:
                     self._require_the_same_loss(loss, compute_loss, state)
                 reached = self._reached(taps, loss)
+                made = self._made_during_the_pass()
             if reached is None:
                 # Less than the whole pass cannot tell which layers the loss depends on.
                 self._backward = self._weight_gradients = self._saves = True
@@ -219,13 +222,25 @@ class _Pass:
             trainable=self._trainable_before,
             loss=float(loss.detach()) / loss_scale,
             loss_scale=loss_scale,
-            grown=_size(self._modules) != self._size,
+            made=made,
         )
 
     def _first_routes(self) -> Routes:
         """What reading the user's code tells before the first pass."""
-        read = map(attributes_read, referred([*self._users_functions, *forwards_of(self._modules.values())]))
-        return Routes(own_flags=any("requires_grad" in names and names & _WAYS_TO_PARAMETERS for names in read))
+        modules = self._modules.values()
+        functions = referred([*self._users_functions, *forwards_of(modules), *hooks_of(modules)])
+        read = [names for names in map(attributes_read, functions) if names & _WAYS_TO_PARAMETERS]
+        own_flags = any("requires_grad" in names for names in read)
+        self._looks_at_state = own_flags or any("grad" in names for names in read)
+        return Routes(own_flags=own_flags)
+
+    def _made_during_the_pass(self) -> list[str]:
+        """Parameters of two or more dimensions that the model did not have before."""
+        if _size(self._modules) == self._size:
+            return []
+        known = {id(layer.weight.parameter) for layer in self._every_layer}
+        layers = find_layers(dict(self._model.named_modules()))
+        return [layer.parameter_name for layer in layers if id(layer.weight.parameter) not in known]
 
     def _until_it_stands(
         self, compute_loss: Callable[[], Tensor], state: ModelState, routes: Routes
@@ -243,7 +258,7 @@ class _Pass:
 
         def once(taps: Taps) -> Tensor:
             loss = self._once(taps, compute_loss, state)
-            repeated.check(loss, taps.routes.takes_part)
+            repeated.check(loss, taps.may_change_the_loss)
             return loss
 
         return run_until_it_stands(self._taps, once, prepare, routes)
@@ -270,23 +285,23 @@ class _Pass:
                 require_finite(loss, self._model, compute_loss)
             if self._backward:
                 state.clear_gradients()  # a loss that runs a backward pass by itself leaves some
-                with gradients_of_others(loss, state.parameters), self._interrupts.interruptible():
-                    taps.backward(loss)
+                with self._interrupts.interruptible():
+                    taps.backward(loss, state.parameters)
         return loss
 
     def _require_the_same_loss(self, loss: Tensor, compute_loss: Callable[[], Tensor], state: ModelState) -> None:
-        """Of code that reads ``requires_grad``: frozen layers take part in the pass, and must not change the loss."""
-        frozen = [layer.name for layer, trainable in self._trainable_before.items() if not trainable]
-        if not frozen:
-            return
+        """Of code that looks at ``requires_grad`` or ``.grad``: what a profile changes there must not change a loss."""
         state.rewind()
-        with state.flags_of_the_user(), self._interrupts.interruptible():
+        with state.as_handed_over(), self._interrupts.interruptible():
             own = float(state.guarded(compute_loss)().detach())
         found = float(loss.detach())
         if not math.isclose(own, found, rel_tol=1e-6):
+            frozen = [layer.name for layer, trainable in self._trainable_before.items() if not trainable]
+            remedy = f"leave the frozen layers ({some(frozen)}) out with layers=, or unfreeze them" if frozen else ""
             raise ValueError(
-                f"the loss depends on requires_grad: it is {own:.6g} as the model was handed over and {found:.6g} "
-                f"where its frozen layers take part ({some(frozen)}); leave them out with layers=, or unfreeze them"
+                f"the loss depends on requires_grad or .grad of parameters: it is {own:.6g} as the model was handed "
+                f"over and {found:.6g} in a profile, where every profiled layer takes part and no gradient is there; "
+                + (remedy or "clear the gradients first (model.zero_grad())")
             )
 
     def _measure(self, request: OnRequest, reached: list[Layer]) -> None:

@@ -7,11 +7,13 @@ from torch import nn
 
 from zest_fast.profiling.heads import find_head
 from zest_fast.profiling.layer_profile import LayerProfile
-from zest_fast.profiling.layers import Layer, find_layers, unsupported
+from zest_fast.profiling.layers import Layer, unsupported
 from zest_fast.profiling.metrics import FISHER, METRICS, OUTPUT
 from zest_fast.profiling.on_request import OnRequest
 from zest_fast.profiling.statistics import Statistics
 from zest_fast.profiling.taps import Taps
+
+_MADE = "it was made during the pass; run a forward pass first, so that it is there"
 
 
 def build_profile(
@@ -28,12 +30,12 @@ def build_profile(
     trainable: dict[Layer, bool],
     loss: float,
     loss_scale: float,
-    grown: bool,
+    made: list[str],
 ) -> LayerProfile:
     """The table of one pass.
 
-    ``reached`` are the rows, ``trainable`` the flags as they were handed over; ``grown``: the pass made modules or
-    parameters.
+    ``reached`` are the rows, ``trainable`` the flags as they were handed over, ``made`` parameters that came with the
+    pass.
     """
     depth = _depth(modules, every_layer, reached, taps)
     rows = sorted(reached, key=depth.__getitem__)
@@ -74,7 +76,7 @@ def build_profile(
         info=info,
         loss=loss,
         backend="+".join(sorted(statistics.collector.used)),
-        uncovered=_uncovered(model, every_layer, chosen, rows, taps, grown),
+        uncovered=_uncovered(every_layer, chosen, rows, taps) | dict.fromkeys(made, _MADE),
     )
 
 
@@ -127,9 +129,7 @@ def _other_weights(layer: Layer, taps: Taps) -> str:
     )
 
 
-def _uncovered(
-    model: nn.Module, every_layer: list[Layer], chosen: list[Layer], rows: list[Layer], taps: Taps, grown: bool
-) -> dict[str, str]:
+def _uncovered(every_layer: list[Layer], chosen: list[Layer], rows: list[Layer], taps: Taps) -> dict[str, str]:
     covered = {id(layer.weight.parameter) for layer in rows}
     was_chosen = set(chosen)
     reasons: dict[str, str] = {}
@@ -146,8 +146,4 @@ def _uncovered(
             embedding = "an embedding; name it in layers= to profile it"
             reason = embedding if layer.is_embedding else "not selected by layers="
         reasons[layer.parameter_name] = reason
-    known = {id(layer.weight.parameter) for layer in every_layer}
-    for layer in find_layers(dict(model.named_modules())) if grown else ():
-        if id(layer.weight.parameter) not in known:
-            reasons[layer.parameter_name] = "it was made during the pass; profile again, now that it is there"
     return reasons

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from zest_fast.kernels import DTYPES
 from zest_fast.profiling.engine import Watching, current_task, is_altered, is_plain, is_transformed
+from zest_fast.profiling.graph import OtherGradients
 from zest_fast.profiling.held import Held, Keeper, Overwritten
 from zest_fast.profiling.layer_rules import has_output_rule, has_tile_rule, linear_gradient, output_again
 from zest_fast.profiling.layers import Layer, Weight
@@ -76,11 +77,6 @@ class Routes:
     """Layers of which calls on other threads are part of the pass: a module may hand its work to a pool."""
     anchored: bool = False
     """Whether outputs of embeddings require a gradient, without which reentrant checkpointing drops what follows."""
-
-    @property
-    def takes_part(self) -> tuple[bool, bool]:
-        """What decides which parameters take part in the loss while it is computed."""
-        return self.tiles, self.own_flags
 
 
 @dataclass(eq=False)
@@ -156,17 +152,24 @@ class Taps(AbstractContextManager["Taps"]):
         self._anchor = torch.zeros((), requires_grad=True)
         self._keeper = Keeper(self._anchor)
         self._thread = threading.get_ident()
+        self._outer = current_task()  # -1 but for a profile within a backward pass of the user's
         self._in_final_backward = False
         self._task: int | None = None  # of the final backward pass
         self._own_passes = 0  # backward passes that run now, in the loss or inside of the final one
         self._searches = 0  # those inside of the final one that accumulate nothing
         self._engine_was_called = False
         self._differentiates = False
+        self._without_graph = (
+            False  # a call with other weights, or frozen ones, would take part if what precedes it did
+        )
+        self._accumulates = False  # the loss runs a backward pass by itself
+        self._others = OtherGradients(())
         self._disturbed = False
         self._lost: set[Layer] = set()
         self._overwritten: set[Layer] = set()
         self._missed: dict[Layer, str] = {}
         self._hook_ids: set[int] = set()
+        self._first_hooks: dict[nn.Module, int] = {}
         self._tapped: set[Layer] = set()
         self._threads: set[Layer] = set()
         self._calls: dict[Layer, int] = {}
@@ -198,15 +201,14 @@ class Taps(AbstractContextManager["Taps"]):
             by_module.setdefault(layer.called_module, []).append(layer)
         for module, layers in by_module.items():
             tiled = self._counts[layers[0].weight] if self._counts[layers[0].weight].tiled else None
-            self._handles.append(module.register_forward_pre_hook(self._before(tiled), with_kwargs=True))
-            self._handles.append(
-                module.register_forward_hook(
-                    self._after(layers, tiled), with_kwargs=True, prepend=True, always_call=tiled is not None
-                )
-            )
+            before, after = ModuleHook(self._before(tiled)), ModuleHook(self._after(layers, tiled))
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handle = module.register_forward_hook(after, with_kwargs=True, prepend=True, always_call=tiled is not None)
+            self._handles.append(handle)
+            self._first_hooks[module] = handle.id
         for module in self._parents:
             if module not in by_module:
-                self._handles.append(module.register_forward_pre_hook(self._count))
+                self._handles.append(module.register_forward_pre_hook(ModuleHook(self._count)))
         if self._gradients:
             for counts in self._counts.values():
                 hook = self._leaf_hook(counts)
@@ -220,16 +222,19 @@ class Taps(AbstractContextManager["Taps"]):
             handle.remove()
         self._handles.clear()
 
-    def begins(self, accumulates: bool, inputs: Iterable[Any]) -> Callable[[], None] | None:
+    def begins(self, roots: Any, accumulates: bool, inputs: Iterable[Any]) -> Callable[[], None] | None:
         """A backward pass begins, perhaps not ours (see ``engine.Watching``)."""
-        if not self._is_own() or (self._in_final_backward and current_task() == -1):
+        if not self._is_own() or (self._in_final_backward and current_task() == self._outer):
             return None  # of another thread, or the final one
         self._engine_was_called = True
         search = self._in_final_backward and not accumulates
-        if search or (
-            not self._in_final_backward and (accumulates or any(id(x) in self._tiled_parameters for x in inputs))
-        ):
+        if not self._in_final_backward:
+            self._differentiates |= accumulates or any(id(x) in self._tiled_parameters for x in inputs)
+            self._accumulates |= accumulates
+        elif search:
             self._differentiates = True
+        else:
+            self._others.set_aside(roots)
         self._own_passes += 1
         self._searches += search
 
@@ -249,18 +254,35 @@ class Taps(AbstractContextManager["Taps"]):
 
     def _is_own_call(self) -> bool:
         """The same of a module's call, which on another thread can only be a recomputation of ours."""
-        return threading.get_ident() == self._thread or (current_task() != -1 and self._is_own())
+        return threading.get_ident() == self._thread or (current_task() != self._outer and self._is_own())
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, parameters: Iterable[Tensor]) -> None:
         """The backward pass, in which gradients are handed to the observer.
 
+        Tensors that are none of ``parameters`` (inputs, another model's weights) keep the ``.grad`` that they have.
+
         Raises:
-            RuntimeError: another thread ran a backward pass over the same weights meanwhile.
+            RuntimeError: another thread ran a backward pass over the same weights meanwhile, or the loss ran one by
+                itself and freed the graph.
         """
+        for counts in self._counts.values():
+            if counts.frozen:  # somebody removed the hook that ends this
+                self._thaw(counts)
+                counts.not_by_tiles = True
         handle = loss.grad_fn.register_prehook(self._note_the_task) if loss.grad_fn is not None else None
-        self._in_final_backward = True
+        self._others = OtherGradients(parameters)
         try:
-            loss.backward()
+            with self._others:
+                self._others.set_aside([loss])
+                self._in_final_backward = True
+                loss.backward()
+        except RuntimeError as error:
+            if self._accumulates and "backward through the graph a second time" in str(error):
+                raise RuntimeError(
+                    "the closure ran backward() on its loss, which freed the graph; let it return the loss as it is "
+                    "(no zero_grad, no backward), as a profile runs the backward pass itself"
+                ) from error
+            raise
         finally:
             self._in_final_backward = False
             if handle is not None:
@@ -294,15 +316,21 @@ class Taps(AbstractContextManager["Taps"]):
             return self._counts[layer.weight].reached
         return bool(self._output_firings.get(layer))
 
-    def revised(self, failed: bool = False) -> Routes | None:
+    @property
+    def may_change_the_loss(self) -> tuple[bool, bool] | None:
+        """What decides which parameters take part, where the loss takes gradients; None where that is all the same."""
+        return (self.routes.tiles, self.routes.own_flags) if self._engine_was_called else None
+
+    def revised(self, failed: Exception | None = None) -> Routes | None:
         """How the pass has to be run again, or None where its result stands.
 
-        failed: the pass ended in an exception; it is run again where what the taps changed may be the reason.
+        failed: how the pass ended; it is run again where what the taps changed may be the reason.
         """
         old = self.routes
-        if failed:
+        if failed is not None:
             new = replace(old, tiles=False, own_flags=True)
-            return new if self._engine_was_called and new != old else None
+            suspect = type(failed).__module__ == "builtins" and not isinstance(failed, MemoryError)
+            return new if suspect and new != old else None
         leaf, until_the_end, unreached_without_grad = set(old.leaf), set(old.until_the_end), False
         for counts in self._counts.values():
             key = id(counts.weight.parameter)
@@ -315,6 +343,7 @@ class Taps(AbstractContextManager["Taps"]):
         new = replace(
             old,
             tiles=old.tiles and not self._differentiates,
+            own_flags=old.own_flags or self._accumulates or self._without_graph or unreached_without_grad,
             leaf=frozenset(leaf),
             until_the_end=frozenset(until_the_end),
             copied=old.copied | self._overwritten | {s for s in self._lost if self._lost_gradient(s)},
@@ -353,6 +382,7 @@ class Taps(AbstractContextManager["Taps"]):
             p.requires_grad  # the user's own code may freeze it for a while
             and torch.is_grad_enabled()
             and module._parameters.get("weight") is p
+            and not p._backward_hooks  # as in _is_tiled; a forward may put one there
             and has_tile_rule(module)  # once more: whoever patches it may do so within the loss
             and _is_dense(x)
             and is_plain(x)
@@ -362,7 +392,7 @@ class Taps(AbstractContextManager["Taps"]):
         )
 
     def _count(self, module: nn.Module, args: Any) -> None:
-        if current_task() == -1 and self._is_own_call():
+        if current_task() == self._outer and self._is_own_call():
             self.order.setdefault(module, len(self.order))
             self.uses[module] = self.uses.get(module, 0) + 1
 
@@ -375,9 +405,12 @@ class Taps(AbstractContextManager["Taps"]):
                 return self._elsewhere(observed, tiled, first_input(args, kwargs), output)
             frozen = tiled is not None and tiled.frozen
             if frozen:
-                tiled.frozen = False  # type: ignore[union-attr]
-                tiled.weight.parameter.requires_grad_(True)  # type: ignore[union-attr]
-            recomputing = current_task() != -1  # or a call of the user's own backward
+                self._thaw(tiled)  # type: ignore[arg-type]
+                if next(iter(module._forward_hooks)) != self._first_hooks[module] or not _is_dense(
+                    first_input(args, kwargs)
+                ):  # what came in or goes out is not what the layer works with
+                    tiled.not_by_tiles = True  # type: ignore[union-attr]
+            recomputing = current_task() != self._outer  # or a call of the user's own backward
             for layer in layers if not recomputing else ():
                 counts = self._counts[layer.weight]
                 counts.calls += 1
@@ -403,6 +436,11 @@ class Taps(AbstractContextManager["Taps"]):
             return self._tap(observed, tiled if frozen else None, first_input(args, kwargs), output, own)
 
         return hook
+
+    @staticmethod
+    def _thaw(tiled: _Counts) -> None:
+        tiled.frozen = False
+        tiled.weight.parameter.requires_grad_(True)
 
     def _elsewhere(self, layers: list[Layer], tiled: _Counts | None, x: Any, output: Any) -> Tensor | None:
         """A call on another thread: somebody else's, unless its gradient turns out to be part of this pass."""
@@ -441,6 +479,7 @@ class Taps(AbstractContextManager["Taps"]):
         result, kept = None, y
         if not y.requires_grad:
             if tiled is None and (self._gradients or not own):
+                self._without_graph = True
                 return None  # nothing here takes part: the weight of a teacher, or one that the user froze meanwhile
             # .data and not .detach(): a version number of its own, since others may keep y and watch over its number.
             y = result = kept = _Anchor.apply(y.data, self._anchor)
@@ -467,7 +506,7 @@ class Taps(AbstractContextManager["Taps"]):
             "x": self._keeper.keep(x) if keep_x else None,  # type: ignore[arg-type]
             "y": self._keeper.keep(kept) if keep_y else None,
         }
-        if current_task() == -1 and not elsewhere:
+        if current_task() == self._outer and not elsewhere:
             self._tapped.update(layers)
         index = source.output_nr
         bias = layers[0].module._parameters.get("bias") if layers else None
@@ -530,6 +569,8 @@ class Taps(AbstractContextManager["Taps"]):
                 return output_again(module, x if x is not None else held_x.get(), g.dtype)
 
         x = None
+        if tiled is not None and tiled.weight.parameter._backward_hooks:  # put there since
+            tiled.not_by_tiles = True
         if held_x is not None and tiled is not None:
             try:
                 x = held_x.get()
@@ -573,6 +614,25 @@ class Taps(AbstractContextManager["Taps"]):
         return hook
 
 
+class ModuleHook:
+    """A hook on a module, without effect in copies and pickles of the module."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ModuleHook, (_do_nothing,)
+
+
+def _do_nothing(*args: Any) -> None:
+    """What a hook does in a copy."""
+
+
 class _Ended:
     """A context that is entered, as a handle among others."""
 
@@ -594,19 +654,22 @@ def run_until_it_stands(
 
     Args:
         make: taps for these routes.
-        once: one pass with these taps -> the loss; what it raises passes through, unless the taps are the reason.
+        once: one pass with these taps -> the loss; what it raises passes through, where it raises it also without what
+            the taps change (weights that are frozen for a call, parameters that do not train).
         prepare: called before each pass: makes everything as it was before the first.
         routes: of the first pass.
     """
+    first_error: Exception | None = None
     while True:
         prepare(routes)
         taps = make(routes)
         try:
             loss = once(taps)
-        except Exception:
-            revised = taps.revised(failed=True)
+        except Exception as error:
+            first_error = first_error or error
+            revised = taps.revised(error)
             if revised is None:
-                raise
+                raise first_error from first_error.__cause__
         else:
             revised = taps.revised()
             if revised is None:
@@ -636,7 +699,7 @@ def _is_reshaped(base: Tensor, y: Tensor) -> bool:
 
 def anchor_outputs(embeddings: Iterable[nn.Module]) -> list[Any]:
     """Hooks that make outputs of embeddings require a gradient: reentrant checkpointing drops what follows else."""
-    return [module.register_forward_hook(_require_grad) for module in embeddings]
+    return [module.register_forward_hook(ModuleHook(_require_grad)) for module in embeddings]
 
 
 def _require_grad(module: nn.Module, args: Any, output: Any) -> None:

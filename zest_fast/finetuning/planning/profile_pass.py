@@ -67,7 +67,7 @@ def dry_profile(
             ledger.start()
             loss = compute_loss()
             ledger.enter("backward")
-            taps.backward(loss)
+            taps.backward(loss, model.parameters())
         return Step(ledger.peak(), ledger.flops, sum(p.numel() for p in trainable.values()), "")
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from zest_fast.finetuning.dependence import tensors_in
+from zest_fast.finetuning.dependence import tensors_in, trains
 from zest_fast.finetuning.first_backward import FirstBackward
 from zest_fast.finetuning.frozen_norms import end_calls
 from zest_fast.finetuning.modules import compiled_modules, modules_of, upwards
@@ -98,7 +98,7 @@ class Cut:
             return forward(*args, **keywords)
         self._first_backward.check()
         own = self._look_at_what_trains()
-        if any(tensor.grad_fn is not None for tensor in tensors_in((args, keywords))):
+        if not self._warned and any(map(trains, tensors_in((args, keywords)))):
             self._warn_of_inputs_that_train()
         thread = get_ident()
         learns = own and self._learning and self._learner is None
@@ -158,13 +158,12 @@ class Cut:
         return True
 
     def _warn_of_inputs_that_train(self) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"an input of {type(self._model).__name__} was computed from something that trains or needs a "
-                "gradient, so backward runs on through the whole model to it; detach the input if it should not",
-                stacklevel=4,
-            )
+        self._warned = True
+        warnings.warn(
+            f"an input of {type(self._model).__name__} was computed from something that trains, so backward runs "
+            "on through the whole model to it; detach the input if it should not",
+            stacklevel=5,
+        )
 
     def _warn_of_a_constant(self, output: Any) -> None:
         found = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
@@ -173,7 +172,7 @@ class Cut:
             warnings.warn(
                 f"the output of {type(self._model).__name__} depends on nothing that was chosen ({names}), so there is "
                 "no gradient; choose layers on its path",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     # Hooks, planned for the parameters that train
@@ -250,8 +249,9 @@ class Cut:
         if torch.compiler.is_compiling() or get_ident() not in self._running:
             return None
         found = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
-        leaves = found and all(tensor.grad_fn is None for tensor in found)
-        if leaves and len(module._forward_hooks) > 1 and _is_marked_by_hooks(module, args):
+        # In this order: of logits that are computed when they are looked at (lean saving), `grad_fn` is such a look.
+        marked = found and len(module._forward_hooks) > 1 and _is_marked_by_hooks(module, args)
+        if marked and all(tensor.grad_fn is None for tensor in found):
             self._warn_of_marks(name, module)
             return _detached(output)
         if found and self._learner == get_ident():
@@ -267,7 +267,7 @@ class Cut:
             f"a hook makes the output of {name!r}, which is frozen, require a gradient. That is taken for the sake of "
             "gradient checkpointing, which does not need it here, and has no effect: to differentiate with respect to "
             "it, compute it before and give it to the model as an input",
-            stacklevel=4,
+            stacklevel=5,
         )
 
     def _learn(self) -> None:

@@ -208,9 +208,8 @@ def load(kind, path):
                 torch.rand(1), np.random.rand(), random.random()
             job = Job()
             before = job.state()
-    return (
-        " ".join(dict.fromkeys(answers)) if len({answer[:5] for answer in answers}) == 1 else f"it depends: {answers}"
-    )
+    # One may be refused and another taken: only a wrapped model has layers of its own that can be other ones.
+    return " ".join(dict.fromkeys(answers))
 
 
 def child(tasks, answers):
@@ -283,7 +282,9 @@ def mutate(kind, count, seed, folder, loader):
         else:
             (edited_delta if kind == "delta" else edited_run)(path, rng, target)
         answer = loader.load(kind, target)
-        if answer != "refused" and (not answer.startswith("taken") or (how == "damaged" and answer != good)):
+        if answer not in ("refused", good) and (
+            how == "damaged" or not answer.startswith(("taken ", "refused taken "))
+        ):
             bad.append((number, how, answer))
         found[how, answer[:7]] = found.get((how, answer[:7]), 0) + 1
     return found, bad

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -134,7 +134,7 @@ class Cut:
         )
 
     def _look_at_what_trains(self) -> bool:
-        """Whether the model's own parameters are in it: `torch.func.functional_call` exchanges them for a pass."""
+        """Whether parameters that train are in their places: `torch.func.functional_call` exchanges them for a pass."""
         frozen = [name for name, parameter in self._chosen.items() if not parameter.requires_grad]
         if frozen:
             raise RuntimeError(
@@ -147,8 +147,10 @@ class Cut:
             self._compiled = compiled
             self._on_compiled(compiled)
             self._unhook([name for name in self._handles if id(self._model.get_submodule(name)) in compiled])
-        if any(module._parameters.get(name) is not parameter for module, name, parameter in self._places):
-            return False
+        for module, name in self._places:
+            there = module._parameters.get(name)
+            if not (isinstance(there, nn.Parameter) and there.requires_grad):  # as those of FSDP2 and of a loaded state
+                return False
         trained = _trained(self._model)
         if len(trained) != len(self._trained) or any(a is not b for a, b in zip(trained, self._trained, strict=True)):
             self._plan(trained)
@@ -328,13 +330,10 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def _places(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Where the chosen parameters are: the module, the name in it, and the parameter."""
-    found = []
-    for path, parameter in chosen.items():
-        owner, _, name = path.rpartition(".")
-        found.append((model.get_submodule(owner), name, parameter))
-    return found
+def _places(model: nn.Module, chosen: Iterable[str]) -> list[tuple[nn.Module, str]]:
+    """Where the chosen parameters are: the module, and the name in it."""
+    parts = (path.rpartition(".") for path in chosen)
+    return [(model.get_submodule(owner), name) for owner, _, name in parts]
 
 
 def _is_marked_by_hooks(module: nn.Module, args: tuple[Any, ...]) -> bool:

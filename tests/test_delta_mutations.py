@@ -30,7 +30,7 @@ from zest_fast.finetuning.run_state import checksum as run_checksum
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 
 DATA = Path(__file__).parent / "data"
-SLOWEST = 5.0  # seconds for an answer
+SLOWEST = 5.0  # seconds of computing for an answer: others may use the machine
 
 
 class Job:
@@ -208,20 +208,19 @@ def load(kind, path):
                 torch.rand(1), np.random.rand(), random.random()
             job = Job()
             before = job.state()
-    return (
-        " ".join(dict.fromkeys(answers)) if len({answer[:5] for answer in answers}) == 1 else f"it depends: {answers}"
-    )
+    # One may be refused and another taken: only a wrapped model has layers of its own that can be other ones.
+    return " ".join(dict.fromkeys(answers))
 
 
 def child(tasks, answers):
     torch.set_num_threads(1)
     while (task := tasks.get()) is not None:
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             answer = load(task[0], Path(task[1]))
         except Exception as error:
             answer = f"cannot be used when it was taken: {type(error).__name__}: {error}"
-        answers.put((answer, time.perf_counter() - began))
+        answers.put((answer, time.process_time() - began))
 
 
 class Child:
@@ -283,7 +282,9 @@ def mutate(kind, count, seed, folder, loader):
         else:
             (edited_delta if kind == "delta" else edited_run)(path, rng, target)
         answer = loader.load(kind, target)
-        if answer != "refused" and (not answer.startswith("taken") or (how == "damaged" and answer != good)):
+        if answer not in ("refused", good) and (
+            how == "damaged" or not answer.startswith(("taken ", "refused taken "))
+        ):
             bad.append((number, how, answer))
         found[how, answer[:7]] = found.get((how, answer[:7]), 0) + 1
     return found, bad

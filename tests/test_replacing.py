@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,25 +104,38 @@ def test_a_new_file_has_the_usual_permissions(tmp_path):
     assert mode_of(tmp_path / "delta") == 0o640
 
 
-def test_what_is_no_file_is_not_replaced(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "folder").mkdir()
-    node = os.stat("/dev/full")
+def special_files(folder):
+    """Not those in /dev: who replaces one of them by mistake, and may, has changed the machine."""
+    os.mkfifo(folder / "pipe")
+    (folder / "folder").mkdir()
+    with socket.socket(socket.AF_UNIX) as unused:
+        unused.bind(str(folder / "socket"))
+    kinds = ["pipe", "folder", "socket"]
+    with contextlib.suppress(PermissionError):  # of those who are not root
+        os.mknod(folder / "device", 0o666 | stat.S_IFCHR, os.makedev(1, 7))  # what /dev/full is
+        kinds.append("device")
+    return kinds
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the path of a socket has to be short
+    kinds = special_files(Path())
+    before = {kind: stat.S_IFMT(os.stat(kind).st_mode) for kind in kinds}
     model = Mlp()
     tuned = SelectiveBackward(model, ["a"])
     optimizer = torch.optim.SGD(tuned.parameters(), lr=0.1)
-    delta = tuned.save(tmp_path / "delta")
-    for path, what in (("/dev/full", "device"), (tmp_path / "pipe", "pipe"), (tmp_path / "folder", "folder")):
+    delta = tuned.save("delta")
+    for kind in kinds:
         for save in (
             tuned.save,
             lambda path: tuned.save_run(path, optimizer),
             lambda path: merge_delta(model, delta, path),
         ):
-            with pytest.raises(OSError, match=f"a {what}, and a .*file is needed to replace it") as caught:
-                save(path)
-            assert caught.value.filename == str(path)
-    assert os.stat("/dev/full").st_rdev == node.st_rdev and (tmp_path / "pipe").is_fifo()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["delta", "folder", "pipe"]
+            with pytest.raises(OSError, match=f"a {kind}, and a .*file is needed to replace it") as caught:
+                save(kind)
+            assert caught.value.filename == kind
+    assert {kind: stat.S_IFMT(os.stat(kind).st_mode) for kind in kinds} == before
+    assert sorted(os.listdir()) == sorted(["delta", *kinds])
 
 
 def test_errors_name_the_file_and_not_the_temporary(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from threading import get_ident
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from zest_fast.finetuning.dependence import tensors_in
+from zest_fast.finetuning.dependence import tensors_in, trains
 from zest_fast.finetuning.first_backward import FirstBackward
 from zest_fast.finetuning.frozen_norms import end_calls
 from zest_fast.finetuning.modules import compiled_modules, modules_of, upwards
@@ -98,7 +98,7 @@ class Cut:
             return forward(*args, **keywords)
         self._first_backward.check()
         own = self._look_at_what_trains()
-        if any(tensor.grad_fn is not None for tensor in tensors_in((args, keywords))):
+        if not self._warned and any(map(trains, tensors_in((args, keywords)))):
             self._warn_of_inputs_that_train()
         thread = get_ident()
         learns = own and self._learning and self._learner is None
@@ -134,7 +134,7 @@ class Cut:
         )
 
     def _look_at_what_trains(self) -> bool:
-        """Whether the model's own parameters are in it: `torch.func.functional_call` exchanges them for a pass."""
+        """Whether parameters that train are in their places: `torch.func.functional_call` exchanges them for a pass."""
         frozen = [name for name, parameter in self._chosen.items() if not parameter.requires_grad]
         if frozen:
             raise RuntimeError(
@@ -147,8 +147,10 @@ class Cut:
             self._compiled = compiled
             self._on_compiled(compiled)
             self._unhook([name for name in self._handles if id(self._model.get_submodule(name)) in compiled])
-        if any(module._parameters.get(name) is not parameter for module, name, parameter in self._places):
-            return False
+        for module, name in self._places:
+            there = module._parameters.get(name)
+            if not (isinstance(there, nn.Parameter) and there.requires_grad):  # as those of FSDP2 and of a loaded state
+                return False
         trained = _trained(self._model)
         if len(trained) != len(self._trained) or any(a is not b for a, b in zip(trained, self._trained, strict=True)):
             self._plan(trained)
@@ -158,13 +160,12 @@ class Cut:
         return True
 
     def _warn_of_inputs_that_train(self) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"an input of {type(self._model).__name__} was computed from something that trains or needs a "
-                "gradient, so backward runs on through the whole model to it; detach the input if it should not",
-                stacklevel=4,
-            )
+        self._warned = True
+        warnings.warn(
+            f"an input of {type(self._model).__name__} was computed from something that trains, so backward runs "
+            "on through the whole model to it; detach the input if it should not",
+            stacklevel=5,
+        )
 
     def _warn_of_a_constant(self, output: Any) -> None:
         found = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
@@ -173,7 +174,7 @@ class Cut:
             warnings.warn(
                 f"the output of {type(self._model).__name__} depends on nothing that was chosen ({names}), so there is "
                 "no gradient; choose layers on its path",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     # Hooks, planned for the parameters that train
@@ -250,8 +251,9 @@ class Cut:
         if torch.compiler.is_compiling() or get_ident() not in self._running:
             return None
         found = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
-        leaves = found and all(tensor.grad_fn is None for tensor in found)
-        if leaves and len(module._forward_hooks) > 1 and _is_marked_by_hooks(module, args):
+        # In this order: of logits that are computed when they are looked at (lean saving), `grad_fn` is such a look.
+        marked = found and len(module._forward_hooks) > 1 and _is_marked_by_hooks(module, args)
+        if marked and all(tensor.grad_fn is None for tensor in found):
             self._warn_of_marks(name, module)
             return _detached(output)
         if found and self._learner == get_ident():
@@ -267,7 +269,7 @@ class Cut:
             f"a hook makes the output of {name!r}, which is frozen, require a gradient. That is taken for the sake of "
             "gradient checkpointing, which does not need it here, and has no effect: to differentiate with respect to "
             "it, compute it before and give it to the model as an input",
-            stacklevel=4,
+            stacklevel=5,
         )
 
     def _learn(self) -> None:
@@ -328,13 +330,10 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def _places(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Where the chosen parameters are: the module, the name in it, and the parameter."""
-    found = []
-    for path, parameter in chosen.items():
-        owner, _, name = path.rpartition(".")
-        found.append((model.get_submodule(owner), name, parameter))
-    return found
+def _places(model: nn.Module, chosen: Iterable[str]) -> list[tuple[nn.Module, str]]:
+    """Where the chosen parameters are: the module, and the name in it."""
+    parts = (path.rpartition(".") for path in chosen)
+    return [(model.get_submodule(owner), name) for owner, _, name in parts]
 
 
 def _is_marked_by_hooks(module: nn.Module, args: tuple[Any, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""The tensors in the arguments and the output of a module."""
+"""Whether an activation depends on something that trains; the tensors in the arguments of a module."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ from typing import Any
 from torch import Tensor, nn
 
 _DEEPEST = 6  # a cache of keys and values: arguments, cache, its layers, a layer, its attributes, a tensor
+
+
+def trains(tensor: Tensor) -> bool:
+    """Whether backward from `tensor` would reach a parameter, and not merely an input that requires a gradient."""
+    pending, seen = [tensor.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(getattr(node, "variable", None), nn.Parameter):
+            return True
+        pending += [parent for parent, _ in node.next_functions]
+    return False
 
 
 def tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:

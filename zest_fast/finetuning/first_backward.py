@@ -30,7 +30,7 @@ class FirstBackward:
             warnings.warn(
                 f"the first backward pass brought no gradient to {missed}: not on the path of this loss; choose other "
                 "layers, unless other batches take another path",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def remove(self) -> None:

@@ -1,4 +1,4 @@
-"""Buffers that a model's own forward pass moves in train mode, whatever is frozen: vectors of spectral norms, codebooks.
+"""Buffers that a model's own forward pass moves in train mode, whatever is frozen, such as those of spectral norms.
 
 That is torch's behaviour and no fault of training.
 """

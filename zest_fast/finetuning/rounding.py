@@ -51,8 +51,8 @@ class Lost:
 
 
 def lost_steps(optimizer: Any, chosen: Mapping[str, nn.Parameter]) -> Lost | None:
-    """What rounding takes from a step of `optimizer`, where that is known: of those like Adam from the rate, of SGD from
-    gradients that are there. None where (nearly) all weights in low precision can move, or nothing is known.
+    """What rounding takes from a step of `optimizer`, where that is known: of those like Adam from the rate, of SGD
+    from gradients that are there. None where (nearly) all weights in low precision can move, or nothing is known.
     """
     while hasattr(getattr(optimizer, "optimizer", None), "param_groups"):  # accelerate's is around another
         optimizer = optimizer.optimizer
@@ -137,8 +137,8 @@ def complaints(samples: Samples, chosen: Mapping[str, nn.Parameter], optimizer: 
     if found is not None and 0 < found[1] < 0.9:  # none at all is an error, said elsewhere
         yield (
             f"only {found[1]:.0%} of the chosen weights in {found[0]} have moved: the steps of the others were rounded "
-            "away, or they had no gradient. Let the chosen layers be float32 (under torch.autocast), raise the rate, or "
-            "take an optimizer with float32 master weights"
+            "away, or they had no gradient. Let the chosen layers be float32 (under torch.autocast), raise the rate, "
+            "or take an optimizer with float32 master weights"
         )
     if optimizer is not None and (lost := lost_steps(optimizer, chosen)) is not None:
         yield str(lost)

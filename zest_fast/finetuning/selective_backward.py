@@ -58,9 +58,9 @@ class SelectiveBackward:
 
     While wrapped, a forward pass makes no graph below the lowest weight that trains (see cut.py), also with gradient
     checkpointing of transformers and its `enable_input_require_grads()`. An input that requires a gradient gets it, and
-    may be differentiated twice; that and whatever else is made to train (an adapter) moves the cut. Choosing a layer that shares its
-    weight with an embedding makes backward run down to the embedding. Batch norm whose parameters are frozen runs in
-    eval mode, also after `model.train()`. The `.grad` of what is frozen is neither read nor cleared.
+    may be differentiated twice; that and whatever else is made to train (an adapter) moves the cut. Choosing a layer
+    that shares its weight with an embedding makes backward run down to the embedding. Batch norm whose parameters are
+    frozen runs in eval mode, also after `model.train()`. The `.grad` of what is frozen is neither read nor cleared.
 
     Compiled code (torch.compile of the wrapped model or of its blocks) has the cut that freezing gives. Ctrl-C waits
     for the end of wrapping, of `.remove()` and of `.resume()`, each of which is done whole or not at all.

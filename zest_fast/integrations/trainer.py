@@ -30,8 +30,8 @@ _log = logging.getLogger("zest_fast")
 class ZestCallback(TrainerCallback):
     """Train only these layers: `Trainer(model=model, callbacks=[ZestCallback(ranking.top(5))], ...)`.
 
-    layers: names, or a Ranking of which the `n` best are taken. head: as in SelectiveBackward, with whose other `options`
-        the model is wrapped.
+    layers: names, or a Ranking of which the `n` best are taken.
+    head: as in SelectiveBackward, with whose other `options` the model is wrapped.
     save_delta: write what trained as zest_delta.safetensors into every checkpoint folder, beside Trainer's own files.
 
     At the end of training what `tuned.verify()` finds is logged (logger "zest_fast"), as a warning where it fails.

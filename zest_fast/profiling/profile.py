@@ -136,7 +136,7 @@ def is_being_profiled(module: nn.Module) -> bool:
     return module in _in_progress
 
 
-_WAYS_TO_PARAMETERS = {"parameters", "named_parameters", "_parameters", "weight", "bias"}
+_WAYS_TO_PARAMETERS = {"parameters", "named_parameters", "get_parameter", "_parameters", "weight", "bias"}
 
 
 class _Pass:

@@ -12,7 +12,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "zest_fast"
 ROOMS = ("kernels", "profiling", "ranking", "finetuning", "sweeping", "integrations", "demo", "cli")
 FREE_OF_TORCH = (
+    "profiling/documents.py",
     "profiling/layer_profile.py",
+    "profiling/parquet_files.py",
     "profiling/profile_files.py",
     "profiling/heat_map.py",
     *(f"ranking/{path.name}" for path in sorted((PACKAGE / "ranking").glob("*.py"))),

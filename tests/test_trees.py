@@ -31,10 +31,14 @@ def table(rows, seed):
     return np.where(chance.uniform(size=values.shape) < 0.3, chance.choice(odd, size=values.shape), values)
 
 
-def grown(seed, rounds=12, **parameters):
+def grown(seed, rounds=12, finite=False, **parameters):
     chance = np.random.default_rng(seed)
     values = table(600, seed)
+    if finite:
+        values[np.isinf(values)] = np.nan
     target = np.nansum(np.where(np.isfinite(values), values, 2.0) * chance.normal(size=len(NAMES)), axis=1)
+    if finite:
+        target = target + 50 * np.isnan(values[:, 0])  # NaN apart from all numbers
     settings = {"objective": "regression", "num_leaves": 15, "min_data_in_leaf": 5, "verbosity": -1, "num_threads": 1}
     data = lightgbm.Dataset(values, label=target, feature_name=NAMES, params={"verbosity": -1})
     return lightgbm.train({**settings, "seed": seed, **parameters}, data, num_boost_round=rounds)
@@ -47,6 +51,7 @@ def grown(seed, rounds=12, **parameters):
         {},
         {"zero_as_missing": True},
         {"use_missing": False},
+        {"finite": True, "min_data_in_leaf": 2, "num_leaves": 40},
         {"monotone_constraints": [1, -1, 0, 0, 0, 0], "num_leaves": 7, "feature_fraction": 0.5},
         {"extra_trees": True, "num_leaves": 60, "min_data_in_leaf": 2},
     ],
@@ -62,6 +67,8 @@ def test_scores_are_those_of_lightgbm_to_the_bit(parameters, seed):
     np.testing.assert_allclose(explain_trees(trees, values), contributions, rtol=0, atol=1e-12)
     if parameters == {}:
         assert {int(kind) for tree in trees for kind in tree.missing} >= {2}
+    if "finite" in parameters:
+        assert "inf" in booster.model_to_string().split("Tree=0")[1]  # all numbers to the left, NaN to the right
     if "zero_as_missing" in parameters:
         assert {int(kind) for tree in trees for kind in tree.missing} >= {1}
         assert len({bool(side) for tree in trees for side in tree.default_left}) == 2

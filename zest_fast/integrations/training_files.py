@@ -333,5 +333,11 @@ def _lora(model: Any, rank: int, targets: list[str] | None, adapter: str) -> nn.
     except ImportError as error:
         raise ImportError(f"planning {adapter} needs peft: pip install peft") from error
     names = "all-linear" if targets is None else targets
-    wrapped: nn.Module = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=names))
+    try:
+        wrapped: nn.Module = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=names))
+    except (ValueError, LookupError, TypeError) as error:  # peft has errors of its own for names that fit nothing
+        raise ValueError(
+            f"{adapter}: peft cannot adapt {shown(', '.join(targets or ['all linear layers']), 200)} "
+            f"({shown(str(error), 300)}); name layers of the model"
+        ) from error
     return wrapped

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from zest_fast.profiling.text_table import printable
+
 
 def nearest(wanted: object, names: Iterable[str], count: int = 3) -> str:
     """The end of an error message: the `names` most like `wanted`, else the first few of them.
@@ -33,6 +35,8 @@ def _quoted(names: list[str]) -> str:
 
 
 def some(names: Iterable[str], most: int = 5) -> str:
-    """The first few names, and how many more there are."""
+    """The first few names, fit to be printed, and how many more there are."""
     names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(printable(name) for name in names[:most]) + (
+        f" and {len(names) - most} more" if len(names) > most else ""
+    )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from zest_fast.profiling.documents import shown
-from zest_fast.ranking.trees import MOST_TREES, Tree
+from zest_fast.ranking.trees import LARGEST, MOST_TREES, Tree
 
 _CATEGORICAL, _DEFAULT_LEFT, _MISSING_SHIFT, _MOST_DECISION = 1, 2, 2, 0b1111
 
@@ -63,7 +63,7 @@ def _tree(number: int, block: str, features: int) -> Tree:
             raise ValueError(f"split_feature: expected columns below {features}, found {int(columns.max())}")
         return Tree(
             features=columns,
-            thresholds=_numbers(keys, "threshold", float),
+            thresholds=np.clip(_numbers(keys, "threshold", float), -LARGEST, LARGEST),  # inf where only NaN goes right
             missing=decisions >> _MISSING_SHIFT,
             default_left=(decisions & _DEFAULT_LEFT) != 0,
             left=_numbers(keys, "left_child", int),

@@ -50,7 +50,7 @@ _NODES, _LEAVES = MOST_LEAVES - 1, MOST_LEAVES
 _CHILDREN = ListOf(Number(-MOST_LEAVES, MOST_LEAVES, integer=True), most=_NODES)
 _TREE = Keys({
     "features": ListOf(Number(0, len(FEATURES) - 1, integer=True), most=_NODES),
-    "thresholds": ListOf(Number(-1e300, 1e300), most=_NODES),
+    "thresholds": ListOf(Number(), most=_NODES),
     "missing": ListOf(Number(0, NAN_IS_MISSING, integer=True), most=_NODES),
     "default_left": ListOf(Number(0, 1, integer=True), most=_NODES),
     "left": _CHILDREN,

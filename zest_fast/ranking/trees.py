@@ -12,6 +12,8 @@ import numpy as np
 MOST_TREES, MOST_LEAVES = 1000, 64
 NOT_MISSING, ZERO_IS_MISSING, NAN_IS_MISSING = 0, 1, 2
 """What a split takes for missing; where NaN is not, it counts as 0."""
+LARGEST = float(np.finfo(np.float64).max)
+"""What an infinity counts as, in a table and as a threshold."""
 _ZERO = float(np.float32(1e-35))  # LightGBM's: what is closer to 0 is 0
 
 
@@ -73,6 +75,7 @@ class Tree:
     def _goes_left(self, values: np.ndarray, node: np.ndarray | int) -> np.ndarray:
         missing, nan = self.missing[node], np.isnan(values)
         values = np.where((nan & (missing != NAN_IS_MISSING)) | (np.abs(values) <= _ZERO), 0.0, values)
+        values = np.clip(values, -LARGEST, LARGEST)
         lacks = ((missing == ZERO_IS_MISSING) & (values == 0)) | ((missing == NAN_IS_MISSING) & nan)
         return np.where(lacks, self.default_left[node], values <= self.thresholds[node])
 

@@ -37,7 +37,7 @@ _IDENTITY = ("model", "dataset", "family", "seed", "layer", "head_state")
 _COLUMNS = {
     **dict.fromkeys(("model", "dataset", "family", "layer", "head_state", "kind"), "strings"),
     **dict.fromkeys(("accuracy", "loss", "head_accuracy", "head_loss"), "numbers"),
-    **dict.fromkeys(_METRICS, "numbers"),
+    **dict.fromkeys(_METRICS, "numbers or nothing"),
     **dict.fromkeys(("seed", "numel", "depth"), "integers"),
     "shape": "lists of integers",
     "head": "flags",
@@ -101,7 +101,8 @@ def _check_columns(table: pyarrow.Table) -> None:
 
     is_kind = {
         "strings": lambda kind: types.is_string(kind) or types.is_large_string(kind),
-        "numbers": lambda kind: types.is_floating(kind) or types.is_integer(kind) or types.is_null(kind),
+        "numbers": lambda kind: types.is_floating(kind) or types.is_integer(kind),
+        "numbers or nothing": lambda kind: types.is_floating(kind) or types.is_integer(kind) or types.is_null(kind),
         "integers": types.is_integer,
         "flags": types.is_boolean,
         "lists of integers": lambda kind: (

@@ -38,12 +38,16 @@ def whole_file(path: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:
 def check_regular(path: str | os.PathLike[str], most: int | None = None) -> None:
     """Raises ValueError where `path` is no regular file (reading a device may never end) or above `most` bytes."""
     found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
-        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-        kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
+    if kind := not_regular(found):
         raise ValueError(f"{os.fspath(path)!r} is {kind}, no regular file; name a file")
     if most is not None and found.st_size > most:
         raise ValueError(f"{os.fspath(path)!r} has {found.st_size:,} bytes, and at most {most:,} are read; split it")
+
+
+def not_regular(found: os.stat_result) -> str:
+    """What something is that is no regular file ("a device"); empty for a file."""
+    kinds = {stat.S_IFREG: "", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(found.st_mode), "a device")
 
 
 def text_of(contents: bytes, encoding: str = "utf-8") -> str:

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from zest_fast.profiling.documents import not_regular
+
 _FULL = re.compile("No space left|File too large|unexpected pos|file write failed")
 _WRITER = re.compile(r"(\d+)-(\d*)\.[0-9a-f]{8}\.tmp")
 _LONGEST = 150  # bytes of the target's name within a temporary's: most file systems end at 255
@@ -63,14 +65,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def check_regular(path: str | os.PathLike[str], to: str = "read") -> None:
     """Raise OSError, naming `path`, where it is there and no regular file: reading from a device need not end."""
     try:
-        mode = os.stat(path).st_mode
+        kind = not_regular(os.stat(path))
     except (FileNotFoundError, NotADirectoryError, ValueError):  # whoever opens it says so
         return
-    if stat.S_ISDIR(mode):
+    if kind == "a folder":
         raise IsADirectoryError(errno.EISDIR, f"a folder, and a file is needed to {to}", os.fspath(path))
-    if not stat.S_ISREG(mode):
-        kind = "pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
-        raise OSError(errno.EINVAL, f"a {kind}, and a regular file is needed to {to}", os.fspath(path))
+    if kind:
+        raise OSError(errno.EINVAL, f"{kind}, and a regular file is needed to {to}", os.fspath(path))
 
 
 def _create(temporary: Path, target: Path) -> int:

@@ -26,8 +26,8 @@ import torch
 from bench.data import IMAGE_SIZE, MODELS
 from bench.markdown import markdown_table
 from bench.measure import write_result
-from zest_fast.finetuning import choose
-from zest_fast.finetuning.step_costs import StepCosts, measured_costs
+from zest_fast.planning import choose
+from zest_fast.planning.step_costs import StepCosts, measured_costs
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.metrics import METRICS
 from zest_fast.ranking.ranking import rank

@@ -45,9 +45,9 @@ from bench.measure import (
 )
 from bench.ranking_baselines import Spectrum
 from bench.spectra import load_spectra
+from zest_fast.foundation.replacing import replacing
 from zest_fast.profiling.loss import call_model
 from zest_fast.profiling.profile import profile
-from zest_fast.profiling.replacing import replacing
 from zest_fast.ranking.ranker import Ranker
 from zest_fast.ranking.ranking import rank
 from zest_fast.sweeping.head import choose_strength, classifier_of, features_of, fit_head

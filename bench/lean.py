@@ -30,8 +30,8 @@ from bench.measure import interleave, median, peak_bytes, ratio, write_result
 from bench.models import TINY, Batch, Case, llama, mobilenetv2, resnet50
 from bench.peers import profiled_layers
 from zest_fast import SelectiveBackward
-from zest_fast.finetuning.lean import apply_lean
-from zest_fast.finetuning.lean_optimizer import adamw
+from zest_fast.lean.apply import apply_lean
+from zest_fast.lean.optimizer import adamw
 
 MIB = 2**20
 CHOSEN = 5

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 import zest_fast
 from bench.measure import RESULTS, ROOT, write_result
-from zest_fast.finetuning.lean_optimizer import adamw, optimizer_in_backward
-from zest_fast.finetuning.plan import plan, plan_profile
+from zest_fast.lean.optimizer import adamw, optimizer_in_backward
+from zest_fast.planning.plan import plan, plan_profile
 
 GIB = 2**30
 LAYERS = 5

@@ -23,10 +23,10 @@ from torch import nn
 
 from bench.measure import write_result
 from bench.real_steps import counted_and_timed_step
-from zest_fast.finetuning.plan import Plan, plan
-from zest_fast.finetuning.planning.batches import make_batch
-from zest_fast.finetuning.planning.blocks import layout_of
-from zest_fast.finetuning.planning.models import named_model
+from zest_fast.planning.batches import make_batch
+from zest_fast.planning.blocks import layout_of
+from zest_fast.planning.plan import Plan, plan
+from zest_fast.planning.skeletons import named_model
 
 LAYERS = 5
 

@@ -46,7 +46,7 @@ from bench.ranking_protocol import (
 from bench.ranking_protocol import __doc__ as PROTOCOL
 from bench.ranking_records import mean_gain, profiles
 from bench.spectra import CACHE, load_spectra
-from zest_fast.profiling.replacing import replacing
+from zest_fast.foundation.replacing import replacing
 from zest_fast.sweeping.tables import SHIPPED, load_records, sweeps_of
 
 MEASURES = ("tau", *(f"top_{n}" for n in TOP))

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import zest_fast
 from bench.measure import peak_bytes
-from zest_fast.finetuning.lean_optimizer import optimizer_in_backward
-from zest_fast.finetuning.planning.optimizers import build_optimizer, is_in_backward
+from zest_fast.lean.optimizer import optimizer_in_backward
+from zest_fast.planning.optimizers import build_optimizer, is_in_backward
 from zest_fast.profiling.layers import find_layers
 
 

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure import interleave, median, ratio, write_result
 from bench.models import Batch, bert, llama
-from zest_fast.finetuning.base import Base
+from zest_fast.finetuning.digests import Base
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 
 BLOCKS, BATCH = 8, 4

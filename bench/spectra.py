@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from bench.data import MODELS
 from bench.measure import RESULTS
+from zest_fast.foundation.replacing import replacing
 from zest_fast.profiling.layers import find_layers
-from zest_fast.profiling.replacing import replacing
 
 CACHE = RESULTS / "spectra.json"
 

@@ -22,7 +22,7 @@ from bench.paper.arms import arm_layers
 from bench.paper.likelihood import accuracy, encode, log_likelihoods, training_batch
 from bench.paper.sources import load
 from bench.paper.tasks import DATASETS, Item
-from zest_fast.integrations.models import load_model
+from zest_fast.integrations.pretrained import load_model
 from zest_fast.ranking.ranking import rank
 
 

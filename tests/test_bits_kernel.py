@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from zest_fast.finetuning.lean_bits import pack, unpack
 from zest_fast.kernels.cpu import interval_bits, masked_into
+from zest_fast.lean.bits import pack, unpack
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16]
 SIZES = [1, 7, 8, 63, 64, 65, 1000, 200_003]  # the last one on several threads

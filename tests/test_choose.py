@@ -16,11 +16,11 @@ from untouched import state_of
 
 import zest_fast
 from bench import choose as bench_choose
-from zest_fast.finetuning import choose as choose_module
-from zest_fast.finetuning.fake_pass import faked, flop_counter
-from zest_fast.finetuning.plan import planned_peak
 from zest_fast.finetuning.selective_backward import SelectiveBackward
-from zest_fast.finetuning.step_costs import costs_of_ranking, measured_costs
+from zest_fast.planning import choose as choose_module
+from zest_fast.planning.fake_pass import faked, flop_counter
+from zest_fast.planning.plan import planned_peak
+from zest_fast.planning.step_costs import costs_of_ranking, measured_costs
 from zest_fast.profiling.loss import loss_of
 
 LAYERS = {f"layer.{place}": score for place, score in enumerate([10.0, 3.0, 9.9, 9.8, 2.0, 9.7, 1.0])}

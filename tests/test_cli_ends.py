@@ -17,7 +17,7 @@ from profiles import make_profile
 from typer.testing import CliRunner
 
 from zest_fast.cli import app
-from zest_fast.finetuning.delta import read_delta
+from zest_fast.finetuning.delta_files import read_delta
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ("profile", "finetune", "rank", "export", "plan", "sweep", "train-ranker", "demo", "doctor")

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from zest_fast.cli import app
 from zest_fast.cli.training import loss_and_predictions
-from zest_fast.integrations.models import load_model
+from zest_fast.integrations.pretrained import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EMOTIONS = {0: "joy", 1: "anger", 2: "fear", 3: "trust", 4: "grief", 5: "pride", 6: "shame"}

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from zest_fast.integrations.datasets import IMAGENET_MEAN, IMAGENET_STD, class_names, make_loaders, open_data
-from zest_fast.integrations.models import LoadedModel, load_model
+from zest_fast.integrations.pretrained import LoadedModel, load_model
 
 LABELS = ["pos", "neg", "pos", "neg", "pos", "pos"]
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, load_model, save_file
 from small_models import Mlp, Recurrent, assert_same, conv_net, images, llama, snapshot, step
 from torch import nn
 
-from zest_fast.finetuning.delta import checksum, hash_tensors, read_delta
-from zest_fast.finetuning.deltas import DeltaSwitch, apply_delta, merge_delta
+from zest_fast.finetuning.delta_files import checksum, hash_tensors, read_delta
+from zest_fast.finetuning.delta_use import DeltaSwitch, apply_delta, merge_delta
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.ranking.ranking import rank
 
@@ -221,7 +221,7 @@ def test_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
         temporary.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("zest_fast.finetuning.delta.save_file", full)
+    monkeypatch.setattr("zest_fast.finetuning.delta_files.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         SelectiveBackward(copy.deepcopy(model).requires_grad_(True), ["a"]).save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

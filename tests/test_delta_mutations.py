@@ -24,8 +24,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from zest_fast.finetuning.delta import checksum as delta_checksum
-from zest_fast.finetuning.deltas import DeltaSwitch, apply_delta, merge_delta
+from zest_fast.finetuning.delta_files import checksum as delta_checksum
+from zest_fast.finetuning.delta_use import DeltaSwitch, apply_delta, merge_delta
 from zest_fast.finetuning.run_state import checksum as run_checksum
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 

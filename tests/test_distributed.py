@@ -5,7 +5,7 @@ import torch
 from small_models import llama
 from torch import distributed, multiprocessing, nn
 
-from zest_fast.finetuning.delta import read_delta
+from zest_fast.finetuning.delta_files import read_delta
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 
 LAYER = "model.layers.2.mlp.down_proj"

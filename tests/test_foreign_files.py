@@ -20,12 +20,12 @@ from profiles import make_profile
 from pyarrow import parquet
 from synthetic_records import make_records, one_profile, profile_of, write_sweep
 
+from zest_fast.foundation.documents import shown
+from zest_fast.foundation.text_table import printable, text_table
 from zest_fast.integrations import datasets
 from zest_fast.integrations.tables import read_table
 from zest_fast.integrations.training_files import plan_training_file
-from zest_fast.profiling.documents import shown
 from zest_fast.profiling.layer_profile import LayerProfile
-from zest_fast.profiling.text_table import printable, text_table
 from zest_fast.ranking.ranker import Ranker
 from zest_fast.ranking.ranking import rank
 from zest_fast.sweeping.records import RecordFile, read_records

@@ -10,11 +10,22 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "zest_fast"
-ROOMS = ("kernels", "profiling", "ranking", "finetuning", "sweeping", "integrations", "demo", "cli")
+ROOMS = (
+    "foundation",
+    "kernels",
+    "profiling",
+    "ranking",
+    "lean",
+    "finetuning",
+    "planning",
+    "sweeping",
+    "integrations",
+    "demo",
+    "cli",
+)
 FREE_OF_TORCH = (
-    "profiling/documents.py",
+    *(f"foundation/{path.name}" for path in sorted((PACKAGE / "foundation").glob("*.py"))),
     "profiling/layer_profile.py",
-    "profiling/parquet_files.py",
     "profiling/profile_files.py",
     "profiling/heat_map.py",
     *(f"ranking/{path.name}" for path in sorted((PACKAGE / "ranking").glob("*.py"))),
@@ -69,3 +80,8 @@ def test_import_loads_neither_transformers_nor_plotting() -> None:
     code = f"import sys, zest_fast; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("folder", [PACKAGE, *(path for path in PACKAGE.rglob("*") if path.is_dir())], ids=str)
+def test_no_room_is_overfull(folder: Path) -> None:
+    assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= 22

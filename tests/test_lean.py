@@ -11,11 +11,13 @@ from torch import nn
 from untouched import changes, state_of
 
 from bench.lean import keeping, measure_block
-from zest_fast.finetuning import lean_bits, lean_loss, lean_norm
-from zest_fast.finetuning.frozen_norms import keep_frozen_norms_in_eval
-from zest_fast.finetuning.lean import apply_lean
-from zest_fast.finetuning.lean_logits import DeferredLogits
 from zest_fast.finetuning.selective_backward import SelectiveBackward
+from zest_fast.lean import bits as lean_bits
+from zest_fast.lean import loss as lean_loss
+from zest_fast.lean import norm as lean_norm
+from zest_fast.lean.apply import apply_lean
+from zest_fast.lean.frozen_norms import keep_frozen_norms_in_eval
+from zest_fast.lean.logits import DeferredLogits
 
 TOLERANCE = 1e-6  # of losses and gradients in float32, relative to the largest entry
 
@@ -370,7 +372,7 @@ def test_compiled_model_is_plain(monkeypatch):
     model = Above(nn.Sequential(nn.Conv2d(3, 4, 3), batch_norm(2).__class__(4).eval(), nn.ReLU()), (2, 3, 7, 7))
     plain = run(model, model.loss)
     with apply_lean(model):
-        monkeypatch.setattr("zest_fast.finetuning.lean_convolution._FrozenConvolution.apply", lambda *_: 1 / 0)
+        monkeypatch.setattr("zest_fast.lean.convolution._FrozenConvolution.apply", lambda *_: 1 / 0)
         compiled = torch.compile(model, backend="eager")
         assert_equal(plain, run(model, lambda: weighted_sum(compiled())))
 

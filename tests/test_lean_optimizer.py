@@ -7,7 +7,7 @@ import torch
 from small_models import Mlp, llama
 from torch import nn
 
-from zest_fast.finetuning.lean_optimizer import adamw, optimizer_in_backward
+from zest_fast.lean.optimizer import adamw, optimizer_in_backward
 
 
 def train(model, batches, make, *, in_backward):

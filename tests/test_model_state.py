@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from untouched import changes, state_of
 
 import zest_fast
-from zest_fast.profiling import kept_values
+from zest_fast.profiling.borrowing import kept_values
 
 torch.manual_seed(0)
 TOKENS, X, Y = torch.randint(9, (5, 3)), torch.randn(5, 4), torch.randint(3, (5,))

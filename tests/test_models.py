@@ -10,9 +10,9 @@ import torch
 import transformers
 from checkpoints import TEXTS, minilm, save_bert, save_lite0, save_llama, save_resnet
 
-from zest_fast.finetuning.plan import plan
-from zest_fast.integrations.models import find_task, load_model
+from zest_fast.integrations.pretrained import find_task, load_model
 from zest_fast.integrations.references import load_function
+from zest_fast.planning.plan import plan
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from untouched import bits, changes, state_of
 
 import zest_fast
 from zest_fast.kernels.agreement import agreement_sums
-from zest_fast.profiling import agreement, grasp
 from zest_fast.profiling.metrics import ALL_METRIC_NAMES, METRIC_NAMES
+from zest_fast.profiling.on_request import agreement, grasp
 
 AGREEMENT = ("agree_dot", "agree_sign", "agree_cos")
 ON_REQUEST = ("grasp", "synflow", *AGREEMENT)

@@ -11,8 +11,8 @@ from torch import nn
 import zest_fast
 from bench.measure import peak_bytes
 from bench.real_steps import upper_half
-from zest_fast.finetuning.plan import plan, planned_peak
-from zest_fast.finetuning.planning.optimizers import build_optimizer
+from zest_fast.planning.optimizers import build_optimizer
+from zest_fast.planning.plan import plan, planned_peak
 from zest_fast.profiling.loss import loss_of
 
 transformers = pytest.importorskip("transformers")

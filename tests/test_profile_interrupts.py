@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from untouched import changes, state_of
 
 import zest_fast
-from zest_fast.profiling.interrupts import HeldInterrupts
+from zest_fast.foundation.interrupts import HeldInterrupts
 
 
 def mlp() -> nn.Sequential:

@@ -16,9 +16,9 @@ from bench import models
 from bench.real_steps import counted_step
 from zest_fast import SelectiveBackward, merge_delta
 from zest_fast.finetuning import selective_backward
-from zest_fast.finetuning.plan import plan
 from zest_fast.finetuning.quantised_formats import FORMATS
 from zest_fast.finetuning.quantised_weights import QuantisedLinear
+from zest_fast.planning.plan import plan
 
 LAYERS = ["model.layers.1.mlp.up_proj", "model.layers.2.self_attn.q_proj"]
 SIZES = {"hidden_size": 64, "intermediate_size": 144, "num_attention_heads": 4}

@@ -16,9 +16,9 @@ import pytest
 import torch
 from small_models import Mlp
 
-from zest_fast.finetuning.deltas import merge_delta
+from zest_fast.finetuning.delta_use import merge_delta
 from zest_fast.finetuning.selective_backward import SelectiveBackward
-from zest_fast.profiling.replacing import replacing
+from zest_fast.foundation.replacing import replacing
 
 
 def mode_of(path):
@@ -33,7 +33,7 @@ def write(path, text="new"):
 WRITER = """
 import sys, time
 from pathlib import Path
-from zest_fast.profiling.replacing import replacing
+from zest_fast.foundation.replacing import replacing
 with replacing(sys.argv[1]) as temporary:
     temporary.write_bytes(bytes(1000))
     temporary.with_name(".tmpAbCdE").write_bytes(bytes(1000))  # as safetensors does it

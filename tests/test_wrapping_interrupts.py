@@ -15,7 +15,7 @@ from untouched import changes, state_of
 
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.finetuning.wrapped_models import refuse_wrapped
-from zest_fast.profiling.interrupts import HeldInterrupts
+from zest_fast.foundation.interrupts import HeldInterrupts
 
 
 class CtrlC:

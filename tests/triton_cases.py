@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from zest_fast import kernels
-from zest_fast.finetuning.lean import apply_lean
 from zest_fast.kernels import reference, triton_kernels
-from zest_fast.kernels.statistics import GradientMoments, Moments
+from zest_fast.kernels.moments import GradientMoments, Moments
+from zest_fast.lean.apply import apply_lean
 
 pytestmark = pytest.mark.skipif(bool(triton_kernels.available()), reason=triton_kernels.available())
 

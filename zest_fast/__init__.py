@@ -28,10 +28,10 @@ __all__ = [
 # OpenMP runtime both use.)
 if TYPE_CHECKING:
     from zest_fast import kernels
-    from zest_fast.finetuning.choose import choose
-    from zest_fast.finetuning.deltas import DeltaSwitch, apply_delta, merge_delta
-    from zest_fast.finetuning.plan import plan
+    from zest_fast.finetuning.delta_use import DeltaSwitch, apply_delta, merge_delta
     from zest_fast.finetuning.selective_backward import SelectiveBackward
+    from zest_fast.planning.choose import choose
+    from zest_fast.planning.plan import plan
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.profiling.profile import profile
     from zest_fast.ranking.ranker import Ranker
@@ -41,17 +41,17 @@ if TYPE_CHECKING:
     from zest_fast.sweeping.tables import load_records
 else:
     _HOMES = {
-        "DeltaSwitch": "zest_fast.finetuning.deltas",
+        "DeltaSwitch": "zest_fast.finetuning.delta_use",
         "LayerProfile": "zest_fast.profiling.layer_profile",
         "Ranker": "zest_fast.ranking.ranker",
         "Ranking": "zest_fast.ranking.ranking",
         "Recipe": "zest_fast.sweeping.recipe",
         "SelectiveBackward": "zest_fast.finetuning.selective_backward",
-        "apply_delta": "zest_fast.finetuning.deltas",
-        "choose": "zest_fast.finetuning.choose",
+        "apply_delta": "zest_fast.finetuning.delta_use",
+        "choose": "zest_fast.planning.choose",
         "load_records": "zest_fast.sweeping.tables",
-        "merge_delta": "zest_fast.finetuning.deltas",
-        "plan": "zest_fast.finetuning.plan",
+        "merge_delta": "zest_fast.finetuning.delta_use",
+        "plan": "zest_fast.planning.plan",
         "profile": "zest_fast.profiling.profile",
         "rank": "zest_fast.ranking.ranking",
         "sweep": "zest_fast.sweeping.sweep",

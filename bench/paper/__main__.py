@@ -23,7 +23,7 @@ from bench.paper.adapters import TASKS, adapter_of
 from bench.paper.arms import ARMS, Run, train_and_evaluate
 from bench.paper.sources import find, load
 from bench.paper.tasks import Recipe
-from zest_fast.integrations.models import load_model
+from zest_fast.integrations.pretrained import load_model
 from zest_fast.profiling.profile import profile
 from zest_fast.ranking.ranking import rank
 

@@ -17,7 +17,7 @@ from torch import nn
 from bench.paper.adapters import Adapter
 from bench.paper.tasks import Recipe
 from zest_fast.finetuning.selective_backward import SelectiveBackward
-from zest_fast.integrations.models import LoadedModel
+from zest_fast.integrations.pretrained import LoadedModel
 from zest_fast.profiling.heads import find_head, is_language_model
 from zest_fast.ranking.ranking import Ranking
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.paper.tasks import DATASETS, DataSet, Item, Labelled
+from zest_fast.foundation.nearest import nearest
 from zest_fast.integrations.tables import read_table
-from zest_fast.profiling.nearest import nearest
 
 
 def find(name: str) -> DataSet:

@@ -10,8 +10,8 @@ import typer
 
 from zest_fast.cli.app import app
 from zest_fast.cli.options import check_readable, check_writable
-from zest_fast.profiling.nearest import nearest
-from zest_fast.profiling.replacing import replacing
+from zest_fast.foundation.nearest import nearest
+from zest_fast.foundation.replacing import replacing
 
 if TYPE_CHECKING:
     from zest_fast.ranking.ranking import Ranking
@@ -73,6 +73,6 @@ def _settings(to: str, ranking: Ranking, top: int, r: int, model: Any) -> str:
 def _load(source: str | None) -> Any:
     if source is None:
         return None
-    from zest_fast.integrations.models import load_model
+    from zest_fast.integrations.pretrained import load_model
 
     return load_model(source).model

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from zest_fast.integrations.datasets import ImageFolder, Loaders, class_names, make_loaders, open_data
-from zest_fast.integrations.models import LoadedModel, find_task, load_model
+from zest_fast.integrations.pretrained import LoadedModel, find_task, load_model
 from zest_fast.integrations.references import is_reference
 from zest_fast.integrations.tables import Table
 from zest_fast.profiling.heads import find_head

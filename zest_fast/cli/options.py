@@ -72,8 +72,8 @@ def check_writable(
     """
     if path is None:
         return
+    from zest_fast.foundation.nearest import nearest
     from zest_fast.integrations.references import nearest_path
-    from zest_fast.profiling.nearest import nearest
 
     if path.is_dir():
         raise ValueError(f"{option} {path} is a folder; name a file in it")

@@ -15,7 +15,7 @@ from zest_fast.cli.app import app
 from zest_fast.cli.options import Json, split_names, work
 
 if TYPE_CHECKING:
-    from zest_fast.finetuning.planning.report import Plan
+    from zest_fast.planning.report import Plan
 
 LAYERS_HELP = (
     "all; exact names, separated by commas; or a number: so many layers, evenly from --lowest-block on, for a plan "
@@ -66,11 +66,11 @@ def plan(
 
                 found = plan_training_file(file, model=source, **sizes)
             elif profile:
-                from zest_fast.finetuning.plan import plan_profile
+                from zest_fast.planning.plan import plan_profile
 
                 found = plan_profile(source, batch_size=batch_size, dtype=dtype, **sizes)
             else:
-                from zest_fast.finetuning.plan import plan as plan_step
+                from zest_fast.planning.plan import plan as plan_step
 
                 found = plan_step(
                     source,
@@ -109,8 +109,8 @@ def _layers(source: Any, layers: str, lowest_block: int) -> Any:
         return layers
     if not layers.isdecimal():
         return split_names(layers, "--layers")
-    from zest_fast.finetuning.planning.blocks import layout_of
-    from zest_fast.finetuning.planning.models import named_model
+    from zest_fast.planning.blocks import layout_of
+    from zest_fast.planning.skeletons import named_model
 
     return layout_of(named_model(source)[1]).stand_ins(int(layers), lowest_block)
 

@@ -25,11 +25,11 @@ from torch.utils.hooks import RemovableHandle
 
 from zest_fast.finetuning.dependence import tensors_in, trains
 from zest_fast.finetuning.first_backward import FirstBackward
-from zest_fast.finetuning.frozen_norms import end_calls
-from zest_fast.finetuning.modules import compiled_modules, modules_of, upwards
 from zest_fast.finetuning.moving_buffers import MovingBuffers
 from zest_fast.finetuning.recomputation import is_lost_in_recomputation, non_reentrant, unmarked
-from zest_fast.profiling.nearest import some
+from zest_fast.finetuning.walking import compiled_modules, modules_of, upwards
+from zest_fast.foundation.nearest import some
+from zest_fast.lean.frozen_norms import end_calls
 from zest_fast.profiling.profile import is_being_profiled
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from zest_fast.profiling.nearest import some
+from zest_fast.foundation.nearest import some
 
 
 def check_optimizer(

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from zest_fast.finetuning.lean_forward import LeanForward
 from zest_fast.finetuning.quantised_formats import FORMATS
+from zest_fast.foundation.nearest import some
+from zest_fast.lean.forward import LeanForward
 from zest_fast.profiling.heads import find_head
-from zest_fast.profiling.nearest import some
 
 
 class QuantisedLinear(nn.Module):

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 from torch.utils.hooks import RemovableHandle
 
-from zest_fast.finetuning.modules import modules_of
+from zest_fast.finetuning.walking import modules_of
 
 _FUNCTION = "_gradient_checkpointing_func"  # where a transformers module keeps what it checkpoints with
 _INPUT_HOOKS = ("_require_grads_hooks", "_require_grads_hook")  # and those of enable_input_require_grads()

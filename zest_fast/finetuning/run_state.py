@@ -21,10 +21,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from zest_fast.finetuning.base import plain_bytes
-from zest_fast.finetuning.delta import Delta, hash_in, names_in, reason
+from zest_fast.finetuning.delta_files import Delta, hash_in, names_in, reason
+from zest_fast.finetuning.digests import plain_bytes
 from zest_fast.finetuning.sharding import is_sharded
-from zest_fast.profiling.replacing import check_regular, replacing
+from zest_fast.foundation.replacing import check_regular, replacing
 
 FORMAT = "zest_fast.run"
 VERSION = 2

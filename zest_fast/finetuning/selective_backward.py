@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from zest_fast.finetuning.base import Base, digests, saved_buffers
 from zest_fast.finetuning.cut import Cut, remove_copied_cut
-from zest_fast.finetuning.delta import Delta, check_tensors, read_delta, write_delta
-from zest_fast.finetuning.frozen_norms import keep_frozen_norms_in_eval
-from zest_fast.finetuning.lean import apply_lean
+from zest_fast.finetuning.delta_files import Delta, check_tensors, read_delta, write_delta
+from zest_fast.finetuning.digests import Base, digests, saved_buffers
 from zest_fast.finetuning.moving_buffers import MovingBuffers
 from zest_fast.finetuning.optimizer_check import check_optimizer
 from zest_fast.finetuning.quantised_models import UnpackedLayers
@@ -31,8 +29,10 @@ from zest_fast.finetuning.summary import Summary
 from zest_fast.finetuning.trainable_layers import Part, chosen_layers, head_layers
 from zest_fast.finetuning.verification import not_finite, verify
 from zest_fast.finetuning.wrapped_models import mark_wrapped, refuse_wrapped, unmark_wrapped
-from zest_fast.profiling.interrupts import HeldInterrupts
-from zest_fast.profiling.nearest import some
+from zest_fast.foundation.interrupts import HeldInterrupts
+from zest_fast.foundation.nearest import some
+from zest_fast.lean.apply import apply_lean
+from zest_fast.lean.frozen_norms import keep_frozen_norms_in_eval
 
 
 class SelectiveBackward:

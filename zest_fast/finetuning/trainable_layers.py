@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from zest_fast.finetuning.quantised_models import can_be_unpacked
+from zest_fast.foundation.nearest import nearest
 from zest_fast.profiling.heads import find_head, is_classifier, is_language_model, unwrap
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.layers import Layer, find_layers
-from zest_fast.profiling.nearest import nearest
 from zest_fast.ranking.ranking import Ranking
 
 

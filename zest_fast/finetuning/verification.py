@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
-from zest_fast.finetuning.base import UNHASHED, Base, digests, saved_buffers
+from zest_fast.finetuning.digests import UNHASHED, Base, digests, saved_buffers
 from zest_fast.finetuning.sharding import whole
-from zest_fast.profiling.nearest import some
+from zest_fast.foundation.nearest import some
 
 
 def verify(

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from zest_fast.integrations.models import LoadedModel
+from zest_fast.foundation.documents import check_regular
+from zest_fast.foundation.nearest import nearest, some
+from zest_fast.integrations.pretrained import LoadedModel
 from zest_fast.integrations.references import is_reference, load_function, nearest_path
 from zest_fast.integrations.tables import Table, read_table
-from zest_fast.profiling.documents import check_regular
-from zest_fast.profiling.nearest import nearest, some
 
 # The usual channel statistics of ImageNet, for images scaled to 0..1.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

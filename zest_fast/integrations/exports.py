@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from zest_fast.finetuning.trainable_layers import chosen_layers, head_modules, layer_names
-from zest_fast.profiling.nearest import nearest, some
+from zest_fast.foundation.nearest import nearest, some
 from zest_fast.ranking.ranking import Ranking
 
 METHODS = ("lora", "freeze")

@@ -9,10 +9,10 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
+from zest_fast.foundation.nearest import some
 from zest_fast.integrations.exports import selected, suffix_matches, trained_head
 from zest_fast.profiling.heads import is_language_model
 from zest_fast.profiling.layers import is_transformers_conv1d
-from zest_fast.profiling.nearest import some
 from zest_fast.ranking.ranking import Ranking
 
 _ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)

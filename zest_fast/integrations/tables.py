@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zest_fast.profiling.documents import check_regular, parse_json, shown, text_of, whole_file
-from zest_fast.profiling.nearest import nearest
-from zest_fast.profiling.parquet_files import MOST_VALUES, read_parquet
+from zest_fast.foundation.documents import check_regular, parse_json, shown, text_of, whole_file
+from zest_fast.foundation.nearest import nearest
+from zest_fast.foundation.parquet_files import MOST_VALUES, read_parquet
 
 _MOST_BYTES, _MOST_COLUMNS = 2**30, 10_000
 

@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import nn
 
-from zest_fast.finetuning.plan import plan_setting
-from zest_fast.finetuning.planning.models import named_model
-from zest_fast.finetuning.planning.report import Plan
-from zest_fast.finetuning.planning.settings import Setting, dtype_name
+from zest_fast.foundation.documents import parse_json, shown, text_of, whole_file
+from zest_fast.foundation.nearest import nearest, some
 from zest_fast.integrations.references import nearest_path
-from zest_fast.profiling.documents import parse_json, shown, text_of, whole_file
-from zest_fast.profiling.nearest import nearest, some
+from zest_fast.planning.plan import plan_setting
+from zest_fast.planning.report import Plan
+from zest_fast.planning.settings import Setting, dtype_name
+from zest_fast.planning.skeletons import named_model
 
 _MOST_BYTES = 2**16  # PyYAML takes a second or two for as much
 _MOST_TEXT, _MOST_NAMES = 1_000, 1_000

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from zest_fast.kernels.collector import BACKENDS, Collector, pick_backend
-from zest_fast.kernels.statistics import GradientMoments, Moments
+from zest_fast.kernels.moments import GradientMoments, Moments
 from zest_fast.kernels.storage import has_storage, why_no_storage
 
 __all__ = [

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from zest_fast.kernels.statistics import GradientMoments, Moments
+from zest_fast.kernels.moments import GradientMoments, Moments
 from zest_fast.kernels.storage import readable
 
 T = TypeVar("T")

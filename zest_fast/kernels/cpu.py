@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from zest_fast import _native  # type: ignore[attr-defined]
-from zest_fast.kernels.statistics import GradientMoments, Moments
+from zest_fast.kernels.moments import GradientMoments, Moments
 from zest_fast.kernels.storage import is_as_it_seems
 
 _DTYPE_NUMBER = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/layout.h

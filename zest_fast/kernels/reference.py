@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zest_fast.kernels.statistics import GradientMoments, Moments
+from zest_fast.kernels.moments import GradientMoments, Moments
 
 
 def moments(x: Tensor) -> Moments:

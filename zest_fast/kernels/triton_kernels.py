@@ -3,7 +3,7 @@
 Every function queues kernels on the current stream and returns at once: results stay on the device, nothing
 synchronises, no atomics, reductions in a fixed order. A row of moments is count, mean, m2, abs_mean, abs_m2, nonfinite;
 of a gradient with its weight these six of dW, then weight_mean, weight_m2, weight_nonfinite, product_sum,
-product_abs_sum (``Moments`` and ``GradientMoments`` in zest_fast.kernels.statistics).
+product_abs_sum (``Moments`` and ``GradientMoments`` in zest_fast.kernels.moments).
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zest_fast.profiling.nearest import nearest
-from zest_fast.profiling.replacing import replacing
-from zest_fast.profiling.text_table import number, shorten
+from zest_fast.foundation.nearest import nearest
+from zest_fast.foundation.replacing import replacing
+from zest_fast.foundation.text_table import number, shorten
 
 if TYPE_CHECKING:
     from zest_fast.profiling.layer_profile import LayerProfile

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zest_fast.profiling.nearest import nearest
-from zest_fast.profiling.text_table import number, printable, shorten, text_table
+from zest_fast.foundation.nearest import nearest
+from zest_fast.foundation.text_table import number, printable, shorten, text_table
 
 if TYPE_CHECKING:
     import pandas

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from zest_fast.foundation.nearest import nearest
 from zest_fast.kernels import DTYPES
 from zest_fast.kernels.storage import has_storage, is_fake, why_no_storage
-from zest_fast.profiling.nearest import nearest
 
 LayerSelection = str | re.Pattern[str] | Iterable[str] | Callable[[str, nn.Module], bool] | None
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zest_fast.foundation.nearest import some
 from zest_fast.profiling.layers import find_layers
-from zest_fast.profiling.nearest import some
 
 
 def loss_of(

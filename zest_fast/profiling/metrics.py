@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from zest_fast.foundation.nearest import nearest
 from zest_fast.kernels import Moments
-from zest_fast.profiling.nearest import nearest
 
 NAN = math.nan
 _UNKNOWN = Moments(NAN, NAN, NAN, NAN, NAN)

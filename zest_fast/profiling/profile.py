@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from zest_fast import kernels
+from zest_fast.foundation.interrupts import HeldInterrupts
+from zest_fast.foundation.nearest import some
 from zest_fast.kernels.storage import has_storage, is_fake, why_no_storage
+from zest_fast.profiling.borrowing.model_state import ModelState
 from zest_fast.profiling.functions import attributes_read, forwards_of, hooks_of, referred
-from zest_fast.profiling.gradient_pass import GradientPass
 from zest_fast.profiling.graph import custom_functions, leaves_of
-from zest_fast.profiling.interrupts import HeldInterrupts
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
 from zest_fast.profiling.loss import RepeatedLoss, check_loss, loss_of, require_finite
@@ -30,10 +31,9 @@ from zest_fast.profiling.metrics import (
     select_metrics,
     statistics_needed,
 )
-from zest_fast.profiling.model_state import ModelState
-from zest_fast.profiling.nearest import some
-from zest_fast.profiling.on_request import OnRequest
-from zest_fast.profiling.statistics import Statistics
+from zest_fast.profiling.observer import Statistics
+from zest_fast.profiling.on_request.gradient_pass import GradientPass
+from zest_fast.profiling.on_request.request import OnRequest
 from zest_fast.profiling.table import ancestors, build_profile
 from zest_fast.profiling.taps import Routes, Taps, run_until_it_stands
 

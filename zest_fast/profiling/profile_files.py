@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from zest_fast.profiling.documents import (
+from zest_fast.foundation.documents import (
     MOST_BYTES,
     Flag,
     Keys,
@@ -32,9 +32,9 @@ from zest_fast.profiling.documents import (
     text_of,
     whole_file,
 )
+from zest_fast.foundation.parquet_files import read_parquet
+from zest_fast.foundation.replacing import replacing
 from zest_fast.profiling.layer_profile import LayerProfile
-from zest_fast.profiling.parquet_files import read_parquet
-from zest_fast.profiling.replacing import replacing
 
 FORMAT = "zest_fast.LayerProfile"
 VERSION = 1

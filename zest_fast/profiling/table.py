@@ -9,8 +9,8 @@ from zest_fast.profiling.heads import find_head
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.layers import Layer, unsupported
 from zest_fast.profiling.metrics import FISHER, METRICS, OUTPUT
-from zest_fast.profiling.on_request import OnRequest
-from zest_fast.profiling.statistics import Statistics
+from zest_fast.profiling.observer import Statistics
+from zest_fast.profiling.on_request.request import OnRequest
 from zest_fast.profiling.taps import Taps
 
 _MADE = "it was made during the pass; run a forward pass first, so that it is there"

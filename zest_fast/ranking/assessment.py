@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from zest_fast.profiling.nearest import some
-from zest_fast.profiling.text_table import printable
+from zest_fast.foundation.nearest import some
+from zest_fast.foundation.text_table import printable
 
 if TYPE_CHECKING:
     import pandas

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zest_fast.profiling.documents import ListOf, Number, Specification, Text, shown
+from zest_fast.foundation.documents import ListOf, Number, Specification, Text, shown
 from zest_fast.profiling.layer_profile import LayerProfile
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from zest_fast.profiling.documents import shown
+from zest_fast.foundation.documents import shown
 from zest_fast.ranking.trees import LARGEST, MOST_TREES, Tree
 
 _CATEGORICAL, _DEFAULT_LEFT, _MISSING_SHIFT, _MOST_DECISION = 1, 2, 2, 0b1111

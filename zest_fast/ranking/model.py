@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from zest_fast.profiling.nearest import some
+from zest_fast.foundation.nearest import some
 from zest_fast.ranking.architectures import Architecture, Match, find
 from zest_fast.ranking.assessment import Assessment, Known
 from zest_fast.ranking.errors import Errors

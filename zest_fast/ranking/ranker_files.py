@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from zest_fast.profiling.documents import (
+from zest_fast.foundation.documents import (
     Keys,
     ListOf,
     MapOf,
@@ -29,8 +29,8 @@ from zest_fast.profiling.documents import (
     text_of,
     whole_file,
 )
-from zest_fast.profiling.nearest import some
-from zest_fast.profiling.replacing import replacing
+from zest_fast.foundation.nearest import some
+from zest_fast.foundation.replacing import replacing
 from zest_fast.ranking.architectures import Architecture
 from zest_fast.ranking.errors import Errors
 from zest_fast.ranking.features import DYNAMIC_METRICS, FEATURE_SETS, FEATURES, METRICS

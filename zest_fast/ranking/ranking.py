@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
+from zest_fast.foundation.nearest import nearest
+from zest_fast.foundation.text_table import number, printable, shorten, text_table
 from zest_fast.profiling.layer_profile import LayerProfile
-from zest_fast.profiling.nearest import nearest
-from zest_fast.profiling.text_table import number, printable, shorten, text_table
 from zest_fast.ranking.assessment import Assessment
 from zest_fast.ranking.shipped import shipped_ranker
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zest_fast.profiling.documents import (
+from zest_fast.foundation.documents import (
     Flag,
     Keys,
     ListOf,

@@ -16,20 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zest_fast.finetuning.delta import hash_tensors
+from zest_fast.finetuning.delta_files import hash_tensors
+from zest_fast.profiling.borrowing.model_state import ModelState
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
 from zest_fast.profiling.metrics import ALL_METRIC_NAMES
-from zest_fast.profiling.model_state import ModelState
 from zest_fast.profiling.profile import profile
 from zest_fast.sweeping.head import choose_strength, classifier_of, features_of, fit_head
 from zest_fast.sweeping.inputs import Inputs, rows_of
 from zest_fast.sweeping.local_workers import local_pool
-from zest_fast.sweeping.planning import plan
 from zest_fast.sweeping.prefix_cache import PrefixCache
 from zest_fast.sweeping.progress import Progress
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.records import RecordFile
 from zest_fast.sweeping.tables import records_to_frame
+from zest_fast.sweeping.trial_order import plan
 from zest_fast.sweeping.trials import Trial, Trials, draw, evaluate, saved_parameters, set_head
 from zest_fast.sweeping.volatile_state import preserved
 from zest_fast.sweeping.workers import distribute

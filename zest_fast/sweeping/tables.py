@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zest_fast.profiling.documents import Json, Keys, ListOf, MapOf, Number, Text, parse_json, text_of
-from zest_fast.profiling.parquet_files import parquet_schema, read_parquet
-from zest_fast.profiling.replacing import replacing
+from zest_fast.foundation.documents import Json, Keys, ListOf, MapOf, Number, Text, parse_json, text_of
+from zest_fast.foundation.parquet_files import parquet_schema, read_parquet
+from zest_fast.foundation.replacing import replacing
 from zest_fast.ranking.features import METRICS as _METRICS
 from zest_fast.sweeping.records import VERSIONS, Record, read_records
 

@@ -1,0 +1,125 @@
+"""Deltas on a model that is not being trained: put one in for good, write the merged model, switch between several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors.torch import save_file, save_model
+from torch import nn
+
+from zest_fast.finetuning.delta_files import Delta, check_tensors, read_delta
+from zest_fast.finetuning.digests import Base, saved_buffers
+from zest_fast.finetuning.quantised_weights import QuantisedLinear
+from zest_fast.foundation.interrupts import HeldInterrupts
+from zest_fast.foundation.replacing import replacing
+
+
+def apply_delta(model: nn.Module, path: str | os.PathLike[str]) -> Delta:
+    """Put the delta of this file into its base model, in place and exact to the bit; returns what the file says.
+
+    Checking that the model is the base takes a second for each GB and core. Raises ValueError, with the model
+    untouched, when the file is torn or foreign, or when the model is not the one that the delta was made on (which it
+    is no longer once another delta is in it: use DeltaSwitch).
+    """
+    delta = read_delta(path)
+    _check_fit(path, delta, model, Base(model))
+    _put(model, {**delta.parameters, **delta.buffers})
+    return delta
+
+
+def merge_delta(model: nn.Module, path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
+    """Write the whole state of `model` with the delta in it to `out`, as safetensors; the model stays as it is.
+
+    `safetensors.torch.load_model(model, out)` reads it, into a plain model also where the weights of this one are kept
+    in int8 or nf4: they are written as they are rounded. An existing file is replaced at once or kept. Raises as
+    `apply_delta` does.
+    """
+    with DeltaSwitch(model) as switch, replacing(out) as temporary:
+        switch.use(path)
+        packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantisedLinear)}
+        if packed:
+            save_file(_unpacked(model, packed), str(temporary), {"format": "pt"})
+        else:
+            save_model(model, str(temporary), {"format": "pt"})
+    return Path(out)
+
+
+def _unpacked(model: nn.Module, packed: Mapping[str, QuantisedLinear]) -> dict[str, torch.Tensor]:
+    """The state with plain weights in the place of packed ones; of tensors that share memory, the first."""
+    state = model.state_dict()
+    for name, module in packed.items():
+        del state[f"{name}.packed"], state[f"{name}.scale"]
+        state[f"{name}.weight"] = module.weight
+    found: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in state.items():  # an address of 0 (empty tensors, wrappers without memory) is shared by nobody
+        found.setdefault((tensor.data_ptr() or id(tensor), tensor.shape), name)
+    return {name: state[name].contiguous() for name in found.values()}
+
+
+class DeltaSwitch:
+    """One base model, several deltas: `use` one after another, `use(None)` or the end of a `with` block = the base.
+
+    The base is hashed once, when this is built (a second for each GB and core). What a delta replaces is kept beside
+    it, so the way back is exact to the bit.
+    current: the file of the delta that is in the model; None = the base.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.current: Path | None = None
+        self._model = model
+        self._base = Base(model)
+        self._replaced: dict[str, torch.Tensor] = {}
+
+    def use(self, path: str | os.PathLike[str] | None) -> DeltaSwitch:
+        """Let the model be its base with this delta; returns itself. Raises as `apply_delta`, and changes nothing."""
+        if path is None:
+            fresh: dict[str, torch.Tensor] = {}
+        else:
+            delta = read_delta(path)
+            _check_fit(path, delta, self._model, self._base)
+            fresh = {**delta.parameters, **delta.buffers}
+        there = _tensors(self._model)
+        kept = {
+            name: self._replaced[name] if name in self._replaced else there[name].detach().clone() for name in fresh
+        }
+        _put(self._model, {**self._replaced, **fresh})
+        self._replaced = kept
+        self.current = None if path is None else Path(path)
+        return self
+
+    def __enter__(self) -> DeltaSwitch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.use(None)
+
+
+def _check_fit(path: str | os.PathLike[str], delta: Delta, model: nn.Module, base: Base) -> None:
+    try:
+        check_tensors("parameter", delta.parameters, dict(model.named_parameters()))
+        check_tensors("buffer", delta.buffers, saved_buffers(model))
+        if base.hash(without=delta.parameters) != delta.base:
+            raise ValueError(
+                "the other parameters or buffers of this model differ from those it was trained on: "
+                "load the same base weights in the same dtype first"
+            )
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)!r} does not fit: {error}") from error
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **saved_buffers(model)}
+
+
+@torch.no_grad()
+def _put(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    there = _tensors(model)
+    with HeldInterrupts():
+        for name, value in values.items():
+            there[name].copy_(value)

@@ -1,0 +1,330 @@
+"""The books of a dry run: every storage that came and went, what it was for, and the FLOPs of every operator.
+
+A TorchDispatchMode sees the result of each operator in forward, backward and the update alike. It does not see what is
+held inside of operators: the large ones of a CPU come by formula (onednn.py). Real steps differ from it by less than
+2 % (tests/test_plan.py, tests/test_plan_architectures.py).
+"""
+
+from __future__ import annotations
+
+import bisect
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._autograd import _get_sequence_nr
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from zest_fast.finetuning.planning import onednn
+from zest_fast.planning.flop_formulas import FORMULAS
+
+KINDS = ("weights", "gradients", "optimizer", "activations", "loss")
+
+_UNIT = 512  # bytes: torch's allocator for CUDA hands out multiples of it
+
+
+@dataclass(eq=False, slots=True)
+class Allocation:
+    """One storage. module: whose forward, backward or update made it; "" is the model itself. operator: "" if it was
+    there from the start. phase: in which it was made, "before" if before the step.
+    """
+
+    size: int
+    kind: str
+    module: str
+    phase: str
+    operator: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment at which most bytes are alive: what is alive then, and the allocation that came last."""
+
+    size: int
+    alive: tuple[Allocation, ...]
+    last: Allocation
+
+
+class Ledger(TorchDispatchMode):
+    """Counts from its construction on; `start` sets the moment from which on a peak counts.
+
+    on_cpu: whether what oneDNN holds beside the results counts. estimated: the modules of which something was counted
+    by a formula that no tensor shows.
+    """
+
+    def __init__(self, on_cpu: bool = False) -> None:
+        super().__init__()
+        self._on_cpu = on_cpu
+        self.estimated: dict[str, None] = {}
+        self.phase = "before"
+        self.flops: dict[str, int] = {}  #: by phase
+        self._open: dict[int, Allocation] = {}  # by address of the storage
+        self._packed: dict[int, int] = {}  # bytes of a quantised weight when it is unpacked, by address
+        self._events: list[tuple[Allocation, bool]] = []  # came, or went
+        self._first = 0
+        self._owned = _owned()
+        self._device_of = 0  # address of the tensor whose device the operator before this one asked for
+        self._modules = _RunningModules()
+        self.enter("before")
+
+    def watch(self, model: nn.Module, head: str | None) -> None:
+        """Attribute allocations to the modules of `model`; what follows the start of `head` belongs to the loss."""
+        self._modules.watch(model, head)
+
+    def enter(self, phase: str) -> None:
+        """phase: "before" (the states of the optimizer arise), "forward", "backward" or "update"."""
+        self.phase = phase
+        self._modules.kind = "optimizer" if phase in ("before", "update") else "activations"
+
+    def hold(self, tensor: Tensor, kind: str, name: str, packed: int | None = None) -> None:
+        """Enter a tensor that is there before the step. packed: its bytes if it is kept quantised, and unpacked for as
+        long as an operator computes with it.
+        """
+        module = name.rpartition(".")[0]
+        key = tensor.untyped_storage()._cdata
+        if key in self._open:
+            return
+        self._enter(tensor, kind, module, "", packed)
+        if packed is not None:
+            self._packed[key] = _rounded(tensor.untyped_storage().nbytes())
+
+    def relabel(self, tensor: Tensor, kind: str, name: str) -> None:
+        """What an operator made turned out to be something else: a gradient, say."""
+        allocation = self._open.get(tensor.untyped_storage()._cdata)
+        if allocation is not None and allocation.kind != "weights":
+            allocation.kind, allocation.module = kind, name.rpartition(".")[0]
+
+    def count(self, flops: int) -> None:
+        """FLOPs that no operator shows."""
+        self.flops[self.phase] = self.flops.get(self.phase, 0) + flops
+
+    def start(self) -> None:
+        """Forget FLOPs and peaks so far."""
+        self._first, self.flops = len(self._events), {}
+
+    def peak(self) -> Peak:
+        """The highest sum of bytes since `start`."""
+        alive = highest = 0
+        moment = self._first - 1
+        for index, (allocation, came) in enumerate(self._events):
+            alive += allocation.size if came else -allocation.size
+            if index >= self._first and alive > highest:
+                highest, moment = alive, index
+        there = dict.fromkeys(allocation for allocation, came in self._events[: moment + 1] if came)
+        for allocation, came in self._events[: moment + 1]:
+            if not came:
+                del there[allocation]
+        return Peak(highest, tuple(there), self._events[moment][0])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        func, args, kwargs = self._as_for_plain_tensors(func, args, kwargs)
+        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        unpacked = None
+        if packet in FORMULAS:
+            self.count(FORMULAS[packet](*args, **kwargs, out_val=out))
+            unpacked = self._unpack(args) if self._packed else None
+        if self._on_cpu:
+            self._pass_by(onednn.scratch(packet, args), packet.__name__)
+        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._open:
+                module, kind = self._modules.now()
+                module = self._owner(args) if kind == "optimizer" else module
+                self._enter(tensor, kind, module, packet.__name__)
+        if onednn.is_recurrent(packet):
+            self._hold_recurrent(packet, args, out)
+        if unpacked is not None:
+            self._events.append((unpacked, False))
+        return out
+
+    def _hold_recurrent(self, packet: Any, args: Any, out: Any) -> None:
+        """The workspace, whose fake tensor is empty, and what comes and goes while the layer runs."""
+        x = args[0]
+        mode, hidden = (args[9], args[10]) if packet is _RNN else (args[14], args[15])
+        self.estimated[self._modules.now()[0]] = None
+        if packet is _RNN:
+            workspace = self._open[out[3].untyped_storage()._cdata]
+            workspace.size = _rounded(onednn.recurrent_workspace(x, hidden, mode))
+        if self._on_cpu:
+            gradients = () if packet is _RNN else args[10:13]
+            copies = sum(_size(g) for g in gradients if g is not None and not g.is_contiguous())
+            self._pass_by(copies + onednn.recurrent_scratch(packet, x, hidden, mode), packet.__name__)
+
+    def _pass_by(self, size: int, operator: str) -> None:
+        """Bytes that are there for a moment."""
+        if size:
+            module, kind = self._modules.now()
+            moment = Allocation(_rounded(size), kind, module, self.phase, operator, (size,), torch.uint8)
+            self._events += [(moment, True), (moment, False)]
+
+    def _as_for_plain_tensors(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+        """The operator that autograd calls where no tensor is fake and no mode runs: it writes into what it owns."""
+        device_of, self._device_of = self._device_of, 0
+        if func is _DEVICE:
+            self._device_of = args[0]._cdata  # not the tensor: autograd would no longer own it
+        elif func is _ADD and device_of and _is_sum_of_gradients(args, device_of):
+            first, second = args
+            if _fits_into(second, first) and _use_counts(first) == self._owned:
+                return _ADD_IN_PLACE, args, kwargs
+            if _fits_into(first, second) and _use_counts(second) == self._owned:
+                return _ADD_IN_PLACE, (second, first), kwargs
+        return func, args, kwargs
+
+    def _owner(self, args: Any) -> str:
+        """The module of the parameter that an operator of the update works on."""
+        for tensor in tree_leaves(args):
+            if isinstance(tensor, Tensor):
+                allocation = self._open.get(tensor.untyped_storage()._cdata)
+                if allocation is not None and allocation.module:
+                    return allocation.module
+        return ""
+
+    def _unpack(self, args: Iterable[Any]) -> Allocation | None:
+        """The dense copy of a quantised weight among the operands."""
+        for tensor in args:
+            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) in self._packed:
+                dense = Allocation(
+                    self._packed[key],
+                    "weights",
+                    self._open[key].module,
+                    self.phase,
+                    "dequantise",
+                    tuple(tensor.shape),
+                    tensor.dtype,
+                )
+                self._events.append((dense, True))
+                return dense
+        return None
+
+    def _enter(self, tensor: Tensor, kind: str, module: str, operator: str, size: int | None = None) -> None:
+        storage = tensor.untyped_storage()
+        size = _rounded(storage.nbytes() if size is None else size)
+        allocation = Allocation(size, kind, module, self.phase, operator, tuple(tensor.shape), tensor.dtype)
+        self._open[storage._cdata] = allocation
+        self._events.append((allocation, True))
+        weakref.finalize(storage, self._free, storage._cdata).atexit = False
+
+    def _free(self, key: int) -> None:
+        self._packed.pop(key, None)
+        self._events.append((self._open.pop(key), False))
+
+
+class _RunningModules:
+    """Which module runs: in forward by hooks, in backward by the number that autograd gave to the node in forward."""
+
+    def __init__(self) -> None:
+        self.kind = "activations"  #: of what forward makes now; "loss" from the head on
+        self._stack: list[str] = []
+        self._numbers: list[int] = []
+        self._places: list[tuple[str, str]] = []  # module and kind of the nodes from the number beside it on
+
+    def watch(self, model: nn.Module, head: str | None) -> None:
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(self._entering(name, name == head), prepend=True)
+            module.register_forward_hook(self._leave, always_call=True)
+
+    def now(self) -> tuple[str, str]:
+        """Name of the module and the kind of what it makes."""
+        node = torch._C._current_autograd_node()
+        if self._stack or node is None or self.kind == "optimizer":  # forward, a recomputation, or the update
+            return self._stack[-1] if self._stack else "", self.kind
+        if node.name().endswith("AccumulateGrad"):
+            return "", "gradients"
+        place = bisect.bisect_right(self._numbers, node._sequence_nr()) - 1
+        return self._places[place] if place >= 0 else ("", "activations")
+
+    def _entering(self, name: str, is_head: bool) -> Callable[..., None]:
+        def enter(module: nn.Module, inputs: Any) -> None:
+            if is_head and torch._C._current_graph_task_id() == -1:  # not recomputed in backward
+                self.kind = "loss"
+            self._stack.append(name)
+            self._mark()
+
+        return enter
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._stack.pop()
+        self._mark()
+
+    def _mark(self) -> None:
+        self._numbers.append(_get_sequence_nr())
+        self._places.append((self._stack[-1] if self._stack else "", self.kind))
+
+
+_RNN = torch.ops.aten.mkldnn_rnn_layer
+
+# The engine sums the gradients of a tensor that is used more than once in InputBuffer::add. It asks for the device of
+# the newer one, then writes into one of the two that nobody else holds; but not into a fake one, nor in a dispatch mode
+# (isTensorSubclassLike), where it makes a third.
+_DEVICE = torch.ops.prim.device.default
+_ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
+
+
+def _is_sum_of_gradients(args: Any, device_of: int) -> bool:
+    return (
+        len(args) == 2
+        and all(isinstance(x, Tensor) for x in args)
+        and args[1]._cdata == device_of
+        and torch._C._current_graph_task_id() != -1
+    )
+
+
+def _fits_into(added: Tensor, total: Tensor) -> bool:
+    """Whether a sum in place has the shape, type and layout of one that is not."""
+    return (
+        added.shape == total.shape and torch.promote_types(added.dtype, total.dtype) == total.dtype and _is_dense(total)
+    )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements lie side by side in memory, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _use_counts(tensor: Tensor) -> tuple[int, int]:
+    """How many hold the tensor, and its storage, as seen from a dispatch mode."""
+    return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=1)
+def _owned() -> tuple[int, int]:
+    """What `_use_counts` gives for a gradient that the engine alone holds: of a sum in which this is known."""
+    probe = _Probe()
+    with FakeTensorMode(), torch.enable_grad():
+        x = torch.ones(1, requires_grad=True)
+        y = x * 1
+        z = y.sin() + y.cos()
+        with probe:
+            z.backward()
+    return probe.found
+
+
+class _Probe(TorchDispatchMode):
+    found = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _ADD:
+            self.found = _use_counts(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _rounded(size: int) -> int:
+    return -(-size // _UNIT) * _UNIT

@@ -1,0 +1,180 @@
+"""Does it fit? Peak memory and FLOPs of a training step, before anything is loaded and without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from zest_fast.planning.blocks import layout_of
+from zest_fast.planning.optimizers import Build
+from zest_fast.planning.profile_pass import dry_profile
+from zest_fast.planning.report import Plan, make_plan
+from zest_fast.planning.settings import Setting, dtype_name
+from zest_fast.planning.skeletons import named_model
+from zest_fast.planning.step import dry_step
+from zest_fast.profiling.heads import unwrap
+
+
+def plan(
+    model_or_config: Any,
+    layers: Iterable[str] | str | None,
+    *,
+    batch_size: int,
+    sequence_length: int | None = None,
+    image_size: int | None = None,
+    dtype: Any = "bfloat16",
+    optimizer: str | Build = "adamw",
+    lean: bool = True,
+    checkpoint: str | None = None,
+    frozen: str | None = None,
+    head: str | Iterable[str] | None = "auto",
+    device: str | None = None,
+) -> Plan:
+    """Plan a training step by a dry run on fake tensors: no GPU, no weights, seconds for a 7B model.
+
+    Args:
+        model_or_config: an nn.Module (it stays as it is; meta weights do); a PretrainedConfig, a config.json or its
+            folder, which stand for their causal LM or classifier; or the name of one: llama-7b, llama-13b, llama-3-8b,
+            mistral-7b, gpt2, bert-base, bert-large, vit-base, resnet-50, mobilenet-v2, efficientnet-b0.
+        layers: names as for SelectiveBackward; "all" = full fine-tuning; None = whatever requires a gradient in the
+            model as it is (one of PEFT, say).
+        batch_size, sequence_length (tokens), image_size (pixels of both sides): of the batch of a step; texts are
+            unpadded.
+        dtype: of weights and inputs: "bfloat16", "float16", "float32"; "bfloat16-mixed" = float32 under autocast; None
+            = as the model has it.
+        optimizer: adamw, adamw-foreach (what torch takes on CUDA unless told otherwise), adamw-fused, adamw-8bit, adam,
+            sgd, sgd-momentum; with "-in-backward" behind it each gradient is used and dropped at once; or a function of
+            the parameters that returns a torch.optim.Optimizer.
+        lean, checkpoint, head: as for SelectiveBackward, which the dry run uses. With "all", any checkpoint= means the
+            gradient checkpointing of transformers.
+        frozen: "int8" or "nf4" = frozen Linear layers but the head are kept quantised and unpacked one at a time, by
+            formula: 1 byte a weight and 4 a row, or 0.5625 bytes a weight.
+        device: that the step is to run on. "cuda" = tensors alone. "cpu" = also the copies on which oneDNN runs
+            convolutions and recurrent layers, up to 37 % more. None = "cpu" for a module whose weights are on the CPU,
+            else "cuda".
+
+    Raises:
+        ValueError: an unknown model, layer, dtype or optimizer, a size that is missing or has no place; it names the
+            argument and what is needed. TypeError: something that is no model at all. What the model's own code
+            raises passes through.
+    """
+    setting = Setting(
+        layers=_layers(layers),
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        image_size=image_size,
+        dtype=dtype_name(dtype),
+        optimizer=optimizer,
+        lean=lean,
+        checkpoint=checkpoint,
+        frozen=frozen,
+        head=head,
+        device=_device(model_or_config) if device is None else device,
+    )
+    name, skeleton = named_model(model_or_config)
+    return plan_setting(name, skeleton, setting, _notes(skeleton))
+
+
+def plan_setting(name: str, skeleton: nn.Module, setting: Setting, notes: tuple[str, ...] = ()) -> Plan:
+    """A plan of a model on the meta device, which stays as it is."""
+    layout = layout_of(skeleton)
+
+    def again(other: Setting) -> Plan:
+        return make_plan(name, other, dry_step(skeleton, layout, other), layout, again, notes)
+
+    return again(setting)
+
+
+def plan_profile(
+    model_or_config: Any,
+    *,
+    batch_size: int,
+    sequence_length: int | None = None,
+    image_size: int | None = None,
+    dtype: Any = "bfloat16",
+    metrics: Iterable[str] | str | None = None,
+) -> Plan:
+    """Memory and FLOPs of `zest_fast.profile` on one batch; the arguments are those of `plan` and of `profile`.
+
+    On a CPU the pass needs up to 32 MiB less, which GPUs take for a piece of a dW. Raises ValueError for metrics that
+    need no backward pass, NotImplementedError for those that take more than one pass.
+    """
+    setting = Setting(
+        layers=None,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        image_size=image_size,
+        dtype=dtype_name(dtype),
+    )
+    names = metrics if metrics is None or isinstance(metrics, str) else tuple(metrics)
+    name, skeleton = named_model(model_or_config)
+    layout, notes = layout_of(skeleton), _notes(skeleton)
+
+    def again(other: Setting) -> Plan:
+        step = dry_profile(skeleton, layout, other, names)
+        return make_plan(name, other, step, layout, again, notes, purpose="profile")
+
+    return again(setting)
+
+
+def planned_peak(
+    model: nn.Module,
+    batch: Any,
+    layers: Iterable[str] | str | None,
+    *,
+    loss_fn: Callable[..., Tensor] | None = None,
+    head: str | Iterable[str] | None = "auto",
+    optimizer: str | Build = "adamw",
+    lean: bool = True,
+    checkpoint: str | None = None,
+    frozen: str | None = None,
+) -> int:
+    """Peak bytes of a training step of `model`, as it is, on a batch like `batch`: for whoever has both at hand.
+
+    batch, loss_fn: as for `profile`; only shapes and dtypes are read, and whether attention_mask masks anything. The
+    device is that of the model. The rest as for `plan`.
+    """
+    return peaks(model, batch, loss_fn=loss_fn)(
+        Setting(
+            layers=_layers(layers),
+            batch_size=1,  # the batch says it
+            dtype=None,
+            optimizer=optimizer,
+            lean=lean,
+            checkpoint=checkpoint,
+            frozen=frozen,
+            head=head,
+        )
+    )
+
+
+def peaks(model: nn.Module, batch: Any, *, loss_fn: Callable[..., Tensor] | None = None) -> Callable[[Setting], int]:
+    """`planned_peak` for several settings of one model, which is looked at once."""
+    _, skeleton = named_model(model)
+    layout, device = layout_of(skeleton), _device(model)
+    return lambda setting: dry_step(skeleton, layout, replace(setting, device=device), batch, loss_fn).peak.size
+
+
+def _device(model_or_config: Any) -> str:
+    """Where a step of it runs as it is: what has no weights yet is for a GPU."""
+    if not isinstance(model_or_config, nn.Module):
+        return "cuda"
+    first = next(model_or_config.parameters(), None)
+    return "cpu" if first is not None and first.device.type == "cpu" else "cuda"
+
+
+def _notes(model: nn.Module) -> tuple[str, ...]:
+    if getattr(getattr(unwrap(model), "config", None), "use_cache", False) is not True:
+        return ()
+    return ("config.use_cache is True: keys and values of every block are kept for nothing; set it to False to train",)
+
+
+def _layers(layers: Iterable[str] | str | None) -> tuple[str, ...] | str | None:
+    if layers is None or layers == "all":
+        return layers  # type: ignore[return-value]
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise TypeError(f"layers={layers!r}: layer names, such as ranking.top(5), 'all' or None are needed")
+    return tuple(layers)

@@ -1,0 +1,233 @@
+"""A training step on fake tensors: shapes and dtypes without contents, so that 7B parameters need no memory.
+
+The step is the real one: the same model code, SelectiveBackward, autograd and optimizer of torch, on tensors that are
+said to be on the CPU (fake CUDA tensors need a CUDA build). What oneDNN holds beside them counts only where the step is
+to run on a CPU. Kernels that keep other things on a GPU than on the CPU
+differ there: dropout keeps a mask of bytes instead of floats, fused attention a smaller statistic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from zest_fast.finetuning.quantised_weights import frozen_linears
+from zest_fast.finetuning.selective_backward import SelectiveBackward
+from zest_fast.planning.batches import cast, make_batch
+from zest_fast.planning.blocks import Layout
+from zest_fast.planning.fake_mode import FakeMode, masks_as_in_a_real_step
+from zest_fast.planning.ledger import Ledger, Peak
+from zest_fast.planning.optimizers import build_optimizer, is_in_backward
+from zest_fast.planning.settings import DTYPES, Setting, packed_bytes
+from zest_fast.profiling.heads import unwrap
+from zest_fast.profiling.loss import loss_of
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a dry run found. flops: by phase. trainable: parameters that train. cut: "" without SelectiveBackward.
+
+    estimated: modules of which something was counted by a formula, because no tensor shows it.
+    """
+
+    peak: Peak
+    flops: dict[str, int]
+    trainable: int
+    cut: str
+    estimated: tuple[str, ...] = ()
+
+
+def dry_step(
+    skeleton: nn.Module,
+    layout: Layout,
+    setting: Setting,
+    batch: Any = None,
+    loss_fn: Callable[..., Tensor] | None = None,
+) -> Step:
+    """One step of training as `setting` has it, when the states of the optimizer are there already.
+
+    skeleton: a model on the meta device; it stays as it is. batch: in place of the sizes in `setting`; of its tensors
+    only shapes and dtypes are read.
+    """
+    model = copy.deepcopy(skeleton).train()
+    weights, autocast = DTYPES[setting.dtype] if setting.dtype else (None, None)
+    with dry(batch) as mode:
+        with mode:
+            fill(model, weights)
+            example = make_batch(model, setting) if batch is None else _fake_batch(batch)
+            example = cast(example, weights)
+        cut = _prepare(model, setting)  # not in the mode: what it tries out on tensors of its own has values
+        with mode:
+            if setting.trained_float32:
+                autocast = weights
+                _train_in_float32(model)
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            if not parameters:
+                raise ValueError("nothing would train: no parameter of the model requires a gradient")
+            ledger = Ledger(on_cpu=setting.device == "cpu")
+            hold(ledger, model, example, _packed(model, layout, setting))
+            ledger.watch(model, layout.head)
+            training = _Training(parameters, setting, ledger, {id(p): name for name, p in model.named_parameters()})
+            compute_loss = loss_of(model, example, loss_fn, None)
+            with ledger:
+                training.warm_up()
+                ledger.enter("forward")
+                ledger.start()
+                with torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext():
+                    loss = compute_loss()
+                ledger.enter("backward")
+                loss.backward()
+                ledger.enter("update")
+                training.update()
+        return Step(ledger.peak(), ledger.flops, sum(p.numel() for p in parameters), cut(), tuple(ledger.estimated))
+
+
+@contextlib.contextmanager
+def dry(batch: Any = None) -> Iterator[FakeMode]:
+    """A mode in which new tensors are fake. Tensors that a model keeps outside of its buffers stay real and take part.
+
+    batch: one with values, by which a real step would leave out masks; None = texts without padding.
+    The collector of cycles rests meanwhile, whose moments would be chance. Raises ValueError where a model asks for the
+    value of a tensor.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with masks_as_in_a_real_step(batch):
+            yield FakeMode()
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(
+            f"the model asks for values of tensors ({error}), and a dry run has shapes only; pass a configuration or a "
+            "form of the model whose forward does without"
+        ) from error
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def fill(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Put fake CPU tensors in the place of parameters and buffers, tied ones once; floating-point ones in `dtype`."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    if id(tensor) not in made:
+                        made[id(tensor)] = _fake(tensor, dtype)
+                    tensors[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+def _fake(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="cpu")
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _fake_batch(batch: Any) -> Any:
+    return tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="cpu"), batch)
+
+
+def _prepare(model: nn.Module, setting: Setting) -> Callable[[], str]:
+    """Freeze what `setting` says; returns a function that names the cut, once a forward pass has shown it."""
+    if setting.layers is not None and setting.layers != "all":
+        tuned = SelectiveBackward(
+            model, setting.layers, head=setting.head, checkpoint=setting.checkpoint, lean=setting.lean
+        )
+        return lambda: tuned.cut
+    if setting.layers == "all":
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+    if setting.checkpoint is not None:
+        _checkpoint(model, setting.checkpoint)
+    return lambda: ""
+
+
+def _checkpoint(model: nn.Module, asked_for: str) -> None:
+    """The gradient checkpointing of transformers, under the name that its version gives it."""
+    inner: Any = unwrap(model)
+    for kind in ("activation", "gradient"):
+        if hasattr(inner, f"{kind}_checkpointing_enable"):
+            options = {f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
+            getattr(inner, f"{kind}_checkpointing_enable")(**options)
+            return
+    raise ValueError(f"checkpoint={asked_for!r}: {type(inner).__name__} has no gradient checkpointing")
+
+
+def _train_in_float32(model: nn.Module) -> None:
+    """Put float32 parameters in the place of those that train, tied ones once."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.requires_grad:
+                module._parameters[name] = made.setdefault(id(p), nn.Parameter(_fake(p.data, torch.float32)))
+
+
+def _packed(model: nn.Module, layout: Layout, setting: Setting) -> dict[int, int]:
+    """Bytes of the weights that SelectiveBackward keeps quantised, by id."""
+    if setting.frozen is None:
+        return {}
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    layers = frozen_linears(model, trained, layout.head, setting.frozen)
+    return {
+        id(module.weight): packed_bytes(module.weight.numel(), module.out_features, setting.frozen)
+        for module in layers.values()
+    }
+
+
+def hold(ledger: Ledger, model: nn.Module, batch: Any, packed: dict[int, int]) -> None:
+    """Enter what is there before the step: parameters, buffers, the batch."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        ledger.hold(tensor, "weights", name, packed.get(id(tensor)))
+    for tensor in tree_leaves(batch):
+        if isinstance(tensor, Tensor):
+            ledger.hold(tensor, "activations", "")
+
+
+class _Training:
+    """The optimizer, after or inside of backward, and what tells gradients from other tensors."""
+
+    def __init__(self, parameters: list[nn.Parameter], setting: Setting, ledger: Ledger, names: dict[int, str]) -> None:
+        self._parameters, self._ledger, self._names = parameters, ledger, names
+        self._in_backward = is_in_backward(setting.optimizer)
+        groups = [[p] for p in parameters] if self._in_backward else [parameters]
+        self._optimizers = [build_optimizer(setting.optimizer, group) for group in groups]
+        self._accumulating = setting.accumulating and not self._in_backward
+        for index, parameter in enumerate(parameters):
+            parameter.register_post_accumulate_grad_hook(self._arrived(index))
+
+    def warm_up(self) -> None:
+        """An update with empty gradients, so that the states are there: a step before the one that counts."""
+        for parameter in self._parameters:
+            parameter.grad = torch.empty_like(parameter)
+            self._ledger.relabel(parameter.grad, "gradients", self._names[id(parameter)])
+        for optimizer in self._optimizers:
+            optimizer.step()
+        if not self._accumulating:
+            for parameter in self._parameters:
+                parameter.grad = None
+
+    def update(self) -> None:
+        if not self._in_backward:
+            self._optimizers[0].step()
+
+    def _arrived(self, index: int) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            if parameter.grad is None:
+                return
+            self._ledger.relabel(parameter.grad, "gradients", self._names[id(parameter)])
+            if self._in_backward:
+                self._ledger.enter("update")
+                self._optimizers[index].step()
+                parameter.grad = None
+                self._ledger.enter("backward")
+
+        return hook

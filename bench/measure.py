@@ -5,8 +5,8 @@ each round in another order, and a ratio is taken inside a round before the medi
 
 Memory: the running sum of the CPU allocator's own events (torch.profiler, profile_memory=True). That sees what a
 TorchDispatchMode over the outputs of operators cannot: scratch inside an operator and inside C++ autograd nodes.
-tests/test_bench.py holds the two against each other. Neither sees what bypasses the allocator (oneDNN and MKL packing
-buffers, NumPy arrays); a plain pass has these too.
+tests/bench/test_bench.py holds the two against each other. Neither sees what bypasses the allocator (oneDNN and MKL
+packing buffers, NumPy arrays); a plain pass has these too.
 """
 
 from __future__ import annotations

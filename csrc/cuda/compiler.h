@@ -1,5 +1,5 @@
 // What differs between nvcc and the block emulator of the tests, in one place: launches, shared memory, the half type.
-// The emulator (tests/cuda_emulator.h, included first) brings its own definitions of these three.
+// The emulator (tests/kernels/cuda_emulator.h, included first) brings its own definitions of these three.
 #pragma once
 
 #include <cstdint>

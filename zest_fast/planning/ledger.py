@@ -2,7 +2,7 @@
 
 A TorchDispatchMode sees the result of each operator in forward, backward and the update alike. It does not see what is
 held inside of operators: the large ones of a CPU come by formula (onednn.py). Real steps differ from it by less than
-2 % (tests/test_plan.py, tests/test_plan_architectures.py).
+2 % (tests/planning/test_plan.py, tests/planning/test_plan_architectures.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from zest_fast.finetuning.planning import onednn
+from zest_fast.planning import onednn
 from zest_fast.planning.flop_formulas import FORMULAS
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "loss")

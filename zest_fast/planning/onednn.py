@@ -3,7 +3,7 @@
 Convolutions of tensors in the usual (not channels-last) order run on copies whose channels lie in blocks: of the input,
 the weight and the output, and of their gradients. Recurrent layers keep a workspace for the backward pass and run on
 packed weights. Sizes are those of oneDNN 3 with AVX-512, 16 floats a block (src/cpu/rnn/rnn_utils.cpp:
-get_good_ld and set_offsets; ATen/native/mkldnn/Conv.cpp): held against counted steps in tests/test_plan.py.
+get_good_ld and set_offsets; ATen/native/mkldnn/Conv.cpp): held against counted steps in tests/planning/test_plan.py.
 """
 
 from __future__ import annotations

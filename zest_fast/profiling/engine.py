@@ -1,7 +1,7 @@
 """What torch's autograd engine is doing: the only place that looks into its private parts.
 
 Everything here asks; nothing changes what torch computes. A part that a release of torch no longer has is named by
-``tests/test_engine.py``.
+``tests/profiling/test_engine.py``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`zest_fast.profile()` on tiny models of transformers, held against the oracle.
 
-The default suite takes a handful of kinds; `pytest -m slow tests/test_transformers_zoo.py -s` takes all that can be
-built and prints those that cannot, and those that are not exact, with the reasons.
+The default suite takes a handful of kinds; `pytest -m slow tests/profiling/test_transformers_zoo.py -s` takes all that
+can be built and prints those that cannot, and those that are not exact, with the reasons.
 """
 
 from __future__ import annotations

@@ -305,7 +305,7 @@ def test_code_of_a_folder_is_not_run_whatever_stdin_says(tmp_path, command):
     (tmp_path / "films.jsonl").write_text(
         "".join(json.dumps({"text": t, "label": i % 2}) + "\n" for i, t in enumerate(TEXTS))
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "HF_HOME": str(tmp_path / "hf")}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HOME": str(tmp_path / "hf")}
     words = [sys.executable, "-c", "from zest_fast.cli import app; app()", command, "./evil"]
     words += ["films.jsonl", "--task", "text-classification"] if command != "plan" else ["--sequence-length", "8"]
     result = subprocess.run(

@@ -25,7 +25,7 @@ from zest_fast import _native
 from zest_fast.kernels import GradientMoments, Moments, cuda, reference
 
 TESTS = Path(__file__).parent
-CSRC = TESTS.parent / "csrc"
+CSRC = TESTS.parents[1] / "csrc"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CHUNK, TILE, PAIR_TILE = 32768, 8192, 4096
 POSITIONS = 512

@@ -1,7 +1,7 @@
 """Damaged files, drawn by seed, and a process that reads them and may die of it.
 
-    python tests/mutations.py ranker 0 3000        # outcomes of the mutations 0 .. 2999 of a format, as counts
-    pytest -m slow tests/test_mutations.py         # 3,000 of every format
+    python tests/support/mutations.py ranker 0 3000        # outcomes of the mutations 0 .. 2999 of a format, as counts
+    pytest -m slow tests/foundation/test_mutations.py         # 3,000 of every format
 
 A mutation is an edit of the file's JSON, text or table, with its checksum renewed where it has one, or of its bytes.
 What reads it may answer, or refuse by a ValueError that names the file; anything else is a fault: another exception,
@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 SLOW, HUNG = 5.0, 60.0
 """Seconds of a processor that one answer may take, and of the clock until it is given up."""
 _MOST_MEMORY = 6 * 2**30  # of addresses: a file that unfolds without end runs into it here, not on the whole machine
@@ -583,7 +583,7 @@ def _lines(name: str, start: int, stop: int, folder: str) -> Any:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--serve":
-        sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+        sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
         serve(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
     else:
         began = time.perf_counter()

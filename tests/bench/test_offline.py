@@ -13,7 +13,7 @@ import pytest
 
 from bench.sass import Program
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 LOOP_AND_TWO_WAYS_OUT = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;

@@ -1,7 +1,8 @@
-"""Triton's kernels against the float64 specification. Collected by tests/test_triton_kernels.py in its own process.
+"""Triton's kernels against the float64 specification. Collected by test_triton_kernels.py in its own process.
 
 On a machine with a GPU the tensors live there. Elsewhere Triton's interpreter runs the kernels on CPU tensors, which
-has to be chosen before Triton is imported: hence the process (`TRITON_INTERPRET=1 pytest tests/triton_cases.py`).
+has to be chosen before Triton is imported: hence the process
+(`TRITON_INTERPRET=1 pytest tests/kernels/triton_cases.py`).
 """
 
 from __future__ import annotations

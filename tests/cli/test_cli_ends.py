@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from zest_fast.cli import app
 from zest_fast.finetuning.delta_files import read_delta
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMMANDS = ("profile", "finetune", "rank", "export", "plan", "sweep", "train-ranker", "demo", "doctor")
 
 USER_MODULE = """

@@ -9,7 +9,7 @@ import pytest
 
 from bench.memory_report import llama7b_text, memory_text
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 pytest.importorskip("transformers")
 

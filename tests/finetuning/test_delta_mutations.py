@@ -29,7 +29,7 @@ from zest_fast.finetuning.delta_use import DeltaSwitch, apply_delta, merge_delta
 from zest_fast.finetuning.run_state import checksum as run_checksum
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 SLOWEST = 5.0  # seconds of computing for an answer: others may use the machine
 
 

@@ -1,6 +1,6 @@
-"""Runs tests/triton_cases.py where Triton can run: on the GPU, or in Triton's interpreter in a process of its own.
+"""Runs triton_cases.py where Triton can run: on the GPU, or in Triton's interpreter in a process of its own.
 
-The interpreter is chosen before Triton is imported, and offline compilation (tests/test_offline.py) needs it off.
+The interpreter is chosen before Triton is imported, and offline compilation (tests/bench/test_offline.py) needs it off.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The choice of a GPU backend; and tests/gpu_backend_cases.py, on a GPU or in Triton's interpreter in a process."""
+"""The choice of a GPU backend; and gpu_backend_cases.py, on a GPU or in Triton's interpreter in a process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def reasons(monkeypatch: pytest.MonkeyPatch, *, triton: str, cuda_cpp: str) -> N
 def test_whole_models_through_the_kernels_of_a_gpu() -> None:
     environment = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "gpu_backend_cases.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parent)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS.parents[1])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import zest_fast
 from bench import libraries, measure, memory, models, peers, readme
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 
 

@@ -1,8 +1,8 @@
-"""Whole models through `zest_fast.profile` on the kernels of a GPU. tests/test_gpu_backends.py runs it in a process.
+"""Whole models through `zest_fast.profile` on the kernels of a GPU. test_gpu_backends.py runs it in a process.
 
 On a machine with a GPU the models live there, under every GPU backend that runs. Elsewhere Triton's interpreter runs
 the kernels on CPU tensors, which has to be chosen before Triton is imported: hence the process
-(`TRITON_INTERPRET=1 pytest tests/gpu_backend_cases.py`).
+(`TRITON_INTERPRET=1 pytest tests/kernels/gpu_backend_cases.py`).
 """
 
 from __future__ import annotations

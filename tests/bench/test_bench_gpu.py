@@ -17,7 +17,7 @@ from bench import gpu_profiles
 from bench.gpu_kernels import _figures
 from bench.gpu_site import Site
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NO_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 DRY = Site(torch.device("cpu"), dry=True, rounds=3)

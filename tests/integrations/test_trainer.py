@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.integrations.trainer import DELTA, ZestCallback, prepare
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 QUERY = "bert.encoder.layer.1.attention.self.query"
 
 

@@ -141,7 +141,7 @@ def test_workers_end_with_their_parent_and_free_the_file(tmp_path) -> None:
         "trials.evaluate = lambda *a: (time.sleep(0.1), evaluate(*a))[1]\n"
         f"run({str(path)!r}, 2)\n"
     )
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}"}
     process = subprocess.Popen([sys.executable, "-c", program], cwd=root, env=environment)
     try:
@@ -202,7 +202,7 @@ def test_a_trial_is_done_again_only_where_its_worker_died() -> None:
 
 
 @needs_ray
-@pytest.mark.slow  # pytest -m slow tests/test_sweep_workers.py
+@pytest.mark.slow  # pytest -m slow tests/sweeping/test_sweep_workers.py
 def test_ray_writes_the_records_of_one_process_although_a_worker_is_killed(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("RAY_raylet_start_wait_time_s", "240")  # a busy machine starts it slowly
     import ray

@@ -20,7 +20,7 @@ from zest_fast.ranking.trees import Tree, explain_trees, predict_trees
 from zest_fast.sweeping.tables import load_records
 
 NAMES = [f"f{column}" for column in range(6)]
-OLD = Path(__file__).parent / "data" / "ranker_v1.json.gz"
+OLD = Path(__file__).parents[1] / "data" / "ranker_v1.json.gz"
 
 
 def table(rows, seed):

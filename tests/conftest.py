@@ -1,5 +1,8 @@
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, each with a core of its own
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported, here and in child processes
+
 import pytest
 import torch
 

@@ -19,7 +19,7 @@ from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.foundation.nearest import some
 from zest_fast.kernels.storage import has_storage, is_fake, why_no_storage
 from zest_fast.profiling.borrowing.model_state import ModelState
-from zest_fast.profiling.functions import attributes_read, forwards_of, hooks_of, referred
+from zest_fast.profiling.functions import attributes_read, forwards_of, hooks_of, may_write, referred
 from zest_fast.profiling.graph import custom_functions, leaves_of
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
@@ -179,8 +179,8 @@ class _Pass:
         while True:
             # For fisher alone no weight takes part, so that no dW is formed: the taps anchor the graph themselves.
             takes_part = self._weight_gradients or not self._backward
-            trainable = [layer.weight.parameter for layer in self._chosen] if takes_part else []
-            kept = ModelState(self._modules.values(), trainable, self._users_functions, values=True)
+            trainable: list[Tensor] = [layer.weight.parameter for layer in self._chosen] if takes_part else []
+            kept = self._state_around(trainable)
             with torch.enable_grad(), _eager(), kept as state:
                 self._state = state
                 try:
@@ -228,11 +228,15 @@ class _Pass:
     def _first_routes(self) -> Routes:
         """What reading the user's code tells before the first pass."""
         modules = self._modules.values()
-        functions = referred([*self._users_functions, *forwards_of(modules), *hooks_of(modules)])
+        functions = list(referred([*self._users_functions, *forwards_of(modules), *hooks_of(modules)]))
         read = [names for names in map(attributes_read, functions) if names & _WAYS_TO_PARAMETERS]
         own_flags = any("requires_grad" in names for names in read)
         self._looks_at_state = own_flags or any("grad" in names for names in read)
+        self._writes = may_write(functions, modules)
         return Routes(own_flags=own_flags)
+
+    def _state_around(self, trainable: list[Tensor]) -> ModelState:
+        return ModelState(self._modules.values(), trainable, self._users_functions, values=True, writes=self._writes)
 
     def _made_during_the_pass(self) -> list[str]:
         """Parameters of two or more dimensions that the model did not have before."""
@@ -306,8 +310,8 @@ class _Pass:
 
     def _measure(self, request: OnRequest, reached: list[Layer]) -> None:
         """The passes beside the one, each from the state in which the model was handed over."""
-        weights = [layer.weight.parameter for layer in reached]
-        kept = ModelState(self._modules.values(), weights, self._users_functions, values=True)
+        weights: list[Tensor] = [layer.weight.parameter for layer in reached]
+        kept = self._state_around(weights)
         with torch.enable_grad(), _eager(), kept as state:
             request.measure(GradientPass(reached, self._embeddings, state))
 

@@ -29,6 +29,8 @@ class ModelState(AbstractContextManager["ModelState"]):
         trainable: parameters that require a gradient inside.
         functions: what runs the model; generators of random numbers that they refer to are rewound as well.
         values: whether values of parameters are restored, too; False for who writes into them and restores them.
+        writes: whether functions or modules may write into tensors by themselves (see ``functions.may_write``). Where
+            not, the forward pass of a large model is not watched, which takes time with each operator.
 
     Raises RuntimeError at the end of the context where a parameter was written that could not be saved before.
     """
@@ -40,12 +42,14 @@ class ModelState(AbstractContextManager["ModelState"]):
         functions: Iterable[Callable[..., Any]] = (),
         *,
         values: bool = False,
+        writes: bool = True,
     ) -> None:
         self._modules = list(modules)
+        self._writes = writes
         self._keeps_values = values
         self._trainable = {id(p) for p in trainable}
         self._functions = list(functions)
-        self._written: set[int] | None = None
+        self._written: set[int] | None = None if writes else set()
 
     def __enter__(self) -> ModelState:
         modules = self._modules
@@ -110,8 +114,7 @@ class ModelState(AbstractContextManager["ModelState"]):
         """The function, run so that what it writes into parameters can be restored."""
 
         def run() -> Tensor:
-            if all(kept.everything for kept in self._values):
-                self._written = None
+            if not self._writes or all(kept.everything for kept in self._values):
                 return compute_loss()
             with CopyOnWrite(self._values) as watching:
                 self._written = watching.written

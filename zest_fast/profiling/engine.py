@@ -50,6 +50,20 @@ def is_altered() -> bool:
     return any(type(mode).__module__.partition(".")[0] not in _OWN_MODES for mode in modes)
 
 
+def has_accumulation_hooks(p: Tensor) -> bool:
+    """Whether somebody put hooks on the node that adds to the ``.grad`` of a parameter."""
+    with torch.enable_grad():
+        node: Any = p.view_as(p).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    for register in (node.register_prehook, node.register_hook):
+        handle = register(lambda *_: None)
+        hooks = handle.hooks_dict_ref()
+        found = hooks is not None and len(hooks) > 1
+        handle.remove()
+        if found:
+            return True
+    return False
+
+
 def saved_tensors_are_moved() -> bool:
     """Whether hooks decide what becomes of tensors that autograd saves now: checkpointing, offloading."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in torch 2.6

@@ -22,6 +22,7 @@ from zest_fast.profiling.borrowing.model_state import ModelState
 from zest_fast.profiling.functions import attributes_read, forwards_of, hooks_of, may_write, referred
 from zest_fast.profiling.graph import custom_functions, leaves_of
 from zest_fast.profiling.layer_profile import LayerProfile
+from zest_fast.profiling.layer_rules import has_output_rule
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
 from zest_fast.profiling.loss import RepeatedLoss, check_loss, loss_of, require_finite
 from zest_fast.profiling.metrics import (
@@ -319,13 +320,17 @@ class _Pass:
         """The layers that the loss depends on; None where this pass cannot tell."""
         if self._backward:
             reached = [layer for layer in self._chosen if taps.reached(layer)]
-            if not self._weight_gradients and len(reached) < len(self._chosen):
-                return None  # an output gradient may be out of sight where that of the weight is not
+            plain = all(has_output_rule(layer) for layer in reached) and not taps.with_other_weights
+            if not self._weight_gradients and (len(reached) < len(self._chosen) or not plain):
+                return (
+                    None  # a gradient may reach an output and not the weight, or the weight out of the output's sight
+                )
         else:
             leaves, opaque = leaves_of(loss)
             called = {layer for layer in self._chosen if layer.called_module in taps.uses}
             seen = {layer for layer in self._chosen if id(layer.weight.parameter) in leaves}
-            if called - seen and custom_functions(loss):
+            hidden = not opaque and any(taps.is_hidden(layer) for layer in called - seen)
+            if hidden or (called - seen and custom_functions(loss)):
                 return None  # a function of somebody's may call layers out of autograd's sight
             reached = [layer for layer in self._chosen if layer in seen or (opaque and layer in called)]
         if not reached:

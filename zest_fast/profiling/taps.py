@@ -29,7 +29,14 @@ import torch
 from torch import Tensor, nn
 
 from zest_fast.kernels import DTYPES
-from zest_fast.profiling.engine import Watching, current_task, is_altered, is_plain, is_transformed
+from zest_fast.profiling.engine import (
+    Watching,
+    current_task,
+    has_accumulation_hooks,
+    is_altered,
+    is_plain,
+    is_transformed,
+)
 from zest_fast.profiling.graph import OtherGradients
 from zest_fast.profiling.held import Held, Keeper, Overwritten
 from zest_fast.profiling.layer_rules import has_output_rule, has_tile_rule, linear_gradient, output_again
@@ -269,6 +276,8 @@ class Taps(AbstractContextManager["Taps"]):
             if counts.frozen:  # somebody removed the hook that ends this
                 self._thaw(counts)
                 counts.not_by_tiles = True
+            elif counts.tiled and has_accumulation_hooks(counts.weight.parameter):
+                counts.not_by_tiles = True
         handle = loss.grad_fn.register_prehook(self._note_the_task) if loss.grad_fn is not None else None
         self._others = OtherGradients(parameters)
         try:
@@ -315,6 +324,10 @@ class Taps(AbstractContextManager["Taps"]):
         if self._gradients:
             return self._counts[layer.weight].reached
         return bool(self._output_firings.get(layer))
+
+    def is_hidden(self, layer: Layer) -> bool:
+        """Whether the layer was called where no graph is made, as inside of a function that makes its own."""
+        return self._counts[layer.weight].calls_without_grad > 0
 
     @property
     def may_change_the_loss(self) -> tuple[bool, bool] | None:
@@ -659,17 +672,15 @@ def run_until_it_stands(
         prepare: called before each pass: makes everything as it was before the first.
         routes: of the first pass.
     """
-    first_error: Exception | None = None
     while True:
         prepare(routes)
         taps = make(routes)
         try:
             loss = once(taps)
         except Exception as error:
-            first_error = first_error or error
             revised = taps.revised(error)
             if revised is None:
-                raise first_error from first_error.__cause__
+                raise
         else:
             revised = taps.revised()
             if revised is None:

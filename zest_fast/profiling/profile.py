@@ -24,18 +24,13 @@ from zest_fast.profiling.graph import custom_functions, leaves_of
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
 from zest_fast.profiling.loss import RepeatedLoss, check_loss, loss_of, require_finite
-from zest_fast.profiling.metrics import (
-    BACKWARD,
-    FISHER,
-    OUTPUT,
-    select_metrics,
-    statistics_needed,
-)
+from zest_fast.profiling.metrics import BACKWARD, select_metrics, statistics_needed
 from zest_fast.profiling.observer import Statistics
 from zest_fast.profiling.on_request.gradient_pass import GradientPass
 from zest_fast.profiling.on_request.request import OnRequest
 from zest_fast.profiling.table import ancestors, build_profile
 from zest_fast.profiling.taps import Routes, Taps, run_until_it_stands
+from zest_fast.profiling.watched import watched_for
 
 _in_progress: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -161,8 +156,8 @@ class _Pass:
         self._embeddings = [m for m in modules.values() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
         self._parents = {parent for layer in self._chosen for parent in ancestors(layer, modules)[:1]}
         self._needed = statistics_needed(metrics)
+        self._watched = watched_for(self._needed)
         self._backward = bool(self._needed & BACKWARD)
-        self._weight_gradients = bool(self._needed & (BACKWARD - {FISHER}))
         self._saves = self._backward
 
     def run(
@@ -177,8 +172,7 @@ class _Pass:
         self._users_functions = users_functions
         routes = self._first_routes()
         while True:
-            # For fisher alone no weight takes part, so that no dW is formed: the taps anchor the graph themselves.
-            takes_part = self._weight_gradients or not self._backward
+            takes_part = self._watched.gradients or not self._backward
             trainable = [layer.weight.parameter for layer in self._chosen] if takes_part else []
             kept = ModelState(self._modules.values(), trainable, self._users_functions, values=True)
             with torch.enable_grad(), _eager(), kept as state:
@@ -200,7 +194,8 @@ class _Pass:
                 made = self._made_during_the_pass()
             if reached is None:
                 # Less than the whole pass cannot tell which layers the loss depends on.
-                self._backward = self._weight_gradients = self._saves = True
+                self._backward = self._saves = True
+                self._watched = replace(self._watched, gradients=True)
                 routes = replace(routes, tiles=False)
             elif statistics.overwritten - routes.copied:
                 # Past autograd's sight (y.data): Y has to be out of its reach to be there in backward.
@@ -265,16 +260,7 @@ class _Pass:
 
     def _taps(self, routes: Routes) -> Taps:
         self._statistics = Statistics(self._needed, self._backend, self._state.may_have_written)
-        return Taps(
-            self._chosen,
-            self._embeddings,
-            self._parents,
-            self._statistics,
-            routes,
-            outputs=bool(self._needed & {OUTPUT, FISHER}),  # for fisher: to see whether Y is still Y in backward
-            gradients=self._weight_gradients,
-            output_gradients=FISHER in self._needed,
-        )
+        return Taps(self._chosen, self._embeddings, self._parents, self._statistics, routes, self._watched)
 
     def _once(self, taps: Taps, compute_loss: Callable[[], Tensor], state: ModelState) -> Tensor:
         with taps:
@@ -315,7 +301,7 @@ class _Pass:
         """The layers that the loss depends on; None where this pass cannot tell."""
         if self._backward:
             reached = [layer for layer in self._chosen if taps.reached(layer)]
-            if not self._weight_gradients and len(reached) < len(self._chosen):
+            if not self._watched.gradients and len(reached) < len(self._chosen):
                 return None  # an output gradient may be out of sight where that of the weight is not
         else:
             leaves, opaque = leaves_of(loss)

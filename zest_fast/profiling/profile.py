@@ -22,13 +22,13 @@ from zest_fast.profiling.borrowing.model_state import ModelState
 from zest_fast.profiling.functions import attributes_read, forwards_of, hooks_of, referred
 from zest_fast.profiling.graph import custom_functions, leaves_of
 from zest_fast.profiling.layer_profile import LayerProfile
-from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
+from zest_fast.profiling.layers import Layer, LayerSelection, find_layers
 from zest_fast.profiling.loss import RepeatedLoss, check_loss, loss_of, require_finite
 from zest_fast.profiling.metrics import BACKWARD, select_metrics, statistics_needed
 from zest_fast.profiling.observer import Statistics
 from zest_fast.profiling.on_request.gradient_pass import GradientPass
 from zest_fast.profiling.on_request.request import OnRequest
-from zest_fast.profiling.table import ancestors, build_profile
+from zest_fast.profiling.table import Passed, Subject, ancestors, build_profile
 from zest_fast.profiling.taps import Routes, Taps, run_until_it_stands
 from zest_fast.profiling.watched import watched_for
 
@@ -145,14 +145,11 @@ class _Pass:
         metrics: list[str],
         backend: str,
     ) -> None:
-        self._model = model
-        self._modules = modules
+        self._subject = Subject.of(model, modules, selection)
+        self._model, self._modules, self._chosen = model, modules, self._subject.chosen
         self._metrics = metrics
         self._backend = backend
         self._size = _size(modules)
-        self._every_layer = find_layers(modules)
-        self._chosen = select_layers(self._every_layer, selection)
-        self._trainable_before = {layer: layer.weight.parameter.requires_grad for layer in self._chosen}
         self._embeddings = [m for m in modules.values() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
         self._parents = {parent for layer in self._chosen for parent in ancestors(layer, modules)[:1]}
         self._needed = statistics_needed(metrics)
@@ -204,21 +201,8 @@ class _Pass:
                 break
         if request.wanted:
             self._measure(request, reached)
-        return build_profile(
-            self._model,
-            self._modules,
-            self._every_layer,
-            self._chosen,
-            reached,
-            self._metrics,
-            statistics,
-            request,
-            taps,
-            trainable=self._trainable_before,
-            loss=float(loss.detach()) / loss_scale,
-            loss_scale=loss_scale,
-            made=made,
-        )
+        passed = Passed(taps, statistics, reached, made, float(loss.detach()) / loss_scale, loss_scale)
+        return build_profile(self._subject, passed, request, self._metrics)
 
     def _first_routes(self) -> Routes:
         """What reading the user's code tells before the first pass."""
@@ -233,7 +217,7 @@ class _Pass:
         """Parameters of two or more dimensions that the model did not have before."""
         if _size(self._modules) == self._size:
             return []
-        known = {id(layer.weight.parameter) for layer in self._every_layer}
+        known = {id(layer.weight.parameter) for layer in self._subject.layers}
         layers = find_layers(dict(self._model.named_modules()))
         return [layer.parameter_name for layer in layers if id(layer.weight.parameter) not in known]
 
@@ -282,7 +266,7 @@ class _Pass:
             own = float(state.guarded(compute_loss)().detach())
         found = float(loss.detach())
         if not math.isclose(own, found, rel_tol=1e-6):
-            frozen = [layer.name for layer, trainable in self._trainable_before.items() if not trainable]
+            frozen = [layer.name for layer, trainable in self._subject.trainable.items() if not trainable]
             remedy = f"leave the frozen layers ({some(frozen)}) out with layers=, or unfreeze them" if frozen else ""
             raise ValueError(
                 f"the loss depends on requires_grad or .grad of parameters: it is {own:.6g} as the model was handed "

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from zest_fast.planning.batches import cast, make_batch
 from zest_fast.planning.blocks import Layout
+from zest_fast.planning.dry_run import dry, fill
 from zest_fast.planning.ledger import Ledger
 from zest_fast.planning.settings import DTYPES, Setting
-from zest_fast.planning.step import Step, dry, fill, hold
+from zest_fast.planning.step import Step, hold
 from zest_fast.profiling.layers import Layer, Weight, find_layers, select_layers
 from zest_fast.profiling.loss import loss_of
 from zest_fast.profiling.metrics import BACKWARD, ON_REQUEST, select_metrics, statistics_needed

@@ -289,7 +289,7 @@ def test_a_sweep_that_was_killed_goes_on_and_loses_nothing(tmp_path) -> None:
         f"module.sweep(model, splits, recipe=RECIPE, out={str(path)!r})\n"
     )
     root = Path(__file__).parents[2]
-    paths = f"{root}:{root / 'tests'}"
+    paths = f"{root}:{root / 'tests' / 'support'}"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=root, env={**os.environ, "PYTHONPATH": paths})
     try:
         deadline = time.monotonic() + 60

@@ -276,7 +276,7 @@ def test_a_process_that_is_killed_leaves_nothing_but_its_records(tmp_path) -> No
         f"sweep(model, splits, recipe=RECIPE, out={str(tmp_path / 'records.jsonl')!r}, cache_bytes=0)\n"
     )
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests' / 'support'}"}
     ended = subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, timeout=120, check=False)
     assert ended.returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]

@@ -142,7 +142,7 @@ def test_workers_end_with_their_parent_and_free_the_file(tmp_path) -> None:
         f"run({str(path)!r}, 2)\n"
     )
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests' / 'support'}"}
     process = subprocess.Popen([sys.executable, "-c", program], cwd=root, env=environment)
     try:
         deadline = time.monotonic() + 60

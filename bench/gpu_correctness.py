@@ -43,7 +43,7 @@ def check(site: Site) -> list[dict[str, object]]:
 
 def backends(site: Site) -> list[str]:
     """The GPU backends that run on the site's device."""
-    return [name for name in ("triton", "cuda") if not collector._why_not(name, site.device)]
+    return [name for name in ("triton", "cuda") if collector.availability(name, site.device)]
 
 
 def _has_linear(site: Site, backend: str, dtype: torch.dtype) -> bool:

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import zest_fast
 from bench import libraries, measure, memory, models, peers, readme
+from zest_fast.demo.measure import PeakMemory
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
@@ -126,39 +125,16 @@ def test_peak_sees_gradients_and_scratch_that_operators_do_not_return():
     assert measure.peak_bytes(lambda: torch.randn(MIB).median()) >= 2 * 4 * MIB
 
 
-class OutputsAlive(TorchDispatchMode):
-    """The other way to count: storages of every operator's outputs, from birth until they are collected."""
-
-    def __init__(self):
-        super().__init__()
-        self.known, self.alive, self.peak = {}, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        import weakref
-
-        out = func(*args, **(kwargs or {}))
-        inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        for x in tree_leaves(out):
-            storage = x.untyped_storage() if isinstance(x, Tensor) else None
-            if storage is not None and storage._cdata not in inputs and storage._cdata not in self.known:
-                self.known[storage._cdata] = storage.nbytes()
-                self.alive += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage._cdata)
-        self.peak = max(self.peak, self.alive)
-        return out
-
-    def _freed(self, key):
-        self.alive -= self.known.pop(key)
-
-
 @pytest.mark.parametrize("case", models.TINY, ids=str)
 def test_allocator_peak_is_at_least_that_of_operator_outputs(case):
     model, batch = case.build()
     peers.drop_gradients(model, batch)
-    with OutputsAlive() as outputs:
+    with PeakMemory([*model.parameters(), *model.buffers(), *batch.values()]) as outputs:
+        before = outputs.now
         peers.drop_gradients(model, batch)
+    beyond = outputs.peak - before
     counted = measure.peak_bytes(lambda: peers.drop_gradients(model, batch))
-    assert outputs.peak <= counted <= 2 * outputs.peak + MIB
+    assert 0 < beyond <= counted <= 2 * beyond + MIB
 
 
 def _scale(metric: str, row: dict[str, float], numel: int) -> float:

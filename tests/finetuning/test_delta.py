@@ -13,10 +13,13 @@ from safetensors.torch import load_file, load_model, save_file
 from small_models import Mlp, Recurrent, assert_same, conv_net, images, llama, snapshot, step
 from torch import nn
 
-from zest_fast.finetuning.delta_files import checksum, hash_tensors, read_delta
+from zest_fast.finetuning.delta_files import checksum, read_delta
 from zest_fast.finetuning.delta_use import DeltaSwitch, apply_delta, merge_delta
+from zest_fast.finetuning.digests import digest, hash_tensors
+from zest_fast.finetuning.run_state import checksum as run_checksum
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.ranking.ranking import rank
+from zest_fast.sweeping.recipe import Recipe
 
 
 @pytest.fixture(autouse=True)
@@ -242,6 +245,20 @@ def test_hash_tells_names_shapes_dtypes_and_bytes_apart():
     assert hash_tensors([("a", torch.tensor(True)), ("b", torch.ones(1, dtype=torch.bfloat16))])
     with pytest.raises(ValueError, match="'a' is on the meta device"):
         hash_tensors([("a", torch.ones(1, device="meta"))])
+
+
+def test_hashes_are_those_of_files_written_before():
+    tensors = {
+        "a": torch.arange(6.0).reshape(2, 3),
+        "b": torch.tensor(True),
+        "c": torch.ones(0, 2, dtype=torch.bfloat16),
+    }
+    assert digest(tensors["a"]) == "f673e35edf0f227af4f82aa1d3bd6fb6"
+    assert hash_tensors(tensors.items()) == "6c0c861f6b963adeffe6ed11a33e133cb7fe323b1ee868958b8893ddcdb3a836"
+    assert checksum({"x": "y"}, tensors) == "a4c0cac0bab07e92d9d4f893e78aa8435273cec51b5f10250837d2eee5ded30d"
+    content = {"k": tensors, "n": [1, 2.5, "s"]}
+    assert run_checksum(content) == "a28b58b0164061106b200c0e0fa15de826b6f89665db5b2467663cd4656f8fcb"
+    assert Recipe().hash == "11a7a7269ffdd8b6"
 
 
 def norm_net():

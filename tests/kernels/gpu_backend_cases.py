@@ -22,11 +22,11 @@ import zest_fast
 from zest_fast import kernels
 from zest_fast.kernels import collector, cuda, reference, triton_kernels
 
-pytestmark = pytest.mark.skipif(bool(triton_kernels.available()), reason=triton_kernels.available())
+pytestmark = pytest.mark.skipif(not triton_kernels.availability(), reason=triton_kernels.availability().reason)
 
 ON_GPU = not triton_kernels.interpreted()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
-BACKENDS = ["triton"] + (["cuda"] if ON_GPU and not cuda.available() else [])
+BACKENDS = ["triton"] + (["cuda"] if ON_GPU and cuda.availability() else [])
 on_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 
 MODELS = [

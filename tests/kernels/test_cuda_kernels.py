@@ -149,7 +149,7 @@ def sanitised(tmp_path_factory: pytest.TempPathFactory) -> Emulated:
     return compiled_for_the_emulator(tmp_path_factory.mktemp("ubsan"), "-O1", "-fsanitize=undefined")
 
 
-@pytest.fixture(params=["emulator"] if cuda.available() else ["emulator", "gpu"])
+@pytest.fixture(params=["emulator", "gpu"] if cuda.availability() else ["emulator"])
 def kernels(request: pytest.FixtureRequest) -> Emulated | OnGpu:
     return OnGpu() if request.param == "gpu" else request.getfixturevalue("emulated")
 
@@ -371,8 +371,8 @@ def test_offsets_beyond_2_31_elements(emulated: Emulated) -> None:
 
 
 def test_more_than_2_31_elements_on_the_gpu() -> None:
-    if reason := cuda.available():
-        pytest.skip(reason)
+    if not (able := cuda.availability()):
+        pytest.skip(able.reason)
     if torch.cuda.mem_get_info()[0] < 6 << 30:
         pytest.skip("6 GiB of free GPU memory are needed")
     x = torch.zeros(2**31 + 5, dtype=torch.bfloat16, device="cuda")
@@ -467,7 +467,7 @@ def test_the_extension_loads_without_a_driver() -> None:
 
 def test_cuda_reports_its_state_instead_of_raising() -> None:
     if not _native.has_cuda:
-        pytest.skip(cuda.available())
+        pytest.skip(cuda.availability().reason)
     problem = _native.cuda_status(0)
     assert isinstance(problem, str) and (problem or _native.cuda_driver_version() > 0)
     assert "ordinal" in _native.cuda_status(999) or problem
@@ -494,7 +494,7 @@ def test_arguments_fit_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_why_the_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_native", SimpleNamespace(has_cuda=False))
-    assert cuda.available() == "zest_fast was built without nvcc (install it from source with nvcc on PATH)"
+    assert cuda.availability().reason == "zest_fast was built without nvcc (install it from source with nvcc on PATH)"
 
     old_driver = SimpleNamespace(
         has_cuda=True,
@@ -504,17 +504,17 @@ def test_why_the_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(cuda, "_native", old_driver)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert cuda.available() == f"PyTorch {torch.__version__} was built without CUDA"
+    assert cuda.availability().reason == f"PyTorch {torch.__version__} was built without CUDA"
     monkeypatch.setattr(torch.version, "cuda", "12.4")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cuda.available() == "PyTorch finds no usable CUDA device"
+    assert cuda.availability().reason == "PyTorch finds no usable CUDA device"
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
-    monkeypatch.setattr(cuda, "_unusable", cuda._unusable.__wrapped__)  # without its memory
-    assert cuda.available(torch.device("cuda", 1)) == (
+    monkeypatch.setattr(cuda, "_usable", cuda._usable.__wrapped__)  # without its memory
+    assert cuda.availability(torch.device("cuda", 1)).reason == (
         "CUDA driver version is insufficient for CUDA runtime version on NVIDIA A100 (sm_80): "
         "the driver knows CUDA up to 12.4, the kernels were built with CUDA 13.0"
     )

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
 
+from zest_fast.kernels import lean_kernels, lean_reference
 from zest_fast.kernels.cpu import silu_gated_backward
 
 # Of the terms that add up to a gradient. float32: 12 roundings (e^x has 4, it enters twice, and so on); bfloat16: those
@@ -18,11 +18,6 @@ def terms(g, gate, up):
     return (g * up).abs() * s * (1 + gate.abs() * (-gate).sigmoid()), (g * gate).abs() * s
 
 
-def exact(g, gate, up):
-    gate, up = (x.double().requires_grad_(True) for x in (gate, up))
-    return torch.autograd.grad(F.silu(gate) * up, (gate, up), g.double())
-
-
 def operands(dtype, *shape):
     torch.manual_seed(0)
     return tuple((scale * torch.randn(shape)).to(dtype) for scale in (1, 4, 1))
@@ -33,7 +28,7 @@ def operands(dtype, *shape):
 def test_gradients_against_float64(dtype, shape):
     g, gate, up = operands(dtype, *shape)
     gradients, sizes = silu_gated_backward(g, gate, up), terms(g, gate, up)
-    for found, wanted, size in zip(gradients, exact(g, gate, up), sizes, strict=True):
+    for found, wanted, size in zip(gradients, lean_reference.gated_backward("silu", g, gate, up), sizes, strict=True):
         assert found.dtype == dtype and found.shape == g.shape
         assert ((found.double() - wanted).abs() <= ROUNDING[dtype] * size + 1e-37).all()
 
@@ -51,7 +46,7 @@ def test_extreme_gates(dtype):
     gate = torch.tensor([[-1e30, -200, -88, -30, -1e-30, 0, 1e-30, 30, 88, 200, 1e30, float("nan")]]).to(dtype)
     g = up = torch.ones_like(gate)
     gradients, sizes = silu_gated_backward(g, gate, up), terms(g, gate, up)
-    for found, wanted, size in zip(gradients, exact(g, gate, up), sizes, strict=True):
+    for found, wanted, size in zip(gradients, lean_reference.gated_backward("silu", g, gate, up), sizes, strict=True):
         assert torch.isnan(found[0, -1]) and torch.isfinite(found[0, :-1]).all()
         near = (found.double() - wanted).abs() <= ROUNDING[dtype] * size + 1e-7
         assert near[0, :-1].all()
@@ -72,3 +67,22 @@ def test_extreme_gates(dtype):
 )
 def test_what_it_does_not_take(change):
     assert silu_gated_backward(*change(*operands(torch.float32, 4, 6))) is None
+
+
+@pytest.mark.parametrize("activation", lean_reference.ACTIVATIONS)
+def test_the_choice_of_a_kernel(activation, monkeypatch):
+    """On the CPU the compiled one, for SiLU; Triton's where it takes the tensors."""
+    g, gate, up = operands(torch.float32, 3, 8)
+    both = torch.cat((gate, up), dim=-1)
+    monkeypatch.setattr(lean_kernels.triton_kernels, "interpreted", lambda: False)
+    compiled = silu_gated_backward(g, gate, up) if activation == "silu" else None
+    found, halves = (
+        lean_kernels.gated_backward(activation, g, gate, up),
+        lean_kernels.gated_halves_backward(activation, g, both),
+    )
+    if compiled is None:
+        assert found is None and halves is None
+    else:
+        assert all(map(torch.equal, found, compiled)) and torch.equal(halves, torch.cat(compiled, dim=-1))
+    monkeypatch.setattr(lean_kernels.triton_kernels, "gated_backward", lambda *_: (gate, up))
+    assert lean_kernels.gated_backward(activation, g, gate, up) == (gate, up)

@@ -17,6 +17,7 @@ from model_zoo import build
 import zest_fast
 from zest_fast import kernels
 from zest_fast.kernels import collector, cuda, triton_kernels
+from zest_fast.kernels.availability import Availability
 
 TESTS = Path(__file__).parent
 GPU = torch.device("cuda", 0)
@@ -32,8 +33,8 @@ def forgotten_choices() -> Iterator[None]:
 
 def reasons(monkeypatch: pytest.MonkeyPatch, *, triton: str, cuda_cpp: str) -> None:
     """Makes the two backends unavailable for these reasons; available where the reason is empty."""
-    monkeypatch.setattr(triton_kernels, "available", lambda: triton)
-    monkeypatch.setattr(cuda, "available", lambda device=None: cuda_cpp)
+    monkeypatch.setattr(triton_kernels, "availability", lambda: Availability(triton))
+    monkeypatch.setattr(cuda, "availability", lambda device=None: Availability(cuda_cpp))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

@@ -30,7 +30,7 @@ def test_triton_kernels_agree_with_the_float64_reference() -> None:
 
 def test_without_triton_or_gpu_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)  # any import of it fails
-    assert "pip install triton" in triton_kernels.available()
+    assert "pip install triton" in triton_kernels.availability().reason
 
 
 def test_import_never_loads_triton() -> None:

@@ -11,14 +11,22 @@ import torch
 from profiles import make_profile
 from small_models import Mlp, Recurrent, conv_net, images, llama
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 from untouched import state_of
 
 import zest_fast
 from bench import choose as bench_choose
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.planning import choose as choose_module
-from zest_fast.planning.fake_pass import faked, flop_counter
+from zest_fast.planning.batches import stand_in_batch
+from zest_fast.planning.dry_run import faked
+from zest_fast.planning.flop_formulas import flop_counter
 from zest_fast.planning.plan import planned_peak
 from zest_fast.planning.step_costs import costs_of_ranking, measured_costs
 from zest_fast.profiling.loss import loss_of
@@ -39,6 +47,13 @@ def bert(**config):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     return BertForSequenceClassification(BertConfig(vocab_size=50, **sizes, **config))
+
+
+def small_resnet(**config):
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 4}
+    model = ResNetForImageClassification(ResNetConfig(**sizes))
+    model.config.image_size = config.get("image_size")
+    return model
 
 
 def tokens(**labels):
@@ -155,6 +170,49 @@ def test_a_dry_run_leaves_model_and_random_state_as_they_were():
         compute_loss()
         raise RuntimeError("interrupted")
     assert state_of(model) == before
+
+
+class Peeking(nn.Module):
+    """Its forward asks for the value of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.layer(x) if x.sum() > 0 else self.layer(-x)
+
+
+def test_a_model_that_reads_values_is_refused_and_left_as_it_was():
+    model = Peeking()
+    before = state_of(model)
+    with pytest.raises(ValueError, match="asks for values of tensors"):
+        measured_costs(model, (torch.ones(2, 4), torch.zeros(2, dtype=torch.long)))
+    assert state_of(model) == before
+
+
+class Own(BertForSequenceClassification):
+    """A classifier whose name says nothing."""
+
+
+@pytest.mark.parametrize(
+    ("model", "shapes"),
+    [
+        (llama(), {"input_ids": (1, 512), "labels": (1, 512)}),
+        (bert(), {"input_ids": (1, 512), "labels": (1,)}),
+        (bert(max_position_embeddings=40), {"input_ids": (1, 40), "labels": (1,)}),
+        (Own(bert().config), {"input_ids": (1, 512), "labels": (1,)}),
+        (BertForTokenClassification(bert().config), {"input_ids": (1, 512), "labels": (1, 512)}),
+        (small_resnet(), {"pixel_values": (32, 3, 224, 224), "labels": (32,)}),
+        (small_resnet(image_size=(40, 64)), {"pixel_values": (32, 3, 40, 64), "labels": (32,)}),
+        (small_resnet().to(torch.bfloat16), {"pixel_values": (32, 3, 224, 224), "labels": (32,)}),
+    ],
+    ids=["llama", "bert", "short", "own", "tokens", "images", "wide", "bfloat16"],
+)
+def test_a_stand_in_batch_is_what_the_model_takes(model, shapes):
+    batch = stand_in_batch(model)
+    assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == shapes
+    assert measured_costs(model, batch).forward > 0
 
 
 # What fits

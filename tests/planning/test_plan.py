@@ -16,9 +16,11 @@ from bench.measure import peak_bytes
 from bench.real_steps import counted_step, upper_half
 from zest_fast.cli import app
 from zest_fast.integrations.training_files import plan_training_file
+from zest_fast.planning import profile_pass
 from zest_fast.planning.blocks import layout_of
 from zest_fast.planning.ledger import KINDS
 from zest_fast.planning.plan import plan, plan_profile, planned_peak
+from zest_fast.profiling.observer import Statistics
 
 transformers = pytest.importorskip("transformers")
 GIB = 2**30
@@ -205,6 +207,27 @@ def test_plan_of_a_profile(metrics):
     real = weights + peak_bytes(lambda: zest_fast.profile(model, batch, metrics=metrics))
     planned = plan_profile(model, batch_size=2, sequence_length=64, dtype=None, metrics=metrics)
     assert 0.98 * real <= planned.peak_bytes <= 1.02 * real + 32 * 2**20
+
+
+@pytest.mark.parametrize("metrics", [None, ["act_mean", "snip"], ["fisher"], ["rgn"]])
+def test_a_plan_watches_what_the_pass_watches(monkeypatch, metrics):
+    events = {Statistics: set(), profile_pass._Mute: set()}
+    for observer, seen in events.items():
+        for event in ("output", "linear", "weight_gradient", "output_gradient"):
+            monkeypatch.setattr(observer, event, recording(getattr(observer, event), event, seen))
+    model, batch = models.llama(2, 8, num_hidden_layers=1, vocab_size=50)
+    zest_fast.profile(model, batch, metrics=metrics)
+    plan_profile(model, batch_size=2, sequence_length=8, dtype=None, metrics=metrics)
+    of_the_pass, of_the_plan = events.values()
+    assert of_the_pass == of_the_plan and of_the_pass
+
+
+def recording(method, event, seen):
+    def record(self, subject, *arguments, **options):
+        seen.add((event, getattr(subject, "name", None)))
+        return method(self, subject, *arguments, **options)
+
+    return record
 
 
 BAD = {

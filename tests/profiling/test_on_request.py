@@ -19,7 +19,9 @@ from untouched import bits, changes, state_of
 import zest_fast
 from zest_fast.kernels.agreement import agreement_sums
 from zest_fast.profiling.metrics import ALL_METRIC_NAMES, METRIC_NAMES
+from zest_fast.profiling.metrics import ON_REQUEST as ON_REQUEST_KINDS
 from zest_fast.profiling.on_request import agreement, grasp
+from zest_fast.profiling.on_request.request import MEASURES
 
 AGREEMENT = ("agree_dot", "agree_sign", "agree_cos")
 ON_REQUEST = ("grasp", "synflow", *AGREEMENT)
@@ -454,3 +456,7 @@ def test_every_pass_draws_the_masks_of_a_plain_forward() -> None:
     torch.manual_seed(4)
     zest_fast.profile(model, (torch.randn(6, 8), torch.randint(3, (6,))), metrics=["grasp", "snip"])
     assert len(masks) == 2 and masks[0] == masks[1]
+
+
+def test_every_kind_on_request_has_one_object_that_measures_it() -> None:
+    assert set(MEASURES) == ON_REQUEST_KINDS

@@ -297,10 +297,10 @@ def test_an_unfitted_ranker_says_so(few, tmp_path):
 
 def resigned(document):
     """A changed document with the checksum of its contents."""
-    from zest_fast.ranking.ranker_files import _checksum
+    from zest_fast.foundation.documents import json_hash
 
     del document["checksum"]
-    return {**document, "checksum": _checksum(document)}
+    return {**document, "checksum": json_hash(document)}
 
 
 def test_damaged_and_foreign_files_are_refused_by_name(small, tmp_path):

@@ -185,11 +185,11 @@ def _ranker_documents() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _signed(document: Any) -> str:
-    from zest_fast.ranking.ranker_files import _checksum
+    from zest_fast.foundation.documents import json_hash
 
     if isinstance(document, dict):
         document.pop("checksum", None)
-        document["checksum"] = _checksum(document)
+        document["checksum"] = json_hash(document)
     return to_text(document)
 
 

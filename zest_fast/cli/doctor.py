@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from zest_fast.kernels import cuda, triton_kernels
+from zest_fast.kernels.availability import Availability
 from zest_fast.kernels.collector import best_backend
 
 _OPTIONAL = {
@@ -25,8 +26,8 @@ def examine() -> dict[str, Any]:
     return {
         "backends": {
             "cpu": {"on": True, "why": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"},
-            "triton": _state(triton_kernels.available()),
-            "cuda": _state(cuda.available()),
+            "triton": _state(triton_kernels.availability()),
+            "cuda": _state(cuda.availability()),
             "reference": {"on": True, "why": "float64 in plain torch: right everywhere, slow"},
         },
         "auto": {device: best_backend(torch.device(device))[0] for device in devices},
@@ -40,8 +41,8 @@ def examine() -> dict[str, Any]:
     }
 
 
-def _state(why_not: str) -> dict[str, Any]:
-    return {"on": not why_not, "why": why_not}
+def _state(able: Availability) -> dict[str, Any]:
+    return {"on": bool(able), "why": able.reason}
 
 
 def _version(package: str) -> str | None:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zest_fast.demo.task import Split, Task
+from zest_fast.demo.task import Task
+from zest_fast.sweeping.head import descend, features_of
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # L2 penalties tried
 HELD_OUT = 0.2  # share of the head split that chooses among them
@@ -19,7 +20,8 @@ def warm_head(task: Task) -> float:
     head = task.model.get_submodule(task.head or "")
     if not isinstance(head, nn.Linear):
         raise TypeError(f"demo task {task.name!r}: head {task.head!r} must be an nn.Linear, not {type(head).__name__}")
-    features, labels = head_inputs(task.model, head, task.splits["head"]), task.splits["head"].labels
+    split = task.splits["head"]
+    features, labels = features_of(task.model, head, split.inputs, batch_size=100), split.labels
     kept = round(len(labels) * (1 - HELD_OUT))
 
     def held_out_loss(strength: float) -> float:
@@ -32,30 +34,8 @@ def warm_head(task: Task) -> float:
     return best
 
 
-@torch.no_grad()
-def head_inputs(model: nn.Module, head: nn.Module, split: Split, batch_size: int = 100) -> Tensor:
-    """What the head sees of each sample: [samples, features]."""
-    seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
-    try:
-        for inputs in split.inputs.split(batch_size):
-            model(inputs)
-    finally:
-        handle.remove()
-    return torch.cat(seen)
-
-
 def fit(head: nn.Linear, features: Tensor, labels: Tensor, strength: float) -> None:
     """Minimise mean cross-entropy + strength / 2 x ||W||^2 from W = 0: no random start."""
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=ITERATIONS, line_search_fn="strong_wolfe")
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(head(features), labels) + strength / 2 * head.weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    optimizer.zero_grad()
+    descend(list(head.parameters()), head.weight, lambda: head(features), labels, strength, steps=ITERATIONS)

@@ -12,7 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from zest_fast.finetuning.digests import digests, plain_bytes
+from zest_fast.finetuning.digests import digests
 from zest_fast.finetuning.sharding import is_written_here, whole
 from zest_fast.foundation.replacing import check_regular, replacing
 from zest_fast.ranking.ranking import Ranking
@@ -155,20 +155,6 @@ def hash_in(value: Any) -> str:
     if not isinstance(value, str) or len(value) != 64 or not set(value) <= set("0123456789abcdef"):
         raise ValueError(f"base is {value!r:.80}, and a hash of 64 hexadecimal digits is needed")
     return value
-
-
-def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """blake2b over names, dtypes, shapes and bytes: about a second for each GB."""
-    state = hashlib.blake2b(digest_size=32)
-    for name, tensor in tensors:
-        state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        if tensor.is_meta:
-            raise ValueError(
-                f"{name!r} is on the meta device (offloaded): a delta cannot vouch for its base; load it first"
-            )
-        if tensor.numel():
-            state.update(plain_bytes(tensor))
-    return state.hexdigest()
 
 
 def check_tensors(kind: str, saved: Mapping[str, torch.Tensor], there: Mapping[str, torch.Tensor]) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from zest_fast.finetuning.delta_files import Delta, hash_in, names_in, reason
-from zest_fast.finetuning.digests import plain_bytes
+from zest_fast.finetuning.digests import add_tensor
 from zest_fast.finetuning.sharding import is_sharded
 from zest_fast.foundation.replacing import check_regular, replacing
 
@@ -124,9 +124,7 @@ def checksum(content: Mapping[str, Any]) -> str:
 
 def _add_to(state: Any, value: Any) -> None:
     if isinstance(value, torch.Tensor):
-        state.update(f"tensor|{value.dtype}|{tuple(value.shape)}|".encode())
-        if value.numel():
-            state.update(plain_bytes(value))
+        add_tensor(state, value, "tensor|")
     elif isinstance(value, dict):  # Counter and OrderedDict too
         state.update(f"{type(value).__name__}|{len(value)}|".encode())
         for key, part in value.items():

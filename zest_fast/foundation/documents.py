@@ -6,6 +6,7 @@ somewhere; `check(value, key)` raises ValueError that names the key, what was ex
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import numbers
@@ -69,6 +70,11 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError(f"not UTF-8 ({error.reason})") from error
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
+
+
+def json_hash(value: Any) -> str:
+    """SHA-256 of a value as JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _integer(digits: str) -> int:

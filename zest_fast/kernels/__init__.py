@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zest_fast.kernels.collector import BACKENDS, Collector, pick_backend
+from zest_fast.kernels.layout import DTYPE_NUMBER
 from zest_fast.kernels.moments import GradientMoments, Moments
 from zest_fast.kernels.storage import has_storage, why_no_storage
 
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = tuple(DTYPE_NUMBER)
 
 
 def moments(tensors: Sequence[Tensor], *, backend: str = "auto") -> list[Moments]:

@@ -7,19 +7,20 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from zest_fast.kernels.availability import AVAILABLE, Availability
+from zest_fast.kernels.backends import numbers_backend, rows_backend
+from zest_fast.kernels.layout import GRADIENT_MOMENTS, MOMENTS
 from zest_fast.kernels.moments import GradientMoments, Moments
 from zest_fast.kernels.storage import readable
 
 T = TypeVar("T")
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
-_MOMENTS, _GRADIENT_MOMENTS = 6, 11  # float64 in a row, in the order of csrc/moments.h and csrc/bindings.cpp
 _BUFFER = 8192  # float64 of a device buffer: 450 layers with all that is known of them
 # Where "auto" reduces dW in the epilogue of its GEMM. From a roofline model (bench/roofline.py), not measured: with
 # many rows the GEMM alone is long, and a small dW stays in the cache between two steps.
@@ -42,26 +43,26 @@ def pick_backend(backend: str, device: torch.device) -> str:
         raise ValueError(f"backend is {backend!r}; one of {', '.join(BACKENDS)} is needed")
     if backend == "auto":
         return _best_or_warn(device)
-    if reason := _why_not(backend, device):
-        raise ValueError(f"backend {backend!r} cannot run on {device}: {reason}")
+    if not (able := availability(backend, device)):
+        raise ValueError(f"backend {backend!r} cannot run on {device}: {able.reason}")
     return backend
 
 
-def _why_not(backend: str, device: torch.device) -> str:
-    """Why a backend cannot run on a device; empty where it can."""
+def availability(backend: str, device: torch.device) -> Availability:
+    """Whether a backend can run on a device, and why not."""
     if backend == "reference":
-        return ""
+        return AVAILABLE
     if backend == "cpu":
-        return "" if device.type == "cpu" else "it is for tensors on the CPU; use 'auto'"
+        return AVAILABLE if device.type == "cpu" else Availability("it is for tensors on the CPU; use 'auto'")
     if backend == "triton":
         from zest_fast.kernels import triton_kernels
 
         if device.type == "cpu" and not triton_kernels.interpreted():
-            return "Triton runs on a GPU (or, to check it, on CPU tensors under TRITON_INTERPRET=1)"
-        return triton_kernels.available()
+            return Availability("Triton runs on a GPU (or, to check it, on CPU tensors under TRITON_INTERPRET=1)")
+        return triton_kernels.availability()
     from zest_fast.kernels import cuda
 
-    return cuda.available(device) if device.type == "cuda" else "it is for tensors on a CUDA device"
+    return cuda.availability(device) if device.type == "cuda" else Availability("it is for tensors on a CUDA device")
 
 
 def best_backend(device: torch.device) -> tuple[str, list[str]]:
@@ -70,10 +71,10 @@ def best_backend(device: torch.device) -> tuple[str, list[str]]:
         return "cpu", []
     reasons = [] if device.type == "cuda" else [f"there are no kernels for {device.type}"]
     for backend in ("cuda", "triton") if device.type == "cuda" else ():
-        reason = _why_not(backend, device)
-        if not reason:
+        able = availability(backend, device)
+        if able:
             return backend, reasons
-        reasons.append(f"{backend}: {reason}")
+        reasons.append(f"{backend}: {able.reason}")
     return "reference", reasons
 
 
@@ -107,38 +108,42 @@ class Collector:
             return []
         names = names or [f"tensors[{i}]" for i in range(len(tensors))]
         tensors = [readable(x, name) for x, name in zip(tensors, names, strict=True)]
-        name = self._pick(tensors[0].device)
-        if name in ("cpu", "reference"):
-            return [_known(self._module(name).moments(x)) for x in tensors]
-        out, later = self._rows(tensors[0].device).take(len(tensors), _MOMENTS, Moments.checked)
-        self._module(name).moments_into(tensors, out)
+        name = self._use(tensors[0].device)
+        if at_once := numbers_backend(name):
+            return [_known(at_once.moments(x)) for x in tensors]
+        out, later = self._rows(tensors[0].device).take(len(tensors), MOMENTS, Moments.checked)
+        rows_backend(name).moments_into(tensors, out)
         return later
 
     def gradient_moments(self, dw: Tensor, w: Tensor) -> Callable[[], GradientMoments]:
         """Moments of dw and w (same shape) and of their product."""
         dw, w = readable(dw, "dw"), readable(w, "w")
-        name = self._pick(w.device)
-        if name in ("cpu", "reference"):
-            return _known(self._module(name).gradient_moments(dw, w))
-        out, (later,) = self._rows(w.device).take(1, _GRADIENT_MOMENTS, _as_gradient_moments)
-        self._module(name).gradient_moments_into(dw, w, out[0])
+        name = self._use(w.device)
+        if at_once := numbers_backend(name):
+            return _known(at_once.gradient_moments(dw, w))
+        out, (later,) = self._rows(w.device).take(1, GRADIENT_MOMENTS, GradientMoments.from_row)
+        rows_backend(name).gradient_moments_into(dw, w, out[0])
         return later
 
     def linear_gradient_moments(self, x: Tensor, g: Tensor, w: Tensor) -> Callable[[], GradientMoments]:
         """``gradient_moments`` of dW = gᵀx for x [T, I], g [T, O], w [O, I], without dW where the backend can."""
         x, g, w = readable(x, "x"), readable(g, "g"), readable(w, "w")
         name = self._pick(w.device)
-        if name in ("cpu", "reference"):
-            return _known(self._module(name).linear_gradient_moments(x, g, w))
+        if at_once := numbers_backend(name):
+            self.used.add(name)
+            return _known(at_once.linear_gradient_moments(x, g, w))
         if not self._takes_the_epilogue(name, x, w):
             return self._in_two_steps(x, g, w)
-        out, (later,) = self._rows(w.device).take(1, _GRADIENT_MOMENTS, _as_gradient_moments)
-        self._module("triton").linear_gradient_moments_into(x, g, w, out[0])
+        from zest_fast.kernels import triton_kernels  # the only kernel with such an epilogue, for "cuda" as well
+
+        self.used.add("triton")
+        out, (later,) = self._rows(w.device).take(1, GRADIENT_MOMENTS, GradientMoments.from_row)
+        triton_kernels.linear_gradient_moments_into(x, g, w, out[0])
         return later
 
     def _takes_the_epilogue(self, name: str, x: Tensor, w: Tensor) -> bool:
         """Whether dW is reduced in its GEMM: not for float64, nor where "auto" expects two steps to be faster."""
-        if x.dtype == torch.float64 or (name == "cuda" and _why_not("triton", w.device)):
+        if x.dtype == torch.float64 or (name == "cuda" and not availability("triton", w.device)):
             return False
         return self._backend != "auto" or (len(x) <= _EPILOGUE_ROWS and w.numel() >= _EPILOGUE_ENTRIES)
 
@@ -153,18 +158,17 @@ class Collector:
     def channel_products(self, y: Tensor, g: Tensor) -> Tensor:
         """S [N, K] = Σ_p y ⊙ g in float64, on the device, for y, g [N, P, K]."""
         y, g = readable(y, "y"), readable(g, "g")
-        return self._module(self._pick(y.device)).channel_products(y, g)
+        name = self._use(y.device)
+        return (numbers_backend(name) or rows_backend(name)).channel_products(y, g)
 
     def squared_channel_products(self, y: Tensor, g: Tensor) -> Callable[[], float]:
         """Σ_nk S_nk² of ``channel_products``."""
         y, g = readable(y, "y"), readable(g, "g")
-        module = self._module(self._pick(y.device))
-        if hasattr(module, "squared_channel_products"):
-            return _known(module.squared_channel_products(y, g))
-        step = max(1, _PRODUCT_ENTRIES // max(1, y.shape[2]))
-        parts = [
-            module.channel_products(y[i : i + step], g[i : i + step]).square().sum() for i in range(0, y.shape[0], step)
-        ]
+        name = self._use(y.device)
+        if at_once := numbers_backend(name):
+            return _known(at_once.squared_channel_products(y, g))
+        products, step = rows_backend(name).channel_products, max(1, _PRODUCT_ENTRIES // max(1, y.shape[2]))
+        parts = [products(y[i : i + step], g[i : i + step]).square().sum() for i in range(0, len(y), step)]
         return self.numbers(torch.stack(parts).sum()[None], float) if parts else _known(0.0)
 
     def numbers(self, values: Tensor, make: Callable[..., T]) -> Callable[[], T]:
@@ -186,23 +190,11 @@ class Collector:
             name = self._chosen[device] = pick_backend(self._backend, device)
         return name
 
-    def _module(self, name: str) -> ModuleType:
+    def _use(self, device: torch.device) -> str:
+        """The backend that is about to run there."""
+        name = self._pick(device)
         self.used.add(name)
-        if name == "cpu":
-            from zest_fast.kernels import cpu
-
-            return cpu
-        if name == "triton":
-            from zest_fast.kernels import triton_kernels
-
-            return triton_kernels
-        if name == "cuda":
-            from zest_fast.kernels import cuda
-
-            return cuda
-        from zest_fast.kernels import reference
-
-        return reference
+        return name
 
     def _rows(self, device: torch.device) -> _Rows:
         return self._buffers.setdefault(device, _Rows(device))
@@ -238,7 +230,3 @@ class _Rows:
 
 def _known(value: T) -> Callable[[], T]:
     return lambda: value
-
-
-def _as_gradient_moments(*row: float) -> GradientMoments:
-    return GradientMoments.checked(Moments.checked(*row[:6]), *row[6:])

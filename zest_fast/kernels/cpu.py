@@ -7,10 +7,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from zest_fast import _native  # type: ignore[attr-defined]
+from zest_fast.kernels.layout import DTYPE_NUMBER
 from zest_fast.kernels.moments import GradientMoments, Moments
 from zest_fast.kernels.storage import is_as_it_seems
-
-_DTYPE_NUMBER = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/layout.h
 
 # dW is formed in blocks of whole rows of about this many bytes: small enough to be reduced from the cache, large enough
 # for the matrix product to run at full speed.
@@ -19,7 +18,7 @@ _TILE_BYTES = 4 << 20
 
 def moments(x: Tensor) -> Moments:
     """Moments of all entries of ``x`` (any shape and strides)."""
-    found = _native.moments(x.data_ptr(), _DTYPE_NUMBER[x.dtype], x.shape, x.stride(), torch.get_num_threads())
+    found = _native.moments(x.data_ptr(), DTYPE_NUMBER[x.dtype], x.shape, x.stride(), torch.get_num_threads())
     return Moments.checked(*found)
 
 
@@ -27,15 +26,15 @@ def gradient_moments(dw: Tensor, w: Tensor) -> GradientMoments:
     """Moments of the gradient ``dw`` and the weight ``w`` (same shape, any strides) and of their product."""
     found = _native.gradient_moments(
         dw.data_ptr(),
-        _DTYPE_NUMBER[dw.dtype],
+        DTYPE_NUMBER[dw.dtype],
         dw.stride(),
         w.data_ptr(),
-        _DTYPE_NUMBER[w.dtype],
+        DTYPE_NUMBER[w.dtype],
         w.stride(),
         w.shape,
         torch.get_num_threads(),
     )
-    return GradientMoments.checked(Moments.checked(*found[:6]), *found[6:])
+    return GradientMoments.from_row(*found)
 
 
 def linear_gradient_moments(x: Tensor, g: Tensor, w: Tensor) -> GradientMoments:
@@ -88,7 +87,7 @@ def silu_gated_backward(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
         [*strides, columns, columns],
         g.numel() // columns,
         columns,
-        _DTYPE_NUMBER[g.dtype],
+        DTYPE_NUMBER[g.dtype],
         torch.get_num_threads(),
     )
     return gradients
@@ -106,7 +105,7 @@ def interval_bits(x: Tensor, low: float, high: float) -> Tensor | None:
     if _is_fake(x):
         return bits
     _native.interval_bits(
-        x.data_ptr(), _DTYPE_NUMBER[x.dtype], x.numel(), low, high, bits.data_ptr(), torch.get_num_threads()
+        x.data_ptr(), DTYPE_NUMBER[x.dtype], x.numel(), low, high, bits.data_ptr(), torch.get_num_threads()
     )
     return bits
 
@@ -115,7 +114,7 @@ def masked_into(g: Tensor, bits: Tensor, out: Tensor) -> bool:
     """Write g [n] where its bit is set, and zero elsewhere, into out [n]; False, with nothing written, where the three
     are not plain dense CPU tensors, or g and out not of one floating-point type.
     """
-    if not all(map(_is_dense, (g, bits, out))) or g.dtype != out.dtype or g.dtype not in _DTYPE_NUMBER:
+    if not all(map(_is_dense, (g, bits, out))) or g.dtype != out.dtype or g.dtype not in DTYPE_NUMBER:
         return False
     if _is_fake(g, bits, out):
         return True
@@ -148,10 +147,10 @@ def _row_stride(x: Tensor) -> int | None:
 def _channel_products(y: Tensor, g: Tensor, out: int) -> float:
     return _native.channel_products(
         y.data_ptr(),
-        _DTYPE_NUMBER[y.dtype],
+        DTYPE_NUMBER[y.dtype],
         y.stride(),
         g.data_ptr(),
-        _DTYPE_NUMBER[g.dtype],
+        DTYPE_NUMBER[g.dtype],
         g.stride(),
         y.shape,
         out,

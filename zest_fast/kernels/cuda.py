@@ -1,7 +1,7 @@
 """CUDA C++ backend: hands addresses and the current stream to the compiled kernels (csrc/cuda).
 
 Rows of statistics stay on the device: nothing here waits for the GPU. An accelerator on top of Triton, for where the
-package was built with nvcc; ``available`` says why not.
+package was built with nvcc; ``availability`` says why not.
 """
 
 from __future__ import annotations
@@ -13,37 +13,35 @@ import torch  # before the extension: whichever comes first decides which OpenMP
 from torch import Tensor
 
 from zest_fast import _native  # type: ignore[attr-defined]
-
-DTYPE_NUMBER = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/layout.h
-
-_MOMENTS, _GRADIENT_MOMENTS = 6, 11  # float64 of a row
+from zest_fast.kernels.availability import AVAILABLE, Availability
+from zest_fast.kernels.layout import DTYPE_NUMBER, GRADIENT_MOMENTS, MOMENTS
 
 
-def available(device: torch.device | None = None) -> str:
-    """Why these kernels cannot run on ``device`` (None = the current one); empty if they can.
+def availability(device: torch.device | None = None) -> Availability:
+    """Whether these kernels can run on ``device`` (None = the current one), and why not.
 
     Needs no GPU, driver or CUDA build of PyTorch to answer.
     """
     if not _native.has_cuda:
-        return "zest_fast was built without nvcc (install it from source with nvcc on PATH)"
+        return Availability("zest_fast was built without nvcc (install it from source with nvcc on PATH)")
     if torch.version.cuda is None:
-        return f"PyTorch {torch.__version__} was built without CUDA"
+        return Availability(f"PyTorch {torch.__version__} was built without CUDA")
     if not torch.cuda.is_available():
-        return "PyTorch finds no usable CUDA device"
+        return Availability("PyTorch finds no usable CUDA device")
     index = torch.cuda.current_device() if device is None or device.index is None else device.index
-    return _unusable(index)
+    return _usable(index)
 
 
 @functools.cache
-def _unusable(index: int) -> str:
+def _usable(index: int) -> Availability:
     """What CUDA itself says against this device, once for each."""
     with torch.cuda.device(index):
         problem = _native.cuda_status(index)
     if not problem:
-        return ""
+        return AVAILABLE
     driver, build = _version(_native.cuda_driver_version()), _version(_native.cuda_build_version())
     major, minor = torch.cuda.get_device_capability(index)
-    return (
+    return Availability(
         f"{problem} on {torch.cuda.get_device_name(index)} (sm_{major}{minor}): the driver knows CUDA up to {driver}, "
         f"the kernels were built with CUDA {build}"
     )
@@ -61,7 +59,7 @@ def moments_into(tensors: Sequence[Tensor], out: Tensor) -> None:
         ValueError: a tensor on another device, or an ``out`` that does not fit.
         RuntimeError: what CUDA says about the launch.
     """
-    _require_rows(out, (len(tensors), _MOMENTS))
+    _require_rows(out, (len(tensors), MOMENTS))
     for i, x in enumerate(tensors):
         _require_device(x, f"tensors[{i}]", out)
     if not tensors:
@@ -71,7 +69,7 @@ def moments_into(tensors: Sequence[Tensor], out: Tensor) -> None:
         rows, chunks = pointer_table(flat, _native.cuda_chunk_size)
         # One row travels as an argument of the kernel; more come from pinned memory, which torch keeps until then.
         table = torch.tensor(rows, pin_memory=True).to(out.device, non_blocking=True) if len(rows) > 1 else None
-        workspace = out.new_empty(chunks * _MOMENTS)
+        workspace = out.new_empty(chunks * MOMENTS)
         _native.cuda_moments(
             rows[0],
             0 if table is None else table.data_ptr(),
@@ -93,7 +91,7 @@ def gradient_moments_into(dw: Tensor, w: Tensor, out: Tensor) -> None:
 
     Raises as ``moments_into`` does, and ValueError where the shapes differ.
     """
-    _require_rows(out, (_GRADIENT_MOMENTS,))
+    _require_rows(out, (GRADIENT_MOMENTS,))
     if dw.shape != w.shape:
         raise ValueError(f"dw has shape {tuple(dw.shape)}, w {tuple(w.shape)}; they must be equal")
     _require_device(dw, "dw", out)
@@ -101,7 +99,7 @@ def gradient_moments_into(dw: Tensor, w: Tensor, out: Tensor) -> None:
     with torch.cuda.device(out.device):
         dw, w = dense_in_one_order(dw.detach(), w.detach())
         chunks = -(-w.numel() // _native.cuda_chunk_size)
-        workspace = out.new_empty(chunks * _GRADIENT_MOMENTS)
+        workspace = out.new_empty(chunks * GRADIENT_MOMENTS)
         _native.cuda_gradient_moments(
             dw.data_ptr(),
             DTYPE_NUMBER[dw.dtype],

@@ -105,6 +105,11 @@ class GradientMoments:
             products = (_NAN, _NAN)
         return cls(gradient, weight_mean, weight_m2, weight_nonfinite, *products)
 
+    @classmethod
+    def from_row(cls, *row: float) -> GradientMoments:
+        """``checked`` of a row as kernels write it: the six of dW, then the rest."""
+        return cls.checked(Moments.checked(*row[:6]), *row[6:])
+
     def merge(self, other: GradientMoments) -> GradientMoments:
         """The statistics of two parts of one weight together."""
         n, other_n = self.gradient.count, other.gradient.count

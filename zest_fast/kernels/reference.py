@@ -10,6 +10,8 @@ from torch import Tensor
 
 from zest_fast.kernels.moments import GradientMoments, Moments
 
+_PRODUCT_ENTRIES = 1 << 21  # of S [N, K] at once (16 MiB)
+
 
 def moments(x: Tensor) -> Moments:
     """Moments of all entries of ``x`` (any shape)."""
@@ -42,3 +44,10 @@ def linear_gradient_moments(x: Tensor, g: Tensor, w: Tensor) -> GradientMoments:
 def channel_products(y: Tensor, g: Tensor) -> Tensor:
     """S [N, K] = Σ_p y ⊙ g for y, g [N, P, K]."""
     return torch.einsum("npk,npk->nk", y.detach().double(), g.detach().double())
+
+
+def squared_channel_products(y: Tensor, g: Tensor) -> float:
+    """Σ_nk S_nk² of ``channel_products``, formed for a block of samples at a time."""
+    step = max(1, _PRODUCT_ENTRIES // max(1, y.shape[2]))
+    parts = [channel_products(y[i : i + step], g[i : i + step]).square().sum() for i in range(0, len(y), step)]
+    return float(torch.stack(parts).sum()) if parts else 0.0

@@ -16,29 +16,33 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from zest_fast.kernels.availability import AVAILABLE, Availability
 from zest_fast.kernels.storage import is_as_it_seems
 
 _OLDEST_TRITON = (3, 6)
 _LEAN_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def available() -> str:
-    """Why the kernels cannot run here; empty if they can (a GPU, or CPU tensors under TRITON_INTERPRET=1)."""
+def availability() -> Availability:
+    """Whether the kernels can run here (a GPU, or CPU tensors under TRITON_INTERPRET=1), and why not."""
     try:
         import triton
     except ImportError as error:
-        return f"Triton cannot be imported ({error}); pip install triton, or a CUDA build of torch, which brings it"
+        return Availability(
+            f"Triton cannot be imported ({error}); pip install triton, or a CUDA build of torch, which brings it"
+        )
     version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:2])
     if version < _OLDEST_TRITON:
-        return f"Triton {triton.__version__} is installed; {'.'.join(map(str, _OLDEST_TRITON))} or newer is needed"
+        needed = ".".join(map(str, _OLDEST_TRITON))
+        return Availability(f"Triton {triton.__version__} is installed; {needed} or newer is needed")
     if interpreted():
-        return ""
+        return AVAILABLE
     if not torch.cuda.is_available():
-        return "torch finds no CUDA device (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)"
+        return Availability("torch finds no CUDA device (TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly)")
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
-        return f"the GPU has compute capability {major}.{minor}; 8.0 (A100) or newer is needed"
-    return ""
+        return Availability(f"the GPU has compute capability {major}.{minor}; 8.0 (A100) or newer is needed")
+    return AVAILABLE
 
 
 def interpreted() -> bool:
@@ -128,7 +132,7 @@ def _lean_can_run(*tensors: Tensor) -> bool:
 @functools.cache
 def _lean_works(device: torch.device) -> bool:
     """Tried once: a backward pass that torch can run must not fail for want of a C compiler or a newer driver."""
-    if available():
+    if not availability():
         return False
     from zest_fast.kernels import triton_lean
 

@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zest_fast.kernels.layout import DTYPE_NUMBER
 from zest_fast.kernels.triton_launch import on_device_of
 
 _COLUMNS = tl.constexpr(16)  # address, entries, dtype, dense, 4 sizes, 4 strides, repeat, blocks a chunk, 2 unused
-_DTYPE_NUMBER = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/layout.h
 _BLOCK = tl.constexpr(4096)  # entries that a program of 4 warps reads at once
 _WIDE_BLOCK = tl.constexpr(1024)  # of float64, which fills registers sooner
 _MAX_CHUNKS = 1024
@@ -270,7 +270,7 @@ def table_row(x: Tensor) -> tuple[list[int], Tensor]:
     dense = not dims or (len(dims) == 1 and dims[0][1] == (1,))
     dims = [(1, (0,))] * (_MAX_DIMS - len(dims)) + dims
     sizes, strides = [max(size, 1) for size, _ in dims], [stride for _, (stride,) in dims]
-    row = [x.data_ptr(), x.numel(), _DTYPE_NUMBER[x.dtype], int(dense), *sizes, *strides, repeat, _blocks_each(x), 0, 0]
+    row = [x.data_ptr(), x.numel(), DTYPE_NUMBER[x.dtype], int(dense), *sizes, *strides, repeat, _blocks_each(x), 0, 0]
     return row, x
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zest_fast.kernels.cpu import interval_bits, masked_into
+from zest_fast.kernels.lean_kernels import interval_bits, masked_into
 from zest_fast.lean.bits import blocks, empty_bits, empty_in_order, flat, memory_order, pack, unpack
 from zest_fast.lean.forward import plain_forward
 

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zest_fast.kernels import triton_kernels
-from zest_fast.kernels.cpu import silu_gated_backward
+from zest_fast.kernels import lean_kernels
 from zest_fast.lean.forward import plain_forward
 from zest_fast.lean.recompute import Fused as FusedBackward
 from zest_fast.lean.recompute import recomputed
@@ -46,7 +45,7 @@ class Separate(NamedTuple):
 
     def run(self, module: nn.Module, x: Tensor) -> Tensor:
         act, gate, up, down = (getattr(module, name) for name in self)
-        return down(recomputed(partial(_gated, act), gate(x), up(x), fused=_fused(act, _backward)))
+        return down(recomputed(partial(_gated, act), gate(x), up(x), fused=_fused(act, lean_kernels.gated_backward)))
 
 
 class Fused(NamedTuple):
@@ -123,17 +122,9 @@ def _activation(act: nn.Module) -> str | None:
     return _TRANSFORMERS.get(type(act).__name__) if type(act).__module__ == "transformers.activations" else None
 
 
-def _backward(activation: str, g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...] | None:
-    gradients = triton_kernels.gated_backward(activation, g, gate, up)
-    return gradients or (silu_gated_backward(g, gate, up) if activation == "silu" else None)
-
-
 def _halves_backward(activation: str, g: Tensor, gate_and_up: Tensor) -> tuple[Tensor, ...] | None:
-    at_once = triton_kernels.gated_halves_backward(activation, g, gate_and_up)
-    if at_once is not None:
-        return (at_once,)
-    gradients = _backward(activation, g, *gate_and_up.chunk(2, dim=-1))
-    return None if gradients is None else (torch.cat(gradients, dim=-1),)
+    gradient = lean_kernels.gated_halves_backward(activation, g, gate_and_up)
+    return None if gradient is None else (gradient,)
 
 
 def _gated(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:

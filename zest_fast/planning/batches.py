@@ -13,6 +13,7 @@ from zest_fast.planning.settings import Setting
 from zest_fast.profiling.heads import is_language_model, unwrap
 
 _IMAGES, _TOKENS = "images", "tokens"
+_INPUTS = {"pixel_values": _IMAGES, "input_ids": _TOKENS}  # by main_input_name
 
 
 def make_batch(model: nn.Module, setting: Setting) -> Any:
@@ -23,15 +24,38 @@ def make_batch(model: nn.Module, setting: Setting) -> Any:
     inner = unwrap(model)
     reads = _reads(inner)
     size = _size(inner, setting, reads)
-    batch = setting.batch_size
-    if reads == _IMAGES:
-        inputs = torch.zeros(batch, _channels(inner), size, size, dtype=_float_dtype(inner))
+    return _zeros(inner, reads, setting.batch_size, (size, size) if reads == _IMAGES else (size,))
+
+
+def stand_in_batch(model: nn.Module) -> dict[str, Tensor]:
+    """A batch of the paper's size for a model of transformers, where it is: 1 x 512 tokens, or 32 images.
+
+    Raises ValueError for any other model.
+    """
+    inner: Any = unwrap(model)
+    config = getattr(inner, "config", None)
+    reads = _INPUTS.get(getattr(inner, "main_input_name", None) or "")
+    if config is None or reads is None:
+        raise ValueError(f"what {type(model).__name__} takes is not known; pass batch=")
+    if reads == _TOKENS:
+        batch = _zeros(inner, reads, 1, (min(512, getattr(config, "max_position_embeddings", None) or 512),))
     else:
-        inputs = torch.zeros(batch, size, dtype=torch.long)
-    if not hasattr(inner, "config"):
-        targets = inputs if reads == _TOKENS and is_language_model(inner) else torch.zeros(batch, dtype=torch.long)
+        size = getattr(config, "image_size", None) or 224
+        batch = _zeros(inner, reads, 32, (size, size) if isinstance(size, int) else tuple(size))
+    device = next((parameter.device for parameter in model.parameters()), None)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _zeros(model: Any, reads: str, batch: int, size: tuple[int, ...]) -> Any:
+    """size: of the sides of an image, or how many tokens."""
+    if reads == _IMAGES:
+        inputs = torch.zeros(batch, _channels(model), *size, dtype=_float_dtype(model))
+    else:
+        inputs = torch.zeros(batch, *size, dtype=torch.long)
+    if not hasattr(model, "config"):
+        targets = inputs if reads == _TOKENS and is_language_model(model) else torch.zeros(batch, dtype=torch.long)
         return inputs, targets
-    return {inner.main_input_name: inputs, **_labels(inner, batch, size)}
+    return {model.main_input_name: inputs, **_labels(model, batch, size[0])}
 
 
 def cast(batch: Any, dtype: torch.dtype | None) -> Any:
@@ -42,8 +66,8 @@ def cast(batch: Any, dtype: torch.dtype | None) -> Any:
 def _reads(model: nn.Module) -> str:
     name = getattr(model, "main_input_name", None)
     if name is not None:
-        if name in ("pixel_values", "input_ids"):
-            return _IMAGES if name == "pixel_values" else _TOKENS
+        if name in _INPUTS:
+            return _INPUTS[name]
         raise ValueError(f"a plan makes batches of images or tokens, and {type(model).__name__} reads {name!r}")
     first = next((m for m in model.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))), None)
     if isinstance(first, nn.Conv2d):
@@ -94,4 +118,6 @@ def _labels(model: Any, batch: int, size: int) -> dict[str, Tensor]:
     if re.search(r"For\w*Classification", kind) and "TokenClassification" not in kind:
         whole = model.config.num_labels > 1  # one output is a regression
         return {"labels": torch.zeros(batch, dtype=torch.long if whole else _float_dtype(model))}
+    if not re.search(r"For[A-Z]|LM", kind) and not is_language_model(model):  # a class of the user's own
+        return {"labels": torch.zeros(batch, dtype=torch.long)}
     return {"labels": torch.zeros(batch, size, dtype=torch.long)}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 
 def _of_tensors(formula: Callable[..., int]) -> Callable[..., int]:
@@ -46,3 +46,8 @@ OWN: dict[Any, Callable[..., int]] = {
 """What differs from torch, as `FlopCounterMode(custom_mapping=)` takes it."""
 FORMULAS: dict[Any, Callable[..., int]] = {**flop_registry, **OWN}
 """Operator -> formula(*arguments, out_val=result)."""
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter with our formulas where its own lack something."""
+    return FlopCounterMode(display=False, custom_mapping=OWN)

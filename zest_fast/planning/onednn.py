@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,9 +31,11 @@ def scratch(packet: Any, args: Sequence[Any]) -> int:
     included; 0 where it holds nothing else.
     """
     if packet is _ATEN.convolution:
-        return _convolution(*args[:9])
+        x, weight, _, *form = args[:9]
+        return _convolution(x, weight, _Form(*form))
     if packet is _ATEN.convolution_backward:
-        return _convolution_backward(*args[:11])
+        g, x, weight, _, *form, mask = args[:11]
+        return _convolution_backward(g, x, weight, _Form(*form), mask)
     return 0
 
 
@@ -75,42 +77,35 @@ def _pages(size: int) -> int:
     return -(-size // _PAGE) * _PAGE
 
 
-def _convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    transposed: bool,
-    extra: Any,
-    groups: int,
-) -> int:
-    if not _is_blocked(x, weight, stride, padding, dilation, transposed, extra, groups):
+class _Form(NamedTuple):
+    """Of a convolution, in the order in which its operator takes it."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    transposed: bool
+    extra: Sequence[int]  # output_padding
+    groups: int
+
+    def channels(self, weight: Tensor) -> int:
+        """Of the output."""
+        return weight.shape[1] * self.groups if self.transposed else weight.shape[0]
+
+
+def _convolution(x: Tensor, weight: Tensor, form: _Form) -> int:
+    if not _is_blocked(x, weight, form):
         return 0
-    out = _output_numel(x, weight, stride, padding, dilation, transposed, extra, groups)
-    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    out, channels, groups = _output_numel(x, weight, form), form.channels(weight), form.groups
     blocked_out = _blocked(out, channels, groups)
     blocked_in = 0 if x.shape[1] < _BLOCK and groups == 1 else _blocked(x.numel(), x.shape[1], groups)
     return max(blocked_in + _blocked_weight(weight, groups) + blocked_out, blocked_out + out) * x.element_size()
 
 
-def _convolution_backward(
-    g: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias_sizes: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    transposed: bool,
-    extra: Any,
-    groups: int,
-    mask: Sequence[bool],
-) -> int:
-    if not transposed and mask[1] and x.dim() == 4 and (_is_channels_last(x) or _is_channels_last(g)):
+def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, form: _Form, mask: Sequence[bool]) -> int:
+    groups = form.groups
+    if not form.transposed and mask[1] and x.dim() == 4 and (_is_channels_last(x) or _is_channels_last(g)):
         return ((x.numel() if mask[0] else 0) + _grouped_weight(weight, groups)) * x.element_size()
-    if not _is_blocked(x, weight, stride, padding, dilation, transposed, extra, groups):
+    if not _is_blocked(x, weight, form):
         return 0
     blocked_g = _blocked(g.numel(), g.shape[1], groups)
     blocked_x, blocked_w = _blocked(x.numel(), x.shape[1], groups), _blocked_weight(weight, groups)
@@ -118,7 +113,8 @@ def _convolution_backward(
     found = 0
     if mask[0]:
         found = max(
-            blocked_g + blocked_w + blocked_x, (2 if max(stride) > 1 and not transposed else 1) * blocked_x + dx
+            blocked_g + blocked_w + blocked_x,
+            (2 if max(form.stride) > 1 and not form.transposed else 1) * blocked_x + dx,
         )
     if mask[1]:
         few = x.shape[1] < _BLOCK and groups == 1
@@ -126,16 +122,14 @@ def _convolution_backward(
     return found * x.element_size()
 
 
-def _is_blocked(
-    x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, transposed: bool, extra: Any, groups: int
-) -> bool:
+def _is_blocked(x: Tensor, weight: Tensor, form: _Form) -> bool:
     """Whether oneDNN runs it, on copies in its own order: not for a product of every point with a matrix."""
     select = getattr(torch._C, "_select_conv_backend", None)
     if select is None or not _BACKENDS or x.dim() < 4 or _is_channels_last(x) or _is_channels_last(weight):
         return False
-    if set(weight.shape[2:]) == {1} and set(stride) == {1} and groups == 1:
+    if set(weight.shape[2:]) == {1} and set(form.stride) == {1} and form.groups == 1:
         return False
-    return select(x, weight, None, stride, padding, dilation, transposed, extra, groups, None) in _BACKENDS
+    return select(x, weight, None, *form, None) in _BACKENDS
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -143,17 +137,16 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=order) and not x.is_contiguous()
 
 
-def _output_numel(
-    x: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, transposed: bool, extra: Any, groups: int
-) -> int:
+def _output_numel(x: Tensor, weight: Tensor, form: _Form) -> int:
     sizes = []
     for size, kernel, step, pad, hole, more in zip(
-        x.shape[2:], weight.shape[2:], stride, padding, dilation, extra, strict=True
+        x.shape[2:], weight.shape[2:], form.stride, form.padding, form.dilation, form.extra, strict=True
     ):
         reach = hole * (kernel - 1) + 1
-        sizes.append((size - 1) * step - 2 * pad + reach + more if transposed else (size + 2 * pad - reach) // step + 1)
-    channels = weight.shape[1] * groups if transposed else weight.shape[0]
-    return x.shape[0] * channels * math.prod(sizes)
+        sizes.append(
+            (size - 1) * step - 2 * pad + reach + more if form.transposed else (size + 2 * pad - reach) // step + 1
+        )
+    return x.shape[0] * form.channels(weight) * math.prod(sizes)
 
 
 def _blocked(numel: int, channels: int, groups: int) -> int:

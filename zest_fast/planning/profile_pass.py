@@ -10,20 +10,15 @@ from torch import Tensor, nn
 
 from zest_fast.planning.batches import cast, make_batch
 from zest_fast.planning.blocks import Layout
+from zest_fast.planning.dry_run import dry, fill
 from zest_fast.planning.ledger import Ledger
 from zest_fast.planning.settings import DTYPES, Setting
-from zest_fast.planning.step import Step, dry, fill, hold
+from zest_fast.planning.step import Step, hold
 from zest_fast.profiling.layers import Layer, Weight, find_layers, select_layers
 from zest_fast.profiling.loss import loss_of
-from zest_fast.profiling.metrics import (
-    BACKWARD,
-    FISHER,
-    ON_REQUEST,
-    OUTPUT,
-    select_metrics,
-    statistics_needed,
-)
+from zest_fast.profiling.metrics import BACKWARD, ON_REQUEST, select_metrics, statistics_needed
 from zest_fast.profiling.taps import Routes, Taps
+from zest_fast.profiling.watched import watched_for
 
 # Of a Linear's dW as much exists at once on a GPU where it is formed and reduced in two steps; on a CPU a few MiB.
 _TILE_BYTES = 32 << 20
@@ -45,9 +40,9 @@ def dry_profile(
         batch = cast(make_batch(model, setting), weights)
         chosen = select_layers(find_layers(dict(model.named_modules())), None)
         trainable = {id(layer.weight.parameter): layer.weight.parameter for layer in chosen}
-        with_gradients = bool(needed & (BACKWARD - {FISHER}))
+        watched = watched_for(needed)
         for parameter in model.parameters():
-            parameter.requires_grad_(with_gradients and id(parameter) in trainable)
+            parameter.requires_grad_(watched.gradients and id(parameter) in trainable)
         ledger = Ledger()
         hold(ledger, model, batch, {})
         ledger.watch(model, layout.head)
@@ -57,9 +52,7 @@ def dry_profile(
             (),
             _Mute(ledger),
             Routes(),
-            outputs=OUTPUT in needed,
-            gradients=with_gradients,
-            output_gradients=FISHER in needed,
+            watched,
         )
         compute_loss = loss_of(model, batch, None, None)
         with ledger, taps:

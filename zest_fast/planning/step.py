@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from zest_fast.finetuning.quantised_weights import frozen_linears
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.planning.batches import cast, make_batch
 from zest_fast.planning.blocks import Layout
-from zest_fast.planning.fake_mode import FakeMode, masks_as_in_a_real_step
+from zest_fast.planning.dry_run import dry, fake, fake_batch, fill
 from zest_fast.planning.ledger import Ledger, Peak
 from zest_fast.planning.optimizers import build_optimizer, is_in_backward
 from zest_fast.planning.settings import DTYPES, Setting, packed_bytes
@@ -63,7 +61,7 @@ def dry_step(
     with dry(batch) as mode:
         with mode:
             fill(model, weights)
-            example = make_batch(model, setting) if batch is None else _fake_batch(batch)
+            example = make_batch(model, setting) if batch is None else fake_batch(batch)
             example = cast(example, weights)
         cut = _prepare(model, setting)  # not in the mode: what it tries out on tensors of its own has values
         with mode:
@@ -89,51 +87,6 @@ def dry_step(
                 ledger.enter("update")
                 training.update()
         return Step(ledger.peak(), ledger.flops, sum(p.numel() for p in parameters), cut(), tuple(ledger.estimated))
-
-
-@contextlib.contextmanager
-def dry(batch: Any = None) -> Iterator[FakeMode]:
-    """A mode in which new tensors are fake. Tensors that a model keeps outside of its buffers stay real and take part.
-
-    batch: one with values, by which a real step would leave out masks; None = texts without padding.
-    The collector of cycles rests meanwhile, whose moments would be chance. Raises ValueError where a model asks for the
-    value of a tensor.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        with masks_as_in_a_real_step(batch):
-            yield FakeMode()
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise ValueError(
-            f"the model asks for values of tensors ({error}), and a dry run has shapes only; pass a configuration or a "
-            "form of the model whose forward does without"
-        ) from error
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def fill(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Put fake CPU tensors in the place of parameters and buffers, tied ones once; floating-point ones in `dtype`."""
-    made: dict[int, Tensor] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    if id(tensor) not in made:
-                        made[id(tensor)] = _fake(tensor, dtype)
-                    tensors[name] = made[id(tensor)]  # type: ignore[assignment]
-
-
-def _fake(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="cpu")
-    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-
-
-def _fake_batch(batch: Any) -> Any:
-    return tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="cpu"), batch)
 
 
 def _prepare(model: nn.Module, setting: Setting) -> Callable[[], str]:
@@ -168,7 +121,7 @@ def _train_in_float32(model: nn.Module) -> None:
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None and p.requires_grad:
-                module._parameters[name] = made.setdefault(id(p), nn.Parameter(_fake(p.data, torch.float32)))
+                module._parameters[name] = made.setdefault(id(p), nn.Parameter(fake(p.data, torch.float32)))
 
 
 def _packed(model: nn.Module, layout: Layout, setting: Setting) -> dict[int, int]:

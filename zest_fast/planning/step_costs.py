@@ -17,7 +17,8 @@ from torch import nn
 
 from zest_fast.finetuning.trainable_layers import head_layers
 from zest_fast.finetuning.walking import upwards
-from zest_fast.planning.fake_pass import faked, flop_counter
+from zest_fast.planning.dry_run import faked
+from zest_fast.planning.flop_formulas import flop_counter
 from zest_fast.profiling.layers import find_layers
 from zest_fast.ranking.ranking import Ranking
 

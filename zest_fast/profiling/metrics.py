@@ -64,7 +64,7 @@ WEIGHT, OUTPUT, GRADIENT, GRADIENT_ABS, PRODUCT, PRODUCT_ABS, FISHER = (
 BACKWARD = frozenset({GRADIENT, GRADIENT_ABS, PRODUCT, PRODUCT_ABS, FISHER})
 GRASP, SYNFLOW, AGREEMENT = "grasp", "synflow", "agreement"
 ON_REQUEST = frozenset({GRASP, SYNFLOW, AGREEMENT})
-"""What takes passes of its own (on_request.py)."""
+"""What takes passes of its own (on_request/)."""
 NEEDS_TILES = frozenset({GRADIENT_ABS, PRODUCT_ABS})
 """The rest of a linear layer's gradient statistics have closed forms in its input and output gradient."""
 

@@ -23,20 +23,15 @@ from zest_fast.profiling.functions import attributes_read, forwards_of, hooks_of
 from zest_fast.profiling.graph import custom_functions, leaves_of
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.layer_rules import has_output_rule
-from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
+from zest_fast.profiling.layers import Layer, LayerSelection, find_layers
 from zest_fast.profiling.loss import RepeatedLoss, check_loss, loss_of, require_finite
-from zest_fast.profiling.metrics import (
-    BACKWARD,
-    FISHER,
-    OUTPUT,
-    select_metrics,
-    statistics_needed,
-)
+from zest_fast.profiling.metrics import BACKWARD, select_metrics, statistics_needed
 from zest_fast.profiling.observer import Statistics
 from zest_fast.profiling.on_request.gradient_pass import GradientPass
 from zest_fast.profiling.on_request.request import OnRequest
-from zest_fast.profiling.table import ancestors, build_profile
+from zest_fast.profiling.table import Passed, Subject, ancestors, build_profile
 from zest_fast.profiling.taps import Routes, Taps, run_until_it_stands
+from zest_fast.profiling.watched import watched_for
 
 _in_progress: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -151,19 +146,16 @@ class _Pass:
         metrics: list[str],
         backend: str,
     ) -> None:
-        self._model = model
-        self._modules = modules
+        self._subject = Subject.of(model, modules, selection)
+        self._model, self._modules, self._chosen = model, modules, self._subject.chosen
         self._metrics = metrics
         self._backend = backend
         self._size = _size(modules)
-        self._every_layer = find_layers(modules)
-        self._chosen = select_layers(self._every_layer, selection)
-        self._trainable_before = {layer: layer.weight.parameter.requires_grad for layer in self._chosen}
         self._embeddings = [m for m in modules.values() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
         self._parents = {parent for layer in self._chosen for parent in ancestors(layer, modules)[:1]}
         self._needed = statistics_needed(metrics)
+        self._watched = watched_for(self._needed)
         self._backward = bool(self._needed & BACKWARD)
-        self._weight_gradients = bool(self._needed & (BACKWARD - {FISHER}))
         self._saves = self._backward
 
     def run(
@@ -178,8 +170,7 @@ class _Pass:
         self._users_functions = users_functions
         routes = self._first_routes()
         while True:
-            # For fisher alone no weight takes part, so that no dW is formed: the taps anchor the graph themselves.
-            takes_part = self._weight_gradients or not self._backward
+            takes_part = self._watched.gradients or not self._backward
             trainable: list[Tensor] = [layer.weight.parameter for layer in self._chosen] if takes_part else []
             kept = self._state_around(trainable)
             with torch.enable_grad(), _eager(), kept as state:
@@ -201,7 +192,8 @@ class _Pass:
                 made = self._made_during_the_pass()
             if reached is None:
                 # Less than the whole pass cannot tell which layers the loss depends on.
-                self._backward = self._weight_gradients = self._saves = True
+                self._backward = self._saves = True
+                self._watched = replace(self._watched, gradients=True)
                 routes = replace(routes, tiles=False)
             elif statistics.overwritten - routes.copied:
                 # Past autograd's sight (y.data): Y has to be out of its reach to be there in backward.
@@ -210,21 +202,8 @@ class _Pass:
                 break
         if request.wanted:
             self._measure(request, reached)
-        return build_profile(
-            self._model,
-            self._modules,
-            self._every_layer,
-            self._chosen,
-            reached,
-            self._metrics,
-            statistics,
-            request,
-            taps,
-            trainable=self._trainable_before,
-            loss=float(loss.detach()) / loss_scale,
-            loss_scale=loss_scale,
-            made=made,
-        )
+        passed = Passed(taps, statistics, reached, made, float(loss.detach()) / loss_scale, loss_scale)
+        return build_profile(self._subject, passed, request, self._metrics)
 
     def _first_routes(self) -> Routes:
         """What reading the user's code tells before the first pass."""
@@ -243,7 +222,7 @@ class _Pass:
         """Parameters of two or more dimensions that the model did not have before."""
         if _size(self._modules) == self._size:
             return []
-        known = {id(layer.weight.parameter) for layer in self._every_layer}
+        known = {id(layer.weight.parameter) for layer in self._subject.layers}
         layers = find_layers(dict(self._model.named_modules()))
         return [layer.parameter_name for layer in layers if id(layer.weight.parameter) not in known]
 
@@ -270,16 +249,7 @@ class _Pass:
 
     def _taps(self, routes: Routes) -> Taps:
         self._statistics = Statistics(self._needed, self._backend, self._state.may_have_written)
-        return Taps(
-            self._chosen,
-            self._embeddings,
-            self._parents,
-            self._statistics,
-            routes,
-            outputs=bool(self._needed & {OUTPUT, FISHER}),  # for fisher: to see whether Y is still Y in backward
-            gradients=self._weight_gradients,
-            output_gradients=FISHER in self._needed,
-        )
+        return Taps(self._chosen, self._embeddings, self._parents, self._statistics, routes, self._watched)
 
     def _once(self, taps: Taps, compute_loss: Callable[[], Tensor], state: ModelState) -> Tensor:
         with taps:
@@ -301,7 +271,7 @@ class _Pass:
             own = float(state.guarded(compute_loss)().detach())
         found = float(loss.detach())
         if not math.isclose(own, found, rel_tol=1e-6):
-            frozen = [layer.name for layer, trainable in self._trainable_before.items() if not trainable]
+            frozen = [layer.name for layer, trainable in self._subject.trainable.items() if not trainable]
             remedy = f"leave the frozen layers ({some(frozen)}) out with layers=, or unfreeze them" if frozen else ""
             raise ValueError(
                 f"the loss depends on requires_grad or .grad of parameters: it is {own:.6g} as the model was handed "
@@ -321,10 +291,8 @@ class _Pass:
         if self._backward:
             reached = [layer for layer in self._chosen if taps.reached(layer)]
             plain = all(has_output_rule(layer) for layer in reached) and not taps.with_other_weights
-            if not self._weight_gradients and (len(reached) < len(self._chosen) or not plain):
-                return (
-                    None  # a gradient may reach an output and not the weight, or the weight out of the output's sight
-                )
+            if not self._watched.gradients and (len(reached) < len(self._chosen) or not plain):
+                return None  # a gradient may be out of sight at an output, or reach that and not the weight
         else:
             leaves, opaque = leaves_of(loss)
             called = {layer for layer in self._chosen if layer.called_module in taps.uses}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from torch import nn
 
 from zest_fast.profiling.heads import find_head
 from zest_fast.profiling.layer_profile import LayerProfile
-from zest_fast.profiling.layers import Layer, unsupported
+from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers, unsupported
 from zest_fast.profiling.metrics import FISHER, METRICS, OUTPUT
 from zest_fast.profiling.observer import Statistics
 from zest_fast.profiling.on_request.request import OnRequest
@@ -16,35 +18,52 @@ from zest_fast.profiling.taps import Taps
 _MADE = "it was made during the pass; run a forward pass first, so that it is there"
 
 
-def build_profile(
-    model: nn.Module,
-    modules: dict[str, nn.Module],
-    every_layer: list[Layer],
-    chosen: list[Layer],
-    reached: list[Layer],
-    metrics: list[str],
-    statistics: Statistics,
-    request: OnRequest,
-    taps: Taps,
-    *,
-    trainable: dict[Layer, bool],
-    loss: float,
-    loss_scale: float,
-    made: list[str],
-) -> LayerProfile:
-    """The table of one pass.
+@dataclass(frozen=True)
+class Subject:
+    """A model whose layers are profiled, as it was handed over."""
 
-    ``reached`` are the rows, ``trainable`` the flags as they were handed over, ``made`` parameters that came with the
-    pass.
-    """
-    depth = _depth(modules, every_layer, reached, taps)
-    rows = sorted(reached, key=depth.__getitem__)
-    head = _head_or_none(model)
+    model: nn.Module
+    modules: dict[str, nn.Module]
+    layers: list[Layer]
+    chosen: list[Layer]
+    """Those that were selected."""
+    trainable: dict[Layer, bool]
+    """Whether the weights of the chosen ones required a gradient."""
+
+    @classmethod
+    def of(cls, model: nn.Module, modules: dict[str, nn.Module], selection: LayerSelection) -> Subject:
+        """modules: every one by its name. Raises as ``select_layers`` does."""
+        layers = find_layers(modules)
+        chosen = select_layers(layers, selection)
+        return cls(model, modules, layers, chosen, {layer: layer.weight.parameter.requires_grad for layer in chosen})
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What a pass that stands has left."""
+
+    taps: Taps
+    statistics: Statistics
+    reached: list[Layer]
+    """The rows: what the loss depends on."""
+    made: list[str]
+    """Parameters that came with the pass."""
+    loss: float
+    """Of the unscaled loss."""
+    loss_scale: float
+
+
+def build_profile(subject: Subject, passed: Passed, request: OnRequest, metrics: list[str]) -> LayerProfile:
+    """The table of one pass."""
+    taps, statistics = passed.taps, passed.statistics
+    depth = _depth(subject, passed)
+    rows = sorted(passed.reached, key=depth.__getitem__)
+    head = _head_or_none(subject.model)
     values = np.empty((len(rows), len(metrics)))
     info = {}
     for i, layer in enumerate(rows):
-        found, nonfinite = statistics.of(layer, loss_scale)
-        request.add_to(found, layer.weight, loss_scale)
+        found, nonfinite = statistics.of(layer, passed.loss_scale)
+        request.add_to(found, layer.weight, passed.loss_scale)
         values[i] = [METRICS[name].value(found) for name in metrics]
         info[layer.name] = {
             "numel": layer.weight.parameter.numel(),
@@ -53,7 +72,7 @@ def build_profile(
             "uses": taps.uses.get(layer.called_module, 1),
             "shape": list(layer.weight.parameter.shape),
             "head": layer.module_name == head,
-            "trainable": trainable[layer],
+            "trainable": subject.trainable[layer],
             "shared_with": [other.name for other in layer.weight.layers if other is not layer],
             "parameter": layer.parameter_name,
             "module": layer.module_name,
@@ -74,9 +93,9 @@ def build_profile(
         metrics,
         values,
         info=info,
-        loss=loss,
+        loss=passed.loss,
         backend="+".join(sorted(statistics.collector.used)),
-        uncovered=_uncovered(every_layer, chosen, rows, taps) | dict.fromkeys(made, _MADE),
+        uncovered=_uncovered(subject, rows, taps) | dict.fromkeys(passed.made, _MADE),
     )
 
 
@@ -86,15 +105,15 @@ def ancestors(layer: Layer, modules: dict[str, nn.Module]) -> list[nn.Module]:
     return [modules[".".join(parts[:n])] for n in range(len(parts) - 1, -1, -1)]
 
 
-def _depth(modules: dict[str, nn.Module], every_layer: list[Layer], rows: list[Layer], taps: Taps) -> dict[Layer, int]:
+def _depth(subject: Subject, passed: Passed) -> dict[Layer, int]:
     """Position in the order of first use; a module that is never called itself counts with its parent."""
-    position = {layer: i for i, layer in enumerate(every_layer)}
+    position, order = {layer: i for i, layer in enumerate(subject.layers)}, passed.taps.order
 
     def key(layer: Layer) -> tuple[int, int]:
-        candidates = [layer.called_module, *ancestors(layer, modules)]
-        return next((taps.order[m] for m in candidates if m in taps.order), len(taps.order)), position[layer]
+        candidates = [layer.called_module, *ancestors(layer, subject.modules)]
+        return next((order[m] for m in candidates if m in order), len(order)), position[layer]
 
-    return {layer: i for i, layer in enumerate(sorted(rows, key=key))}
+    return {layer: i for i, layer in enumerate(sorted(passed.reached, key=key))}
 
 
 def _head_or_none(model: nn.Module) -> str | None:
@@ -129,11 +148,11 @@ def _other_weights(layer: Layer, taps: Taps) -> str:
     )
 
 
-def _uncovered(every_layer: list[Layer], chosen: list[Layer], rows: list[Layer], taps: Taps) -> dict[str, str]:
+def _uncovered(subject: Subject, rows: list[Layer], taps: Taps) -> dict[str, str]:
     covered = {id(layer.weight.parameter) for layer in rows}
-    was_chosen = set(chosen)
+    was_chosen = set(subject.chosen)
     reasons: dict[str, str] = {}
-    for layer in every_layer:
+    for layer in subject.layers:
         if id(layer.weight.parameter) in covered or layer.weight.layers[0] is not layer:
             continue
         reason = unsupported(layer.weight.parameter)

@@ -41,6 +41,7 @@ from zest_fast.profiling.graph import OtherGradients
 from zest_fast.profiling.held import Held, Keeper, Overwritten
 from zest_fast.profiling.layer_rules import has_output_rule, has_tile_rule, linear_gradient, output_again
 from zest_fast.profiling.layers import Layer, Weight
+from zest_fast.profiling.watched import Watched
 
 
 class Observer(Protocol):
@@ -127,12 +128,10 @@ class Taps(AbstractContextManager["Taps"]):
     """Hooks on the given layers for one forward and one backward pass; leaving the context removes them.
 
     Args:
-        layers: rows to observe; their weights must require a gradient where ``gradients``.
+        layers: rows to observe; their weights must require a gradient where ``watched.gradients``.
         embeddings: modules whose outputs are anchored if ``routes`` says so.
         parents: modules whose calls are noted as well: where a layer's own module is never called, they tell its depth.
-        outputs: whether Y is observed in forward.
-        gradients: whether dW is observed.
-        output_gradients: whether Y and G are observed in backward.
+        watched: what is handed to ``observer``.
     """
 
     def __init__(
@@ -142,19 +141,14 @@ class Taps(AbstractContextManager["Taps"]):
         parents: Iterable[nn.Module],
         observer: Observer,
         routes: Routes,
-        *,
-        outputs: bool,
-        gradients: bool,
-        output_gradients: bool,
+        watched: Watched,
     ) -> None:
         self._layers = list(layers)
         self._embeddings = list(embeddings)
         self._parents = list(parents)
         self._observer = observer
         self.routes = routes
-        self._outputs = outputs
-        self._gradients = gradients
-        self._output_gradients = output_gradients
+        self._watched = watched
         self._handles: list[Any] = []
         self._anchor = torch.zeros((), requires_grad=True)
         self._keeper = Keeper(self._anchor)
@@ -193,7 +187,7 @@ class Taps(AbstractContextManager["Taps"]):
     def _is_tiled(self, weight: Weight) -> bool:
         p = weight.parameter
         return (
-            self._gradients
+            self._watched.gradients
             and self.routes.tiles
             and id(p) not in self.routes.leaf
             and len(weight.layers) == 1
@@ -216,7 +210,7 @@ class Taps(AbstractContextManager["Taps"]):
         for module in self._parents:
             if module not in by_module:
                 self._handles.append(module.register_forward_pre_hook(ModuleHook(self._count)))
-        if self._gradients:
+        if self._watched.gradients:
             for counts in self._counts.values():
                 hook = self._leaf_hook(counts)
                 self._handles.append(counts.weight.parameter.register_post_accumulate_grad_hook(hook))
@@ -306,7 +300,7 @@ class Taps(AbstractContextManager["Taps"]):
         for layer, why in self._missed.items():
             self._observer.missed(layer, why, outputs=False)
         for layer in self._tapped - self._output_firings.keys() - self._lost - self._overwritten:
-            if self._output_gradients:
+            if self._watched.output_gradients:
                 self._observer.untouched(layer)
         for counts in self._counts.values():
             p = counts.weight.parameter
@@ -321,7 +315,7 @@ class Taps(AbstractContextManager["Taps"]):
 
     def reached(self, layer: Layer) -> bool:
         """Whether the loss depends on the layer, as far as this pass could see."""
-        if self._gradients:
+        if self._watched.gradients:
             return self._counts[layer.weight].reached
         return bool(self._output_firings.get(layer))
 
@@ -351,7 +345,7 @@ class Taps(AbstractContextManager["Taps"]):
                 leaf.add(key)
             if counts.leaf_firings > 1 and not self._summed_at_the_end(counts):
                 until_the_end.add(key)
-            if self._gradients and counts.calls_without_grad and not counts.reached:
+            if self._watched.gradients and counts.calls_without_grad and not counts.reached:
                 unreached_without_grad = True
         new = replace(
             old,
@@ -441,10 +435,10 @@ class Taps(AbstractContextManager["Taps"]):
                 for layer in observed:
                     self._observer.missed(layer, why, outputs=not recomputing)
                 return None
-            if self._outputs and not recomputing:
+            if self._watched.outputs and not recomputing:
                 for layer in observed:
                     self._observer.output(layer, output.detach())
-            if not torch.is_grad_enabled() or not (frozen or (self._output_gradients and observed)):
+            if not torch.is_grad_enabled() or not (frozen or (self._watched.output_gradients and observed)):
                 return None
             return self._tap(observed, tiled if frozen else None, first_input(args, kwargs), output, own)
 
@@ -491,7 +485,7 @@ class Taps(AbstractContextManager["Taps"]):
         """
         result, kept = None, y
         if not y.requires_grad:
-            if tiled is None and (self._gradients or not own):
+            if tiled is None and (self._watched.gradients or not own):
                 self._without_graph = True
                 return None  # nothing here takes part: the weight of a teacher, or one that the user froze meanwhile
             # .data and not .detach(): a version number of its own, since others may keep y and watch over its number.
@@ -514,7 +508,7 @@ class Taps(AbstractContextManager["Taps"]):
             and not is_altered()
             and all(has_output_rule(layer) for layer in layers)
         )
-        keep_y = self._output_gradients or (elsewhere and self._outputs)
+        keep_y = self._watched.output_gradients or (elsewhere and self._watched.outputs)
         state = {
             "x": self._keeper.keep(x) if keep_x else None,  # type: ignore[arg-type]
             "y": self._keeper.keep(kept) if keep_y else None,
@@ -592,9 +586,9 @@ class Taps(AbstractContextManager["Taps"]):
         try:
             for layer in layers if elsewhere else ():
                 self.uses[layer.called_module] = self.uses.get(layer.called_module, 0) + 1
-                if self._outputs:
+                if self._watched.outputs:
                     self._observer.output(layer, y())
-            if self._output_gradients:
+            if self._watched.output_gradients:
                 for layer in layers:
                     self._observer.output_gradient(layer, y, g, only_use=self._is_only_use(layer))
                     self._output_firings[layer] = self._output_firings.get(layer, 0) + 1

@@ -63,6 +63,15 @@ def pairs_of(records: pandas.DataFrame) -> list[Pair]:
 def check_sweeps(sweeps: Iterable[Mapping[str, Any]]) -> None:
     """Raises ValueError where a model was swept under two recipes, or metrics were computed by two definitions."""
     sweeps = list(sweeps)
+    check_one_recipe_a_model(sweeps)
+    definitions = {_definitions(sweep): sweep for sweep in reversed(sweeps)}
+    if len(definitions) > 1:
+        found = ", ".join(f"{v} ({s['model']}/{s['dataset']})" for v, s in sorted(definitions.items(), key=str))
+        raise ValueError(f"records hold metrics of different definitions: {found}; profile and sweep again with one")
+
+
+def check_one_recipe_a_model(sweeps: Iterable[Mapping[str, Any]]) -> None:
+    """Raises ValueError where a model was swept under two recipes: scores of the two do not compare."""
     first: dict[str, Mapping[str, Any]] = {}
     for sweep in sweeps:
         other = first.setdefault(sweep["model"], sweep)
@@ -71,10 +80,6 @@ def check_sweeps(sweeps: Iterable[Mapping[str, Any]]) -> None:
                 f"{sweep['model']} was swept under different recipes on {other['dataset']} ({other['recipe_hash']}) "
                 f"and {sweep['dataset']} ({sweep['recipe_hash']}); their records are not mixed: leave one of them out"
             )
-    definitions = {_definitions(sweep): sweep for sweep in reversed(sweeps)}
-    if len(definitions) > 1:
-        found = ", ".join(f"{v} ({s['model']}/{s['dataset']})" for v, s in sorted(definitions.items(), key=str))
-        raise ValueError(f"records hold metrics of different definitions: {found}; profile and sweep again with one")
 
 
 def _definitions(sweep: Mapping[str, Any]) -> Any:

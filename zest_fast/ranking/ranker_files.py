@@ -6,7 +6,6 @@ checked for its type and its bounds before it is used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from zest_fast.foundation.documents import (
     Number,
     OneOf,
     Text,
+    json_hash,
     parse_json,
     shown,
     text_of,
@@ -111,7 +111,7 @@ def save_ranker(
         "metadata": {**metadata, "features": list(FEATURES)},
         "model": _model_document(model),
     }
-    document["checksum"] = _checksum(document)
+    document["checksum"] = json_hash(document)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(document, allow_nan=False) + "\n", encoding="utf-8")
     return Path(path)
@@ -131,7 +131,7 @@ def load_ranker(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Model, di
             f"{str(path)!r} has format version {shown(document.get('version'))}, this zest_fast reads "
             f"{' and '.join(map(str, _READ))}: fit the Ranker again, or install the zest_fast that wrote it"
         )
-    if document.pop("checksum", None) != _checksum(document):
+    if document.pop("checksum", None) != json_hash(document):
         raise ValueError(f"{str(path)!r}: the checksum does not match; the file is damaged, fit the Ranker again")
     features = document["metadata"].pop("features", None) if isinstance(document.get("metadata"), dict) else None
     if features != list(FEATURES):
@@ -146,10 +146,6 @@ def load_ranker(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Model, di
         return document["settings"], _model_from(document["model"]), document["metadata"]
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is no whole Ranker: {error}; fit one and save it again") from error
-
-
-def _checksum(document: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _model_document(model: Model) -> dict[str, Any]:

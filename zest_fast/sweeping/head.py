@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,20 +54,32 @@ def fit_head(
     weight = torch.zeros(classes, features.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=biased)
     scaled = features / scale
-    optimizer = torch.optim.LBFGS(
-        [weight, bias] if biased else [weight], max_iter=200, tolerance_grad=1e-7, line_search_fn="strong_wolfe"
-    )
+    trained = [weight, bias] if biased else [weight]
+    descend(trained, weight, lambda: scaled @ weight.T + bias, targets, strength, steps=200)
+    return (weight.detach() / scale).float(), bias.detach().float()
+
+
+def descend(
+    trained: list[Tensor],
+    weight: Tensor,
+    logits: Callable[[], Tensor],
+    targets: Tensor,
+    strength: float,
+    *,
+    steps: int,
+) -> None:
+    """Minimise mean cross-entropy + strength/2 ‖weight‖² over `trained` in place, by at most `steps` of L-BFGS."""
+    optimizer = torch.optim.LBFGS(trained, max_iter=steps, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(scaled @ weight.T + bias, targets)
-        loss = loss + strength / 2 * weight.square().sum()
+        loss = nn.functional.cross_entropy(logits(), targets) + strength / 2 * weight.square().sum()
         loss.backward()
         return loss
 
     with torch.enable_grad():
         optimizer.step(closure)  # type: ignore[arg-type]
-    return (weight.detach() / scale).float(), bias.detach().float()
+    optimizer.zero_grad()
 
 
 def choose_strength(features: Tensor, targets: Tensor, classes: int, strengths: Sequence[float]) -> float:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from zest_fast.foundation.documents import json_hash
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Recipe:
     @property
     def hash(self) -> str:
         """Sixteen hexadecimal digits that differ as soon as any value does."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        return json_hash(self.to_dict())[:16]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zest_fast.finetuning.delta_files import hash_tensors
+from zest_fast.finetuning.digests import hash_tensors
 from zest_fast.profiling.borrowing.model_state import ModelState
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
 from zest_fast.profiling.metrics import ALL_METRIC_NAMES

@@ -11,10 +11,33 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from zest_fast.kernels import Collector
 from zest_fast.kernels.agreement import agreement_sums
 from zest_fast.profiling.layers import Weight
-from zest_fast.profiling.metrics import NAN, Agreement
+from zest_fast.profiling.loss import loss_of
+from zest_fast.profiling.metrics import NAN, Agreement, LayerStatistics
 from zest_fast.profiling.on_request.gradient_pass import GradientPass
+from zest_fast.profiling.on_request.measure import Asked
+
+
+class GradientAgreement:
+    """The statistic ``agreement`` of every weight (see ``measure.Measure``)."""
+
+    def __init__(self, asked: Asked) -> None:
+        batch = asked.batch_for("splits the samples")
+        self._even, self._odd = (loss_of(asked.model, half, asked.loss_fn, None) for half in halves(batch))
+        self._found: dict[Weight, Agreement] = {}
+
+    def measure(self, passes: GradientPass, collector: Collector) -> str:
+        self._found = agreement(passes, self._even, self._odd)
+        return ""
+
+    def add_to(self, statistics: LayerStatistics, weight: Weight, loss_scale: float) -> None:
+        if weight in self._found:
+            found = self._found[weight]
+            statistics.agreement = Agreement(
+                found.dot / loss_scale**2, found.sign_dot / loss_scale, found.norms / loss_scale**2
+            )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from zest_fast.profiling.layer_rules import linear_gradient_factors
 from zest_fast.profiling.layers import Layer, Weight
 from zest_fast.profiling.loss import RepeatedLoss, check_loss
 from zest_fast.profiling.taps import Routes, Taps, run_until_it_stands
+from zest_fast.profiling.watched import Watched
 
 Receive = Callable[[Weight, Tensor], None]
 ReceiveFactors = Callable[[Weight, Tensor, Tensor], None]
@@ -73,9 +74,7 @@ class GradientPass:
                 [],
                 _Receiver(receive, receive_factors),
                 routes,
-                outputs=False,
-                gradients=True,
-                output_gradients=False,
+                Watched(gradients=True),
             )
 
         def once(taps: Taps) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zest_fast.foundation.nearest import some
@@ -18,8 +18,30 @@ from zest_fast.kernels import Collector
 from zest_fast.profiling.graph import custom_functions, leaves_of
 from zest_fast.profiling.layer_rules import weight_gradient_moments
 from zest_fast.profiling.layers import Weight
+from zest_fast.profiling.loss import loss_of
+from zest_fast.profiling.metrics import LayerStatistics
 from zest_fast.profiling.on_request.gradient_pass import GradientPass
+from zest_fast.profiling.on_request.measure import Asked
 from zest_fast.profiling.taps import anchor_outputs
+
+
+class Grasp:
+    """The statistic ``grasp`` of every weight (see ``measure.Measure``)."""
+
+    def __init__(self, asked: Asked) -> None:
+        self._compute_loss = loss_of(asked.model, asked.batch, asked.loss_fn, asked.closure)
+        self._model = asked.model
+        self._found: dict[Weight, float] = {}
+
+    def measure(self, passes: GradientPass, collector: Collector) -> str:
+        recurrent = any(isinstance(module, nn.RNNBase) for module in self._model.modules())
+        self._found, note = grasp(passes, self._compute_loss, collector, recurrent)
+        return note
+
+    def add_to(self, statistics: LayerStatistics, weight: Weight, loss_scale: float) -> None:
+        if weight in self._found:
+            statistics.grasp = self._found[weight] / loss_scale**2
+
 
 DOUBTFUL = 0.1
 """Relative error that a finite difference across kinks may well have; a term that is missing makes a larger one."""

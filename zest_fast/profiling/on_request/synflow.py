@@ -20,8 +20,9 @@ from zest_fast.kernels import Collector
 from zest_fast.profiling.layer_rules import weight_gradient_moments
 from zest_fast.profiling.layers import Weight
 from zest_fast.profiling.loss import call_model, logits_of
-from zest_fast.profiling.metrics import NAN
+from zest_fast.profiling.metrics import NAN, LayerStatistics
 from zest_fast.profiling.on_request.gradient_pass import GradientPass
+from zest_fast.profiling.on_request.measure import Asked
 from zest_fast.profiling.taps import first_input
 
 _NORMALISATIONS = (
@@ -33,6 +34,28 @@ _NORMALISATIONS = (
     nn.CrossMapLRN2d,
 )
 _TOO_LARGE = "synflow is NaN where it exceeds float64"
+
+
+class Synflow:
+    """The statistic ``synflow`` of every weight (see ``measure.Measure``)."""
+
+    def __init__(self, asked: Asked) -> None:
+        batch = asked.batch_for("replaces the inputs")
+        if not isinstance(batch, Mapping):
+            self._inputs = batch[0]
+        else:
+            keeps_labels = asked.loss_fn is None
+            self._inputs = batch if keeps_labels else {key: x for key, x in batch.items() if key != "labels"}
+        self._model = asked.model
+        self._found: dict[Weight, float] = {}
+
+    def measure(self, passes: GradientPass, collector: Collector) -> str:
+        self._found, note = synflow(passes, self._model, self._inputs, collector)
+        return note
+
+    def add_to(self, statistics: LayerStatistics, weight: Weight, loss_scale: float) -> None:
+        if weight in self._found:
+            statistics.synflow = self._found[weight]
 
 
 def synflow(

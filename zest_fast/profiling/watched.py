@@ -1,0 +1,29 @@
+"""From the statistics that metrics need to what the taps watch: the one place, for the pass and for its plan alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zest_fast.profiling.metrics import BACKWARD, FISHER, OUTPUT
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What of each layer the taps hand to their observer."""
+
+    outputs: bool = False
+    """Y of every use, in forward."""
+    gradients: bool = False
+    """dW, for which the weights have to require a gradient."""
+    output_gradients: bool = False
+    """Y and G of every use, in backward."""
+
+
+def watched_for(needed: frozenset[str]) -> Watched:
+    """What has to be watched for these statistics (``metrics.statistics_needed``)."""
+    return Watched(
+        outputs=bool(needed & {OUTPUT, FISHER}),  # for fisher: to see whether Y is still Y in backward
+        # For fisher alone no weight takes part, so that no dW is formed: the taps anchor the graph themselves.
+        gradients=bool(needed & (BACKWARD - {FISHER})),
+        output_gradients=FISHER in needed,
+    )

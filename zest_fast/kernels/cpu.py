@@ -6,7 +6,7 @@ import torch  # before the extension: whichever comes first decides which OpenMP
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from zest_fast import _native  # type: ignore[attr-defined]
+from zest_fast import _native
 from zest_fast.kernels.moments import GradientMoments, Moments
 from zest_fast.kernels.storage import is_as_it_seems
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch  # before the extension: whichever comes first decides which OpenMP runtime both use
 from torch import Tensor
 
-from zest_fast import _native  # type: ignore[attr-defined]
+from zest_fast import _native
 
 DTYPE_NUMBER = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # as in csrc/layout.h
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zest_fast.finetuning.delta_files import hash_tensors
+from zest_fast.foundation.version import __version__
 from zest_fast.profiling.borrowing.model_state import ModelState
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
 from zest_fast.profiling.metrics import ALL_METRIC_NAMES
@@ -334,13 +335,12 @@ def _command() -> str:
 
 def _environment() -> dict[str, str]:
     """What the numbers should not depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        own = version("zest_fast")
-    except PackageNotFoundError:  # run from a checkout
-        own = "unknown"
-    return {"zest_fast": own, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
+    return {
+        "zest_fast": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _encode(tensor: Tensor) -> str:

@@ -31,6 +31,8 @@ from zest_fast.finetuning.verification import not_finite, verify
 from zest_fast.finetuning.wrapped_models import mark_wrapped, refuse_wrapped, unmark_wrapped
 from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.foundation.nearest import some
+from zest_fast.foundation.notes import add_note
+from zest_fast.foundation.options import Checkpoint, Frozen
 from zest_fast.lean.apply import apply_lean
 from zest_fast.lean.frozen_norms import keep_frozen_norms_in_eval
 
@@ -78,9 +80,9 @@ class SelectiveBackward:
         layers: Iterable[str],
         *,
         head: str | Iterable[str] | None = "auto",
-        checkpoint: str | None = None,
+        checkpoint: Checkpoint | None = None,
         lean: bool = True,
-        frozen: str | None = None,
+        frozen: Frozen | None = None,
     ) -> None:
         if checkpoint not in (None, "above-cut"):
             raise ValueError(f"checkpoint must be None or 'above-cut', not {checkpoint!r}")
@@ -108,7 +110,7 @@ class SelectiveBackward:
                 if self._unpacked is not None:
                     self._unpacked.undo()
             if self._quantised is not None and self._quantised.rounded:
-                error.add_note("frozen weights have been rounded before this happened: load the model again")
+                add_note(error, "frozen weights have been rounded before this happened: load the model again")
             raise
 
     def _chosen_ids(self) -> set[int]:

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from zest_fast.foundation.options import Backend
 from zest_fast.kernels.collector import BACKENDS, Collector, pick_backend
 from zest_fast.kernels.moments import GradientMoments, Moments
 from zest_fast.kernels.storage import has_storage, why_no_storage
@@ -36,7 +37,7 @@ T = TypeVar("T")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def moments(tensors: Sequence[Tensor], *, backend: str = "auto") -> list[Moments]:
+def moments(tensors: Sequence[Tensor], *, backend: Backend = "auto") -> list[Moments]:
     """Mean, deviation and sum of x and of |x| for each tensor.
 
     Args:
@@ -64,7 +65,7 @@ def moments(tensors: Sequence[Tensor], *, backend: str = "auto") -> list[Moments
     return [found[i]() for i in range(len(tensors))]
 
 
-def gradient_moments(dw: Tensor, w: Tensor, *, backend: str = "auto") -> GradientMoments:
+def gradient_moments(dw: Tensor, w: Tensor, *, backend: Backend = "auto") -> GradientMoments:
     """Moments of a gradient ``dw``, of its weight ``w`` (same shape), and Σ W⊙dW and Σ|W⊙dW|, in one pass over both.
 
     Raises as ``moments`` does, and ValueError where shapes or devices differ.
@@ -77,7 +78,7 @@ def gradient_moments(dw: Tensor, w: Tensor, *, backend: str = "auto") -> Gradien
     return _now(backend, lambda collector: collector.gradient_moments(dw.detach(), w.detach()))
 
 
-def linear_gradient_moments(x: Tensor, g: Tensor, w: Tensor, *, backend: str = "auto") -> GradientMoments:
+def linear_gradient_moments(x: Tensor, g: Tensor, w: Tensor, *, backend: Backend = "auto") -> GradientMoments:
     """``gradient_moments`` of dW = gᵀx, the weight gradient of a linear layer, without ever storing dW.
 
     Args:
@@ -102,7 +103,7 @@ def linear_gradient_moments(x: Tensor, g: Tensor, w: Tensor, *, backend: str = "
     return _now(backend, lambda collector: collector.linear_gradient_moments(x.detach(), g.detach(), w.detach()))
 
 
-def channel_products(y: Tensor, g: Tensor, *, channel_dim: int | None = None, backend: str = "auto") -> Tensor:
+def channel_products(y: Tensor, g: Tensor, *, channel_dim: int | None = None, backend: Backend = "auto") -> Tensor:
     """S [N, K] = Σ_p Y⊙G per sample and output channel, in float64, in one read of Y and G.
 
     Args:
@@ -116,14 +117,16 @@ def channel_products(y: Tensor, g: Tensor, *, channel_dim: int | None = None, ba
     return Collector(backend).channel_products(by_channel(y, channel_dim), by_channel(g, channel_dim))
 
 
-def squared_channel_products(y: Tensor, g: Tensor, *, channel_dim: int | None = None, backend: str = "auto") -> float:
+def squared_channel_products(
+    y: Tensor, g: Tensor, *, channel_dim: int | None = None, backend: Backend = "auto"
+) -> float:
     """Σ_nk S_nk² of ``channel_products``, which is 2N times fisher; S is not formed."""
     channel_dim = _require_outputs(y, g, channel_dim)
     y, g = by_channel(y, channel_dim), by_channel(g, channel_dim)
     return _now(backend, lambda collector: collector.squared_channel_products(y, g))
 
 
-def _now(backend: str, run: Callable[[Collector], Callable[[], T]]) -> T:
+def _now(backend: Backend, run: Callable[[Collector], Callable[[], T]]) -> T:
     """One result, waited for."""
     collector = Collector(backend)
     later = run(collector)

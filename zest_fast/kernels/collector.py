@@ -8,16 +8,17 @@ import functools
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from zest_fast.foundation.options import Backend
 from zest_fast.kernels.moments import GradientMoments, Moments
 from zest_fast.kernels.storage import readable
 
 T = TypeVar("T")
-BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+BACKENDS: tuple[str, ...] = get_args(Backend)
 
 _MOMENTS, _GRADIENT_MOMENTS = 6, 11  # float64 in a row, in the order of csrc/moments.h and csrc/bindings.cpp
 _BUFFER = 8192  # float64 of a device buffer: 450 layers with all that is known of them

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, get_args
 
 from torch import nn
 
 from zest_fast.foundation.nearest import nearest
+from zest_fast.foundation.options import Checkpoint, Frozen, Preference
 from zest_fast.planning.fake_pass import stand_in_batch
 from zest_fast.planning.plan import planned_peak
 from zest_fast.planning.settings import memory_bytes
 from zest_fast.planning.step_costs import StepCosts, costs_of_ranking, measured_costs
 from zest_fast.ranking.ranking import Ranking
 
-PREFERENCES = ("score", "cheap-cut")
+PREFERENCES: tuple[str, ...] = get_args(Preference)
 PRICE = 2.0
 """What a share of the promised gain is worth in shares of a step: 1 % of what the n best layers promise over average
 ones is given up for no less than 2 % of the FLOPs. Fixed on simulated rankings (bench/choose.py shows other prices)."""
@@ -33,17 +34,28 @@ class Choice(tuple[str, ...]):
     peak_bytes: of a step of AdamW where max_memory asked for it, else None.
     """
 
+    def __new__(
+        cls,
+        names: Iterable[str],
+        *,
+        explanation: str = "",
+        given_up: tuple[str, ...] = (),
+        taken: tuple[str, ...] = (),
+        step: float = math.nan,
+        step_of_top: float = math.nan,
+        peak_bytes: int | None = None,
+    ) -> Choice:
+        choice = super().__new__(cls, names)
+        choice.explanation, choice.given_up, choice.taken = explanation, given_up, taken
+        choice.step, choice.step_of_top, choice.peak_bytes = step, step_of_top, peak_bytes
+        return choice
+
     explanation: str
     given_up: tuple[str, ...]
     taken: tuple[str, ...]
     step: float
     step_of_top: float
     peak_bytes: int | None
-
-    def __new__(cls, names: Sequence[str], **facts: Any) -> Choice:
-        choice = super().__new__(cls, names)
-        choice.__dict__.update(facts)
-        return choice
 
 
 def choose(
@@ -53,9 +65,9 @@ def choose(
     model: nn.Module | None = None,
     batch: Any = None,
     max_memory: str | int | None = None,
-    prefer: str = "score",
-    checkpoint: str | None = None,
-    frozen: str | None = None,
+    prefer: Preference = "score",
+    checkpoint: Checkpoint | None = None,
+    frozen: Frozen | None = None,
 ) -> Choice:
     """`n` layers of `ranking`, best first: a tuple of names; what they cost and what was traded is in `.explanation`.
 
@@ -98,8 +110,7 @@ def choose(
             return planned_peak(model, batch, names, head=costs.head or None, checkpoint=checkpoint, frozen=frozen)
 
         chosen, peak = _first_that_fits([chosen, *higher], needs, limit)
-    choice = candidates.choice(chosen, peak)
-    choice.explanation += assumed
+    choice = candidates.choice(chosen, peak, assumed)
     _log.info(choice.explanation)
     return choice
 
@@ -151,21 +162,19 @@ class Candidates:
         (score, half), (lower_score, lower_half) = self._rows[out], self._rows[taken]
         return score == lower_score or score - lower_score <= math.hypot(half, lower_half)
 
-    def choice(self, names: tuple[str, ...], peak: int | None) -> Choice:
-        """The set with what it traded."""
+    def choice(self, names: tuple[str, ...], peak: int | None, assumed: str = "") -> Choice:
+        """The set with what it traded. assumed: what its explanation ends with."""
         top = self.sets()[0]
         exchanges = _exchanges(top, names)
         full = self._costs.full
-        choice = Choice(
-            names,
-            given_up=tuple(out for out, _ in exchanges),
-            taken=tuple(taken for _, taken in exchanges),
-            step=self._costs.step(names) / full,
-            step_of_top=self._costs.step(top) / full,
-            peak_bytes=peak,
-        )
-        choice.explanation = "\n".join(self._explain(choice, top))
-        return choice
+        facts: dict[str, Any] = {
+            "given_up": tuple(out for out, _ in exchanges),
+            "taken": tuple(taken for _, taken in exchanges),
+            "step": self._costs.step(names) / full,
+            "step_of_top": self._costs.step(top) / full,
+            "peak_bytes": peak,
+        }
+        return Choice(names, explanation="\n".join(self._explain(Choice(names, **facts), top)) + assumed, **facts)
 
     def _explain(self, choice: Choice, top: tuple[str, ...]) -> Iterator[str]:
         yield f"{len(choice)} layers by {self._by}: {', '.join(choice)}"

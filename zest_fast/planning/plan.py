@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from zest_fast.foundation.options import Checkpoint, Frozen, MetricNames, PlannedDevice
 from zest_fast.planning.blocks import layout_of
 from zest_fast.planning.optimizers import Build
 from zest_fast.planning.profile_pass import dry_profile
@@ -28,10 +29,10 @@ def plan(
     dtype: Any = "bfloat16",
     optimizer: str | Build = "adamw",
     lean: bool = True,
-    checkpoint: str | None = None,
-    frozen: str | None = None,
+    checkpoint: Checkpoint | None = None,
+    frozen: Frozen | None = None,
     head: str | Iterable[str] | None = "auto",
-    device: str | None = None,
+    device: PlannedDevice | None = None,
 ) -> Plan:
     """Plan a training step by a dry run on fake tensors: no GPU, no weights, seconds for a 7B model.
 
@@ -95,7 +96,7 @@ def plan_profile(
     sequence_length: int | None = None,
     image_size: int | None = None,
     dtype: Any = "bfloat16",
-    metrics: Iterable[str] | str | None = None,
+    metrics: MetricNames | None = None,
 ) -> Plan:
     """Memory and FLOPs of `zest_fast.profile` on one batch; the arguments are those of `plan` and of `profile`.
 
@@ -129,8 +130,8 @@ def planned_peak(
     head: str | Iterable[str] | None = "auto",
     optimizer: str | Build = "adamw",
     lean: bool = True,
-    checkpoint: str | None = None,
-    frozen: str | None = None,
+    checkpoint: Checkpoint | None = None,
+    frozen: Frozen | None = None,
 ) -> int:
     """Peak bytes of a training step of `model`, as it is, on a batch like `batch`: for whoever has both at hand.
 
@@ -158,7 +159,7 @@ def peaks(model: nn.Module, batch: Any, *, loss_fn: Callable[..., Tensor] | None
     return lambda setting: dry_step(skeleton, layout, replace(setting, device=device), batch, loss_fn).peak.size
 
 
-def _device(model_or_config: Any) -> str:
+def _device(model_or_config: Any) -> PlannedDevice:
     """Where a step of it runs as it is: what has no weights yet is for a GPU."""
     if not isinstance(model_or_config, nn.Module):
         return "cuda"

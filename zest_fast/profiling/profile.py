@@ -6,7 +6,7 @@ import math
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from zest_fast import kernels
 from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.foundation.nearest import some
+from zest_fast.foundation.options import Backend, MetricNames
 from zest_fast.kernels.storage import has_storage, is_fake, why_no_storage
 from zest_fast.profiling.borrowing.model_state import ModelState
 from zest_fast.profiling.functions import attributes_read, forwards_of, hooks_of, referred
@@ -47,8 +48,8 @@ def profile(
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     closure: Callable[[], Tensor] | None = None,
     layers: LayerSelection = None,
-    metrics: Iterable[str] | str | None = None,
-    backend: str = "auto",
+    metrics: MetricNames | None = None,
+    backend: Backend = "auto",
     loss_scale: float = 1.0,
 ) -> LayerProfile:
     """Every metric of every layer from one forward and one backward pass over one mini-batch.

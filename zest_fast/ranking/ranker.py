@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zest_fast.foundation.options import FeatureSet
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.ranking.assessment import Assessment, Known
 from zest_fast.ranking.features import FEATURE_SETS, METRICS
@@ -32,7 +33,7 @@ class Ranker:
     no sizes, kinds, weights or priors.
     """
 
-    def __init__(self, *, seed: int = 0, features: str = "all") -> None:
+    def __init__(self, *, seed: int = 0, features: FeatureSet = "all") -> None:
         if features not in FEATURE_SETS:
             raise ValueError(f"features must be 'all' or 'metrics', not {features!r}")
         self.seed, self.features = int(seed), features

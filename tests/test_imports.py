@@ -29,7 +29,7 @@ ROOMS = (
     "cli",
 )
 FREE_OF_TORCH = (
-    *(f"foundation/{path.name}" for path in sorted((PACKAGE / "foundation").glob("*.py"))),
+    *(f"foundation/{p.name}" for p in sorted((PACKAGE / "foundation").glob("*.py")) if p.name != "torch_private.py"),
     "profiling/layer_profile.py",
     "profiling/profile_files.py",
     "profiling/heat_map.py",

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from zest_fast.demo.arms import Arm, batches, optimizer_for, put, trainable, training_step
 from zest_fast.demo.task import Task
+from zest_fast.foundation.torch_private import storage_key
 
 COUNTS = (
     "peak memory counts the storages of tensors alive at once in a training step: weights, buffers, batch, gradients, "
@@ -50,7 +51,7 @@ class PeakMemory(TorchDispatchMode):
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(storage)
         if key in self.alive:
             return
         self.alive[key] = storage.nbytes()

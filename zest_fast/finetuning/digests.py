@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from zest_fast.finetuning.sharding import is_sharded, whole
+from zest_fast.foundation.torch_private import FakeTensor
 
 UNHASHED = ""  # the digest of what is not there to be read
 

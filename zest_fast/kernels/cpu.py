@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch  # before the extension: whichever comes first decides which OpenMP runtime both use
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from zest_fast import _native
+from zest_fast.foundation.torch_private import FakeTensor
 from zest_fast.kernels.moments import GradientMoments, Moments
 from zest_fast.kernels.storage import is_as_it_seems
 

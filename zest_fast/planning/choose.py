@@ -29,9 +29,13 @@ _log = logging.getLogger("zest_fast")
 class Choice(tuple[str, ...]):
     """The names of the chosen layers, best first, with what the choice traded.
 
-    explanation: the trade in words. given_up, taken: layers of the top n that are not chosen, and those in their place.
-    step, step_of_top: cost of a training step relative to full fine-tuning, of the choice and of the top n.
-    peak_bytes: of a step of AdamW where max_memory asked for it, else None.
+    Attributes:
+        explanation: the trade in words.
+        given_up: layers of the top n that are not chosen.
+        taken: those in their place.
+        step: cost of a training step relative to full fine-tuning.
+        step_of_top: that of the top n.
+        peak_bytes: of a step of AdamW where max_memory asked for it, else None.
     """
 
     def __new__(
@@ -69,22 +73,41 @@ def choose(
     checkpoint: Checkpoint | None = None,
     frozen: Frozen | None = None,
 ) -> Choice:
-    """`n` layers of `ranking`, best first: a tuple of names; what they cost and what was traded is in `.explanation`.
+    """Which `n` layers to train: the best, or as good ones above which less has to be differentiated.
 
-    prefer: "score" = the n best; "cheap-cut" = layers are exchanged for higher ones whose scores are equal within the
-        ranking's uncertainty (the 80 % interval of their difference holds zero), as long as that saves enough FLOPs for
-        what the scores lose (PRICE). Scores without intervals, as those of a single metric, have no uncertainty to
-        trade: only layers of the very same score are exchanged.
-    model, batch: count FLOPs on them (batch as in `profile`), on fake tensors: nothing is computed, the model stays as
-        it is. Without a batch, a model of transformers gets 1 x 512 tokens or 32 images. Without a model, costs come
-        from the profile and take it that each layer sees as many positions: right for the linear layers of a
-        transformer, not for convolutions.
-    max_memory: bytes, or "16GB" (10^9) or "16GiB" (2^30). If the set needs more, the lowest layers are exchanged for
-        the best ones above a higher cut until a step of AdamW fits, as a dry run of model and batch counts it.
-    checkpoint, frozen: of the SelectiveBackward that shall fit; without max_memory they change nothing.
+    Args:
+        ranking: as `rank` returns it.
+        n: how many layers.
+        model: to count FLOPs on, on fake tensors: nothing is computed, the model stays as it is. Without a model, costs
+            come from the profile and take it that each layer sees as many positions: right for the linear layers of a
+            transformer, not for convolutions.
+        batch: as in `profile`. Without one, a model of transformers gets 1 x 512 tokens or 32 images.
+        max_memory: bytes, or "16GB" (10^9) or "16GiB" (2^30). If the set needs more, the lowest layers are exchanged
+            for the best ones above a higher cut until a step of AdamW fits, as a dry run of model and batch counts it.
+        prefer: "score" = the n best; "cheap-cut" = layers are exchanged for higher ones whose scores are equal within
+            the ranking's uncertainty (the 80 % interval of their difference holds zero), as long as that saves enough
+            FLOPs for what the scores lose (PRICE). Scores without intervals, as those of a single metric, have no
+            uncertainty to trade: only layers of the very same score are exchanged.
+        checkpoint: of the SelectiveBackward that shall fit; without max_memory it changes nothing.
+        frozen: the same.
 
-    Raises ValueError for n below 1 or beyond the scored layers, for a ranking of another model, and where no set of n
-    layers fits into max_memory (the least that is needed is named); TypeError for no ranking.
+    Returns:
+        A tuple of names, best first; what they cost and what was traded is in its `.explanation`.
+
+    Raises:
+        ValueError: n below 1 or beyond the scored layers, a ranking of another model, or no set of n layers fits into
+            max_memory (the least that is needed is named).
+        TypeError: no ranking.
+
+    Examples:
+        >>> import torch, zest_fast
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> batch = torch.randn(6, 4), torch.randint(3, (6,))
+        >>> ranking = zest_fast.rank(zest_fast.profile(model, batch), by="snip")
+        >>> chosen = zest_fast.choose(ranking, 1, model=model, batch=batch, max_memory="1MB")
+        >>> len(chosen), chosen.peak_bytes < 10**6
+        (1, True)
     """
     if not isinstance(ranking, Ranking):
         raise TypeError(f"ranking must be a Ranking, as rank(profile) returns, not {type(ranking).__name__}")

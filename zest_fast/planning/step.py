@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zest_fast.finetuning.quantised_weights import frozen_linears
 from zest_fast.finetuning.selective_backward import SelectiveBackward
+from zest_fast.foundation.torch_private import DataDependentOutputException, DynamicOutputShapeException
 from zest_fast.planning.batches import cast, make_batch
 from zest_fast.planning.blocks import Layout
 from zest_fast.planning.fake_mode import FakeMode, masks_as_in_a_real_step

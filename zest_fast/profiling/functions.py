@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from zest_fast.foundation.torch_private import forward_hooks, forward_pre_hooks
+
 _LIBRARIES = ("torch", "transformers", "peft", "diffusers", "timm", "accelerate", "builtins", "zest_fast")
 """Packages whose forward passes neither look at flags nor draw from generators of their own."""
 
@@ -59,8 +61,8 @@ def forwards_of(modules: Iterable[nn.Module]) -> Iterator[Callable[..., Any]]:
 def hooks_of(modules: Iterable[nn.Module]) -> Iterator[Callable[..., Any]]:
     """Their forward hooks and pre-hooks."""
     for module in modules:
-        yield from module._forward_hooks.values()
-        yield from module._forward_pre_hooks.values()
+        yield from forward_hooks(module).values()
+        yield from forward_pre_hooks(module).values()
 
 
 def _plain(function: Any) -> FunctionType | None:

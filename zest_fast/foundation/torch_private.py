@@ -52,13 +52,16 @@ def sequence_number(node: Any) -> int:
     return cast(int, node._sequence_nr())
 
 
+_autograd: Any = torch.autograd  # as a value: it exports no private name to type checkers
+
+
 def run_backward() -> Callable[..., Any]:
     """What every call of `backward` and `grad` from Python ends in; a pass must know of passes that are not its own."""
-    return cast(Callable[..., Any], torch.autograd._engine_run_backward)
+    return cast(Callable[..., Any], _autograd._engine_run_backward)
 
 
 def set_run_backward(function: Callable[..., Any]) -> None:
-    torch.autograd._engine_run_backward = function
+    _autograd._engine_run_backward = function
 
 
 def saved_tensors_are_moved() -> bool:
@@ -164,7 +167,7 @@ def post_accumulate_hooks(tensor: Tensor) -> Hooks | None:
 def set_post_accumulate_hooks(tensor: Tensor, hooks: Hooks | None) -> None:
     """None alone would take none away: the engine keeps what it was given last, so it gets an empty one before."""
     if hooks is None:
-        tensor._post_accumulate_grad_hooks = OrderedDict()  # type: ignore[assignment]
+        tensor._post_accumulate_grad_hooks = OrderedDict()
     tensor._post_accumulate_grad_hooks = hooks  # type: ignore[assignment]
 
 
@@ -174,7 +177,7 @@ def set_post_accumulate_hooks(tensor: Tensor, hooks: Hooks | None) -> None:
 is_view: Callable[[Tensor], bool] = Tensor._is_view
 
 # Makes a tensor with a shape and no memory, which stands for one that is computed when it is asked for.
-make_wrapper_subclass: Callable[..., Any] = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+make_wrapper_subclass: Callable[..., Any] = Tensor._make_wrapper_subclass
 
 
 def ragged_dimension(x: Tensor) -> int:
@@ -203,7 +206,7 @@ def use_counts(tensor: Tensor) -> tuple[int, int]:
     The engine adds gradients in place where it alone holds one: a plan must know when that is. To be asked only where
     `use_counts_are_told`; elsewhere a plan takes it that they are not added in place.
     """
-    of_storage = torch._C._storage_Use_Count(storage_key(tensor.untyped_storage()))  # type: ignore[attr-defined]
+    of_storage = torch._C._storage_Use_Count(storage_key(tensor.untyped_storage()))
     return tensor._use_count(), of_storage  # type: ignore[attr-defined]
 
 

@@ -76,8 +76,8 @@ def silu_gated_backward(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
         return None
     if not all(_is_fake(x) or is_as_it_seems(x) for x in operands):
         return None
-    strides = [_row_stride(x) for x in operands]
-    if g.dtype not in (torch.float32, torch.bfloat16) or None in strides:
+    strides = [stride for x in operands if (stride := _row_stride(x)) is not None]
+    if g.dtype not in (torch.float32, torch.bfloat16) or len(strides) < len(operands):
         return None
     gradients = (g.new_empty(g.shape), g.new_empty(g.shape))
     if _is_fake(*operands):

@@ -91,7 +91,7 @@ def builds_plain_graph() -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and not transforms_are_active()
         and not forward_mode_is_on()
     )

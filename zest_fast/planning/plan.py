@@ -233,7 +233,7 @@ def _notes(model: nn.Module) -> tuple[str, ...]:
 
 def _layers(layers: Iterable[str] | str | None) -> tuple[str, ...] | str | None:
     if layers is None or layers == "all":
-        return layers  # type: ignore[return-value]
+        return layers
     if isinstance(layers, str) or not isinstance(layers, Iterable):
         raise TypeError(f"layers={layers!r}: layer names, such as ranking.top(5), 'all' or None are needed")
     return tuple(layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -196,12 +196,12 @@ class Ranking:
         rest = f"\n… and {len(self) - len(shown)} more" if len(self) > len(shown) else ""
         return f"{head}\n{text_table(header, rows, left=3)}{rest}"
 
-    def _cells(self, place: int, name: str, score: float, info: dict) -> list[str]:
+    def _cells(self, place: int, name: str, score: float, info: dict[str, Any]) -> list[str]:
         label = shorten(name) + (" (head)" if info.get("head") else "")
         ends = [number(end) for end in self.intervals[place].tolist()]
         return [str(place + 1), label, str(info.get("kind", "")), number(score), *ends]
 
-    def _rows(self) -> Iterator[tuple[str, float, dict]]:
+    def _rows(self) -> Iterator[tuple[str, float, dict[str, Any]]]:
         return zip(self.names, self.scores.tolist(), self._info, strict=True)
 
 

@@ -66,7 +66,7 @@ def fit_head(
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)
     return (weight.detach() / scale).float(), bias.detach().float()
 
 

@@ -16,7 +16,11 @@ import zest_fast
 from zest_fast.foundation.options import MetricName
 from zest_fast.profiling.metrics import ALL_METRIC_NAMES
 
-CALLABLES = sorted(name for name in zest_fast.__all__ if callable(getattr(zest_fast, name)))
+KERNELS = [name for name in zest_fast.kernels.__all__ if inspect.isfunction(getattr(zest_fast.kernels, name))]
+CALLABLES = {
+    **{name: getattr(zest_fast, name) for name in zest_fast.__all__ if callable(getattr(zest_fast, name))},
+    **{f"kernels.{name}": getattr(zest_fast.kernels, name) for name in KERNELS},
+}
 
 
 def sections(documentation: str) -> list[str]:
@@ -31,7 +35,7 @@ def entries(documentation: str, section: str) -> list[str]:
 
 @pytest.mark.parametrize("name", CALLABLES)
 def test_a_public_name_says_what_it_takes_gives_and_refuses(name: str) -> None:
-    what = getattr(zest_fast, name)
+    what = CALLABLES[name]
     documentation = inspect.getdoc(what) or ""
     found = sections(documentation)
     assert found == [one for one in ("Args", "Attributes", "Returns", "Raises", "Examples") if one in found]
@@ -41,7 +45,7 @@ def test_a_public_name_says_what_it_takes_gives_and_refuses(name: str) -> None:
 
 @pytest.mark.parametrize("name", CALLABLES)
 def test_each_parameter_and_each_error_has_a_line(name: str) -> None:
-    what = getattr(zest_fast, name)
+    what = CALLABLES[name]
     documentation = inspect.getdoc(what) or ""
     parameters = inspect.signature(what).parameters.values()
     assert entries(documentation, "Args") == [
@@ -56,7 +60,7 @@ def test_each_parameter_and_each_error_has_a_line(name: str) -> None:
 def test_an_example_runs_and_shows_what_it_gives(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    (example,) = doctest.DocTestFinder(recurse=False).find(getattr(zest_fast, name), name, globs={})
+    (example,) = doctest.DocTestFinder(recurse=False).find(CALLABLES[name], name, globs={})
     assert example.examples
     told: list[str] = []
     results = doctest.DocTestRunner(verbose=False).run(example, out=told.append)

@@ -36,8 +36,20 @@ def pick_backend(backend: str, device: torch.device) -> str:
     "auto" is "cpu" on the CPU; on a CUDA device "cuda" where it was built and the driver takes it, else "triton", else
     "reference" with one warning that says why.
 
+    Args:
+        backend: one of ``BACKENDS``.
+        device: of the tensors.
+
+    Returns:
+        A name of ``BACKENDS``, never "auto".
+
     Raises:
         ValueError: unknown name, or a backend that does not run on this device, with the reason.
+
+    Examples:
+        >>> import torch, zest_fast
+        >>> zest_fast.kernels.pick_backend("auto", torch.device("cpu"))
+        'cpu'
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; one of {', '.join(BACKENDS)} is needed")

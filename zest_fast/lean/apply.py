@@ -1,7 +1,7 @@
 """Frozen-aware saving: modules above the cut keep only what the gradient of their input needs.
 
 What torch keeps is for the gradients of weights as well, which frozen modules do not have. One file for each kind:
-lean_convolution, lean_batch_norm, lean_activation, lean_dropout, lean_linear, lean_norm, lean_gated, lean_loss.
+convolution, batch_norm, activation, dropout, linear, norm, gated, loss.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Benchmarks, run from the checkout as `python -m bench.NAME`: profile, kernels, offline, roofline; readme reports."""
+"""Benchmarks, run from the checkout as `python -m bench.NAME`; bench/README.md lists them."""

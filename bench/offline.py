@@ -123,12 +123,12 @@ def gemm(dtype: str, w: str, tile: triton_linear.Tile, *, naive: bool = False) -
     )
 
 
-def gemms(architecture: int) -> list[tuple[Kernel, Kernel]]:
-    """Every GEMM configuration of an architecture with the naive kernel beside it."""
+def gemms() -> list[tuple[Kernel, Kernel]]:
+    """Every GEMM configuration with the naive kernel beside it."""
     return [
         (gemm(dtype, w, tile), gemm(dtype, w, tile, naive=True))
         for dtype, w, size in GEMM_TYPES
-        for tile in triton_linear.TILES[architecture >= 90, size]
+        for tile in triton_linear.TILES[size]
     ]
 
 
@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     rows = []
     for architecture in ARCHITECTURES:
-        pairs = [*gemms(architecture), *((kernel, None) for kernel in [*reductions(), *leans()])]
+        pairs = [*gemms(), *((kernel, None) for kernel in [*reductions(), *leans()])]
         for kernel, naive in pairs:
             if options.match not in kernel.name:
                 continue

@@ -12,15 +12,23 @@ __all__ = [
     "Ranking",
     "Recipe",
     "SelectiveBackward",
+    "__version__",
+    "adamw",
     "apply_delta",
+    "apply_lean",
     "choose",
+    "consolidate",
     "kernels",
     "load_records",
     "merge_delta",
+    "optimizer_in_backward",
     "plan",
+    "plan_profile",
+    "planned_peak",
     "profile",
     "rank",
     "sweep",
+    "sweeps_of",
 ]
 
 # The public names are imported at their first use: `zest-fast --help` and whoever only reads profiles and ranks layers
@@ -30,15 +38,19 @@ if TYPE_CHECKING:
     from zest_fast import kernels
     from zest_fast.finetuning.delta_use import DeltaSwitch, apply_delta, merge_delta
     from zest_fast.finetuning.selective_backward import SelectiveBackward
+    from zest_fast.lean.apply import apply_lean
+    from zest_fast.lean.optimizer import adamw, optimizer_in_backward
     from zest_fast.planning.choose import choose
-    from zest_fast.planning.plan import plan
+    from zest_fast.planning.plan import plan, plan_profile, planned_peak
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.profiling.profile import profile
     from zest_fast.ranking.ranker import Ranker
     from zest_fast.ranking.ranking import Ranking, rank
     from zest_fast.sweeping.recipe import Recipe
     from zest_fast.sweeping.sweep import sweep
-    from zest_fast.sweeping.tables import load_records
+    from zest_fast.sweeping.tables import consolidate, load_records, sweeps_of
+
+    __version__: str
 else:
     _HOMES = {
         "DeltaSwitch": "zest_fast.finetuning.delta_use",
@@ -47,17 +59,25 @@ else:
         "Ranking": "zest_fast.ranking.ranking",
         "Recipe": "zest_fast.sweeping.recipe",
         "SelectiveBackward": "zest_fast.finetuning.selective_backward",
+        "__version__": "zest_fast.foundation.version",
+        "adamw": "zest_fast.lean.optimizer",
         "apply_delta": "zest_fast.finetuning.delta_use",
+        "apply_lean": "zest_fast.lean.apply",
         "choose": "zest_fast.planning.choose",
+        "consolidate": "zest_fast.sweeping.tables",
         "load_records": "zest_fast.sweeping.tables",
         "merge_delta": "zest_fast.finetuning.delta_use",
+        "optimizer_in_backward": "zest_fast.lean.optimizer",
         "plan": "zest_fast.planning.plan",
+        "plan_profile": "zest_fast.planning.plan",
+        "planned_peak": "zest_fast.planning.plan",
         "profile": "zest_fast.profiling.profile",
         "rank": "zest_fast.ranking.ranking",
         "sweep": "zest_fast.sweeping.sweep",
+        "sweeps_of": "zest_fast.sweeping.tables",
     }
 
-    _ROOMS = ("kernels", "profiling", "ranking", "finetuning", "integrations")
+    _ROOMS = ("kernels", "profiling", "ranking", "lean", "finetuning", "planning", "sweeping", "integrations")
 
     def __getattr__(name):
         if name in _ROOMS:

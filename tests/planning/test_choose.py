@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 
 import numpy as np
@@ -25,6 +27,7 @@ from bench import choose as bench_choose
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.planning import choose as choose_module
 from zest_fast.planning.batches import stand_in_batch
+from zest_fast.planning.choose import Choice
 from zest_fast.planning.dry_run import faked
 from zest_fast.planning.flop_formulas import flop_counter
 from zest_fast.planning.plan import planned_peak
@@ -328,3 +331,13 @@ def test_recovered_is_zero_at_random_and_one_at_best():
     gain = pandas.Series({"a": 0.0, "b": 1.0, "c": 2.0, "d": 5.0})
     assert bench_choose.recovered(("d",), gain) == 1.0
     assert bench_choose.recovered(("c",), gain) == pytest.approx(0.0)  # the mean gain
+
+
+def test_a_choice_is_made_whole_and_copies_with_all_it_says() -> None:
+    choice = Choice(
+        ("a", "b"), explanation="two", given_up=("c",), taken=("b",), step=0.5, step_of_top=0.6, peak_bytes=7
+    )
+    for copied in (copy.copy(choice), copy.deepcopy(choice), pickle.loads(pickle.dumps(choice))):
+        assert copied == ("a", "b") and vars(copied) == vars(choice)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        Choice(("a",), steps=1)

@@ -44,24 +44,6 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return formed
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        lambda: torch.autograd._engine_run_backward,
-        lambda: torch._C._current_graph_task_id(),
-        lambda: torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack(),
-        lambda: torch._C._get_function_stack_at,
-        lambda: torch._C._get_dispatch_stack_at,
-        lambda: torch._C._functorch.is_functorch_wrapped_tensor(torch.ones(())),
-        lambda: torch.autograd.forward_ad._current_level,
-        lambda: nn.modules.module._global_forward_hooks,
-        lambda: torch.ones(()).untyped_storage()._cdata,
-    ],
-)
-def test_torch_still_has_the_private_parts_that_are_used(part: Callable[[], object]) -> None:
-    part()
-
-
 def test_a_mode_of_torch_keeps_the_tiles_and_one_of_the_user_does_not(tiles: list[str]) -> None:
     class Own(TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):

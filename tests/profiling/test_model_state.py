@@ -366,3 +366,19 @@ def test_ddp_says_that_metrics_are_those_of_one_process(monkeypatch: pytest.Monk
         assert "one of 4" in found.info["0"]["note"]
     finally:
         dist.destroy_process_group()
+
+
+def test_an_optimizer_in_backward_rests_while_a_loss_runs_a_backward_pass_by_itself() -> None:
+    model = nn.Linear(4, 3)
+    steps = []
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: steps.append(p))
+
+    def closure() -> Tensor:
+        model(X).sum().backward()
+        return F.cross_entropy(model(X), Y)
+
+    zest_fast.profile(model, closure=closure)
+    assert not steps
+    model(X).sum().backward()
+    assert len(steps) == 2

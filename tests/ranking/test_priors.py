@@ -141,10 +141,10 @@ def test_the_kind_prior_learns_kind_and_depth():
     )
     architectures = architectures_of(pairs_of(records))
     group = group_of(one_profile(records, "tower", "cats"))
-    prior = kind_prior(group.layout, [a for a in architectures if a.model != "tower"])
+    prior = kind_prior(group.traits, [a for a in architectures if a.model != "tower"])
     (own,) = (a for a in architectures if a.model == "tower")
     assert np.corrcoef(prior, own.mean_positions())[0, 1] > 0.9
-    assert np.isnan(kind_prior(group.layout, [])).all()
+    assert np.isnan(kind_prior(group.traits, [])).all()
 
 
 def test_a_layer_of_two_shapes_is_refused(records):

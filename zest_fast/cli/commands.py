@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -24,6 +24,7 @@ from zest_fast.cli.options import (
     check_folder,
     check_writable,
     compiled,
+    job_options,
     split_names,
     typed,
     work,
@@ -61,24 +62,17 @@ def profile(
         with console.status("loading model and data"):
             from zest_fast.cli.job import open_job
 
-            job = open_job(
-                model,
-                data,
-                task=task,
-                label_column=label_column,
-                seed=seed,
-                device=device,
-                text_column=text_column,
-                batch_size=batch_size,
-                max_length=max_length,
-                image_size=image_size,
-            )
+            job = open_job(**job_options(ctx))
         with console.status("profiling one batch"):
             import zest_fast
 
             batch = job.first_batch()
             result = zest_fast.profile(
-                job.model, batch, layers=pattern, metrics="all" if metrics == "all" else chosen, backend=backend
+                job.model,
+                batch,
+                layers=pattern,
+                metrics="all" if metrics == "all" else chosen,
+                backend=cast(Any, backend),
             )
         show.notes(console, job, typed(ctx))
         if out is not None:
@@ -139,19 +133,7 @@ def finetune(
         with console.status("loading model and data"):
             from zest_fast.cli.job import open_job
 
-            job = open_job(
-                model,
-                data,
-                task=task,
-                label_column=label_column,
-                seed=seed,
-                device=device,
-                text_column=text_column,
-                batch_size=batch_size,
-                validation_share=validation_share,
-                max_length=max_length,
-                image_size=image_size,
-            )
+            job = open_job(**job_options(ctx))
         from zest_fast.cli.finetuning import finetune_job
 
         document = finetune_job(
@@ -160,10 +142,10 @@ def finetune(
             head=head,
             by=by,
             top=top,
-            prefer=prefer,
+            prefer=cast(Any, prefer),  # these are looked at there
             max_memory=max_memory,
-            checkpoint=checkpoint,
-            frozen=frozen,
+            checkpoint=cast(Any, checkpoint),
+            frozen=cast(Any, frozen),
             epochs=epochs,
             steps=steps,
             lr=lr,

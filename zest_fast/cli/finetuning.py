@@ -18,6 +18,7 @@ from zest_fast.cli.job import Job
 from zest_fast.cli.options import split_names
 from zest_fast.cli.saving import save_somewhere
 from zest_fast.cli.training import evaluate, train
+from zest_fast.foundation.options import Checkpoint, Frozen, Preference
 from zest_fast.profiling.heads import find_head, is_language_model
 
 
@@ -28,10 +29,10 @@ def finetune_job(
     head: str,
     by: str | None,
     top: int,
-    prefer: str,
+    prefer: Preference,
     max_memory: str | None,
-    checkpoint: str | None,
-    frozen: str | None,
+    checkpoint: Checkpoint | None,
+    frozen: Frozen | None,
     epochs: int,
     steps: int | None,
     lr: float,

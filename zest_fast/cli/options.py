@@ -9,7 +9,7 @@ import secrets
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -128,6 +128,26 @@ def typed(ctx: typer.Context) -> set[str]:
     """The parameters that the user wrote on the command line, defaults left out."""
     sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+_OF_A_JOB = (
+    "model",
+    "data",
+    "task",
+    "text_column",
+    "label_column",
+    "batch_size",
+    "validation_share",
+    "max_length",
+    "image_size",
+    "seed",
+    "device",
+)
+
+
+def job_options(ctx: typer.Context) -> dict[str, Any]:
+    """What `open_job` takes of a command's parameters, under the same names."""
+    return {name: ctx.params[name] for name in _OF_A_JOB if name in ctx.params}
 
 
 def option(name: str) -> str:

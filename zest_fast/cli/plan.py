@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -79,8 +79,8 @@ def plan(
                     dtype=dtype,
                     optimizer=optimizer,
                     lean=lean,
-                    checkpoint=checkpoint,
-                    frozen=frozen,
+                    checkpoint=cast(Any, checkpoint),  # which is looked at there
+                    frozen=cast(Any, frozen),
                     **sizes,
                 )
         rows = None

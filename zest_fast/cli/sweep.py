@@ -21,6 +21,7 @@ from zest_fast.cli.options import (
     TextColumn,
     check_writable,
     compiled,
+    job_options,
     typed,
     work,
 )
@@ -76,18 +77,7 @@ def sweep_command(
             from zest_fast.sweeping.sweep import sweep
 
             recipe = Recipe(**{name: value for name, value in changes.items() if value is not None})
-            job = open_job(
-                model,
-                data,
-                task=task,
-                label_column=label_column,
-                seed=seed,
-                device="cpu",
-                text_column=text_column,
-                batch_size=EVERYTHING,
-                max_length=max_length,
-                image_size=image_size,
-            )
+            job = open_job(**{**job_options(ctx), "device": "cpu", "batch_size": EVERYTHING})
             inputs, targets = _all_samples(job.loaders.train)
             splits = _splits(inputs, targets, head_share, score_share)
         show.notes(console, job, typed(ctx) - {"batch_size"})  # that is the recipe's here

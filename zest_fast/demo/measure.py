@@ -5,6 +5,7 @@ import time
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from zest_fast.demo.arms import Arm, batches, optimizer_for, put, trainable, training_step
 from zest_fast.demo.task import Task
+from zest_fast.foundation.torch_private import storage_key
 
 COUNTS = (
     "peak memory counts the storages of tensors alive at once in a training step: weights, buffers, batch, gradients, "
@@ -41,7 +43,7 @@ class PeakMemory(TorchDispatchMode):
         for tensor in present:
             self._see(tensor)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -50,7 +52,7 @@ class PeakMemory(TorchDispatchMode):
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage_key(storage)
         if key in self.alive:
             return
         self.alive[key] = storage.nbytes()

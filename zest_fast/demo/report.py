@@ -5,6 +5,7 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -65,7 +66,7 @@ def plot_curves(title: str, results: list[ArmResult], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def describe_arm(result: ArmResult) -> dict:
+def describe_arm(result: ArmResult) -> dict[str, Any]:
     """Everything about an arm, ready for JSON."""
     described = {
         "name": result.name,
@@ -86,7 +87,7 @@ def describe_arm(result: ArmResult) -> dict:
     return described
 
 
-def _describe_run(result: ArmResult, number: int) -> dict:
+def _describe_run(result: ArmResult, number: int) -> dict[str, Any]:
     run = result.runs[number]
     described = {
         "layers": "all" if run.arm.layers is None else list(run.arm.layers),
@@ -98,12 +99,12 @@ def _describe_run(result: ArmResult, number: int) -> dict:
     return described
 
 
-def describe_gap(a: ArmResult, b: ArmResult) -> dict:
+def describe_gap(a: ArmResult, b: ArmResult) -> dict[str, Any]:
     gap, error = difference(a, b)
     return {"of": a.name, "against": b.name, "accuracy": gap, "standard_error": error}
 
 
-def surroundings() -> dict:
+def surroundings() -> dict[str, Any]:
     """Versions and machine: what a reader needs to judge the seconds."""
     return {
         "versions": {"python": platform.python_version()} | _installed(),
@@ -126,5 +127,5 @@ def _installed() -> dict[str, str]:
     return versions
 
 
-def write_json(content: dict, path: Path) -> None:
+def write_json(content: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

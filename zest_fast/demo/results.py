@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ class ArmResult:
 
     name: str
     runs: list[Run]
-    tried: list[dict]  # every learning-rate scale with its validation loss and accuracy
+    tried: list[dict[str, Any]]  # every learning-rate scale with its validation loss and accuracy
     hits: Tensor  # [runs, test samples]: 1 right, 0 wrong
     costs: list[Cost]  # one a run; empty for a model that is not trained
 

@@ -4,6 +4,7 @@ import random
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -36,7 +37,7 @@ NOTES = (
 
 def run_demo(
     task: str, out: Path, *, seed: int = 0, console: Console | None = None, budget: Budget | None = None
-) -> dict:
+) -> dict[str, Any]:
     """Run a demo task and write demo.json, heatmap.png and curves.png into the folder `out`.
 
     task: "lite0", "minilm" or "smollm2". budget: the task's own unless given. Returns the content of demo.json.
@@ -76,7 +77,7 @@ class Demo:
         self.task, self.budget, self.seed = task, task.budget, seed
         self.progress, self.bar = progress, progress.add_task("start", total=self._total_steps())
 
-    def run(self, out: Path) -> tuple[dict, list[ArmResult]]:
+    def run(self, out: Path) -> tuple[dict[str, Any], list[ArmResult]]:
         strength = self._warm_head()
         self.start = validate(self.task)
         layer_profile, profile_seconds = self._profile()
@@ -148,7 +149,7 @@ class Demo:
         ]
         return results if self.task.head is not None else [self._untrained(), *results]
 
-    def _tune(self, arms: list[Arm]) -> tuple[list[Run], list[dict]]:
+    def _tune(self, arms: list[Arm]) -> tuple[list[Run], list[dict[str, Any]]]:
         """Runs of the arms at the learning rate whose mean validation loss is least, and what each rate gave."""
         best: list[Run] = []
         tried = []

@@ -29,6 +29,7 @@ from zest_fast.finetuning.moving_buffers import MovingBuffers
 from zest_fast.finetuning.recomputation import is_lost_in_recomputation, non_reentrant, unmarked
 from zest_fast.finetuning.walking import compiled_modules, modules_of, upwards
 from zest_fast.foundation.nearest import some
+from zest_fast.foundation.torch_private import current_task, forward_hooks, innermost_transform
 from zest_fast.lean.frozen_norms import end_calls
 from zest_fast.profiling.profile import is_being_profiled
 
@@ -128,8 +129,8 @@ class Cut:
         return (
             torch.is_grad_enabled()
             and get_ident() not in self._running
-            and torch._C._current_graph_task_id() == -1
-            and torch._C._functorch.peek_interpreter_stack() is None
+            and current_task() == -1
+            and innermost_transform() is None
             and not is_being_profiled(self._model)
         )
 
@@ -155,8 +156,8 @@ class Cut:
         if len(trained) != len(self._trained) or any(a is not b for a, b in zip(trained, self._trained, strict=True)):
             self._plan(trained)
         for name, module in self._frozen.items():  # the last word on outputs, also after hooks registered later
-            if len(module._forward_hooks) > 1 and name in self._handles:
-                module._forward_hooks.move_to_end(self._handles[name][1].id)  # type: ignore[attr-defined]
+            if len(forward_hooks(module)) > 1 and name in self._handles:
+                forward_hooks(module).move_to_end(self._handles[name][1].id)  # type: ignore[attr-defined]
         return True
 
     def _warn_of_inputs_that_train(self) -> None:
@@ -252,7 +253,7 @@ class Cut:
             return None
         found = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
         # In this order: of logits that are computed when they are looked at (lean saving), `grad_fn` is such a look.
-        marked = found and len(module._forward_hooks) > 1 and _is_marked_by_hooks(module, args)
+        marked = found and len(forward_hooks(module)) > 1 and _is_marked_by_hooks(module, args)
         if marked and all(tensor.grad_fn is None for tensor in found):
             self._warn_of_marks(name, module)
             return _detached(output)
@@ -261,7 +262,7 @@ class Cut:
         return None
 
     def _warn_of_marks(self, name: str, module: nn.Module) -> None:
-        strangers = [hook for hook in module._forward_hooks.values() if not _is_ours(hook)]
+        strangers = [hook for hook in forward_hooks(module).values() if not _is_ours(hook)]
         if self._warned_of_marks or any("make_inputs_require_grad" in _name_of(hook) for hook in strangers):
             return
         self._warned_of_marks = True
@@ -340,7 +341,7 @@ def _is_marked_by_hooks(module: nn.Module, args: tuple[Any, ...]) -> bool:
     """Whether leaves in its output require a gradient though nothing that it got or holds does."""
     if any(tensor.requires_grad for tensor in tensors_in(args)):
         return False
-    return not all(map(_is_ours, module._forward_hooks.values()))
+    return not all(map(_is_ours, forward_hooks(module).values()))
 
 
 def _is_ours(code: Any) -> bool:

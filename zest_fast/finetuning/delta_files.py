@@ -9,7 +9,6 @@ contents. Version 2, written before, had no checksum; it is read as it is.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from zest_fast.finetuning.digests import digests
 from zest_fast.finetuning.sharding import is_written_here, whole
 from zest_fast.foundation.replacing import check_regular, replacing
+from zest_fast.foundation.version import __version__
 from zest_fast.ranking.ranking import Ranking
 
 FORMAT = "zest_fast.delta"
@@ -65,7 +65,7 @@ def write_delta(path: str | os.PathLike[str], delta: Delta) -> Path:
         "ranking": _as_json("ranking", delta.ranking),
         "recipe": _as_json("recipe", delta.recipe),
         "torch": torch.__version__,
-        "zest_fast": _own_version(),
+        "zest_fast": __version__,
     }
     # Copies, because safetensors refuses tensors that share memory, as the weights of a flattened LSTM do.
     tensors = {
@@ -188,10 +188,3 @@ def _as_json(argument: str, value: Any) -> str:
         raise TypeError(
             f"{argument} must be plain data that JSON can hold, a dataclass of such or (as ranking) a Ranking: {error}"
         ) from error
-
-
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("zest_fast")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout
-        return "unknown"

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from zest_fast.finetuning.sharding import is_sharded, whole
+from zest_fast.foundation.torch_private import FakeTensor
 
 UNHASHED = ""  # the digest of what is not there to be read
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from zest_fast.foundation.torch_private import forward_pre_hooks
+
 
 class MovingBuffers:
     """Sees which saved buffers the passes of `model` change. names: those that moved in one, be it in a run before."""
@@ -57,5 +59,5 @@ def _is_of_spectral_norm(module: nn.Module, key: str) -> bool:
     """Also where a pass is not seen: in compiled code, or of a part of the model."""
     if isinstance(module, _SpectralNorm):
         return True
-    hooks = module._forward_pre_hooks.values()
+    hooks = forward_pre_hooks(module).values()
     return any(isinstance(hook, SpectralNorm) and key in (f"{hook.name}_u", f"{hook.name}_v") for hook in hooks)

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from zest_fast.finetuning.quantised_formats import FORMATS
 from zest_fast.foundation.nearest import some
+from zest_fast.foundation.torch_private import forward_mode_is_on, transforms_are_active
 from zest_fast.lean.forward import LeanForward
 from zest_fast.profiling.heads import find_head
 
@@ -47,7 +47,7 @@ class QuantisedLinear(nn.Module):
         return FORMATS[self.format].unpack(packed, scale, shape, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if transforms_are_active() or forward_mode_is_on():
             return F.linear(x, self.weight, self.bias)  # which knows every kind of differentiation
         return _PackedLinear.apply(x, self.bias, self.packed, self.scale, self.unpack)
 

@@ -5,7 +5,6 @@ Below the cut gradients are off, and torch and transformers checkpoint nothing w
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointFunction, checkpoint
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from zest_fast.finetuning.walking import modules_of
+from zest_fast.foundation.torch_private import inputs_of_checkpoint
 
 _FUNCTION = "_gradient_checkpointing_func"  # where a transformers module keeps what it checkpoints with
 _INPUT_HOOKS = ("_require_grads_hooks", "_require_grads_hook")  # and those of enable_input_require_grads()
@@ -67,12 +67,8 @@ def _is_reentrant(module: nn.Module) -> bool:
 
 def is_lost_in_recomputation() -> bool:
     """Whether this runs in reentrant checkpointing none of whose inputs requires a gradient: weights get none then."""
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code is CheckpointFunction.forward.__code__:
-            return not any(frame.f_locals["ctx"].needs_input_grad)
-    return False
+    inputs = inputs_of_checkpoint()
+    return inputs is not None and not any(inputs)
 
 
 class AboveCut:

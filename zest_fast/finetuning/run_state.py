@@ -333,14 +333,14 @@ def _kind(value: Any) -> str:
     if isinstance(value, int | float) or (isinstance(value, torch.Tensor) and value.numel() == 1):
         return "number"
     for kind, classes in (("text", str), ("list", (list, tuple)), ("dictionary", dict), ("tensor", torch.Tensor)):
-        if isinstance(value, classes):  # type: ignore[arg-type]
+        if isinstance(value, classes):
             return kind
     return "other"
 
 
 def random_state() -> dict[str, Any]:
     """Of torch (CPU and every CUDA device that is in use), NumPy's global generator and Python's."""
-    kind, keys, *rest = np.random.get_state()  # type: ignore[misc]
+    kind, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
@@ -371,7 +371,7 @@ def _random(state: Any) -> Mapping[str, Any]:
         random.Random().setstate(_of_python(state["python"]))
     except Exception as error:
         raise ValueError(f"random holds no state of the random generators ({reason(error)})") from error
-    return state  # type: ignore[no-any-return]
+    return state
 
 
 def _of_numpy(state: Any) -> tuple[Any, ...]:

@@ -31,6 +31,8 @@ from zest_fast.finetuning.verification import not_finite, verify
 from zest_fast.finetuning.wrapped_models import mark_wrapped, refuse_wrapped, unmark_wrapped
 from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.foundation.nearest import some
+from zest_fast.foundation.notes import add_note
+from zest_fast.foundation.options import Checkpoint, Frozen
 from zest_fast.lean.apply import apply_lean
 from zest_fast.lean.frozen_norms import keep_frozen_norms_in_eval
 
@@ -40,19 +42,6 @@ class SelectiveBackward:
 
     Use the model as before; give `.parameters()` to the optimizer. `.remove()`, or the end of a `with` block, gives the
     model back as found, with its tuned weights.
-
-    model: any nn.Module that is not wrapped yet; torch.compile, DistributedDataParallel and accelerate come afterwards,
-        peft before (its get_peft_model freezes what it finds).
-    layers: names as in a profile, such as `ranking.top(5)`.
-    head: "auto" = the last layer of a classifier, nothing for a language model (ValueError where that cannot be told);
-        a name or names of modules, each with all its parameters; None.
-    checkpoint: "above-cut" = blocks recompute their activations in backward; None = as the model does.
-    lean: frozen modules above the cut keep only what the gradient of their input needs, where that is exact (see
-        lean.py); `.summary()` names those that stay plain. False = as torch keeps them.
-    frozen: "int8" or "nf4" (extra `quant`) = frozen nn.Linear layers but the head are kept quantised, in half or 0.28
-        of the memory of bfloat16, and unpacked one at a time; what trains keeps its dtype. Rounding is for good:
-        `.remove()` unpacks, into the memory of the plain model, and does not bring back what was lost; a delta fits a
-        model that is wrapped in the same way. While wrapped, state_dict() has `packed` and `scale` for `weight`.
 
     Chosen layers of a model that bitsandbytes has quantised are unpacked, and stay so.
 
@@ -67,9 +56,44 @@ class SelectiveBackward:
 
     Every tensor is hashed once, for `.verify()` and `.save()`: a second for each GB and core.
 
-    Raises ValueError for a layer that does not exist or cannot train, RuntimeError for a model that is wrapped,
-    compiled or in DistributedDataParallel already; the model is then untouched. A layer that the first backward pass
-    does not reach is named in a warning, one that something freezes later in a RuntimeError.
+    Args:
+        model: any nn.Module that is not wrapped yet; torch.compile, DistributedDataParallel and accelerate come
+            afterwards, peft before (its get_peft_model freezes what it finds).
+        layers: names as in a profile, such as `ranking.top(5)`.
+        head: "auto" = the last layer of a classifier, nothing for a language model (ValueError where that cannot be
+            told); a name or names of modules, each with all its parameters; None.
+        checkpoint: "above-cut" = blocks recompute their activations in backward; None = as the model does.
+        lean: frozen modules above the cut keep only what the gradient of their input needs, where that is exact (see
+            `apply_lean`); `.summary()` names those that stay plain. False = as torch keeps them.
+        frozen: "int8" or "nf4" (extra `quant`) = frozen nn.Linear layers but the head are kept quantised, in half or
+            0.28 of the memory of bfloat16, and unpacked one at a time; what trains keeps its dtype. Rounding is for
+            good: `.remove()` unpacks, into the memory of the plain model, and does not bring back what was lost; a
+            delta fits a model that is wrapped in the same way. While wrapped, state_dict() has `packed` and `scale` for
+            `weight`.
+
+    Attributes:
+        model: the one that was given.
+        trainable_names: of the parameters that train.
+
+    Raises:
+        ValueError: a layer that does not exist or cannot train, or nothing that would train.
+        RuntimeError: a model that is wrapped, compiled or in DistributedDataParallel already. The model is then
+            untouched. A layer that the first backward pass does not reach is named in a warning, one that something
+            freezes later in a RuntimeError.
+
+    Examples:
+        >>> import torch, zest_fast
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> with zest_fast.SelectiveBackward(model, ["2"]) as tuned:
+        ...     optimizer = torch.optim.SGD(tuned.parameters(), lr=0.1)
+        ...     for x in torch.randn(2, 6, 4):
+        ...         nn.functional.cross_entropy(model(x), torch.arange(6) % 3).backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        ...     _ = tuned.verify()
+        ...     print(tuned.trainable_names, tuned.cut)
+        ('2.weight', '2.bias', '4.weight', '4.bias') 2
     """
 
     def __init__(
@@ -78,9 +102,9 @@ class SelectiveBackward:
         layers: Iterable[str],
         *,
         head: str | Iterable[str] | None = "auto",
-        checkpoint: str | None = None,
+        checkpoint: Checkpoint | None = None,
         lean: bool = True,
-        frozen: str | None = None,
+        frozen: Frozen | None = None,
     ) -> None:
         if checkpoint not in (None, "above-cut"):
             raise ValueError(f"checkpoint must be None or 'above-cut', not {checkpoint!r}")
@@ -108,7 +132,7 @@ class SelectiveBackward:
                 if self._unpacked is not None:
                     self._unpacked.undo()
             if self._quantised is not None and self._quantised.rounded:
-                error.add_note("frozen weights have been rounded before this happened: load the model again")
+                add_note(error, "frozen weights have been rounded before this happened: load the model again")
             raise
 
     def _chosen_ids(self) -> set[int]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from zest_fast.foundation.torch_private import is_compiled_in_place
+
 
 def modules_of(model: nn.Module) -> Iterator[nn.Module]:
     """Every module in a fixed order, a shared one as often as it is registered.
@@ -21,9 +23,7 @@ def modules_of(model: nn.Module) -> Iterator[nn.Module]:
 
 def compiled_modules(model: nn.Module) -> frozenset[int]:
     """The ids of the modules below `model` that `.compile()` was called on, and of all that run in their code."""
-    compiled = [
-        module for module in modules_of(model) if module is not model and vars(module).get("_compiled_call_impl")
-    ]
+    compiled = [module for module in modules_of(model) if module is not model and is_compiled_in_place(module)]
     return frozenset(id(inside) for module in compiled for inside in modules_of(module))
 
 

@@ -6,6 +6,8 @@ import weakref
 
 from torch import nn
 
+from zest_fast.foundation.torch_private import is_compiled_in_place
+
 _wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # every module of every wrapped model
 
 
@@ -32,7 +34,7 @@ def refuse_wrapped(model: nn.Module) -> None:
                 f"{type(module).__name__} is wrapped by a SelectiveBackward already: call its .remove() "
                 "(or leave its with block) before wrapping again"
             )
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+        if hasattr(module, "_orig_mod") or is_compiled_in_place(module):
             raise RuntimeError(
                 "the model is compiled, and compiled code misses new hooks: wrap it first, then compile it"
             )

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from zest_fast.foundation.options import Backend
 from zest_fast.kernels.collector import BACKENDS, Collector, pick_backend
 from zest_fast.kernels.layout import DTYPE_NUMBER
 from zest_fast.kernels.moments import GradientMoments, Moments
@@ -37,7 +38,7 @@ T = TypeVar("T")
 DTYPES = tuple(DTYPE_NUMBER)
 
 
-def moments(tensors: Sequence[Tensor], *, backend: str = "auto") -> list[Moments]:
+def moments(tensors: Sequence[Tensor], *, backend: Backend = "auto") -> list[Moments]:
     """Mean, deviation and sum of x and of |x| for each tensor.
 
     Args:
@@ -45,10 +46,19 @@ def moments(tensors: Sequence[Tensor], *, backend: str = "auto") -> list[Moments
             float16.
         backend: "auto" picks by device; see ``BACKENDS``.
 
+    Returns:
+        Moments, one for each tensor.
+
     Raises:
         TypeError: not a sequence of floating-point tensors.
         ValueError: a tensor that is sparse, nested or without memory of its own (meta, fake, DTensor, other wrappers,
             freed storage), or a backend that cannot run on its device (the message says why).
+
+    Examples:
+        >>> import torch, zest_fast
+        >>> (found,) = zest_fast.kernels.moments([torch.tensor([1.0, -3.0])])
+        >>> found.mean, found.abs_mean, found.std
+        (-1.0, 2.0, 2.0)
     """
     if isinstance(tensors, Tensor):
         raise TypeError("tensors: found one tensor; pass a list, moments([x])")
@@ -65,10 +75,27 @@ def moments(tensors: Sequence[Tensor], *, backend: str = "auto") -> list[Moments
     return [found[i]() for i in range(len(tensors))]
 
 
-def gradient_moments(dw: Tensor, w: Tensor, *, backend: str = "auto") -> GradientMoments:
+def gradient_moments(dw: Tensor, w: Tensor, *, backend: Backend = "auto") -> GradientMoments:
     """Moments of a gradient ``dw``, of its weight ``w`` (same shape), and Σ W⊙dW and Σ|W⊙dW|, in one pass over both.
 
-    Raises as ``moments`` does, and ValueError where shapes or devices differ.
+    Args:
+        dw: the gradient of a weight.
+        w: the weight.
+        backend: as for ``moments``.
+
+    Returns:
+        What one pass over both tells.
+
+    Raises:
+        TypeError: as of ``moments``.
+        ValueError: as of ``moments``, and where shapes or devices differ.
+
+    Examples:
+        >>> import torch, zest_fast
+        >>> w, dw = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]])
+        >>> found = zest_fast.kernels.gradient_moments(dw, w)
+        >>> found.product_sum, found.product_abs_sum, found.gradient.mean
+        (1.0, 5.0, 1.0)
     """
     _require_dense_float(dw, "dw")
     _require_dense_float(w, "w")
@@ -78,15 +105,27 @@ def gradient_moments(dw: Tensor, w: Tensor, *, backend: str = "auto") -> Gradien
     return _now(backend, lambda collector: collector.gradient_moments(dw.detach(), w.detach()))
 
 
-def linear_gradient_moments(x: Tensor, g: Tensor, w: Tensor, *, backend: str = "auto") -> GradientMoments:
+def linear_gradient_moments(x: Tensor, g: Tensor, w: Tensor, *, backend: Backend = "auto") -> GradientMoments:
     """``gradient_moments`` of dW = gᵀx, the weight gradient of a linear layer, without ever storing dW.
 
     Args:
         x: input [T, I]; any T, also 0.
         g: gradient of the loss with respect to the output [T, O], of x's dtype.
         w: weight [O, I].
+        backend: as for ``moments``.
 
-    Raises as ``gradient_moments`` does.
+    Returns:
+        As ``gradient_moments``.
+
+    Raises:
+        TypeError: as of ``moments``.
+        ValueError: as of ``moments``, and where shapes, dtypes or devices do not fit.
+
+    Examples:
+        >>> import torch, zest_fast
+        >>> x, g, w = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]]), torch.tensor([[1.0, -1.0]])
+        >>> zest_fast.kernels.linear_gradient_moments(x, g, w).product_sum
+        -3.0
     """
     for name, tensor in (("x", x), ("g", g), ("w", w)):
         _require_dense_float(tensor, name)
@@ -103,28 +142,62 @@ def linear_gradient_moments(x: Tensor, g: Tensor, w: Tensor, *, backend: str = "
     return _now(backend, lambda collector: collector.linear_gradient_moments(x.detach(), g.detach(), w.detach()))
 
 
-def channel_products(y: Tensor, g: Tensor, *, channel_dim: int | None = None, backend: str = "auto") -> Tensor:
+def channel_products(y: Tensor, g: Tensor, *, channel_dim: int | None = None, backend: Backend = "auto") -> Tensor:
     """S [N, K] = Σ_p Y⊙G per sample and output channel, in float64, in one read of Y and G.
 
     Args:
         y: output of a layer, samples first.
         g: gradient of the loss with respect to y, same shape.
         channel_dim: dimension of the K channels; None = 1 for four and more dimensions (convolutions), else the last.
+        backend: as for ``moments``.
 
-    Raises as ``gradient_moments`` does.
+    Returns:
+        S, float64, on the device of y.
+
+    Raises:
+        TypeError: as of ``moments``.
+        ValueError: as of ``moments``, and where shapes, devices or channel_dim do not fit.
+
+    Examples:
+        >>> import torch, zest_fast
+        >>> y, g = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]])
+        >>> zest_fast.kernels.channel_products(y, g).tolist()
+        [[3.0, -2.0]]
     """
     channel_dim = _require_outputs(y, g, channel_dim)
     return Collector(backend).channel_products(by_channel(y, channel_dim), by_channel(g, channel_dim))
 
 
-def squared_channel_products(y: Tensor, g: Tensor, *, channel_dim: int | None = None, backend: str = "auto") -> float:
-    """Σ_nk S_nk² of ``channel_products``, which is 2N times fisher; S is not formed."""
+def squared_channel_products(
+    y: Tensor, g: Tensor, *, channel_dim: int | None = None, backend: Backend = "auto"
+) -> float:
+    """Σ_nk S_nk² of ``channel_products``, which is 2N times fisher; S is not formed.
+
+    Args:
+        y: as for ``channel_products``.
+        g: as for ``channel_products``.
+        channel_dim: as for ``channel_products``.
+        backend: as for ``moments``.
+
+    Returns:
+        The sum.
+
+    Raises:
+        TypeError: as of ``channel_products``.
+        ValueError: as of ``channel_products``.
+
+    Examples:
+        >>> import torch, zest_fast
+        >>> y, g = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]])
+        >>> zest_fast.kernels.squared_channel_products(y, g)
+        13.0
+    """
     channel_dim = _require_outputs(y, g, channel_dim)
     y, g = by_channel(y, channel_dim), by_channel(g, channel_dim)
     return _now(backend, lambda collector: collector.squared_channel_products(y, g))
 
 
-def _now(backend: str, run: Callable[[Collector], Callable[[], T]]) -> T:
+def _now(backend: Backend, run: Callable[[Collector], Callable[[], T]]) -> T:
     """One result, waited for."""
     collector = Collector(backend)
     later = run(collector)

@@ -7,11 +7,12 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from zest_fast.foundation.options import Backend
 from zest_fast.kernels.availability import AVAILABLE, Availability
 from zest_fast.kernels.backends import numbers_backend, rows_backend
 from zest_fast.kernels.layout import GRADIENT_MOMENTS, MOMENTS
@@ -19,7 +20,7 @@ from zest_fast.kernels.moments import GradientMoments, Moments
 from zest_fast.kernels.storage import readable
 
 T = TypeVar("T")
-BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+BACKENDS: tuple[str, ...] = get_args(Backend)
 
 _BUFFER = 8192  # float64 of a device buffer: 450 layers with all that is known of them
 # Where "auto" reduces dW in the epilogue of its GEMM. From a roofline model (bench/roofline.py), not measured: with
@@ -36,8 +37,20 @@ def pick_backend(backend: str, device: torch.device) -> str:
     "auto" is "cpu" on the CPU; on a CUDA device "cuda" where it was built and the driver takes it, else "triton", else
     "reference" with one warning that says why.
 
+    Args:
+        backend: one of ``BACKENDS``.
+        device: of the tensors.
+
+    Returns:
+        A name of ``BACKENDS``, never "auto".
+
     Raises:
         ValueError: unknown name, or a backend that does not run on this device, with the reason.
+
+    Examples:
+        >>> import torch, zest_fast
+        >>> zest_fast.kernels.pick_backend("auto", torch.device("cpu"))
+        'cpu'
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; one of {', '.join(BACKENDS)} is needed")

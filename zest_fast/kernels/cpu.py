@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch  # before the extension: whichever comes first decides which OpenMP runtime both use
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from zest_fast import _native  # type: ignore[attr-defined]
+from zest_fast import _native
+from zest_fast.foundation.torch_private import FakeTensor
 from zest_fast.kernels.layout import DTYPE_NUMBER
 from zest_fast.kernels.moments import GradientMoments, Moments
 from zest_fast.kernels.storage import is_as_it_seems
@@ -75,8 +75,8 @@ def silu_gated_backward(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
         return None
     if not all(_is_fake(x) or is_as_it_seems(x) for x in operands):
         return None
-    strides = [_row_stride(x) for x in operands]
-    if g.dtype not in (torch.float32, torch.bfloat16) or None in strides:
+    strides = [stride for x in operands if (stride := _row_stride(x)) is not None]
+    if g.dtype not in (torch.float32, torch.bfloat16) or len(strides) < len(operands):
         return None
     gradients = (g.new_empty(g.shape), g.new_empty(g.shape))
     if _is_fake(*operands):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch  # before the extension: whichever comes first decides which OpenMP runtime both use
 from torch import Tensor
 
-from zest_fast import _native  # type: ignore[attr-defined]
+from zest_fast import _native
 from zest_fast.kernels.availability import AVAILABLE, Availability
 from zest_fast.kernels.layout import DTYPE_NUMBER, GRADIENT_MOMENTS, MOMENTS
 

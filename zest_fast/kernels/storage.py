@@ -6,10 +6,10 @@ its own, a bit that says "negated", memory that was freed. An address of 0 would
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import Tensor
+
+from zest_fast.foundation.torch_private import FakeTensor, is_functional, is_transform_wrapper
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -48,8 +48,7 @@ def has_storage(x: Tensor) -> bool:
 
 def is_fake(x: Tensor) -> bool:
     """Whether x is torch's own stand-in for a tensor: a shape without data, as plans are made of."""
-    fake = sys.modules.get("torch._subclasses.fake_tensor")
-    return fake is not None and isinstance(x, fake.FakeTensor)
+    return isinstance(x, FakeTensor)
 
 
 def is_as_it_seems(x: Tensor) -> bool:
@@ -70,10 +69,10 @@ def why_no_storage(x: Tensor) -> str:
         return "on the meta device and has no data"
     if is_fake(x):
         return "a FakeTensor, which has a shape but no data; leave the FakeTensorMode"
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if is_transform_wrapper(x):
         return (
             "inside of a transform of torch.func (vmap, grad, jvp), where it has no memory of its own; call it outside"
         )
-    if type(x) not in _PLAIN or torch._is_functional_tensor(x):
+    if type(x) not in _PLAIN or is_functional(x):
         return f"a {kind} that wraps other tensors and has no memory of its own; a plain tensor is needed"
     return "a tensor whose storage was freed or shrunk (untyped_storage().resize_); bring its data back first"

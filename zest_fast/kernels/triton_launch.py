@@ -11,11 +11,3 @@ from torch import Tensor
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Makes x's device the current one, which is where Triton launches; its current stream is the caller's."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def architecture_of(x: Tensor) -> int:
-    """Compute capability of x's device as one number, 90 for an H100; under the interpreter an A100's."""
-    if not x.is_cuda:
-        return 80
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zest_fast.kernels.triton_launch import architecture_of, on_device_of
+from zest_fast.kernels.triton_launch import on_device_of
 
 _SUM_PROGRAMS = 512  # of the first kernel, at most
 _BAND = 8  # rows of tiles
@@ -393,25 +393,23 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(architecture: int, item_size: int, outputs: int, inputs: int) -> Tile:
+def tile_for(item_size: int, outputs: int, inputs: int) -> Tile:
     """The tile for dW [outputs, inputs]. ``python -m bench.offline`` compiles each and shows why others are not here.
 
     128 x 128 with 8 warps has the most products per byte read that leaves registers for the epilogue (with 4 warps, or
     256 columns, it spills). Where that gives a large GPU's 132 processors less than one tile each, 64 x 64. Float32 is
     multiplied three times as TF32, whose parts need registers of their own: smaller tiles.
     """
-    large, small = TILES[architecture >= 90, item_size]
+    large, small = TILES[item_size]
     few = triton.cdiv(outputs, large.rows) * triton.cdiv(inputs, large.columns) < 132
     return small if few else large
 
 
 TILES = {
-    (True, 2): (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3)),
-    (False, 2): (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3)),
-    (True, 4): (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
-    (False, 4): (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    2: (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3)),
+    4: (Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
 }
-"""(Hopper or newer, bytes per entry of X and G) -> large and small tile."""
+"""Bytes per entry of X and G -> large and small tile, on every architecture from Ampere on."""
 
 
 def linear_gradient_moments_into(x: Tensor, g: Tensor, w: Tensor, out: Tensor) -> None:
@@ -438,7 +436,7 @@ def linear_gradient_moments_into(x: Tensor, g: Tensor, w: Tensor, out: Tensor) -
         x, g, w = g, x, w.t()
     x, g, w = (_with_dense_rows(m.detach()) for m in (x, g, w))
     rows, inputs, outputs = x.shape[0], x.shape[1], g.shape[1]
-    tile = tile_for(architecture_of(w), x.element_size(), outputs, inputs)
+    tile = tile_for(x.element_size(), outputs, inputs)
     tiles = triton.cdiv(outputs, tile.rows) * triton.cdiv(inputs, tile.columns)
     rows_each = triton.cdiv(max(rows, 1), _SUM_PROGRAMS)
     sum_parts = triton.cdiv(max(rows, 1), rows_each)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zest_fast.foundation.torch_private import is_view
 from zest_fast.kernels.lean_kernels import interval_bits, masked_into
 from zest_fast.lean.bits import blocks, empty_bits, empty_in_order, flat, memory_order, pack, unpack
 from zest_fast.lean.forward import plain_forward
@@ -16,7 +17,7 @@ CLASSES = (nn.ReLU, nn.Hardtanh, nn.ReLU6, nn.LeakyReLU)
 
 
 def activate(module: nn.Module, x: Tensor) -> Tensor:
-    if module.inplace and x._is_view():  # autograd lets no function of ours write into a view
+    if module.inplace and is_view(x):  # autograd lets no function of ours write into a view
         return plain_forward(module)(x)
     return _PiecewiseLinear.apply(x, module)
 

@@ -1,7 +1,7 @@
 """Frozen-aware saving: modules above the cut keep only what the gradient of their input needs.
 
 What torch keeps is for the gradients of weights as well, which frozen modules do not have. One file for each kind:
-lean_convolution, lean_batch_norm, lean_activation, lean_dropout, lean_linear, lean_norm, lean_gated, lean_loss.
+convolution, batch_norm, activation, dropout, linear, norm, gated, loss.
 """
 
 from __future__ import annotations
@@ -78,11 +78,28 @@ def apply_lean(model: nn.Module, trainable: Iterable[nn.Parameter | str] | None 
     is lean too. Values are those of the plain forward, bit for bit but for the loss of a causal language model (1e-6).
     Below the cut, under no_grad and in torch.compile the modules run plainly.
 
-    trainable: the parameters (or their names) that train; None = those that require a gradient. Their modules stay
-        plain. A module whose parameter trains later runs plainly from then on.
-    A lean copy is made lean anew.
-    Raises TypeError for something else than a module, ValueError for a name that is no parameter, RuntimeError for a
-    model that is lean already; the model is then untouched.
+    SelectiveBackward does it by itself (lean=True). A lean copy is made lean anew.
+
+    Args:
+        model: whose weights are frozen already where they shall be.
+        trainable: the parameters (or their names) that train; None = those that require a gradient. Their modules stay
+            plain. A module whose parameter trains later runs plainly from then on.
+
+    Returns:
+        A handle: what was applied, what was left plain and why, and `.remove()`, also at the end of a `with` block.
+
+    Raises:
+        TypeError: something else than a module.
+        ValueError: a name that is no parameter.
+        RuntimeError: a model that is lean already. The model is then untouched.
+
+    Examples:
+        >>> import zest_fast
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 3))
+        >>> with zest_fast.apply_lean(model) as lean:
+        ...     print(lean.applied, lean.skipped)
+        {'activation': ('1',), 'dropout': ('2',)} {'0': 'it trains', '3': 'it trains'}
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, not {type(model).__name__}")

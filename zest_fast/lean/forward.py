@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor  # a plan counts what lean keeps
-from torch.autograd import forward_ad
+
+from zest_fast.foundation.torch_private import FakeTensor, forward_mode_is_on, transforms_are_active
 
 
 class LeanForward:
@@ -91,9 +91,9 @@ def builds_plain_graph() -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and not transforms_are_active()
+        and not forward_mode_is_on()
     )
 
 

@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from zest_fast.foundation.torch_private import forward_pre_hooks
+
 
 class _EvalForOneCall:
     """Two hooks around the forward of one module, which several threads may call at the same time."""
@@ -69,7 +71,7 @@ def end_calls(model: nn.Module) -> None:
 
 
 def _hooks_on(module: nn.Module) -> Iterator[_EvalForOneCall]:
-    for hook in module._forward_pre_hooks.values():
+    for hook in forward_pre_hooks(module).values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, _EvalForOneCall):
             yield owner

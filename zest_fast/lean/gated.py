@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zest_fast.foundation.torch_private import forward_hooks, forward_pre_hooks, has_backward_hooks
 from zest_fast.kernels import lean_kernels
 from zest_fast.lean.forward import plain_forward
 from zest_fast.lean.recompute import Fused as FusedBackward
@@ -90,7 +91,7 @@ def obstacle(module: nn.Module) -> str:
     assert form is not None
     act = module._modules[form.act]
     assert act is not None
-    if act._forward_hooks or act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks:
+    if forward_hooks(act) or forward_pre_hooks(act) or has_backward_hooks(act):
         return f"there are hooks on its {form.act}, which would run twice"
     if "forward" in vars(act) or any(True for _ in act.parameters()):
         return f"its {form.act} has parameters, or a forward that was replaced"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zest_fast.foundation.torch_private import is_any_autocast_enabled
 from zest_fast.lean.forward import LeanForward, plain_forward, run_plainly
 
 CLASSES = (nn.Linear,)
@@ -22,7 +23,7 @@ class LeanLinear(LeanForward):
         super().__init__(module, multiply)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch._C._is_any_autocast_enabled():
+        if not is_any_autocast_enabled():
             return run_plainly(self.module, *args, **kwargs)
         return super().__call__(*args, **kwargs)
 

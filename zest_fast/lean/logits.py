@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from zest_fast.foundation.torch_private import make_wrapper_subclass, without_torch_function
 from zest_fast.lean.forward import plain_forward
 
 _DESCRIBE = frozenset(
@@ -33,7 +34,7 @@ class DeferredLogits(Tensor):
         kind = hidden.device.type
         if dtype is None:
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        logits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        logits = make_wrapper_subclass(
             cls, (*hidden.shape[:-1], head.out_features), dtype=dtype, device=hidden.device, requires_grad=True
         )
         logits.hidden, logits.head, logits.computed = hidden, head, None
@@ -47,7 +48,7 @@ class DeferredLogits(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             if func in _DESCRIBE:
                 return func(*args, **(kwargs or {}))
             if func is Tensor.float:  # accelerate converts all outputs under mixed precision

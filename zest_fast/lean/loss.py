@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zest_fast.foundation.torch_private import forward_hooks, has_backward_hooks
 from zest_fast.lean.forward import (
     LeanForward,
     builds_plain_graph,
@@ -53,7 +54,7 @@ def obstacle(model: nn.Module, head: nn.Module) -> str:
         return f"its head is a {type(head).__name__}, not a plain Linear"
     if "forward" in vars(head) or "weight" not in head._parameters:
         return "the forward or the weight of its head was replaced"
-    if head._forward_hooks or head._backward_hooks or head._backward_pre_hooks:
+    if forward_hooks(head) or has_backward_hooks(head):
         return "there are hooks on its head, which look at the logits"
     if owns_trainable(head):
         return "its head trains"

@@ -17,7 +17,25 @@ def adamw(parameters: Iterable[Any], lr: float = 1e-3, **options: Any) -> torch.
     instead of 50.7 GiB. This one takes the fused kernel where all parameters are on a GPU, and steps parameter by
     parameter elsewhere.
 
-    parameters, options: as for torch.optim.AdamW; `foreach=` and `fused=` in them are the caller's choice.
+    Args:
+        parameters: as for torch.optim.AdamW: tensors, named tensors or groups.
+        lr: learning rate.
+        **options: as for torch.optim.AdamW; `foreach=` and `fused=` in them are the caller's choice.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ValueError, TypeError: what torch.optim.AdamW refuses.
+
+    Examples:
+        >>> import zest_fast
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> selective = zest_fast.SelectiveBackward(model, ["0"])
+        >>> optimizer = zest_fast.adamw(selective.parameters(), lr=1e-4)
+        >>> optimizer.defaults["foreach"]
+        False
     """
     groups = list(parameters)
     if "foreach" not in options and "fused" not in options:
@@ -76,18 +94,34 @@ def optimizer_in_backward(optimizer: torch.optim.Optimizer) -> OptimizerInBackwa
     The loop stays as it is: learning rate schedulers act on the same optimizer, and its `.step()` and `.zero_grad()`
     find no gradient and do nothing.
 
-        with optimizer_in_backward(optimizer):
-            for batch in loader:
-                model(**batch).loss.backward()
-                optimizer.step()   # does nothing, but schedulers want to see it
-                scheduler.step()
-
     Not to be combined with what needs all gradients at once or several backward passes for one step: clipping by the
     norm of all gradients, accumulation over batches, torch.amp.GradScaler, reentrant checkpointing of a parameter that
     is used in several segments.
 
-    Raises TypeError for something else than an optimizer, ValueError for one that needs all gradients at once (LBFGS)
-    or whose parameters hold gradients already, which would be lost.
+    Args:
+        optimizer: any of torch.optim that updates each parameter by itself.
+
+    Returns:
+        A handle: `.remove()`, or the end of a `with` block, takes the steps out of backward again.
+
+    Raises:
+        TypeError: something else than an optimizer.
+        ValueError: one that needs all gradients at once (LBFGS), or whose parameters hold gradients already, which
+            would be lost.
+
+    Examples:
+        >>> import torch, zest_fast
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> optimizer = zest_fast.adamw(model.parameters())
+        >>> scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        >>> with zest_fast.optimizer_in_backward(optimizer):
+        ...     for x in torch.randn(2, 6, 4):
+        ...         model(x).square().mean().backward()
+        ...         optimizer.step()  # does nothing, but schedulers want to see it
+        ...         scheduler.step()
+        >>> model[0].weight.grad is None
+        True
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")

@@ -76,7 +76,7 @@ def _reads(model: nn.Module) -> str:
         return _TOKENS
     raise ValueError(
         f"cannot tell what {type(model).__name__} reads: its first layer is neither an nn.Conv2d (images) nor an "
-        "nn.Embedding (tokens); pass an example batch to zest_fast.planning.plan.planned_peak"
+        "nn.Embedding (tokens); pass an example batch to zest_fast.planned_peak"
     )
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, get_args
 
 from torch import nn
 
 from zest_fast.foundation.nearest import nearest
+from zest_fast.foundation.options import Checkpoint, Frozen, Preference
 from zest_fast.planning.batches import stand_in_batch
 from zest_fast.planning.plan import planned_peak
 from zest_fast.planning.settings import memory_bytes
 from zest_fast.planning.step_costs import StepCosts, costs_of_ranking, measured_costs
 from zest_fast.ranking.ranking import Ranking
 
-PREFERENCES = ("score", "cheap-cut")
+PREFERENCES: tuple[str, ...] = get_args(Preference)
 PRICE = 2.0
 """What a share of the promised gain is worth in shares of a step: 1 % of what the n best layers promise over average
 ones is given up for no less than 2 % of the FLOPs. Fixed on simulated rankings (bench/choose.py shows other prices)."""
@@ -28,10 +29,30 @@ _log = logging.getLogger("zest_fast")
 class Choice(tuple[str, ...]):
     """The names of the chosen layers, best first, with what the choice traded.
 
-    explanation: the trade in words. given_up, taken: layers of the top n that are not chosen, and those in their place.
-    step, step_of_top: cost of a training step relative to full fine-tuning, of the choice and of the top n.
-    peak_bytes: of a step of AdamW where max_memory asked for it, else None.
+    Attributes:
+        explanation: the trade in words.
+        given_up: layers of the top n that are not chosen.
+        taken: those in their place.
+        step: cost of a training step relative to full fine-tuning.
+        step_of_top: that of the top n.
+        peak_bytes: of a step of AdamW where max_memory asked for it, else None.
     """
+
+    def __new__(
+        cls,
+        names: Iterable[str],
+        *,
+        explanation: str = "",
+        given_up: tuple[str, ...] = (),
+        taken: tuple[str, ...] = (),
+        step: float = math.nan,
+        step_of_top: float = math.nan,
+        peak_bytes: int | None = None,
+    ) -> Choice:
+        choice = super().__new__(cls, names)
+        choice.explanation, choice.given_up, choice.taken = explanation, given_up, taken
+        choice.step, choice.step_of_top, choice.peak_bytes = step, step_of_top, peak_bytes
+        return choice
 
     explanation: str
     given_up: tuple[str, ...]
@@ -39,11 +60,6 @@ class Choice(tuple[str, ...]):
     step: float
     step_of_top: float
     peak_bytes: int | None
-
-    def __new__(cls, names: Sequence[str], **facts: Any) -> Choice:
-        choice = super().__new__(cls, names)
-        choice.__dict__.update(facts)
-        return choice
 
 
 def choose(
@@ -53,26 +69,45 @@ def choose(
     model: nn.Module | None = None,
     batch: Any = None,
     max_memory: str | int | None = None,
-    prefer: str = "score",
-    checkpoint: str | None = None,
-    frozen: str | None = None,
+    prefer: Preference = "score",
+    checkpoint: Checkpoint | None = None,
+    frozen: Frozen | None = None,
 ) -> Choice:
-    """`n` layers of `ranking`, best first: a tuple of names; what they cost and what was traded is in `.explanation`.
+    """Which `n` layers to train: the best, or as good ones above which less has to be differentiated.
 
-    prefer: "score" = the n best; "cheap-cut" = layers are exchanged for higher ones whose scores are equal within the
-        ranking's uncertainty (the 80 % interval of their difference holds zero), as long as that saves enough FLOPs for
-        what the scores lose (PRICE). Scores without intervals, as those of a single metric, have no uncertainty to
-        trade: only layers of the very same score are exchanged.
-    model, batch: count FLOPs on them (batch as in `profile`), on fake tensors: nothing is computed, the model stays as
-        it is. Without a batch, a model of transformers gets 1 x 512 tokens or 32 images. Without a model, costs come
-        from the profile and take it that each layer sees as many positions: right for the linear layers of a
-        transformer, not for convolutions.
-    max_memory: bytes, or "16GB" (10^9) or "16GiB" (2^30). If the set needs more, the lowest layers are exchanged for
-        the best ones above a higher cut until a step of AdamW fits, as a dry run of model and batch counts it.
-    checkpoint, frozen: of the SelectiveBackward that shall fit; without max_memory they change nothing.
+    Args:
+        ranking: as `rank` returns it.
+        n: how many layers.
+        model: to count FLOPs on, on fake tensors: nothing is computed, the model stays as it is. Without a model, costs
+            come from the profile and take it that each layer sees as many positions: right for the linear layers of a
+            transformer, not for convolutions.
+        batch: as in `profile`. Without one, a model of transformers gets 1 x 512 tokens or 32 images.
+        max_memory: bytes, or "16GB" (10^9) or "16GiB" (2^30). If the set needs more, the lowest layers are exchanged
+            for the best ones above a higher cut until a step of AdamW fits, as a dry run of model and batch counts it.
+        prefer: "score" = the n best; "cheap-cut" = layers are exchanged for higher ones whose scores are equal within
+            the ranking's uncertainty (the 80 % interval of their difference holds zero), as long as that saves enough
+            FLOPs for what the scores lose (PRICE). Scores without intervals, as those of a single metric, have no
+            uncertainty to trade: only layers of the very same score are exchanged.
+        checkpoint: of the SelectiveBackward that shall fit; without max_memory it changes nothing.
+        frozen: the same.
 
-    Raises ValueError for n below 1 or beyond the scored layers, for a ranking of another model, and where no set of n
-    layers fits into max_memory (the least that is needed is named); TypeError for no ranking.
+    Returns:
+        A tuple of names, best first; what they cost and what was traded is in its `.explanation`.
+
+    Raises:
+        ValueError: n below 1 or beyond the scored layers, a ranking of another model, or no set of n layers fits into
+            max_memory (the least that is needed is named).
+        TypeError: no ranking.
+
+    Examples:
+        >>> import torch, zest_fast
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> batch = torch.randn(6, 4), torch.randint(3, (6,))
+        >>> ranking = zest_fast.rank(zest_fast.profile(model, batch), by="snip")
+        >>> chosen = zest_fast.choose(ranking, 1, model=model, batch=batch, max_memory="1MB")
+        >>> len(chosen), chosen.peak_bytes < 10**6
+        (1, True)
     """
     if not isinstance(ranking, Ranking):
         raise TypeError(f"ranking must be a Ranking, as rank(profile) returns, not {type(ranking).__name__}")
@@ -98,8 +133,7 @@ def choose(
             return planned_peak(model, batch, names, head=costs.head or None, checkpoint=checkpoint, frozen=frozen)
 
         chosen, peak = _first_that_fits([chosen, *higher], needs, limit)
-    choice = candidates.choice(chosen, peak)
-    choice.explanation += assumed
+    choice = candidates.choice(chosen, peak, assumed)
     _log.info(choice.explanation)
     return choice
 
@@ -151,21 +185,19 @@ class Candidates:
         (score, half), (lower_score, lower_half) = self._rows[out], self._rows[taken]
         return score == lower_score or score - lower_score <= math.hypot(half, lower_half)
 
-    def choice(self, names: tuple[str, ...], peak: int | None) -> Choice:
-        """The set with what it traded."""
+    def choice(self, names: tuple[str, ...], peak: int | None, assumed: str = "") -> Choice:
+        """The set with what it traded. assumed: what its explanation ends with."""
         top = self.sets()[0]
         exchanges = _exchanges(top, names)
         full = self._costs.full
-        choice = Choice(
-            names,
-            given_up=tuple(out for out, _ in exchanges),
-            taken=tuple(taken for _, taken in exchanges),
-            step=self._costs.step(names) / full,
-            step_of_top=self._costs.step(top) / full,
-            peak_bytes=peak,
-        )
-        choice.explanation = "\n".join(self._explain(choice, top))
-        return choice
+        facts: dict[str, Any] = {
+            "given_up": tuple(out for out, _ in exchanges),
+            "taken": tuple(taken for _, taken in exchanges),
+            "step": self._costs.step(names) / full,
+            "step_of_top": self._costs.step(top) / full,
+            "peak_bytes": peak,
+        }
+        return Choice(names, explanation="\n".join(self._explain(Choice(names, **facts), top)) + assumed, **facts)
 
     def _explain(self, choice: Choice, top: tuple[str, ...]) -> Iterator[str]:
         yield f"{len(choice)} layers by {self._by}: {', '.join(choice)}"

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._pytree import tree_map_only
 
+from zest_fast.foundation.torch_private import DataDependentOutputException, DynamicOutputShapeException
 from zest_fast.lean.frozen_norms import keep_frozen_norms_in_eval
 from zest_fast.planning.fake_mode import FakeMode, masks_as_in_a_real_step
 from zest_fast.profiling.loss import loss_of

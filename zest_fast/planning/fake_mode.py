@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from zest_fast.foundation.torch_private import FakeTensor, FakeTensorMode
 
 _GROUPED = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)
 _MASKS = "transformers.masking_utils"

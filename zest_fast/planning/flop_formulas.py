@@ -12,15 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-
-def _of_tensors(formula: Callable[..., int]) -> Callable[..., int]:
-    """The mark by which FlopCounterMode knows a formula that is called with tensors, not with their shapes."""
-
-    def count(*args: Any, **kwargs: Any) -> int:
-        return formula(*args, **kwargs)
-
-    count._get_raw = True  # type: ignore[attr-defined]
-    return count
+from zest_fast.foundation.torch_private import called_with_tensors
 
 
 def _convolution_backward(
@@ -35,9 +27,9 @@ def _convolution_backward(
 
 _ATEN = torch.ops.aten
 OWN: dict[Any, Callable[..., int]] = {
-    _ATEN.convolution_backward: _of_tensors(_convolution_backward),
+    _ATEN.convolution_backward: called_with_tensors(_convolution_backward),
     **{
-        getattr(_ATEN, f"_scaled_dot_product_flash_attention_for_cpu{end}"): _of_tensors(
+        getattr(_ATEN, f"_scaled_dot_product_flash_attention_for_cpu{end}"): called_with_tensors(
             flop_registry[getattr(_ATEN, f"_scaled_dot_product_flash_attention{end}")]
         )
         for end in ("", "_backward")

@@ -16,11 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._autograd import _get_sequence_nr
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from zest_fast.foundation.torch_private import (
+    FakeTensorMode,
+    current_node,
+    current_task,
+    next_sequence_number,
+    sequence_number,
+    storage_key,
+    tensor_key,
+    use_counts,
+    use_counts_are_told,
+)
 from zest_fast.planning import onednn
 from zest_fast.planning.flop_formulas import FORMULAS
 
@@ -89,7 +98,7 @@ class Ledger(TorchDispatchMode):
         long as an operator computes with it.
         """
         module = name.rpartition(".")[0]
-        key = tensor.untyped_storage()._cdata
+        key = storage_key(tensor.untyped_storage())
         if key in self._open:
             return
         self._enter(tensor, kind, module, "", packed)
@@ -98,7 +107,7 @@ class Ledger(TorchDispatchMode):
 
     def relabel(self, tensor: Tensor, kind: str, name: str) -> None:
         """What an operator made turned out to be something else: a gradient, say."""
-        allocation = self._open.get(tensor.untyped_storage()._cdata)
+        allocation = self._open.get(storage_key(tensor.untyped_storage()))
         if allocation is not None and allocation.kind != "weights":
             allocation.kind, allocation.module = kind, name.rpartition(".")[0]
 
@@ -136,7 +145,7 @@ class Ledger(TorchDispatchMode):
         if self._on_cpu:
             self._pass_by(onednn.scratch(packet, args), packet.__name__)
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._open:
+            if isinstance(tensor, Tensor) and storage_key(tensor.untyped_storage()) not in self._open:
                 module, kind = self._modules.now()
                 module = self._owner(args) if kind == "optimizer" else module
                 self._enter(tensor, kind, module, packet.__name__)
@@ -152,7 +161,7 @@ class Ledger(TorchDispatchMode):
         mode, hidden = (args[9], args[10]) if packet is _RNN else (args[14], args[15])
         self.estimated[self._modules.now()[0]] = None
         if packet is _RNN:
-            workspace = self._open[out[3].untyped_storage()._cdata]
+            workspace = self._open[storage_key(out[3].untyped_storage())]
             workspace.size = _rounded(onednn.recurrent_workspace(x, hidden, mode))
         if self._on_cpu:
             gradients = () if packet is _RNN else args[10:13]
@@ -170,12 +179,12 @@ class Ledger(TorchDispatchMode):
         """The operator that autograd calls where no tensor is fake and no mode runs: it writes into what it owns."""
         device_of, self._device_of = self._device_of, 0
         if func is _DEVICE:
-            self._device_of = args[0]._cdata  # not the tensor: autograd would no longer own it
-        elif func is _ADD and device_of and _is_sum_of_gradients(args, device_of):
+            self._device_of = tensor_key(args[0])  # not the tensor: autograd would no longer own it
+        elif func is _ADD and device_of and use_counts_are_told and _is_sum_of_gradients(args, device_of):
             first, second = args
-            if _fits_into(second, first) and _use_counts(first) == self._owned:
+            if _fits_into(second, first) and use_counts(first) == self._owned:
                 return _ADD_IN_PLACE, args, kwargs
-            if _fits_into(first, second) and _use_counts(second) == self._owned:
+            if _fits_into(first, second) and use_counts(second) == self._owned:
                 return _ADD_IN_PLACE, (second, first), kwargs
         return func, args, kwargs
 
@@ -183,7 +192,7 @@ class Ledger(TorchDispatchMode):
         """The module of the parameter that an operator of the update works on."""
         for tensor in tree_leaves(args):
             if isinstance(tensor, Tensor):
-                allocation = self._open.get(tensor.untyped_storage()._cdata)
+                allocation = self._open.get(storage_key(tensor.untyped_storage()))
                 if allocation is not None and allocation.module:
                     return allocation.module
         return ""
@@ -191,7 +200,7 @@ class Ledger(TorchDispatchMode):
     def _unpack(self, args: Iterable[Any]) -> Allocation | None:
         """The dense copy of a quantised weight among the operands."""
         for tensor in args:
-            if isinstance(tensor, Tensor) and (key := tensor.untyped_storage()._cdata) in self._packed:
+            if isinstance(tensor, Tensor) and (key := storage_key(tensor.untyped_storage())) in self._packed:
                 dense = Allocation(
                     self._packed[key],
                     "weights",
@@ -209,9 +218,9 @@ class Ledger(TorchDispatchMode):
         storage = tensor.untyped_storage()
         size = _rounded(storage.nbytes() if size is None else size)
         allocation = Allocation(size, kind, module, self.phase, operator, tuple(tensor.shape), tensor.dtype)
-        self._open[storage._cdata] = allocation
+        self._open[storage_key(storage)] = allocation
         self._events.append((allocation, True))
-        weakref.finalize(storage, self._free, storage._cdata).atexit = False
+        weakref.finalize(storage, self._free, storage_key(storage)).atexit = False
 
     def _free(self, key: int) -> None:
         self._packed.pop(key, None)
@@ -234,17 +243,17 @@ class _RunningModules:
 
     def now(self) -> tuple[str, str]:
         """Name of the module and the kind of what it makes."""
-        node = torch._C._current_autograd_node()
+        node = current_node()
         if self._stack or node is None or self.kind == "optimizer":  # forward, a recomputation, or the update
             return self._stack[-1] if self._stack else "", self.kind
         if node.name().endswith("AccumulateGrad"):
             return "", "gradients"
-        place = bisect.bisect_right(self._numbers, node._sequence_nr()) - 1
+        place = bisect.bisect_right(self._numbers, sequence_number(node)) - 1
         return self._places[place] if place >= 0 else ("", "activations")
 
     def _entering(self, name: str, is_head: bool) -> Callable[..., None]:
         def enter(module: nn.Module, inputs: Any) -> None:
-            if is_head and torch._C._current_graph_task_id() == -1:  # not recomputed in backward
+            if is_head and current_task() == -1:  # not recomputed in backward
                 self.kind = "loss"
             self._stack.append(name)
             self._mark()
@@ -256,7 +265,7 @@ class _RunningModules:
         self._mark()
 
     def _mark(self) -> None:
-        self._numbers.append(_get_sequence_nr())
+        self._numbers.append(next_sequence_number())
         self._places.append((self._stack[-1] if self._stack else "", self.kind))
 
 
@@ -273,8 +282,8 @@ def _is_sum_of_gradients(args: Any, device_of: int) -> bool:
     return (
         len(args) == 2
         and all(isinstance(x, Tensor) for x in args)
-        and args[1]._cdata == device_of
-        and torch._C._current_graph_task_id() != -1
+        and tensor_key(args[1]) == device_of
+        and current_task() != -1
     )
 
 
@@ -295,14 +304,9 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _use_counts(tensor: Tensor) -> tuple[int, int]:
-    """How many hold the tensor, and its storage, as seen from a dispatch mode."""
-    return tensor._use_count(), torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
-
-
 @lru_cache(maxsize=1)
 def _owned() -> tuple[int, int]:
-    """What `_use_counts` gives for a gradient that the engine alone holds: of a sum in which this is known."""
+    """What `use_counts` gives for a gradient that the engine alone holds: of a sum in which this is known."""
     probe = _Probe()
     with FakeTensorMode(), torch.enable_grad():
         x = torch.ones(1, requires_grad=True)
@@ -317,8 +321,8 @@ class _Probe(TorchDispatchMode):
     found = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _ADD:
-            self.found = _use_counts(args[0])
+        if func is _ADD and use_counts_are_told:
+            self.found = use_counts(args[0])
         return func(*args, **(kwargs or {}))
 
 

@@ -15,15 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zest_fast.foundation.torch_private import conv_backends, select_conv_backend
+
 _BLOCK = 16  # channels; floats in a cache line
 _PAGE = 4096
 _ATEN = torch.ops.aten
 _LSTM = 2  # its number among the modes of mkldnn_rnn_layer
-_BACKENDS = tuple(
-    backend
-    for name in ("Mkldnn", "MkldnnTranspose")
-    if (backend := getattr(getattr(torch._C, "_ConvBackend", None), name, None)) is not None
-)
+_BACKENDS = conv_backends("Mkldnn", "MkldnnTranspose")
 
 
 def scratch(packet: Any, args: Sequence[Any]) -> int:
@@ -124,12 +122,11 @@ def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, form: _Form, mas
 
 def _is_blocked(x: Tensor, weight: Tensor, form: _Form) -> bool:
     """Whether oneDNN runs it, on copies in its own order: not for a product of every point with a matrix."""
-    select = getattr(torch._C, "_select_conv_backend", None)
-    if select is None or not _BACKENDS or x.dim() < 4 or _is_channels_last(x) or _is_channels_last(weight):
+    if select_conv_backend is None or not _BACKENDS or x.dim() < 4 or _is_channels_last(x) or _is_channels_last(weight):
         return False
     if set(weight.shape[2:]) == {1} and set(form.stride) == {1} and form.groups == 1:
         return False
-    return select(x, weight, None, *form, None) in _BACKENDS
+    return select_conv_backend(x, weight, None, *form, None) in _BACKENDS
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from zest_fast.foundation.options import Checkpoint, Frozen, MetricNames, PlannedDevice
 from zest_fast.planning.blocks import layout_of
 from zest_fast.planning.optimizers import Build
 from zest_fast.planning.profile_pass import dry_profile
@@ -28,10 +29,10 @@ def plan(
     dtype: Any = "bfloat16",
     optimizer: str | Build = "adamw",
     lean: bool = True,
-    checkpoint: str | None = None,
-    frozen: str | None = None,
+    checkpoint: Checkpoint | None = None,
+    frozen: Frozen | None = None,
     head: str | Iterable[str] | None = "auto",
-    device: str | None = None,
+    device: PlannedDevice | None = None,
 ) -> Plan:
     """Plan a training step by a dry run on fake tensors: no GPU, no weights, seconds for a 7B model.
 
@@ -41,25 +42,40 @@ def plan(
             mistral-7b, gpt2, bert-base, bert-large, vit-base, resnet-50, mobilenet-v2, efficientnet-b0.
         layers: names as for SelectiveBackward; "all" = full fine-tuning; None = whatever requires a gradient in the
             model as it is (one of PEFT, say).
-        batch_size, sequence_length (tokens), image_size (pixels of both sides): of the batch of a step; texts are
-            unpadded.
+        batch_size: samples of a step.
+        sequence_length: tokens of a sample; texts are unpadded.
+        image_size: pixels of both sides.
         dtype: of weights and inputs: "bfloat16", "float16", "float32"; "bfloat16-mixed" = float32 under autocast; None
             = as the model has it.
         optimizer: adamw, adamw-foreach (what torch takes on CUDA unless told otherwise), adamw-fused, adamw-8bit, adam,
             sgd, sgd-momentum; with "-in-backward" behind it each gradient is used and dropped at once; or a function of
             the parameters that returns a torch.optim.Optimizer.
-        lean, checkpoint, head: as for SelectiveBackward, which the dry run uses. With "all", any checkpoint= means the
-            gradient checkpointing of transformers.
+        lean: as for SelectiveBackward, which the dry run uses.
+        checkpoint: as for SelectiveBackward. With "all", any checkpoint= means the gradient checkpointing of
+            transformers.
         frozen: "int8" or "nf4" = frozen Linear layers but the head are kept quantised and unpacked one at a time, by
             formula: 1 byte a weight and 4 a row, or 0.5625 bytes a weight.
+        head: as for SelectiveBackward.
         device: that the step is to run on. "cuda" = tensors alone. "cpu" = also the copies on which oneDNN runs
             convolutions and recurrent layers, up to 37 % more. None = "cpu" for a module whose weights are on the CPU,
             else "cuda".
 
+    Returns:
+        A Plan: print it, or ask it for `.peak_bytes`, `.flops`, `.breakdown`, `.within("24GB")` and more.
+
     Raises:
         ValueError: an unknown model, layer, dtype or optimizer, a size that is missing or has no place; it names the
-            argument and what is needed. TypeError: something that is no model at all. What the model's own code
-            raises passes through.
+            argument and what is needed. What the model's own code raises passes through.
+        TypeError: something that is no model at all.
+
+    Examples:
+        >>> import zest_fast
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10))
+        >>> step = zest_fast.plan(model, ["2"], batch_size=4, image_size=8)
+        >>> full = zest_fast.plan(model, "all", batch_size=4, image_size=8)
+        >>> step.peak_bytes < full.peak_bytes
+        True
     """
     setting = Setting(
         layers=_layers(layers),
@@ -95,12 +111,33 @@ def plan_profile(
     sequence_length: int | None = None,
     image_size: int | None = None,
     dtype: Any = "bfloat16",
-    metrics: Iterable[str] | str | None = None,
+    metrics: MetricNames | None = None,
 ) -> Plan:
-    """Memory and FLOPs of `zest_fast.profile` on one batch; the arguments are those of `plan` and of `profile`.
+    """Plan the pass of `zest_fast.profile` on one batch: its memory and FLOPs, by a dry run as of `plan`.
 
-    On a CPU the pass needs up to 32 MiB less, which GPUs take for a piece of a dW. Raises ValueError for metrics that
-    need no backward pass, NotImplementedError for those that take more than one pass.
+    On a CPU the pass needs up to 32 MiB less, which GPUs take for a piece of a dW.
+
+    Args:
+        model_or_config: as for `plan`, as the sizes and dtype.
+        batch_size: samples.
+        sequence_length: tokens of a sample.
+        image_size: pixels of both sides.
+        dtype: of weights and inputs.
+        metrics: as for `profile`.
+
+    Returns:
+        A Plan.
+
+    Raises:
+        ValueError: metrics that need no backward pass, and what `plan` refuses.
+        NotImplementedError: metrics that take more than one pass.
+
+    Examples:
+        >>> import zest_fast
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10))
+        >>> zest_fast.plan_profile(model, batch_size=4, image_size=8).purpose
+        'profile'
     """
     setting = Setting(
         layers=None,
@@ -129,13 +166,35 @@ def planned_peak(
     head: str | Iterable[str] | None = "auto",
     optimizer: str | Build = "adamw",
     lean: bool = True,
-    checkpoint: str | None = None,
-    frozen: str | None = None,
+    checkpoint: Checkpoint | None = None,
+    frozen: Frozen | None = None,
 ) -> int:
     """Peak bytes of a training step of `model`, as it is, on a batch like `batch`: for whoever has both at hand.
 
-    batch, loss_fn: as for `profile`; only shapes and dtypes are read, and whether attention_mask masks anything. The
-    device is that of the model. The rest as for `plan`.
+    Args:
+        model: stays as it is; its device is where the step runs.
+        batch: as for `profile`; only shapes and dtypes are read, and whether attention_mask masks anything.
+        layers: as for `plan`, as all that follow but loss_fn.
+        loss_fn: as for `profile`.
+        head: of SelectiveBackward.
+        optimizer: its name, or what builds it.
+        lean: of SelectiveBackward.
+        checkpoint: of SelectiveBackward.
+        frozen: of SelectiveBackward.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ValueError, TypeError: as `plan` does.
+
+    Examples:
+        >>> import torch, zest_fast
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> batch = torch.randn(6, 4), torch.randint(3, (6,))
+        >>> zest_fast.planned_peak(model, batch, ["2"]) < zest_fast.planned_peak(model, batch, "all")
+        True
     """
     return peaks(model, batch, loss_fn=loss_fn)(
         Setting(
@@ -158,7 +217,7 @@ def peaks(model: nn.Module, batch: Any, *, loss_fn: Callable[..., Tensor] | None
     return lambda setting: dry_step(skeleton, layout, replace(setting, device=device), batch, loss_fn).peak.size
 
 
-def _device(model_or_config: Any) -> str:
+def _device(model_or_config: Any) -> PlannedDevice:
     """Where a step of it runs as it is: what has no weights yet is for a GPU."""
     if not isinstance(model_or_config, nn.Module):
         return "cuda"
@@ -174,7 +233,7 @@ def _notes(model: nn.Module) -> tuple[str, ...]:
 
 def _layers(layers: Iterable[str] | str | None) -> tuple[str, ...] | str | None:
     if layers is None or layers == "all":
-        return layers  # type: ignore[return-value]
+        return layers
     if isinstance(layers, str) or not isinstance(layers, Iterable):
         raise TypeError(f"layers={layers!r}: layer names, such as ranking.top(5), 'all' or None are needed")
     return tuple(layers)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from zest_fast.foundation.nearest import nearest
+from zest_fast.foundation.options import Checkpoint, Frozen, PlannedDevice
 from zest_fast.planning.optimizers import Build, check_optimizer
 
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {  # of the weights, and of autocast
@@ -21,7 +22,7 @@ DTYPES: dict[str, tuple[torch.dtype, torch.dtype | None]] = {  # of the weights,
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "bf16-mixed": "bfloat16-mixed"}
 _SHORT |= {"fp16-mixed": "float16-mixed"}
 
-QUANTISED = ("int8", "nf4")
+QUANTISED: tuple[str, ...] = get_args(Frozen)
 
 _SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -43,11 +44,11 @@ class Setting:
     dtype: str | None = "bfloat16"
     optimizer: str | Build = "adamw"
     lean: bool = True
-    checkpoint: str | None = None
-    frozen: str | None = None
+    checkpoint: Checkpoint | None = None
+    frozen: Frozen | None = None
     head: Any = "auto"
     accumulating: bool = False
-    device: str = "cuda"
+    device: PlannedDevice = "cuda"
     trained_float32: bool = False
 
     def __post_init__(self) -> None:
@@ -55,7 +56,7 @@ class Setting:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: a whole number from 1 on is needed")
-        if self.device not in ("cuda", "cpu"):
+        if self.device not in get_args(PlannedDevice):
             raise ValueError(f"device={self.device!r} is unknown; 'cuda' or 'cpu' is needed")
         check_optimizer(self.optimizer)
         if self.frozen is not None and self.frozen not in QUANTISED:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from zest_fast.foundation.torch_private import forward_hooks, forward_pre_hooks
+
 _LIBRARIES = ("torch", "transformers", "peft", "diffusers", "timm", "accelerate", "builtins", "zest_fast")
 """Packages whose forward passes neither look at flags, draw from generators of their own nor write into weights."""
 _READING = ("numpy", "scipy", "einops", "sklearn")
@@ -99,8 +101,8 @@ def _functions_of(kind: type) -> list[FunctionType]:
 def hooks_of(modules: Iterable[nn.Module]) -> Iterator[Callable[..., Any]]:
     """Their forward hooks and pre-hooks."""
     for module in modules:
-        yield from module._forward_hooks.values()
-        yield from module._forward_pre_hooks.values()
+        yield from forward_hooks(module).values()
+        yield from forward_pre_hooks(module).values()
 
 
 def _plain(function: Any) -> FunctionType | None:

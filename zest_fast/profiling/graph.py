@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from zest_fast.foundation.torch_private import python_function
+
 
 class OtherGradients(AbstractContextManager["OtherGradients"]):
     """The ``.grad`` of tensors that are not a model's own, out of the way of a backward pass and put back after it.
@@ -48,7 +50,7 @@ def leaves_of(loss: Tensor) -> tuple[dict[int, Tensor], bool]:
 
 def custom_functions(loss: Tensor) -> list[str]:
     """Names of the autograd functions in the graph of a loss that are written in Python, by others than torch."""
-    found = (getattr(type(node), "_forward_cls", None) for node in _nodes(loss))
+    found = (python_function(node) for node in _nodes(loss))
     return sorted({f.__name__ for f in found if f is not None and f.__module__.partition(".")[0] != "torch"})
 
 

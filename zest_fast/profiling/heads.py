@@ -96,7 +96,7 @@ def _weighted(model: nn.Module) -> Iterator[nn.Module]:
         part
         for adapter in model.modules()
         if isinstance(adapter._modules.get("base_layer"), nn.Module)
-        for part in set(adapter.modules()) - set(adapter.base_layer.modules())  # type: ignore[union-attr, operator]
+        for part in set(adapter.modules()) - set(adapter.base_layer.modules())  # type: ignore[union-attr]
     }
     for module in model.modules():
         if module in added or isinstance(module, nn.Embedding | nn.EmbeddingBag):

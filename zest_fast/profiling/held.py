@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from zest_fast.profiling.engine import saved_tensors_are_moved
+from zest_fast.foundation.torch_private import StorageWeakRef, saved_tensors_are_moved, storage_key
 
 
 class Overwritten(Exception):
@@ -30,13 +29,13 @@ class Keeper:
     def keep(self, tensor: Tensor) -> Held:
         if saved_tensors_are_moved():
             storage = tensor.untyped_storage()
-            if storage._cdata not in self._storages:
-                self._storages[storage._cdata] = StorageWeakRef(storage)
+            if storage_key(storage) not in self._storages:
+                self._storages[storage_key(storage)] = StorageWeakRef(storage)
         return Held(self, _Hold.apply(self._anchor, tensor.detach()), tensor._version)
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether the tensor lies in memory that was kept as it is, not in a copy that a hook on saved tensors made."""
-        return tensor.untyped_storage()._cdata in self._storages
+        return storage_key(tensor.untyped_storage()) in self._storages
 
 
 class Held:

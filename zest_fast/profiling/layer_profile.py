@@ -50,10 +50,37 @@ class LayerProfile:
 
     Looks up like a mapping from layer name to row: `profile["layer"]["snip"]`, `len(profile)`, `for name in profile`.
 
-    names: layers, one a row. metrics: columns. values: float64 [layers, metrics], read-only here.
-    info: for each layer what is no metric: numel, kind, depth, uses, shape, head, ...
-    loss: of the batch. backend: the kernels that computed the values. uncovered: parameter name -> why it has no row.
-    Raises ValueError where these do not fit together.
+    Args:
+        names: layers, one a row.
+        metrics: columns.
+        values: float64 [layers, metrics]; copied, and read-only here.
+        info: for each layer what is no metric: numel, kind, depth, uses, shape, head, ...
+        loss: of the batch.
+        backend: the kernels that computed the values.
+        uncovered: parameter name -> why it has no row.
+
+    Attributes:
+        names: list of str.
+        metrics: list of str.
+        values: see above, as info, loss, backend and uncovered.
+
+    Raises:
+        ValueError: these do not fit together.
+        TypeError: names or metrics that are no strings.
+
+    Examples:
+        >>> import torch, zest_fast
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> profile = zest_fast.profile(model, (torch.randn(6, 4), torch.randint(3, (6,))))
+        >>> profile.names
+        ['0', '2']
+        >>> profile["0"]["snip"] == profile.values[0, profile.metrics.index("snip")].item()
+        True
+        >>> profile.save("profile.json").name
+        'profile.json'
+        >>> zest_fast.LayerProfile.load("profile.json").to_pandas().equals(profile.to_pandas())
+        True
     """
 
     def __init__(

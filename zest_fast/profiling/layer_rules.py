@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zest_fast import kernels
+from zest_fast.foundation.torch_private import ragged_dimension
 from zest_fast.kernels import Collector, GradientMoments, Moments
 from zest_fast.profiling.layers import Layer, channel_dim, is_transformers_conv1d
 
@@ -166,7 +167,7 @@ def jagged_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises ValueError for another kind of nested tensor.
     """
-    if x.layout != torch.jagged or x.lengths() is not None or x._ragged_idx != 1:  # type: ignore[attr-defined]
+    if x.layout != torch.jagged or x.lengths() is not None or ragged_dimension(x) != 1:  # type: ignore[attr-defined]
         raise ValueError(
             "its output is a nested tensor whose samples do not lie dense, one after another; use the layout "
             "torch.jagged without gaps, or pad the batch"

@@ -75,7 +75,7 @@ def find_layers(modules: dict[str, nn.Module]) -> list[Layer]:
                 module=module,
                 parameter_name=full_name,
                 weight=weight,
-                kind=kind_of(module),
+                kind=layer_kind(module),
                 output_module=output_module,
                 note=note,
             )
@@ -93,7 +93,7 @@ def unsupported(p: Tensor) -> str:
     return "" if has_storage(p) or is_fake(p) else f"its weight is {why_no_storage(p)}"
 
 
-def kind_of(module: nn.Module) -> str:
+def layer_kind(module: nn.Module) -> str:
     """The field's word for a module: linear, conv2d, depthwise, embedding, lstm, ...; else "parameter"."""
     if isinstance(module, nn.Linear) or is_transformers_conv1d(module):
         return "linear"

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 from zest_fast import kernels
 from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.foundation.nearest import some
+from zest_fast.foundation.options import Backend, MetricNames
+from zest_fast.foundation.torch_private import compiler_is_loaded
 from zest_fast.kernels.storage import has_storage, is_fake, why_no_storage
 from zest_fast.profiling.borrowing.model_state import ModelState
 from zest_fast.profiling.functions import attributes_read, forwards_of, hooks_of, may_write, referred
@@ -43,8 +44,8 @@ def profile(
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     closure: Callable[[], Tensor] | None = None,
     layers: LayerSelection = None,
-    metrics: Iterable[str] | str | None = None,
-    backend: str = "auto",
+    metrics: MetricNames | None = None,
+    backend: Backend = "auto",
     loss_scale: float = 1.0,
 ) -> LayerProfile:
     """Every metric of every layer from one forward and one backward pass over one mini-batch.
@@ -53,7 +54,8 @@ def profile(
     mode that it is in (train or eval) and is bit for bit as it was afterwards, also when forward, loss or backward
     raises: weights, buffers, ``requires_grad``, ``.grad``, hooks, modes and random state. Gradients are taken of every
     profiled weight, also of those that are frozen. A pass may be run again where counting shows that the first could
-    not see all uses of a weight (a parameter used outside of its module under reentrant checkpointing, say).
+    not see all uses of a weight (a parameter used outside of its module under reentrant checkpointing, say). Whatever
+    model, loss_fn or closure raise passes through unchanged.
 
     Args:
         model: any module; weights of float32, float64, bfloat16 or float16.
@@ -96,7 +98,17 @@ def profile(
             large for a copy; where another thread ran a backward pass over the model meanwhile.
         NotImplementedError: TorchScript modules, which take no hooks, and sharded parameters (DTensor), which are not
             done yet.
-        Whatever model, loss_fn or closure raise passes through unchanged.
+
+    Examples:
+        >>> import torch, zest_fast
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> batch = torch.randn(6, 4), torch.randint(3, (6,))
+        >>> profile = zest_fast.profile(model, batch, metrics=["snip", "fisher"])
+        >>> profile.metrics
+        ['snip', 'fisher']
+        >>> model[0].weight.grad is None
+        True
     """
     names = select_metrics(metrics)
     if not isinstance(model, nn.Module):
@@ -377,8 +389,7 @@ def _first_device(model: nn.Module) -> torch.device:
 
 def _eager() -> AbstractContextManager[Any]:
     """Hooks do not fire in compiled code, so compiled models and functions run eagerly during a profile."""
-    # Whoever compiled something has imported this; importing it here would cost a second for nothing.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    return torch.compiler.set_stance("force_eager") if compiler_is_loaded() else nullcontext()
 
 
 def _saving_nothing() -> AbstractContextManager[Any]:

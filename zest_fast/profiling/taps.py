@@ -28,15 +28,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from zest_fast.kernels import DTYPES
-from zest_fast.profiling.engine import (
-    Watching,
+from zest_fast.foundation.torch_private import (
     current_task,
-    has_accumulation_hooks,
+    forward_hooks,
+    gradient_hooks,
     is_altered,
-    is_plain,
     is_transformed,
+    is_view,
 )
+from zest_fast.kernels import DTYPES
+from zest_fast.profiling.engine import Watching, has_accumulation_hooks, is_plain
 from zest_fast.profiling.graph import OtherGradients
 from zest_fast.profiling.held import Held, Keeper, Overwritten
 from zest_fast.profiling.layer_rules import has_output_rule, has_tile_rule, linear_gradient, output_again
@@ -191,7 +192,7 @@ class Taps(AbstractContextManager["Taps"]):
             and self.routes.tiles
             and id(p) not in self.routes.leaf
             and len(weight.layers) == 1
-            and not p._backward_hooks  # a user's hook on the gradient acts on the leaf route only
+            and not gradient_hooks(p)  # a user's hook on the gradient acts on the leaf route only
             and has_tile_rule(weight.layers[0].module)
         )
 
@@ -389,7 +390,7 @@ class Taps(AbstractContextManager["Taps"]):
             p.requires_grad  # the user's own code may freeze it for a while
             and torch.is_grad_enabled()
             and module._parameters.get("weight") is p
-            and not p._backward_hooks  # as in _is_tiled; a forward may put one there
+            and not gradient_hooks(p)  # as in _is_tiled; a forward may put one there
             and has_tile_rule(module)  # once more: whoever patches it may do so within the loss
             and _is_dense(x)
             and is_plain(x)
@@ -413,7 +414,7 @@ class Taps(AbstractContextManager["Taps"]):
             frozen = tiled is not None and tiled.frozen
             if frozen:
                 self._thaw(tiled)  # type: ignore[arg-type]
-                if next(iter(module._forward_hooks)) != self._first_hooks[module] or not _is_dense(
+                if next(iter(forward_hooks(module))) != self._first_hooks[module] or not _is_dense(
                     first_input(args, kwargs)
                 ):  # what came in or goes out is not what the layer works with
                     tiled.not_by_tiles = True  # type: ignore[union-attr]
@@ -495,7 +496,7 @@ class Taps(AbstractContextManager["Taps"]):
         shape, source = y.shape, y
         if any(layer in self.routes.copied for layer in layers):
             result = y.clone()  # what others do to it, or hang on its node, stays off y
-        elif y._is_view():
+        elif is_view(y):
             base = y._base
             if base is not None and base.grad_fn is not None and _is_reshaped(base, y):
                 source = base  # an in-place operation on y gives y a new node, its base keeps this one
@@ -576,7 +577,7 @@ class Taps(AbstractContextManager["Taps"]):
                 return output_again(module, x if x is not None else held_x.get(), g.dtype)
 
         x = None
-        if tiled is not None and tiled.weight.parameter._backward_hooks:  # put there since
+        if tiled is not None and gradient_hooks(tiled.weight.parameter):  # put there since
             tiled.not_by_tiles = True
         if held_x is not None and tiled is not None:
             try:

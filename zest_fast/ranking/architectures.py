@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from zest_fast.ranking.features import metric_z
-from zest_fast.ranking.groups import Group, Layout, Shape
+from zest_fast.ranking.groups import Group, Shape, Traits
 
 if TYPE_CHECKING:
     from zest_fast.ranking.contributions import Pair
@@ -50,8 +50,8 @@ class Architecture:
         return len(self.names)
 
     @cached_property
-    def layout(self) -> Layout:
-        return Layout.of(self.kinds, self.depths, self.shapes)
+    def traits(self) -> Traits:
+        return Traits.of(self.kinds, self.depths, self.shapes)
 
     @cached_property
     def row_of(self) -> dict[str, int]:

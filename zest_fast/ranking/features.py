@@ -157,8 +157,8 @@ def _structure(group: Group) -> dict[str, np.ndarray]:
         "relative_depth": group.depths,
         "fan_in_z": z_scores(np.log(np.maximum(1.0, group.numels / np.maximum(1.0, outputs)))),
         "fan_out_z": z_scores(np.log(np.maximum(1.0, outputs))),
-        "widening": group.layout.widening,
-        "kernel_area": group.layout.kernel_area,
+        "widening": group.traits.widening,
+        "kernel_area": group.traits.kernel_area,
         "is_linear": (group.kinds == "linear").astype(np.float64),
         "is_depthwise": (group.kinds == "depthwise").astype(np.float64),
     }

@@ -49,8 +49,8 @@ class Group:
         return len(self.names)
 
     @cached_property
-    def layout(self) -> Layout:
-        return Layout.of(self.kinds, self.depths, self.shapes)
+    def traits(self) -> Traits:
+        return Traits.of(self.kinds, self.depths, self.shapes)
 
     def in_table(self, values: np.ndarray) -> np.ndarray:
         """[layers, ...] -> [rows of the caller's table, ...]; NaN for the head."""
@@ -60,7 +60,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Traits:
     """What layers of different architectures can be compared by; each [layers]."""
 
     kinds: np.ndarray
@@ -71,7 +71,7 @@ class Layout:
     """log2 of the entries of the kernel: 0 for a linear layer and a 1x1 convolution."""
 
     @classmethod
-    def of(cls, kinds: np.ndarray, depths: np.ndarray, shapes: Iterable[Shape]) -> Layout:
+    def of(cls, kinds: np.ndarray, depths: np.ndarray, shapes: Iterable[Shape]) -> Traits:
         shapes = list(shapes)
         return cls(
             np.asarray(kinds),

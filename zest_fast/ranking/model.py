@@ -86,7 +86,7 @@ class Model:
         own = [match.architecture for match in matches if match.known]
         others = [a for a in self.architectures if not any(a.is_kin_of(known) for known in own)]
         usual = usual_metrics(group, matches)
-        return features_of(group, layer_prior(group, matches), kind_prior(group.layout, others), usual)
+        return features_of(group, layer_prior(group, matches), kind_prior(group.traits, others), usual)
 
     def _slopes(self, prior: np.ndarray) -> np.ndarray:
         return np.where(prior, self.known.slope, self.new.slope)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zest_fast.foundation.options import FeatureSet
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.ranking.assessment import Assessment, Known
 from zest_fast.ranking.features import FEATURE_SETS, METRICS
@@ -28,11 +29,34 @@ if TYPE_CHECKING:
 class Ranker:
     """Learns from records of sweeps what makes a layer worth fine-tuning.
 
-    seed: of the trees. features: "all", or "metrics", an ablation that sees the batch and nothing of the architecture:
-    no sizes, kinds, weights or priors.
+    Args:
+        seed: of the trees.
+        features: "all", or "metrics", an ablation that sees the batch and nothing of the architecture: no sizes, kinds,
+            weights or priors.
+
+    Attributes:
+        seed: as above.
+        features: as above.
+
+    Raises:
+        ValueError: unknown features.
+        RuntimeError: of what asks for scores, before `fit` or `load`.
+
+    Examples:
+        >>> import zest_fast
+        >>> records = zest_fast.load_records()
+        >>> bert = records[(records.model == records.model[0]) & (records.dataset == records.dataset[0])]
+        >>> rows = bert[(bert.seed == bert.seed.min()) & (bert.head_state == "warm")].set_index("layer")
+        >>> zest_fast.Ranker()
+        Ranker, not fitted
+        >>> zest_fast.Ranker().predict(rows)
+        Traceback (most recent call last):
+        RuntimeError: this Ranker has learned nothing yet; fit it to records, or load one
+
+        `zest_fast.Ranker().fit(records)` takes half a minute; what `save` then writes, `Ranker.load(path)` reads.
     """
 
-    def __init__(self, *, seed: int = 0, features: str = "all") -> None:
+    def __init__(self, *, seed: int = 0, features: FeatureSet = "all") -> None:
         if features not in FEATURE_SETS:
             raise ValueError(f"features must be 'all' or 'metrics', not {features!r}")
         self.seed, self.features = int(seed), features

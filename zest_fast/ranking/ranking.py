@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -29,9 +29,27 @@ class Scorer(Protocol):
 def rank(profile: LayerProfile, by: str | Scorer | None = None) -> Ranking:
     """Order the layers of `profile`, best first.
 
-    by: the name of a metric of the profile (larger is better), a Ranker or another object with `.predict(profile)` that
-    returns a score for each row, or None = the Ranker that ships (NotImplementedError where none does).
-    Raises ValueError for a metric that the profile does not hold and for scores of another shape.
+    Args:
+        profile: of the model and a batch of the task.
+        by: the name of a metric of the profile (larger is better), a Ranker or another object with `.predict(profile)`
+            that returns a score for each row, or None = the Ranker that ships.
+
+    Returns:
+        A Ranking, whose `.top(n)` SelectiveBackward takes.
+
+    Raises:
+        ValueError: a metric that the profile does not hold, or scores of another shape.
+        TypeError: no LayerProfile, or nothing that can score one.
+        NotImplementedError: by=None where no Ranker ships.
+
+    Examples:
+        >>> import torch, zest_fast
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> profile = zest_fast.profile(model, (torch.randn(6, 4), torch.randint(3, (6,))))
+        >>> ranking = zest_fast.rank(profile, by="snip")
+        >>> sorted(ranking.top(2))
+        ['0', '2']
     """
     if not isinstance(profile, LayerProfile):
         raise TypeError(f"profile must be a LayerProfile, not {type(profile).__name__}")
@@ -53,18 +71,37 @@ def rank(profile: LayerProfile, by: str | Scorer | None = None) -> Ranking:
 class Ranking:
     """Layers, best first: largest score first, NaN last, equal scores by depth.
 
-    names: every row of the profile, the head included. scores: float64 [layers] in the order of `names`.
-    intervals: float64 [layers, 2], the lower and the upper end of each score (80 %, of a Ranker); NaN where nothing
-    estimates them, as for a single metric of one batch. by: the metric or the Ranker that gave the scores.
+    Args:
+        profile: whose rows are ranked.
+        scores: float [layers], in the order of `profile.names`.
+        by: the metric or the Ranker that gave the scores.
+        assessment: what a Ranker says beyond the scores, in the same order.
+
+    Attributes:
+        names: every row of the profile, the head included.
+        scores: float64 [layers] in the order of `names`.
+        intervals: float64 [layers, 2], the lower and the upper end of each score (80 %, of a Ranker); NaN where nothing
+            estimates them, as for a single metric of one batch.
+        by: as above.
+
+    Raises:
+        ValueError: scores of another shape.
+
+    Examples:
+        >>> import torch, zest_fast
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> profile = zest_fast.profile(model, (torch.randn(6, 4), torch.randint(3, (6,))))
+        >>> ranking = zest_fast.Ranking(profile, profile.column("fisher"), by="my score")
+        >>> ranking.heads
+        ('4',)
+        >>> ranking.explain()["rank"].tolist()
+        [1, 2, 3]
     """
 
     def __init__(
         self, profile: LayerProfile, scores: np.ndarray, *, by: str, assessment: Assessment | None = None
     ) -> None:
-        """scores: float [layers], in the order of `profile.names`. Raises ValueError for another shape.
-
-        assessment: what a Ranker says beyond the scores, in the same order.
-        """
         scores = np.asarray(scores, dtype=np.float64)
         if scores.shape != (len(profile),):
             raise ValueError(
@@ -159,12 +196,12 @@ class Ranking:
         rest = f"\n… and {len(self) - len(shown)} more" if len(self) > len(shown) else ""
         return f"{head}\n{text_table(header, rows, left=3)}{rest}"
 
-    def _cells(self, place: int, name: str, score: float, info: dict) -> list[str]:
+    def _cells(self, place: int, name: str, score: float, info: dict[str, Any]) -> list[str]:
         label = shorten(name) + (" (head)" if info.get("head") else "")
         ends = [number(end) for end in self.intervals[place].tolist()]
         return [str(place + 1), label, str(info.get("kind", "")), number(score), *ends]
 
-    def _rows(self) -> Iterator[tuple[str, float, dict]]:
+    def _rows(self) -> Iterator[tuple[str, float, dict[str, Any]]]:
         return zip(self.names, self.scores.tolist(), self._info, strict=True)
 
 

@@ -95,7 +95,7 @@ def _tables(
     matches = find(group, architectures)
     layers = layer_prior(group, matches, without_family=pair.family)
     usual = usual_metrics(group, matches, without_family=pair.family)
-    kinds = kind_prior(group.layout, others, without_family=pair.family)
+    kinds = kind_prior(group.traits, others, without_family=pair.family)
     known = features_of(group, layers, kinds, usual)[scored]
     new = known.copy()
     new[:, [FEATURES.index(name) for name in OF_KNOWN_LAYERS]] = np.nan

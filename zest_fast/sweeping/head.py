@@ -78,7 +78,7 @@ def descend(
         return loss
 
     with torch.enable_grad():
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)
     optimizer.zero_grad()
 
 

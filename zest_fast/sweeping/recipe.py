@@ -17,8 +17,31 @@ class Recipe:
     A layer's learning rate is `layer_lr_factor` x RMS(W), at most `max_layer_lr`: stems and early depthwise layers have
     large weights of few inputs, and a rate in proportion to those breaks them. Both rates fall linearly to zero.
 
-    Samples are drawn by seed, disjoint between seeds as far as the split reaches; None = the whole split.
-    Raises ValueError for values that cannot be.
+    Args:
+        steps: training steps of each layer.
+        batch_size: samples in a step.
+        optimizer: "adam".
+        decay: "linear".
+        head_lr: learning rate of the head.
+        layer_lr_factor: see above.
+        max_layer_lr: see above.
+        seeds: samples are drawn by seed, disjoint between seeds as far as the split reaches.
+        head_samples: so many a seed warm the head; None = the whole split.
+        train_samples: so many a seed train a layer; None = the whole split.
+        profile_samples: the first of the seed's training samples make the mini-batch that is profiled.
+        head_strengths: L2 of the head, one of these.
+        note: what the numbers do not say.
+
+    Raises:
+        ValueError: values that cannot be.
+
+    Examples:
+        >>> import zest_fast
+        >>> recipe = zest_fast.Recipe(steps=8, seeds=(0,))
+        >>> recipe.layer_lr(rms=0.05)
+        0.0005
+        >>> recipe == zest_fast.Recipe.from_dict(recipe.to_dict())
+        True
     """
 
     steps: int = 32

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zest_fast.finetuning.digests import hash_tensors
+from zest_fast.foundation.version import __version__
 from zest_fast.profiling.borrowing.model_state import ModelState
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
 from zest_fast.profiling.metrics import ALL_METRIC_NAMES
@@ -72,8 +73,9 @@ def sweep(
         layers: as in `profile`; None = every layer but embeddings. The head is never among them.
         recipe: None = `Recipe()`.
         out: the record file. A sweep that was interrupted, in whatever way, goes on from it.
-        model_name, dataset_name, family: how the records call them (default: the model's class, "dataset", and the
-            name of the data set). Data sets that share samples are one family.
+        model_name: how the records call the model; None = its class.
+        dataset_name: how they call the data set.
+        family: data sets that share samples are one family; None = the name of the data set.
         reuse: False runs every pass from the input: for measuring what reuse is worth.
         cache_bytes: how much may be kept in memory (by each worker of Ray; by all local ones together); beyond, it is
             memory-mapped beside `out`.
@@ -89,6 +91,16 @@ def sweep(
     Raises:
         ValueError, TypeError: arguments that do not fit, and a record file of another sweep or a damaged one.
         RuntimeError: a record file that cannot be written or is in use, and a trial in which worker after worker dies.
+
+    Examples:
+        >>> import torch, zest_fast
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> splits = {name: (torch.randn(24, 4), torch.arange(24) % 3) for name in ("head", "train", "score")}
+        >>> recipe = zest_fast.Recipe(steps=2, batch_size=4, seeds=(0,), profile_samples=8)
+        >>> frame = zest_fast.sweep(model, splits, recipe=recipe, out="sweep.jsonl", progress=False)
+        >>> frame[["layer", "head_state"]].values.tolist()
+        [['0', 'warm'], ['0', 'fresh']]
     """
     recipe = recipe or Recipe()
     if not isinstance(recipe, Recipe):
@@ -334,13 +346,12 @@ def _command() -> str:
 
 def _environment() -> dict[str, str]:
     """What the numbers should not depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        own = version("zest_fast")
-    except PackageNotFoundError:  # run from a checkout
-        own = "unknown"
-    return {"zest_fast": own, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
+    return {
+        "zest_fast": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _encode(tensor: Tensor) -> str:

@@ -66,8 +66,21 @@ _HEADER = Keys(
 def load_records(path: str | os.PathLike[str] | None = None) -> pandas.DataFrame:
     """What layers turned out to be worth: a row for each model, data set, seed, layer and state of the profiled head.
 
-    path: a Parquet file that `consolidate` wrote; None = the records that ship with the library.
-    Raises ValueError, naming the file, where it cannot be read.
+    Args:
+        path: a Parquet file that `consolidate` wrote; None = the records that ship with the library.
+
+    Returns:
+        A DataFrame, as `sweep` returns it, of several sweeps.
+
+    Raises:
+        ValueError: a file that cannot be read; it is named.
+        FileNotFoundError: there is none.
+
+    Examples:
+        >>> import zest_fast
+        >>> records = zest_fast.load_records()
+        >>> {"model", "dataset", "seed", "layer", "loss", "snip"} <= set(records.columns)
+        True
     """
     path = Path(path) if path is not None else SHIPPED
     sweeps_of(path)  # says what is wrong with a foreign file
@@ -80,7 +93,23 @@ def load_records(path: str | os.PathLike[str] | None = None) -> pandas.DataFrame
 
 
 def sweeps_of(path: str | os.PathLike[str] | None = None) -> list[dict[str, Any]]:
-    """What the file says of each sweep: model, dataset, recipe, versions, command, seconds, ..."""
+    """What the file says of each sweep: model, dataset, recipe, versions, command, seconds, ...
+
+    Args:
+        path: as for `load_records`.
+
+    Returns:
+        A mapping for each sweep.
+
+    Raises:
+        ValueError: a file that holds no records.
+        FileNotFoundError: there is none.
+
+    Examples:
+        >>> import zest_fast
+        >>> len(zest_fast.sweeps_of()) == len(zest_fast.load_records()[["model", "dataset"]].drop_duplicates())
+        True
+    """
     path = Path(path) if path is not None else SHIPPED
     if not path.exists():
         raise FileNotFoundError(f"there is no file {str(path)!r}")
@@ -136,8 +165,29 @@ def consolidate(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[
     """Write the records of finished sweeps into one Parquet file, beside those that it holds already.
 
     Unfinished sweeps, which lack the late layers, are left out; a pair of model and data set that is there already is
-    replaced. Raises ValueError where a model was swept under two recipes, the metrics are of two versions, or two files
-    hold the same pair.
+    replaced.
+
+    Args:
+        paths: record files of `sweep`.
+        out: the file to write or to add to; it is replaced at once or kept.
+
+    Returns:
+        The path of `out`.
+
+    Raises:
+        ValueError: no sweep is finished, a model was swept under two recipes, the metrics are of two versions, or two
+            files hold the same pair.
+
+    Examples:
+        >>> import torch, zest_fast
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> splits = {name: (torch.randn(24, 4), torch.arange(24) % 3) for name in ("head", "train", "score")}
+        >>> recipe = zest_fast.Recipe(steps=2, batch_size=4, seeds=(0,), profile_samples=8)
+        >>> _ = zest_fast.sweep(model, splits, recipe=recipe, out="sweep.jsonl", progress=False)
+        >>> records = zest_fast.consolidate(["sweep.jsonl"], "records.parquet")
+        >>> zest_fast.load_records(records)["layer"].unique().tolist()
+        ['0']
     """
     import pandas
     import pyarrow

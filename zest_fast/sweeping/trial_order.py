@@ -13,7 +13,7 @@ from zest_fast.profiling.layers import Layer
 from zest_fast.sweeping.boundaries import PROBED, Boundary, Call, Trace, anything_before, trace_calls, what_prevents
 from zest_fast.sweeping.inputs import Inputs, count, rows_of
 from zest_fast.sweeping.prefix_cache import find_boundary
-from zest_fast.sweeping.trials import Task
+from zest_fast.sweeping.trials import LayerTask
 
 
 def plan(
@@ -24,7 +24,7 @@ def plan(
     *,
     reuse: bool,
     limit: int,
-) -> dict[str, Task]:
+) -> dict[str, LayerTask]:
     """By layer, in the order of the boundaries; warns where the full forward pass has to run.
 
     left: the seeds that are left to do for each layer. inputs: a few samples are run. limit: bytes a sample.
@@ -40,7 +40,7 @@ def plan(
         if reuse and count(probe) == PROBED:
             parameters = tuple(dict.fromkeys((*part.parameters, *trained)))
             boundary = find_boundary(model, trace, place, parameters, probe, limit)
-        tasks.append(Task(part, seeds, place, boundary))
+        tasks.append(LayerTask(part, seeds, place, boundary))
     recomputed = [task for task in tasks if not task.boundary.skipped and anything_before(task.place)]
     if reuse and recomputed:
         why = what_prevents(recomputed[0].place)

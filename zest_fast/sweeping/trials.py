@@ -29,7 +29,7 @@ class Trial(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class LayerTask:
     """One layer with what is left to do for it, and where its passes are taken up."""
 
     part: Part
@@ -55,7 +55,7 @@ class Trials:
     """Weight and bias of the head that each seed starts from."""
     rows: Mapping[int, Tensor]
     """The samples of `train` that each seed trains on."""
-    tasks: Mapping[str, Task]
+    tasks: Mapping[str, LayerTask]
     """By layer, in the order of the boundaries."""
     train: tuple[Inputs, Tensor]
     score: tuple[Inputs, Tensor]
@@ -99,7 +99,7 @@ class Trials:
             result = self._measure(trial, *self._new_caches())
         return {**result, "seconds": round(time.perf_counter() - began, 3)}
 
-    def _reuses(self, task: Task) -> bool:
+    def _reuses(self, task: LayerTask) -> bool:
         boundary = task.boundary
         if task.part.name in self._plain or not boundary.skipped:
             return False

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zest_fast.foundation.torch_private import neg_view, storage_key
 from zest_fast.kernels.storage import has_storage
 
 COPIED_BYTES = 4 << 20
@@ -145,7 +146,7 @@ def _joined(group: list[_Kept]) -> Tensor:
 def _as_integers(x: Tensor) -> Tensor:
     """The bits: a comparison of floats takes -0.0 for 0.0 and NaN for different from itself."""
     if x.is_neg():
-        x = torch._neg_view(x)  # the same memory without the bit
+        x = neg_view(x)  # the same memory without the bit
     if x.is_complex():
         x = torch.view_as_real(x.resolve_conj())
     return x.view(_INTEGERS[x.element_size()])
@@ -154,6 +155,6 @@ def _as_integers(x: Tensor) -> Tensor:
 def storage_of(x: Tensor) -> int:
     """A number for the storage, whatever address it has; 0 of a tensor that has none."""
     try:
-        return x.untyped_storage()._cdata
+        return storage_key(x.untyped_storage())
     except RuntimeError:
         return 0

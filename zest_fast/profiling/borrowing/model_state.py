@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zest_fast.foundation.nearest import some
+from zest_fast.foundation.torch_private import post_accumulate_hooks, set_post_accumulate_hooks
 from zest_fast.profiling.borrowing.kept_attributes import KeptAttributes
 from zest_fast.profiling.borrowing.kept_random import KeptRandom
 from zest_fast.profiling.borrowing.kept_values import CopyOnWrite, KeptValues, storage_of
@@ -55,7 +56,7 @@ class ModelState(AbstractContextManager["ModelState"]):
         modules = self._modules
         unique = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
         parameters = list(unique.values())
-        self._parameters = [(p, p.requires_grad, p.grad, p._post_accumulate_grad_hooks) for p in parameters]
+        self._parameters = [(p, p.requires_grad, p.grad, post_accumulate_hooks(p)) for p in parameters]
         self._modes = [(module, module.training) for module in modules]
         # The dictionaries, because a model may replace or add buffers; clones, because it may write into them.
         self._registered: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -79,8 +80,8 @@ class ModelState(AbstractContextManager["ModelState"]):
         self._random = KeptRandom(parameters, self._attributes.objects, self._functions, forwards_of(modules))
         for p in parameters:
             p.grad = None
-            if p._post_accumulate_grad_hooks is not None:
-                p._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+            if post_accumulate_hooks(p) is not None:
+                set_post_accumulate_hooks(p, None)
         self.set_flags(own=False)
         return self
 
@@ -177,7 +178,8 @@ class ModelState(AbstractContextManager["ModelState"]):
         for p, requires_grad, grad, hooks in self._parameters:
             p.requires_grad_(requires_grad)
             p.grad = grad
-            p._post_accumulate_grad_hooks = hooks
+            if hooks is not post_accumulate_hooks(p):
+                set_post_accumulate_hooks(p, hooks)
         self.rewind()
         lost = self._values[0].lost
         if lost and kind is None:

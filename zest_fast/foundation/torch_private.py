@@ -1,0 +1,239 @@
+"""The private parts of torch that zest_fast uses, all of them: each with why, and a test that names it when it changes
+(tests/foundation/test_torch_private.py). Seen in torch 2.6 and 2.13.
+
+Everything here asks, but for `set_run_backward` and `set_post_accumulate_hooks`, which put something in and back again.
+What is asked in every call of a layer is torch's own function under a name of ours, not one of ours around it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, MutableMapping
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules import module as _calls
+from torch.utils.checkpoint import CheckpointFunction
+
+__all__ = [
+    "DataDependentOutputException",  # of dry runs: the model looks at values
+    "DynamicOutputShapeException",  # of dry runs: a shape depends on values
+    "FakeTensor",  # plans are made of them: a shape without data
+    "FakeTensorMode",
+    "StorageWeakRef",  # keeps the address of a storage from being given to another one
+]
+
+Hooks = MutableMapping[int, Callable[..., Any]]
+
+# The backward pass that runs
+
+# The id of the backward pass on this thread, -1 outside of any: what is recomputed in backward is no forward pass.
+current_task: Callable[[], int] = torch._C._current_graph_task_id
+
+# The node that backward runs on this thread, or None: what it makes belongs to the module that made the node.
+current_node: Callable[[], Any] = torch._C._current_autograd_node
+
+# The number that the next node gets: nodes of backward are told apart by the module that ran when they were made.
+next_sequence_number: Callable[[], int] = torch._C._autograd._get_sequence_nr
+
+
+def sequence_number(node: Any) -> int:
+    """The number that a node got in forward."""
+    return cast(int, node._sequence_nr())
+
+
+_autograd: Any = torch.autograd  # as a value: it exports no private name to type checkers
+
+
+def run_backward() -> Callable[..., Any]:
+    """What every call of `backward` and `grad` from Python ends in; a pass must know of passes that are not its own."""
+    return cast(Callable[..., Any], _autograd._engine_run_backward)
+
+
+def set_run_backward(function: Callable[..., Any]) -> None:
+    _autograd._engine_run_backward = function
+
+
+def saved_tensors_are_moved() -> bool:
+    """Whether hooks decide what becomes of tensors that autograd saves now: checkpointing, offloading."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in torch 2.6
+    return top is None or top(True) is not None
+
+
+def inputs_of_checkpoint() -> tuple[bool, ...] | None:
+    """Inside of reentrant checkpointing which of its inputs need a gradient, else None: nothing public says so.
+
+    Looks for the frame of its forward among those that run.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return tuple(frame.f_locals["ctx"].needs_input_grad)
+    return None
+
+
+# Modes, transforms and derivatives that stand between a module and its kernels
+
+# Whether torch.func (vmap, grad, jvp) is at work on this thread: it wants plain operators, which it can differentiate.
+transforms_are_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+# The innermost of its interpreters, or None.
+innermost_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+
+# Whether a tensor stands for others inside of it, and has no memory of its own.
+is_transform_wrapper: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+
+# Whether autocast is on for any device: the public question is asked device by device, in every call of a Linear.
+is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+# Within it a tensor subclass is not asked what to do: __torch_function__ of a subclass may use the tensor itself.
+without_torch_function: Callable[[], AbstractContextManager[Any]] = torch._C.DisableTorchFunctionSubclass
+
+_OWN_MODES = ("torch", "zest_fast")  # modes of these packages watch, place or fake tensors, and leave values alone
+_forward_mode: Any = sys.modules["torch.autograd.forward_ad"]
+
+
+def forward_mode_is_on() -> bool:
+    """Whether forward-mode derivatives are taken: autograd functions without a jvp have none."""
+    return bool(_forward_mode._current_level >= 0)
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether a tensor stands for others, inside of `torch.func` (vmap, grad, jvp) or forward-mode derivatives."""
+    return is_transform_wrapper(x) or (
+        _forward_mode._current_level >= 0 and _forward_mode.unpack_dual(x).tangent is not None
+    )
+
+
+def is_altered() -> bool:
+    """Whether a mode that is not torch's own stands between a module and its kernels, or a hook on all modules."""
+    if _calls._global_forward_hooks:
+        return True
+    if not (torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()):
+        return False
+    modes: list[object] = [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+    modes += [torch._C._get_dispatch_stack_at(i) for i in range(torch._C._len_torch_dispatch_stack())]
+    return any(type(mode).__module__.partition(".")[0] not in _OWN_MODES for mode in modes)
+
+
+def compiler_is_loaded() -> bool:
+    """Whether anything can have been compiled; importing the compiler to ask would cost a second for nothing."""
+    return "torch._dynamo" in sys.modules
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called: its code misses hooks that are put on later."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+# Hooks, which can be put on in public and seen in private only
+
+
+def forward_hooks(module: nn.Module) -> Hooks:
+    """In the order in which they run: ours has to be the first or the last."""
+    return module._forward_hooks
+
+
+def forward_pre_hooks(module: nn.Module) -> Hooks:
+    return module._forward_pre_hooks
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at the gradients of a module: they must be those of the plain module then."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def gradient_hooks(tensor: Tensor) -> Hooks | None:
+    """Of `tensor.register_hook`: they act on the gradient of a leaf only where it is formed."""
+    return tensor._backward_hooks
+
+
+def post_accumulate_hooks(tensor: Tensor) -> Hooks | None:
+    """Of `register_post_accumulate_grad_hook`: an optimizer in backward, which a profile must not run."""
+    return tensor._post_accumulate_grad_hooks
+
+
+def set_post_accumulate_hooks(tensor: Tensor, hooks: Hooks | None) -> None:
+    """None alone would take none away: the engine keeps what it was given last, so it gets an empty one before."""
+    if hooks is None:
+        tensor._post_accumulate_grad_hooks = OrderedDict()
+    tensor._post_accumulate_grad_hooks = hooks  # type: ignore[assignment]
+
+
+# Tensors and their memory
+
+# Whether a tensor is a view, asked of every output of a layer; `_base` says it of some only.
+is_view: Callable[[Tensor], bool] = Tensor._is_view
+
+# Makes a tensor with a shape and no memory, which stands for one that is computed when it is asked for.
+make_wrapper_subclass: Callable[..., Any] = Tensor._make_wrapper_subclass
+
+
+def ragged_dimension(x: Tensor) -> int:
+    """Which dimension of a jagged tensor has rows of different lengths."""
+    return int(x._ragged_idx)  # type: ignore[attr-defined]
+
+
+def python_function(node: Any) -> type | None:
+    """The autograd function that a node of the graph belongs to, where it is written in Python."""
+    return getattr(type(node), "_forward_cls", None)
+
+
+def tensor_key(tensor: Tensor) -> int:
+    """A number for the tensor that Python objects of it share, without holding it."""
+    return tensor._cdata
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """A number for a storage while it lives, whatever its address is: fake ones have none, empty ones share 0."""
+    return storage._cdata
+
+
+def use_counts(tensor: Tensor) -> tuple[int, int]:
+    """How many hold the tensor, and its storage, as seen from a dispatch mode.
+
+    The engine adds gradients in place where it alone holds one: a plan must know when that is. To be asked only where
+    `use_counts_are_told`; elsewhere a plan takes it that they are not added in place.
+    """
+    of_storage = torch._C._storage_Use_Count(storage_key(tensor.untyped_storage()))
+    return tensor._use_count(), of_storage  # type: ignore[attr-defined]
+
+
+use_counts_are_told = hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")
+
+
+# A tensor that torch.compile and functionalisation wrap around another one.
+is_functional: Callable[[Tensor], bool] = torch._is_functional_tensor
+
+# The same memory with its bit for "negated" turned over: bits are compared where they lie, without a copy.
+neg_view: Callable[[Tensor], Tensor] = torch._neg_view
+
+
+# What an operator will run
+
+
+def conv_backends(*names: str) -> tuple[Any, ...]:
+    """Those of the ways to run a convolution that this torch knows by these names."""
+    known = getattr(torch._C, "_ConvBackend", None)
+    return tuple(one for name in names if (one := getattr(known, name, None)) is not None)
+
+
+# Which of them torch takes for a convolution, or None where it does not tell: only some hold copies.
+select_conv_backend: Callable[..., Any] | None = getattr(torch._C, "_select_conv_backend", None)
+
+
+def called_with_tensors(formula: Callable[..., int]) -> Callable[..., int]:
+    """The mark by which FlopCounterMode knows a formula that is called with tensors, not with their shapes."""
+    formula._get_raw = True  # type: ignore[attr-defined]
+    return formula

@@ -1,7 +1,8 @@
 """Damaged files of every format: answered or refused by name, and nothing worse.
 
 The default suite reads a few hundred of each; `pytest -m slow tests/foundation/test_mutations.py` reads 3,000 of each
-(half an hour, of which the files of trainers take most). One format alone: `python tests/support/mutations.py ranker 0 3000`.
+(half an hour, of which the files of trainers take most). One format alone:
+`python tests/support/mutations.py ranker 0 3000`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Files of formats that were written before load to the numbers that went in: tests/data is never written anew.
 
-A format that changes gets files of a new number beside these. Deltas and runs: tests/finetuning/test_delta_mutations.py;
-the first Ranker: tests/ranking/test_trees.py.
+A format that changes gets files of a new number beside these. Deltas and runs are read in
+tests/finetuning/test_delta_mutations.py, the first Ranker in tests/ranking/test_trees.py.
 """
 
 from __future__ import annotations

@@ -327,16 +327,21 @@ def test_no_flipped_bit_of_the_tensors_is_taken(kind, tmp_path):
         assert other.state() == before
 
 
-def test_files_of_versions_without_a_checksum_load():
+@pytest.mark.parametrize(
+    ("delta", "run"),
+    [("delta_v2.safetensors", "run_v1.pt"), ("delta_v3.safetensors", "run_v2.pt")],
+    ids=["without a checksum", "with one"],
+)
+def test_files_of_versions_before_load(delta, run):
     job = Job()
-    assert job.tuned.load(DATA / "delta_v2.safetensors") is job.tuned
+    assert job.tuned.load(DATA / delta) is job.tuned
     loaded = {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
     other = Job()
-    assert other.resume(DATA / "run_v1.pt") == {"step": 2}
+    assert other.resume(DATA / run) == {"step": 2}
     for name, tensor in other.model.state_dict().items():
         assert torch.equal(tensor, loaded[name]), name
     assert other.scheduler.last_epoch == 2 and other.optimizer.state_dict()["state"][0]["step"] == 2
-    assert apply_delta(job.base, DATA / "delta_v2.safetensors").recipe == {"rate": 0.01}
+    assert apply_delta(job.base, DATA / delta).recipe == {"rate": 0.01}
 
 
 def test_what_is_no_file_is_not_read(tmp_path):

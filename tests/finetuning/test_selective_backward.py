@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from profiles import make_profile
-from small_models import Mlp, Recurrent, assert_same, conv_net, images, llama, snapshot, step
+from small_models import SIZES, Mlp, Recurrent, assert_same, conv_net, images, llama, snapshot, step
 from torch import nn
 
 from zest_fast.finetuning.selective_backward import SelectiveBackward
@@ -131,13 +131,7 @@ def test_language_model_trains_no_head_unless_named():
 
 def test_head_of_a_transformers_classifier_is_found():
     transformers = pytest.importorskip("transformers")
-    sizes = {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 24,
-        "vocab_size": 40,
-    }
+    sizes = {**SIZES, "num_hidden_layers": 1}
     model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes))
     tuned = SelectiveBackward(model, ["bert.encoder.layer.0.output.dense"])
     assert tuned.summary().head == ("classifier",)
@@ -383,13 +377,7 @@ def test_compiling_after_wrapping():
 
 def gpt_oss():
     transformers = pytest.importorskip("transformers")
-    sizes = {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 24,
-        "vocab_size": 40,
-    }
+    sizes = {**SIZES, "num_hidden_layers": 1}
     config = transformers.GptOssConfig(**sizes, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1)
     return transformers.GptOssForCausalLM(config)
 

@@ -1,4 +1,3 @@
-import builtins
 import csv
 
 import pandas
@@ -8,6 +7,7 @@ import transformers
 from checkpoints import TEXTS, save_bert, save_digits, save_jsonl, save_llama, save_resnet
 from PIL import Image
 from torch.utils.data import DataLoader
+from without_module import refuse_import
 
 from zest_fast.integrations.datasets import IMAGENET_MEAN, IMAGENET_STD, class_names, make_loaders, open_data
 from zest_fast.integrations.pretrained import LoadedModel, load_model
@@ -310,13 +310,6 @@ def test_a_torn_image_is_named(tmp_path, plain, kept):
 
 def test_without_pillow_the_pip_line(tmp_path, plain, monkeypatch):
     data = open_data(str(save_digits(tmp_path / "digits", classes=2, each=1)))
-    real_import = builtins.__import__
-
-    def refuse(name, *rest, **named):
-        if name == "PIL":
-            raise ModuleNotFoundError("No module named 'PIL'", name="PIL")
-        return real_import(name, *rest, **named)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    refuse_import(monkeypatch, "PIL")
     with pytest.raises(ImportError, match="pip install pillow"):
         make_loaders(data, plain, batch_size=1)

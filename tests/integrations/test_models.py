@@ -1,4 +1,3 @@
-import builtins
 import json
 import os
 import subprocess
@@ -9,6 +8,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import TEXTS, minilm, save_bert, save_lite0, save_llama, save_resnet
+from without_module import refuse_import
 
 from zest_fast.integrations.pretrained import find_task, load_model
 from zest_fast.integrations.references import load_function
@@ -230,14 +230,7 @@ def test_torn_tokenizer(tmp_path):
 
 
 def test_without_transformers_the_pip_line(monkeypatch):
-    real_import = builtins.__import__
-
-    def refuse(name, *rest, **named):
-        if name == "transformers":
-            raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
-        return real_import(name, *rest, **named)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    refuse_import(monkeypatch, "transformers")
     with pytest.raises(ImportError, match=r"pip install 'zest_fast\[transformers\]'"):
         load_model("bert-base-uncased")
 

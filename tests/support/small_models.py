@@ -37,16 +37,18 @@ def images(count=5):
     return 3 + 2 * torch.randn(count, 1, 6, 6)
 
 
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "vocab_size": 40,
+}  # of a model of transformers
+
+
 def llama(**config):
     transformers = pytest.importorskip("transformers")
-    sizes = {
-        "hidden_size": 16,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "intermediate_size": 24,
-        "vocab_size": 40,
-    }
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **config}))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **config}))
 
 
 def step(parameters, loss):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import torch
@@ -144,3 +147,22 @@ def make(kind):
             inputs = torch.randn(samples, *shape) + targets.view(-1, *(1 for _ in shape))
         splits[split] = (inputs, targets)
     return model, splits
+
+
+def child(program: str) -> subprocess.Popen:
+    """A process that runs `program` and finds the modules that this one finds."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[2], env=environment)
+
+
+def kill_after(program: str, path: Path, layers: int) -> None:
+    """Run a program that sweeps into `path`, and kill it once so many layers are recorded."""
+    process = child(program)
+    try:
+        deadline = time.monotonic() + 60
+        while not path.exists() or path.read_bytes().count(b'"record":"layer"') < layers:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
-import subprocess
-import sys
-import time
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import pandas
 import pytest
 import torch
 from small_models import assert_same, snapshot
-from sweeping_models import RECIPE, Attention, OneLayer, PeeksAhead, Preactivated, Residual, make
+from sweeping_models import RECIPE, Attention, OneLayer, PeeksAhead, Preactivated, Residual, kill_after, make
 from torch import nn
 
 import zest_fast
@@ -288,17 +283,7 @@ def test_a_sweep_that_was_killed_goes_on_and_loses_nothing(tmp_path) -> None:
         "model, splits = make(Residual)\n"
         f"module.sweep(model, splits, recipe=RECIPE, out={str(path)!r})\n"
     )
-    root = Path(__file__).parents[2]
-    paths = f"{root}:{root / 'tests/support'}"
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=root, env={**os.environ, "PYTHONPATH": paths})
-    try:
-        deadline = time.monotonic() + 60
-        while not path.exists() or path.read_bytes().count(b'"record":"layer"') < 4:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    kill_after(program, path, layers=4)
     before = path.read_bytes()
     done = before.count(b'"record":"layer"')
     assert 4 <= done < 14

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -66,7 +63,7 @@ from reuse_models import (
     make_splits,
 )
 from small_models import assert_same, snapshot
-from sweeping_models import RECIPE
+from sweeping_models import RECIPE, child
 from torch import nn
 
 from zest_fast.sweeping.boundaries import trace_calls
@@ -275,10 +272,7 @@ def test_a_process_that_is_killed_leaves_nothing_but_its_records(tmp_path) -> No
         "model, splits = make(Residual)\n"
         f"sweep(model, splits, recipe=RECIPE, out={str(tmp_path / 'records.jsonl')!r}, cache_bytes=0)\n"
     )
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests/support'}"}
-    ended = subprocess.run([sys.executable, "-c", program], cwd=root, env=environment, timeout=120, check=False)
-    assert ended.returncode == -signal.SIGKILL
+    assert child(program).wait(timeout=120) == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
 
 

@@ -5,17 +5,13 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pandas
 import pytest
 from small_models import assert_same, snapshot
-from sweeping_models import RECIPE, Mortal, Residual, make
+from sweeping_models import RECIPE, Mortal, Residual, kill_after, make
 from torch import nn
 
 from zest_fast.sweeping import local_workers
@@ -141,17 +137,7 @@ def test_workers_end_with_their_parent_and_free_the_file(tmp_path) -> None:
         "trials.evaluate = lambda *a: (time.sleep(0.1), evaluate(*a))[1]\n"
         f"run({str(path)!r}, 2)\n"
     )
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests/support'}"}
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=root, env=environment)
-    try:
-        deadline = time.monotonic() + 60
-        while not path.exists() or path.read_bytes().count(b'"record":"layer"') < 2:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    kill_after(program, path, layers=2)
     run(path, 1)  # at once: no worker holds the lock
     assert_each_once(path, 14)
 

@@ -193,7 +193,7 @@ def consolidate(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[
     import pyarrow
     from pyarrow import parquet
 
-    from zest_fast.ranking.contributions import check_one_recipe_a_model  # which imports pandas
+    from zest_fast.ranking.contributions import check_sweeps  # with pandas
 
     sources: dict[tuple[str, str], str] = {}
     frames, sweeps = [], []
@@ -218,8 +218,7 @@ def consolidate(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[
         frame = load_records(out)
         frames = [*(frame[(frame.model == m) & (frame.dataset == d)] for m, d in map(_pair, kept)), *frames]
         sweeps = [*kept, *sweeps]
-    check_one_recipe_a_model(sweeps)
-    _check_one_meaning(sweeps)
+    check_sweeps(sweeps)
     try:
         table = pyarrow.Table.from_pandas(pandas.concat(frames, ignore_index=True), preserve_index=False)
     except (pyarrow.ArrowException, OverflowError) as error:
@@ -232,21 +231,6 @@ def consolidate(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[
 
 def _pair(sweep: Mapping[str, Any]) -> tuple[str, str]:
     return sweep["model"], sweep["dataset"]
-
-
-def _check_one_meaning(sweeps: list[dict[str, Any]]) -> None:
-    first = sweeps[0]
-    for sweep in sweeps:
-        if _definitions(sweep) != _definitions(first):
-            raise ValueError(
-                f"the metrics of {sweep['model']} on {sweep['dataset']} are of definitions "
-                f"{_definitions(sweep)}, those of {first['model']} on {first['dataset']} of "
-                f"{_definitions(first)}; their records are not mixed"
-            )
-
-
-def _definitions(sweep: Mapping[str, Any]) -> Any:
-    return sweep.get("versions", {}).get("definitions")
 
 
 def records_to_frame(header: Mapping[str, Any], records: Iterable[Record]) -> pandas.DataFrame:

@@ -1,0 +1,81 @@
+"""Files of formats that were written before load to the numbers that went in: tests/data is never written anew.
+
+A format that changes gets files of a new number beside these. Deltas and runs are read in
+tests/finetuning/test_delta_mutations.py, the first Ranker in tests/ranking/test_trees.py.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+
+from zest_fast import LayerProfile, Ranker, load_records, rank
+from zest_fast.sweeping.records import RecordFile, read_records
+from zest_fast.sweeping.tables import consolidate, sweeps_of
+
+DATA = Path(__file__).parents[1] / "data"
+PROFILES = ("profile_v1.json", "profile_v1.parquet")
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_profile(name: str) -> None:
+    profile = LayerProfile.load(DATA / name)
+    assert profile.names == ["conv", "lin", "head"] and len(profile.metrics) == 15
+    assert profile["lin"]["snip"] == 0.0881520065404402 and profile["head"]["grad_norm"] == 0.09015217930871344
+    assert math.isnan(profile["conv"]["fisher"])
+    assert profile.loss == 0.7169085741043091 and profile.backend == "cpu"
+    assert profile.uncovered == {
+        "embed.weight": "an embedding; name it in layers= to profile it",
+        "lone.weight": "no gradient reached it: its module was not called",
+    }
+    assert profile.info["conv"]["shape"] == [3, 4, 1] and profile.info["head"]["head"] is True
+    assert profile.info["conv"]["note"].startswith("act and fisher undefined: Conv1d 'conv' was not called")
+
+
+def test_both_files_of_a_profile_hold_the_same() -> None:
+    json, parquet = (LayerProfile.load(DATA / name) for name in PROFILES)
+    np.testing.assert_array_equal(json.values, parquet.values)
+    assert json.metrics == parquet.metrics and json.info == parquet.info
+
+
+def test_ranker(tmp_path: Path) -> None:
+    path = tmp_path / "ranker.json"
+    path.write_bytes(gzip.decompress((DATA / "ranker_v2.json.gz").read_bytes()))
+    ranking = rank(LayerProfile.load(DATA / PROFILES[0]), by=Ranker.load(path))
+    assert ranking.names == ["conv", "lin", "head"]
+    np.testing.assert_allclose(ranking.scores, [0.5365457109400458, 0.46345428905995417, math.nan], rtol=1e-12)
+
+
+def test_record_file_is_read_and_continued(tmp_path: Path) -> None:
+    header, records = read_records(DATA / "records_v1.jsonl")
+    assert header["model"] == "tiny" and header["recipe"]["seeds"] == [0] and header["layers"] == ["stem", "inner"]
+    assert [record["record"] for record in records] == ["strength", "head", "profile", "profile", "layer", "layer"]
+    path = Path(shutil.copy(DATA / "records_v1.jsonl", tmp_path / "records.jsonl"))
+    with RecordFile(path, {key: value for key, value in header.items() if key not in ("record", "format")}) as file:
+        assert file.get("layer", 0, "inner")["accuracy"] == 0.6190476190476191
+        assert len(file.records) == 6
+    assert path.read_bytes() == (DATA / "records_v1.jsonl").read_bytes()
+
+
+def test_table_of_records(tmp_path: Path) -> None:
+    frame = load_records(DATA / "records_v1.parquet")
+    rows = frame.set_index(["layer", "head_state"])
+    assert list(frame.layer) == ["stem", "stem", "inner", "inner"] and set(frame.seed) == {0}
+    assert rows.loc[("inner", "warm"), "accuracy"] == 0.6190476190476191
+    assert rows.loc[("stem", "fresh"), "snip"] == pytest.approx(0.357048, abs=1e-6)
+    (about,) = sweeps_of(DATA / "records_v1.parquet")
+    assert about["dataset"] == "toys" and about["versions"]["definitions"] == 1 and about["head_strength"] == 0.01
+    again = load_records(consolidate([DATA / "records_v1.jsonl"], tmp_path / "again.parquet"))
+    pandas.testing.assert_frame_equal(again, frame, rtol=0, atol=0)
+
+
+def test_a_table_of_before_takes_new_sweeps(tmp_path: Path) -> None:
+    path = Path(shutil.copy(DATA / "records_v1.parquet", tmp_path / "records.parquet"))
+    consolidate([DATA / "records_v1.jsonl"], path)  # the same pair: replaced, not doubled
+    pandas.testing.assert_frame_equal(load_records(path), load_records(DATA / "records_v1.parquet"), rtol=0, atol=0)

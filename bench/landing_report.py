@@ -21,9 +21,9 @@ ROWS: dict[str, tuple[str, str, str]] = {
 """Arm of finetune.json -> what the table calls it, its method in memory_table.json, and the one with a packed base."""
 
 LEGEND = (
-    "*Accuracy*, *time* and *memory* (of a step, beyond weights and batch): measured on a CPU, means over {pairs} pairs "
-    "of model and data set with {models} models of up to 135 M parameters, whose architectures the Ranker knows from "
-    "other data; ± is the standard error over the pairs. *LLaMA-7B*: planned by a dry run in bfloat16 with AdamW, "
+    "*Accuracy*, *time* and *memory* (of a step, beyond weights and batch): measured on a CPU, means over {pairs} "
+    "pairs of model and data set with {models} models of up to 135 M parameters, whose architectures the Ranker knows "
+    "from other data; ± is the standard error over the pairs. *LLaMA-7B*: planned by a dry run in bfloat16 with AdamW, "
     "tensors without CUDA's context; five layers evenly spread from the middle block up. The last column packs what is "
     "frozen in nf4 and checkpoints: ZEST the blocks above the cut, LoRA every block, for {flops:.1f} times the FLOPs."
 )

@@ -11,6 +11,7 @@ A comment before a fence says how its block is tested:
 
 from __future__ import annotations
 
+import ast
 import builtins
 import importlib
 import re
@@ -158,6 +159,25 @@ def test_the_api_page_has_every_public_name():
         assert names == public
         shown = found["on_page_markdown"](f"<!-- api: {package} -->")
         assert all(f"::: {package}.{name}" in shown or f"{{ #{package}.{name} }}" in shown for name in names)
+
+
+def test_headings_of_troubleshooting_are_pieces_of_messages():
+    said = [text for file in (ROOT / "zest_fast").rglob("*.py") for text in _literals(ast.parse(file.read_text()))]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    pieces = re.findall(r"^### `(.*)`$", page, re.MULTILINE)
+    assert len(pieces) > 20
+    for piece in pieces:
+        pattern = re.compile(".+".join(map(re.escape, piece.split("..."))))
+        assert any(pattern.search(text) for text in said), f"no message says {piece!r}"
+
+
+def _literals(tree: ast.AST) -> Iterator[str]:
+    """Texts of the source; "<>" stands for what is filled in."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "<>" for part in node.values)
 
 
 def test_readme_is_a_landing_page():

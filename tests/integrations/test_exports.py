@@ -156,7 +156,9 @@ def test_what_llama_factory_cannot_say_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("make", "layers"), [(llama, CHOSEN), (Nested, ("block.0",)), (Nested, ("outer.block.0",))], ids=str
+    ("make", "layers"),
+    [(llama, CHOSEN), (Nested, ("block.0",)), (Nested, ("outer.block.0",))],
+    ids=["llama", "block", "outer block"],
 )
 def test_peft_adapts_exactly_these(make, layers):
     model = make()

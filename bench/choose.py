@@ -178,7 +178,7 @@ def planned_costs(name: str) -> StepCosts:
 
 
 def choose_text(document: dict) -> str:
-    """The table of the README."""
+    """The table of docs/results.md."""
     means, possible = document["settings"]["mean"], document["settings"]["possible"]
     rows = []
     for n in (key for key in possible if key.startswith("n=")):

@@ -1,4 +1,4 @@
-"""Tables of the README."""
+"""Tables of README.md and docs/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables that README.md shows of bench/results/memory_table.json, lean.json and llama7b.json."""
+"""The tables that docs/results.md shows of bench/results/memory_table.json, lean.json and llama7b.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ NEAR = 0.02  # of the counted bytes
 MEMORY_LEGEND = (
     "Peak GiB of a training step with AdamW (no foreach), by dry run: tensors, without CUDA's context. *zest@5*: five "
     "layers, evenly spread from the middle block up. *int8*, *nf4*: what is frozen is quantised. *lora*, *qlora*: on "
-    "every linear layer, with adapters in float32 as PEFT makes them; the base of *qlora* in nf4."
+    "every linear layer, with adapters in float32 as PEFT makes them; the base of *qlora* in nf4. "
+    "*above-cut*: the blocks above the cut are checkpointed; *checkpointed*: every block is."
 )
 TIME_LEGEND = "Relative to full fine-tuning: FLOPs of the step, and where the step fits this CPU its measured time."
 LLAMA_LEGEND = (

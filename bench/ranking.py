@@ -2,7 +2,7 @@
 
 python -m bench.ranking                          # the records that ship; seven minutes on one thread
 python -m bench.ranking --records mine.parquet   # as `bench.sweeps --consolidate` writes them
-python -m bench.readme                           # its table and plot into README.md
+python -m bench.readme                           # its table and plot into docs/results.md
 
 Writes bench/results/ranking.json: every pair, contestant, setting and state of the head, their means with intervals,
 the goals with met or missed, and what explains each pair.

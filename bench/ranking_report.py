@@ -1,4 +1,4 @@
-"""The table and the plot that README.md shows of bench/results/ranking.json."""
+"""The table and the plot that docs/results.md shows of bench/results/ranking.json."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ LEGEND = (
     "recover*: of the mean gain of the best possible five layers, where random layers have 0. *Attainable*: by a "
     "perfect predictor, given the noise of the gains. In the plot: the Ranker in red, single metrics (signs learned on "
     "training pairs) in grey. The protocol was committed before the first fit: "
-    "[bench/ranking_protocol.py](bench/ranking_protocol.py)."
+    "[bench/ranking_protocol.py](../bench/ranking_protocol.py)."
 )
 
 
 def ranking_text(document: dict) -> str:
     """The plot, the table, and in words which goals were met."""
-    plot = "![Kendall's tau of every ranking, by setting](bench/results/ranking.svg)"
+    plot = "![Kendall's tau of every ranking, by setting](../bench/results/ranking.svg)"
     words = [_goals(document["must_reach"]), _worst(document["diagnosis"])]
     return "\n\n".join([plot, ranking_table(document), LEGEND, *words])
 

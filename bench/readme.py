@@ -1,7 +1,7 @@
-"""`python -m bench.readme` writes the figures of bench/results into README.md; `--check` says whether they are there.
+"""`python -m bench.readme` writes the figures of bench/results into README.md and docs/; `--check` compares them.
 
-The README holds a pair of markers for each block, <!-- bench:NAME:begin --> and <!-- bench:NAME:end -->; what lies
-between them is generated, so no figure in the README is typed by hand.
+A page holds a pair of markers for each block, <!-- bench:NAME:begin --> and <!-- bench:NAME:end -->; what lies
+between them is generated, so no figure is typed by hand.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from bench import finetune_report, pictures, ranking_report
 from bench.choose import choose_text
 from bench.finetune_report import finetune_text
+from bench.landing_report import landing_text
 from bench.markdown import markdown_table
 from bench.measure import RESULTS, ROOT
 from bench.memory_report import lean_text, llama7b_text, memory_text
@@ -26,36 +27,40 @@ KERNEL_SIZES = (4 * MIB, 256 * MIB)  # of the four sizes measured: cache-residen
 
 
 def main() -> None:
-    """Parse the command line; exit status 1 where --check finds the README out of date."""
-    parser = argparse.ArgumentParser(prog="python -m bench.readme", description="figures of the README")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the README is out of date")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    """Parse the command line; exit status 1 where --check finds a page out of date."""
+    parser = argparse.ArgumentParser(prog="python -m bench.readme", description="figures of README.md and docs/")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
+    parser.add_argument("--readme", type=Path, action="append", help="this page alone (may be given several times)")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    found = options.readme.read_text(encoding="utf-8")
-    wanted = render(found, options.results)
+    pages = options.readme or [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    found = {page: page.read_text(encoding="utf-8") for page in pages}
+    wanted = {page: render(text, options.results) for page, text in found.items()}
+    stale = [page for page in pages if found[page] != wanted[page]]
     if not options.check:
-        options.readme.write_text(wanted, encoding="utf-8")
+        for page in stale:
+            page.write_text(wanted[page], encoding="utf-8")
         draw_plots(options.results)
-    elif found != wanted or not plots_are_drawn(options.results):
-        sys.exit(f"{options.readme.name} does not show the figures of bench/results: run python -m bench.readme")
+    elif stale or not plots_are_drawn(options.results):
+        names = ", ".join(page.name for page in stale or pages)
+        sys.exit(f"{names}: not the figures (or plots) of bench/results; run python -m bench.readme")
 
 
-def render(readme: str, results: Path) -> str:
-    """The text of the README with every block as the results say.
+def render(page: str, results: Path) -> str:
+    """The text of a page with every block as the results say.
 
     Raises ValueError for a marker of an unknown block, or one without its end.
     """
-    for name in re.findall(r"<!-- bench:(\w+):begin -->", readme):
+    for name in re.findall(r"<!-- bench:(\w+):begin -->", page):
         if name not in BLOCKS:
-            raise ValueError(f"README marker bench:{name}: no such block; there are {', '.join(BLOCKS)}")
+            raise ValueError(f"marker bench:{name}: no such block; there are {', '.join(BLOCKS)}")
         start, end = f"<!-- bench:{name}:begin -->", f"<!-- bench:{name}:end -->"
-        before, _, rest = readme.partition(start)
+        before, _, rest = page.partition(start)
         if end not in rest:
-            raise ValueError(f"README marker bench:{name}: {end} is missing after its begin")
+            raise ValueError(f"marker bench:{name}: {end} is missing after its begin")
         _, _, after = rest.partition(end)
-        readme = f"{before}{start}\n{_block(name, results)}\n{end}{after}"
-    return readme
+        page = f"{before}{start}\n{_block(name, results)}\n{end}{after}"
+    return page
 
 
 def draw_plots(results: Path) -> None:
@@ -76,12 +81,13 @@ def _plots(results: Path) -> list[tuple[Path, Callable[[bytes, Path], None]]]:
 
 
 def _block(name: str, results: Path) -> str:
-    file, command, table = BLOCKS[name]
-    path = results / file
-    if not path.exists():
-        return f"*Not measured yet: `{command}` writes `bench/results/{file}`.*"
-    document = json.loads(path.read_text(encoding="utf-8"))
-    return "\n\n".join(part for part in (table(document), LEGENDS.get(name), _origin(document, command)) if part)
+    sources, table = BLOCKS[name]
+    for file, command in sources.items():
+        if not (results / file).exists():
+            return f"*Not measured yet: `{command}` writes `bench/results/{file}`.*"
+    documents = [json.loads((results / file).read_text(encoding="utf-8")) for file in sources]
+    origins = "\n".join(map(_origin, documents, sources.values()))
+    return "\n\n".join(part for part in (table(*documents), LEGENDS.get(name), origins) if part)
 
 
 def _origin(document: dict, command: str) -> str:
@@ -92,8 +98,15 @@ def _origin(document: dict, command: str) -> str:
         f"{machine.get('cpu_capability', machine.get('vector', ''))}",
         f"torch {versions.get('torch', '?')}",
         document.get("date", ""),
+        ", ".join(f"some rows of {date}" for date in sorted(_later_dates(document))),
     ]
     return f"*`{document.get('command', command)}` on {'; '.join(part for part in where if part)}.*"
+
+
+def _later_dates(document: dict) -> set[str]:
+    """Of rows that were added to a file that was there."""
+    results = document.get("results", [])
+    return {row["date"] for row in results if isinstance(row, dict) and row.get("date") not in (None, document["date"])}
 
 
 def profile_table(document: dict) -> str:
@@ -225,21 +238,26 @@ LEGENDS = {
     "offset data, the kernels do not.",
 }
 PLOTS = {"ranking.json": ranking_report.draw, "finetune.json": finetune_report.draw}
-BLOCKS: dict[str, tuple[str, str, Callable[[dict], str]]] = {
-    "profile": ("profile.json", "python -m bench.profile", profile_table),
-    "memory": ("profile.json", "python -m bench.profile", memory_table),
-    "kernels": ("kernels.json", "python -m bench.kernels", kernels_table),
-    "sweep_speed": ("sweep_speed.json", "python -m bench.sweeps --speed", sweep_speed_table),
-    "ranking": ("ranking.json", "python -m bench.ranking", ranking_text),
-    "finetune": ("finetune.json", "python -m bench.finetune", finetune_text),
-    "choose": ("choose.json", "python -m bench.choose", choose_text),
-    "lean": ("lean.json", "python -m bench.lean", lean_text),
-    "methods": ("memory_table.json", "python -m bench.memory_table --check", memory_text),
-    "llama7b": ("llama7b.json", "python -m bench.llama7b", llama7b_text),
-    "demo": ("demo.json", "zest-fast demo", demo_table),
-    "demo_minilm": ("demo_minilm.json", "zest-fast demo --task minilm", demo_table),
-    "demo_smollm2": ("demo_smollm2.json", "zest-fast demo --task smollm2", demo_table),
+_PROFILE = {"profile.json": "python -m bench.profile"}
+_FINETUNE = {"finetune.json": "python -m bench.finetune"}
+_METHODS = {"memory_table.json": "python -m bench.memory_table --check"}
+BLOCKS: dict[str, tuple[dict[str, str], Callable[..., str]]] = {
+    "landing": ({**_FINETUNE, **_METHODS}, landing_text),
+    "profile": (_PROFILE, profile_table),
+    "memory": (_PROFILE, memory_table),
+    "kernels": ({"kernels.json": "python -m bench.kernels"}, kernels_table),
+    "sweep_speed": ({"sweep_speed.json": "python -m bench.sweeps --speed"}, sweep_speed_table),
+    "ranking": ({"ranking.json": "python -m bench.ranking"}, ranking_text),
+    "finetune": (_FINETUNE, finetune_text),
+    "choose": ({"choose.json": "python -m bench.choose"}, choose_text),
+    "lean": ({"lean.json": "python -m bench.lean"}, lean_text),
+    "methods": (_METHODS, memory_text),
+    "llama7b": ({"llama7b.json": "python -m bench.llama7b"}, llama7b_text),
+    "demo": ({"demo.json": "zest-fast demo"}, demo_table),
+    "demo_minilm": ({"demo_minilm.json": "zest-fast demo --task minilm"}, demo_table),
+    "demo_smollm2": ({"demo_smollm2.json": "zest-fast demo --task smollm2"}, demo_table),
 }
+"""Of a block: the files that it shows, each with the command that writes it, and who makes the text of them."""
 
 
 if __name__ == "__main__":

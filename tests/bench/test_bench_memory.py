@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from bench import memory_table
+from bench.landing_report import DTYPE, ROWS, SHAPE, landing_text
 from bench.memory_report import llama7b_text, memory_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,3 +57,53 @@ def test_memory_table_counts_what_it_plans(tmp_path):
     for row in document["results"]:
         del row["counted_bytes"], row["seconds"], row["time_to_full"]
     assert "counted" not in memory_text(document) and ", time" not in memory_text(document)
+
+
+def test_methods_that_the_memory_table_lacks_are_added_and_nothing_else_changes(tmp_path, monkeypatch):
+    planned = []
+
+    def methods(shape, dtype):
+        for peak, name in enumerate(("full", "zest@5, plain", "new", "zest@5, lean"), 1):
+            facts = {"flops": 8, "breakdown": {}, "fits": (8,), "peak_tensor": "x"}
+            make = SimpleNamespace(peak_bytes=peak * 2**30, **facts)
+            yield name, lambda name=name, make=make: planned.append(name) or make
+
+    monkeypatch.setattr(memory_table, "_methods", methods)
+    (tiny,) = memory_table.TINY
+    old = [row for row in memory_table.rows(tiny, "float32") if row["method"] != "new"]
+    assert planned == ["full", "zest@5, plain", "new", "zest@5, lean"] and old[1]["memory_to_full"] == 2
+    path = tmp_path / "memory_table.json"
+    path.write_text(json.dumps({"command": "as before", "date": "2000-01-01", "results": old}))
+    planned.clear()
+    memory_table.add_missing(path)
+    assert planned == ["new"]
+    document = json.loads(path.read_text())
+    assert document["command"] == "as before" and document["results"][:3] == old
+    new = document["results"][3]
+    assert (new["method"], new["memory_to_full"]) == ("new", 3) and new["date"] > document["date"]
+    before = path.read_bytes()
+    memory_table.add_missing(path)
+    assert planned == ["new"] and path.read_bytes() == before
+
+
+def test_the_landing_table_has_every_arm_beside_its_plan():
+    def arm(accuracies, memory):
+        ends = {"test_accuracy": accuracies, "trained": 10, "to_full": {"median": 0.5}}
+        return {**ends, "peak_bytes": memory, "peak_bytes_full": 100}
+
+    pairs = [
+        {"pair": f"{model}/data", "arms": {name: arm([low, low + 0.1], 25) for name in ROWS}}
+        for model, low in (("a", 0.5), ("b", 0.7))
+    ]
+    for pair, accuracy in zip(pairs, (0.65, 0.83), strict=True):
+        pair["arms"]["ZEST@5"] = arm([accuracy], 20)
+    methods = [method for _, *names in ROWS.values() for method in names if method]
+    rows = [
+        {"model": SHAPE, "dtype": DTYPE, "method": name, "peak_bytes": place * 2**30, "flops": 2 + place}
+        for place, name in enumerate(methods)
+    ]
+    text = landing_text({"results": pairs}, {"results": [*rows, {**rows[0], "dtype": "float32", "peak_bytes": 0}]})
+    assert "| **five layers by ZEST** | 74.0 |  | 0.50 | 0.20 | 0.00 | 1.00 |" in text
+    assert "| all layers | 65.0 | +9.0 ± 1.0 | 0.50 | 0.25 | 2.00 |  |" in text
+    assert "| five layers at random | 65.0 | +9.0 ± 1.0 | 0.50 | 0.25 |  |  |" in text
+    assert "2 pairs of model and data set with 2 models" in text and "for 2.0 times the FLOPs" in text

@@ -1,6 +1,6 @@
 """Statistics of a layer -> named metrics. A new metric is one line here if the statistics have it.
 
-Definitions and sources: the table of metrics in the README; the paper is "ZEST: zero-shot sparse fine-tuning".
+Definitions and sources: docs/profile.md; the paper is "ZEST: zero-shot sparse fine-tuning".
 """
 
 from __future__ import annotations

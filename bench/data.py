@@ -171,7 +171,7 @@ MODELS = {
         Model("minilm", "minilm", "text", minilm, minilm_tokens),
         Model("smollm2", "smollm2", "text", smollm2, smollm2_tokens, scored=300),
         Model("splade-tiny", "splade-tiny", "text", splade_tiny, splade_tiny_tokens),
-        Model("nanoguard", "nanoguard", "text", nanoguard, nanoguard_tokens),
+        Model("nanoguard", "nanoguard", "text", nanoguard, nanoguard_tokens, scored=500),
     )
 }  # fmt: skip
 

@@ -111,7 +111,9 @@ def _trials(
         untrained = replace(recipe, head_lr=1e-30)
         results = {}
         for seed in recipe.seeds:
-            start = replace(trials, recipe=untrained).run(Trial(name, seed))["loss"]
+            trials.recipe = untrained  # of the same trials, whose features are computed once
+            start = trials.run(Trial(name, seed))["loss"]
+            trials.recipe = recipe
             if abs(start - starts[str(seed)]) > _SAME_HEAD * starts[str(seed)]:
                 raise ValueError(f"the head of seed {seed} has a loss of {start}, in the records {starts[str(seed)]}")
             result = trials.run(Trial(name, seed))

@@ -12,6 +12,7 @@ from sweeping_models import RECIPE, Residual, make
 from torch import nn
 
 from bench import data, readme, sweep_speed, sweeps
+from bench.packages import installed
 
 
 def emoji_package(folder, version="16.0.0"):
@@ -32,7 +33,7 @@ def emoji_package(folder, version="16.0.0"):
 
 
 def test_emoji_lie_on_white_and_skin_tones_are_left_out(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(data, "_NPM", tmp_path)
+    monkeypatch.setattr(installed, "NPM", tmp_path)
     emoji_package(tmp_path)
     images = data.DATASETS["emoji"].load()
     assert images.pixels.shape == (2, 64, 64, 3) and images.pixels.dtype == torch.uint8
@@ -42,7 +43,7 @@ def test_emoji_lie_on_white_and_skin_tones_are_left_out(tmp_path, monkeypatch) -
 
 @pytest.mark.parametrize(("version", "found"), [(None, "is not installed"), ("15.1.0", "15.1.0 is installed")])
 def test_a_missing_or_other_package_of_npm_names_the_line_that_installs_it(tmp_path, monkeypatch, version, found):
-    monkeypatch.setattr(data, "_NPM", tmp_path)
+    monkeypatch.setattr(installed, "NPM", tmp_path)
     if version:
         emoji_package(tmp_path, version)
     with pytest.raises(RuntimeError, match=rf"{found}; run: npm install --prefix .*emoji-datasource-google@16\.0\.0"):
@@ -79,8 +80,9 @@ def test_a_third_of_a_llama_takes_each_kind_and_each_depth_equally_often() -> No
 
 
 def test_every_pair_exists_fits_together_and_has_a_recipe() -> None:
-    assert len(set(sweeps.PAIRS)) == len(sweeps.PAIRS)
-    for pair in sweeps.PAIRS:
+    pairs = [*sweeps.PAIRS, *sweeps.LATER_PAIRS]
+    assert len(set(pairs)) == len(pairs)
+    for pair in pairs:
         model, _ = data.find(*pair.split("/"))
         assert model.family in sweeps.RECIPES
 

@@ -1,0 +1,1 @@
+"""What packages of registries carry, one module for each kind: data sets, and models with their weights."""

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 from bench.data import MODELS, load_pair
 from bench.sweeps import MATMUL_PRECISION
-from zest_fast.finetuning.delta import hash_tensors
+from zest_fast.finetuning.digests import hash_tensors
+from zest_fast.foundation.replacing import replacing
 from zest_fast.profiling.layers import find_layers
-from zest_fast.profiling.replacing import replacing
 from zest_fast.sweeping.head import classifier_of, features_of, fit_head
 from zest_fast.sweeping.inputs import Inputs, rows_of
-from zest_fast.sweeping.planning import plan
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.tables import load_records, sweeps_of
+from zest_fast.sweeping.trial_order import plan
 from zest_fast.sweeping.trials import Trial, Trials, draw
 
 _CACHE_BYTES = 1 << 30

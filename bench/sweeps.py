@@ -76,7 +76,8 @@ RECIPES = {
     "lcnet-svtr": replace(
         _IMAGE,
         layer_lr_factor=3e-2,
-        note="64x64 pixels, made 48x48; 1,500 images scored; factor probed on lcnet-svtr/mnist: 0.003 0.127, 0.01 0.121, 0.03 0.120",
+        note="64x64 pixels, made 48x48; 1,500 images scored; factor probed on lcnet-svtr/mnist: 0.003 0.127, "
+        "0.01 0.121, 0.03 0.120",
     ),
     "minilm": _TEXT,
     "splade-tiny": replace(

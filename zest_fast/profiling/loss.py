@@ -166,10 +166,14 @@ class RepeatedLoss:
 _ALIKE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
+class NotFinite(ValueError):
+    """A loss that is not finite."""
+
+
 def require_finite(loss: Tensor, model: nn.Module, compute_loss: Callable[[], Tensor]) -> None:
-    """Raises an error that names the layers at fault where the loss is not finite; waits for the device."""
+    """Raises NotFinite, which names the layers at fault, where the loss is not; waits for the device."""
     if not bool(torch.isfinite(loss)):
-        raise ValueError(f"the loss is {float(loss.detach())}: {_why_not_finite(model, compute_loss)}")
+        raise NotFinite(f"the loss is {float(loss.detach())}: {_why_not_finite(model, compute_loss)}")
 
 
 def _why_not_finite(model: nn.Module, compute_loss: Callable[[], Tensor]) -> str:

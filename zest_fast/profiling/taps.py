@@ -667,12 +667,16 @@ def run_until_it_stands(
         prepare: called before each pass: makes everything as it was before the first.
         routes: of the first pass.
     """
+    first_error: Exception | None = None
     while True:
         prepare(routes)
         taps = make(routes)
         try:
             loss = once(taps)
         except Exception as error:
+            if isinstance(error, StopIteration) and first_error is not None:
+                raise first_error from None  # an iterator that had one batch says nothing about the first run
+            first_error = error
             revised = taps.revised(error)
             if revised is None:
                 raise

@@ -93,7 +93,7 @@ def _trials(
     used = torch.cat(list(draws.values())).unique()
     limit = _CACHE_BYTES // (len(used) + len(splits["score"][1]))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        (task,) = plan(model, {layer: recipe.seeds}, inputs, reuse=True, limit=limit).values()
+        (task,) = plan(model, head, {layer: recipe.seeds}, inputs, reuse=True, limit=limit).values()
         # The head trains anyway; in the layer's place is a number that the loss does not depend on.
         task = replace(task, part=replace(task.part, parameters=(nn.Parameter(torch.ones(1)),)))
         trials = Trials(

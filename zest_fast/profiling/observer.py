@@ -30,7 +30,9 @@ def _naming_the_layer(method: Callable[..., None]) -> Callable[..., None]:
             method(self, subject, *arguments, **options)
         except (ValueError, TypeError, NotImplementedError) as error:
             name = subject.name if isinstance(subject, Layer) else subject.layers[0].name
-            raise type(error)(f"layer {name!r}: {error}") from error
+            refusal = type(error)(f"layer {name!r}: {error}")
+            refusal.is_final = True  # type: ignore[union-attr]  # another run would only go around it
+            raise refusal from error
 
     return wrapped
 

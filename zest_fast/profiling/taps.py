@@ -337,7 +337,8 @@ class Taps(AbstractContextManager["Taps"]):
         old = self.routes
         if failed is not None:
             new = replace(old, tiles=False, own_flags=True)
-            suspect = type(failed).__module__ == "builtins" and not isinstance(failed, MemoryError)
+            own = type(failed).__module__ != "builtins" or getattr(failed, "is_final", False)  # no doing of the taps
+            suspect = not own and not isinstance(failed, MemoryError)
             return new if suspect and new != old else None
         leaf, until_the_end, unreached_without_grad = set(old.leaf), set(old.until_the_end), False
         for counts in self._counts.values():

@@ -161,9 +161,7 @@ class Taps(AbstractContextManager["Taps"]):
         self._searches = 0  # those inside of the final one that accumulate nothing
         self._engine_was_called = False
         self._differentiates = False
-        self._without_graph = (
-            False  # a call with other weights, or frozen ones, would take part if what precedes it did
-        )
+        self._without_graph = False  # a call without its own weight would take part if what precedes it did
         self._accumulates = False  # the loss runs a backward pass by itself
         self._others = OtherGradients(())
         self._disturbed = False

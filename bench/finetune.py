@@ -39,13 +39,13 @@ from bench.measure import (
     describe_versions,
     interleave,
     median,
-    peak_bytes,
     ratio,
     write_result,
 )
 from bench.ranking_baselines import Spectrum
 from bench.spectra import load_spectra
 from zest_fast.foundation.replacing import replacing
+from zest_fast.planning.counted_memory import peak_bytes
 from zest_fast.profiling.loss import call_model
 from zest_fast.profiling.profile import profile
 from zest_fast.ranking.ranker import Ranker

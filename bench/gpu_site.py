@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.measure import peak_bytes
+from zest_fast.planning.counted_memory import peak_bytes
 
 Run = Callable[[int], object]  # called with the number of the call: it takes inputs[number % len(inputs)]
 GB = 1e9

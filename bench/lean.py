@@ -26,12 +26,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench.measure import interleave, median, peak_bytes, ratio, write_result
+from bench.measure import interleave, median, ratio, write_result
 from bench.models import TINY, Batch, Case, llama, mobilenetv2, resnet50
 from bench.peers import profiled_layers
 from zest_fast import SelectiveBackward
 from zest_fast.lean.apply import apply_lean
 from zest_fast.lean.optimizer import adamw
+from zest_fast.planning.counted_memory import peak_bytes
 
 MIB = 2**20
 CHOSEN = 5

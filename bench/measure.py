@@ -1,12 +1,8 @@
-"""What the benchmarks share: interleaved timing, ratios with an interval, peak memory, a JSON that says where it ran.
+"""What the benchmarks share: interleaved timing, ratios with an interval, a JSON that says where it ran.
 
-Timing: a shared machine drifts by tens of percent within a minute, so candidates run in rounds (A B C, C A B, ...),
-each round in another order, and a ratio is taken inside a round before the median is taken over rounds.
-
-Memory: the running sum of the CPU allocator's own events (torch.profiler, profile_memory=True). That sees what a
-TorchDispatchMode over the outputs of operators cannot: scratch inside an operator and inside C++ autograd nodes.
-tests/bench/test_bench.py holds the two against each other. Neither sees what bypasses the allocator (oneDNN and MKL
-packing buffers, NumPy arrays); a plain pass has these too.
+A shared machine drifts by tens of percent within a minute, so candidates run in rounds (A B C, C A B, ...), each round
+in another order, and a ratio is taken inside a round before the median is taken over rounds. Bytes are counted by
+`zest_fast.planning.counted_memory`.
 """
 
 from __future__ import annotations
@@ -28,8 +24,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity
-from torch.profiler import profile as torch_profiler
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -118,20 +112,6 @@ def _order_coverage(n: int, k: int) -> float:
 def ratio(times: Mapping[str, list[float]], name: str, baseline: str) -> Median:
     """Median of time(name) / time(baseline), each quotient taken inside one round."""
     return median([t / base for t, base in zip(times[name], times[baseline], strict=False)])
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """Most bytes that `run` held at once beyond what was alive before it (CPU allocator, scratch included)."""
-    gc.collect()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it logs every start and stop
-    with torch_profiler(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded:
-        run()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
 
 
 def describe_machine() -> dict[str, object]:

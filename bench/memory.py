@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import zest_fast
 from bench import peers
-from bench.measure import peak_bytes
 from bench.models import Batch, Case
+from zest_fast.planning.counted_memory import peak_bytes
 from zest_fast.profiling.metrics import METRIC_NAMES
 
 WITHOUT_FISHER = [name for name in METRIC_NAMES if name != "fisher"]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 import zest_fast
-from bench.measure import peak_bytes
 from zest_fast.lean.optimizer import optimizer_in_backward
+from zest_fast.planning.counted_memory import held_bytes, peak_bytes
 from zest_fast.planning.optimizers import build_optimizer, is_in_backward
 from zest_fast.profiling.layers import find_layers
 
@@ -53,7 +53,7 @@ def _training(
 
         def held() -> int:
             states = [value for state in update.state.values() for value in state.values()]
-            return _held((*model.parameters(), *model.buffers(), *batch.values(), *states))
+            return held_bytes((*model.parameters(), *model.buffers(), *batch.values(), *states))
 
         with optimizer_in_backward(update) if is_in_backward(optimizer) else nullcontext():
             yield step, held
@@ -70,8 +70,3 @@ def upper_half(model: nn.Module, count: int = 5) -> list[str]:
     rows = [layer.name for layer in find_layers(dict(model.named_modules())) if not layer.is_embedding]
     upper = rows[len(rows) // 2 : -1]
     return [upper[place * (len(upper) - 1) // (count - 1)] for place in range(count)]
-
-
-def _held(tensors: Iterable[object]) -> int:
-    storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -11,7 +11,9 @@ from torch import Tensor
 
 import zest_fast
 from bench import libraries, measure, memory, models, peers, readme
-from zest_fast.demo.measure import PeakMemory
+from zest_fast.planning.counted_memory import held_bytes, peak_bytes
+from zest_fast.planning.ledger import Ledger
+from zest_fast.planning.step import hold
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
@@ -99,42 +101,20 @@ def test_median_of_nothing_is_an_error():
         measure.median([])
 
 
-def test_peak_counts_what_is_alive_together_and_nothing_from_before():
-    before = torch.zeros(MIB)  # noqa: F841  alive all along
-
-    def run():
-        a = torch.empty(2 * MIB, dtype=torch.uint8)
-        b = torch.empty(3 * MIB, dtype=torch.uint8)
-        del a
-        torch.empty(MIB, dtype=torch.uint8)
-        return b
-
-    assert measure.peak_bytes(run) == pytest.approx(5 * MIB, abs=4096)
-
-
-def test_peak_sees_gradients_and_scratch_that_operators_do_not_return():
-    weight = torch.randn(512, 512, requires_grad=True)  # 1 MiB
-    x = torch.randn(4, 512)
-
-    def backward():
-        (x @ weight).sum().backward()
-        weight.grad = None
-
-    assert MIB <= measure.peak_bytes(backward) < MIB + 64 * 1024
-    # the two halves of x.sort(): values (float32) and indices (int64) are returned, the sorting buffers are not
-    assert measure.peak_bytes(lambda: torch.randn(MIB).median()) >= 2 * 4 * MIB
-
-
 @pytest.mark.parametrize("case", models.TINY, ids=str)
-def test_allocator_peak_is_at_least_that_of_operator_outputs(case):
+def test_the_books_of_a_plan_hold_of_a_real_run_what_the_allocator_counts(case):
     model, batch = case.build()
     peers.drop_gradients(model, batch)
-    with PeakMemory([*model.parameters(), *model.buffers(), *batch.values()]) as outputs:
-        before = outputs.now
+    books = Ledger()
+    hold(books, model, batch, {})
+    books.start()
+    with books:
+        held = held_bytes([*model.parameters(), *model.buffers(), *batch.values()])
         peers.drop_gradients(model, batch)
-    beyond = outputs.peak - before
-    counted = measure.peak_bytes(lambda: peers.drop_gradients(model, batch))
-    assert 0 < beyond <= counted <= 2 * beyond + MIB
+    peak = books.peak()
+    rounding = 512 * len(peak.alive)  # the ledger's unit is that of a GPU's allocator
+    counted = peak_bytes(lambda: peers.drop_gradients(model, batch))
+    assert 0 < peak.size - rounding - held <= counted <= 2 * (peak.size - held) + MIB
 
 
 def _scale(metric: str, row: dict[str, float], numel: int) -> float:

@@ -14,7 +14,7 @@ from torch import nn
 from zest_fast.demo import lite0, minilm, run_demo, smollm2, trec
 from zest_fast.demo.arms import Arm, batches, hits_on_test, learning_rate, train, validate
 from zest_fast.demo.arms import Run as TrainingRun
-from zest_fast.demo.measure import PeakMemory, measure_steps
+from zest_fast.demo.measure import measure_steps
 from zest_fast.demo.results import ArmResult, difference
 from zest_fast.demo.task import SPLITS, Budget, Task, draw_splits
 from zest_fast.demo.warm_head import warm_head
@@ -131,22 +131,6 @@ def test_learning_rate_follows_the_size_of_the_weight_within_limits(toy):
         assert learning_rate(toy, "0.weight", torch.full((3, 3), rms), 2.0) == pytest.approx(2 * rate)
     assert learning_rate(toy, "4.weight", torch.full((3, 3), 5.0), 2.0) == pytest.approx(0.1)  # the head
     assert learning_rate(toy, "0.bias", torch.zeros(3), 2.0) == pytest.approx(0.1)
-
-
-def test_peak_memory_counts_storages_once_and_until_they_die():
-    present = torch.ones(100)
-    with PeakMemory([present, present[:50]]) as memory:
-        assert memory.now == 400
-        first = torch.ones(1000)
-        view = first[10:].view(-1)
-        assert memory.now == 400 + 4000
-        del first
-        assert memory.now == 400 + 4000  # the view keeps it
-        del view
-        assert memory.now == 400
-        second = torch.ones(500)
-    assert (memory.now, memory.peak) == (400 + 2000, 400 + 4000)
-    assert second.sum() == 500
 
 
 def test_full_fine_tuning_holds_at_least_weights_gradients_and_adam_states(toy):

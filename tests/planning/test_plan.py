@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 
 import zest_fast
 from bench import models
-from bench.measure import peak_bytes
 from bench.real_steps import counted_step, upper_half
 from zest_fast.cli import app
 from zest_fast.integrations.training_files import plan_training_file
 from zest_fast.planning import profile_pass
 from zest_fast.planning.blocks import layout_of
+from zest_fast.planning.counted_memory import peak_bytes
 from zest_fast.planning.ledger import KINDS
 from zest_fast.planning.plan import plan, plan_profile, planned_peak
 from zest_fast.profiling.observer import Statistics

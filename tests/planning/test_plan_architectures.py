@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import zest_fast
-from bench.measure import peak_bytes
 from bench.real_steps import upper_half
+from zest_fast.planning.counted_memory import held_bytes, peak_bytes
 from zest_fast.planning.optimizers import build_optimizer
 from zest_fast.planning.plan import plan, planned_peak
 from zest_fast.profiling.loss import loss_of
@@ -234,8 +234,7 @@ def counted(model, batch, layers, **options):
         step()
         there = [*model.parameters(), *model.buffers(), *(batch.values() if isinstance(batch, dict) else batch)]
         there += [value for state in update.state.values() for value in state.values()]
-        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in there}
-        return sum(held.values()) + peak_bytes(step)
+        return held_bytes(there) + peak_bytes(step)
 
 
 def compare(model, batch, layers, **options):

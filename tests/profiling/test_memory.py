@@ -11,8 +11,8 @@ import torch
 
 import zest_fast
 from bench import peers
-from bench.measure import peak_bytes
 from bench.memory import WITHOUT_FISHER, outputs_nobody_keeps
+from zest_fast.planning.counted_memory import peak_bytes
 
 transformers = pytest.importorskip("transformers")
 MIB = 2**20

@@ -2,23 +2,19 @@
 
 import statistics
 import time
-import weakref
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from zest_fast.demo.arms import Arm, batches, optimizer_for, put, trainable, training_step
 from zest_fast.demo.task import Task
-from zest_fast.foundation.torch_private import storage_key
+from zest_fast.planning.counted_memory import held_bytes, peak_bytes
 
 COUNTS = (
-    "peak memory counts the storages of tensors alive at once in a training step: weights, buffers, batch, gradients, "
-    "optimizer states, saved activations and intermediate results; scratch space inside operators is not seen"
+    "peak memory is what a training step holds at once: weights, buffers, batch and optimizer states, and all that the "
+    "allocator hands out on top (gradients, saved activations, intermediate results, scratch inside operators)"
 )
 
 
@@ -28,40 +24,6 @@ class Cost:
     relative: float  # median over rounds of the ratio to full fine-tuning in the same round
     peak_bytes: int
     parameters: int  # trained
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the storages of all tensors that operators return, until they die, on top of those given.
-
-    Views share a storage and count once. `peak` is the most bytes alive at once.
-    """
-
-    def __init__(self, present: Iterable[Tensor] = ()):
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.now = self.peak = 0
-        for tensor in present:
-            self._see(tensor)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._see(leaf)
-        return result
-
-    def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage_key(storage)
-        if key in self.alive:
-            return
-        self.alive[key] = storage.nbytes()
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key).atexit = False
-
-    def _forget(self, key: int) -> None:
-        self.now -= self.alive.pop(key)
 
 
 def measure_steps(task: Task, arms: list[Arm], full: Arm, *, seed: int) -> dict[str, Cost]:
@@ -96,7 +58,6 @@ def measure_steps(task: Task, arms: list[Arm], full: Arm, *, seed: int) -> dict[
 
 
 def _peak_of_step(task: Task, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor) -> int:
-    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    with PeakMemory([*task.model.parameters(), *task.model.buffers(), *states, inputs, labels]) as memory:
-        training_step(task, optimizer, inputs, labels)
-    return memory.peak
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    held = held_bytes((*task.model.parameters(), *task.model.buffers(), *states, inputs, labels))
+    return held + peak_bytes(partial(training_step, task, optimizer, inputs, labels))

@@ -1,5 +1,8 @@
 """The books of a dry run: every storage that came and went, what it was for, and the FLOPs of every operator.
 
+Bytes of a run that is real are counted by counted_memory.py, from the allocator's events. Fake tensors make no such
+events, and events do not say whose forward or backward pass a storage belongs to: hence another way of counting.
+
 A TorchDispatchMode sees the result of each operator in forward, backward and the update alike. It does not see what is
 held inside of operators: the large ones of a CPU come by formula (onednn.py). Real steps differ from it by less than
 2 % (tests/planning/test_plan.py, tests/planning/test_plan_architectures.py).

@@ -24,7 +24,7 @@ from zest_fast.cli.options import (
     check_folder,
     check_writable,
     compiled,
-    job_options,
+    opened_job,
     split_names,
     typed,
     work,
@@ -59,10 +59,7 @@ def profile(
     check_writable(plot, {".png", ".svg", ".pdf"}, "--plot")
     pattern, chosen = compiled(layers), None if metrics == "all" else split_names(metrics, "--metrics")
     with work(model, data) as console:
-        with console.status("loading model and data"):
-            from zest_fast.cli.job import open_job
-
-            job = open_job(**job_options(ctx))
+        job = opened_job(ctx, console)
         with console.status("profiling one batch"):
             import zest_fast
 
@@ -130,10 +127,7 @@ def finetune(
     if layers is not None and (unused := typed(ctx) & {"by", "top"}):
         raise ValueError(f"--{unused.pop()} chooses among ranked layers, and --layers names them: leave one out")
     with work(model, data) as console:
-        with console.status("loading model and data"):
-            from zest_fast.cli.job import open_job
-
-            job = open_job(**job_options(ctx))
+        job = opened_job(ctx, console)
         from zest_fast.cli.finetuning import finetune_job
 
         document = finetune_job(

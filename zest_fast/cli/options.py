@@ -9,10 +9,13 @@ import secrets
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from zest_fast.cli.job import Job
 
 MODEL_HELP = "A hub id, a model folder, or module:function that returns a torch.nn.Module."
 DATA_HELP = (
@@ -145,9 +148,15 @@ _OF_A_JOB = (
 )
 
 
-def job_options(ctx: typer.Context) -> dict[str, Any]:
-    """What `open_job` takes of a command's parameters, under the same names."""
-    return {name: ctx.params[name] for name in _OF_A_JOB if name in ctx.params}
+def opened_job(ctx: typer.Context, console: Console, **instead: Any) -> Job:
+    """The model and the data that a command names, by what `open_job` takes of its parameters.
+
+    instead: of these, what is not the user's to say.
+    """
+    with console.status("loading model and data"):
+        from zest_fast.cli.job import open_job
+
+        return open_job(**{name: ctx.params[name] for name in _OF_A_JOB if name in ctx.params} | instead)
 
 
 def option(name: str) -> str:

@@ -21,7 +21,7 @@ from zest_fast.cli.options import (
     TextColumn,
     check_writable,
     compiled,
-    job_options,
+    opened_job,
     typed,
     work,
 )
@@ -71,15 +71,13 @@ def sweep_command(
         "seeds": None if seeds is None else tuple(range(seeds)),
     }  # fmt: skip
     with work(model, data) as console:
-        with console.status("loading model and data"):
-            from zest_fast.cli.job import open_job
-            from zest_fast.sweeping.recipe import Recipe
-            from zest_fast.sweeping.sweep import sweep
+        from zest_fast.sweeping.recipe import Recipe
+        from zest_fast.sweeping.sweep import sweep
 
-            recipe = Recipe(**{name: value for name, value in changes.items() if value is not None})
-            job = open_job(**{**job_options(ctx), "device": "cpu", "batch_size": EVERYTHING})
-            inputs, targets = _all_samples(job.loaders.train)
-            splits = _splits(inputs, targets, head_share, score_share)
+        recipe = Recipe(**{name: value for name, value in changes.items() if value is not None})
+        job = opened_job(ctx, console, device="cpu", batch_size=EVERYTHING)
+        inputs, targets = _all_samples(job.loaders.train)
+        splits = _splits(inputs, targets, head_share, score_share)
         show.notes(console, job, typed(ctx) - {"batch_size"})  # that is the recipe's here
         try:
             frame = sweep(

@@ -1,4 +1,9 @@
-"""The common start of every arm: the head alone, fitted on samples that the layers never train on."""
+"""The common start of every arm: the head alone, fitted on samples that the layers never train on.
+
+Features and descent are a sweep's (sweeping/head.py). Its `fit_head` and `choose_strength` are not: they penalise the
+weight on features scaled to a root mean square of one, so the same strengths would give other heads, and other figures
+than the recorded ones; here the penalty is on the features as they come.
+"""
 
 import torch
 from torch import Tensor, nn

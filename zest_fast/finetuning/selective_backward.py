@@ -8,7 +8,6 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -33,11 +32,12 @@ from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.foundation.nearest import some
 from zest_fast.foundation.notes import add_note
 from zest_fast.foundation.options import Checkpoint, Frozen
+from zest_fast.foundation.removable import Removable
 from zest_fast.lean.apply import apply_lean
 from zest_fast.lean.frozen_norms import keep_frozen_norms_in_eval
 
 
-class SelectiveBackward:
+class SelectiveBackward(Removable):
     """Let the weight and bias of the chosen `layers` and the `head` train and freeze the rest, in place.
 
     Use the model as before; give `.parameters()` to the optimizer. `.remove()`, or the end of a `with` block, gives the
@@ -334,14 +334,6 @@ class SelectiveBackward:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of a wrapped model hold this; they have no optimizer yet."""
         return {**vars(self), "_optimizer": None}
-
-    def __enter__(self) -> SelectiveBackward:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.remove()
 
     def __repr__(self) -> str:
         state = "removed; while wrapped: " if self._removed else ""

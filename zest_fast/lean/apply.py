@@ -7,16 +7,16 @@ convolution, batch_norm, activation, dropout, linear, norm, gated, loss.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from types import TracebackType
 
 from torch import nn
 
 from zest_fast.foundation.nearest import nearest
+from zest_fast.foundation.removable import Removable
 from zest_fast.lean.forward import LeanForward
 from zest_fast.lean.kinds import kind_of
 
 
-class LeanHandle:
+class LeanHandle(Removable):
     """What `apply_lean` did. `.remove()`, or the end of a `with` block, undoes it.
 
     applied: kind -> names of the modules that keep less. skipped: name -> why that module is left plain.
@@ -31,14 +31,6 @@ class LeanHandle:
         """Give every module its plain forward back. A second call does nothing."""
         while self._forwards:
             self._forwards.pop().remove()
-
-    def __enter__(self) -> LeanHandle:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.remove()
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{len(names)} {kind}" for kind, names in self.applied.items())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from zest_fast.foundation.removable import Removable
 
 
 def adamw(parameters: Iterable[Any], lr: float = 1e-3, **options: Any) -> torch.optim.AdamW:
@@ -49,7 +50,7 @@ def _tensors(entry: Any) -> list[Tensor]:
     return [entry[1] if isinstance(entry, tuple) else entry]  # named parameters come as pairs
 
 
-class OptimizerInBackward:
+class OptimizerInBackward(Removable):
     """See `optimizer_in_backward`. `.remove()`, or the end of a `with` block, takes the steps out of backward again."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -64,14 +65,6 @@ class OptimizerInBackward:
         """Gradients are kept again and `optimizer.step()` uses them. A second call does nothing."""
         while self._handles:
             self._handles.pop().remove()
-
-    def __enter__(self) -> OptimizerInBackward:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.remove()
 
     def _step(self, parameter: Tensor) -> None:
         groups = self.optimizer.param_groups

@@ -1,0 +1,26 @@
+"""What was put into a user's model and is taken out again, by `.remove()` or at the end of a `with` block."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Removable(ABC):
+    """`with` gives the object itself, and its end removes it, whatever happened inside."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Give back what was found. A second call does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from bench.finetune_report import above, means
+from bench.finetune.report import above, means
 from bench.markdown import markdown_table
 
 GIB = 2**30

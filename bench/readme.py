@@ -13,13 +13,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import finetune_report, pictures, ranking_report
+from bench import pictures, ranking_report
 from bench.choose import choose_text
-from bench.finetune_report import finetune_text
+from bench.finetune import report as finetune_report
+from bench.finetune.report import finetune_text
 from bench.landing_report import landing_text
+from bench.lean.report import lean_text
+from bench.llama7b.report import llama7b_text
 from bench.markdown import markdown_table
 from bench.measure import RESULTS, ROOT
-from bench.memory_report import lean_text, llama7b_text, memory_text
+from bench.memory_table.report import memory_text
 from bench.ranking_report import ranking_text
 
 MIB = 2**20

@@ -1,6 +1,7 @@
 """The benchmarks run from the checkout, and their harness measures what it says. No test here looks at a speed."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 import zest_fast
-from bench import libraries, measure, memory, models, peers, readme
+from bench import measure, models, readme
+from bench.profile import libraries, memory, peers
 from zest_fast.planning.counted_memory import held_bytes, peak_bytes
 from zest_fast.planning.ledger import Ledger
 from zest_fast.planning.step import hold
@@ -20,6 +22,19 @@ MIB = 2**20
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def documented_commands() -> set[str]:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "bench" / "README.md", ROOT / "noxfile.py"]
+    pages += [ROOT / ".ci" / "run", *(ROOT / "bench").rglob("*.py"), *(ROOT / "bench" / "results").glob("*.json")]
+    return {name for page in pages for name in re.findall(r"python3? -m bench\.(\w+)", page.read_text())} - {"NAME"}
+
+
+@pytest.mark.parametrize("name", sorted(documented_commands()))
+def test_every_command_that_somebody_is_told_of_is_there(name):
+    place = ROOT / "bench" / name
+    source = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+    assert 'if __name__ == "__main__":' in source.read_text()
 
 
 def run_bench(name: str, *arguments: str) -> subprocess.CompletedProcess:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from bench import finetune, finetune_report, pictures, readme
-from bench.finetune_arms import NAMES, Arm, Orders, Trained, arms
+from bench import pictures, readme
+from bench.finetune import report as finetune_report
+from bench.finetune import run as finetune
+from bench.finetune.arms import NAMES, Arm, Orders, Trained, arms
 
 LAYERS = tuple(f"body.{2 * place}" for place in range(12))
 

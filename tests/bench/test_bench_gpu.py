@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_profiles
-from bench.gpu_kernels import _figures
-from bench.gpu_site import Site
+from bench.gpu import profiles as gpu_profiles
+from bench.gpu.kernels import _figures
+from bench.gpu.site import Site
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

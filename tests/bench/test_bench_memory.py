@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import memory_table
 from bench.landing_report import DTYPE, ROWS, SHAPE, landing_text
-from bench.memory_report import llama7b_text, memory_text
+from bench.llama7b.report import llama7b_text
+from bench.memory_table import run as memory_table
+from bench.memory_table.report import memory_text
 
 ROOT = Path(__file__).resolve().parents[2]
 

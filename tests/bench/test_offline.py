@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.sass import Program
+from bench.offline.sass import Program
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,7 +13,7 @@ from small_models import Mlp, assert_same, llama, snapshot
 from torch import nn
 
 from bench import models
-from bench.real_steps import counted_step
+from bench.memory_table.real_steps import counted_step
 from zest_fast import SelectiveBackward, merge_delta
 from zest_fast.finetuning import selective_backward
 from zest_fast.finetuning.quantised_formats import FORMATS

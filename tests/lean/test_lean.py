@@ -10,7 +10,7 @@ from small_models import conv_net, llama
 from torch import nn
 from untouched import changes, state_of
 
-from bench.lean import keeping, measure_block
+from bench.lean.run import keeping, measure_block
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.lean import bits as lean_bits
 from zest_fast.lean import loss as lean_loss

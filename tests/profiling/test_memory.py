@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import zest_fast
-from bench import peers
-from bench.memory import WITHOUT_FISHER, outputs_nobody_keeps
+from bench.profile import peers
+from bench.profile.memory import WITHOUT_FISHER, outputs_nobody_keeps
 from zest_fast.planning.counted_memory import peak_bytes
 
 transformers = pytest.importorskip("transformers")

@@ -16,13 +16,14 @@ from zest_fast.kernels.triton_launch import on_device_of
 from zest_fast.kernels.triton_moments import (
     WARPS,
     add_group,
-    chan,
-    masked_moments,
+    add_masked,
+    entries_of_block,
+    first_group,
     merge_chunks,
     merge_threads,
     merged_dimensions,
     nonfinite_entries,
-    thread_moments,
+    store_row,
 )
 
 _BLOCK = tl.constexpr(2048)
@@ -71,35 +72,21 @@ def gradient_chunks(
     whole_last = tl.minimum(last, tl.cast(entries, tl.int64) // _BLOCK)
     if not DENSE:
         whole_last = first
-    index = (
-        tl.arange(0, 4)[:, None, None] * (THREADS * VECTOR)
-        + tl.arange(0, THREADS)[None, :, None] * VECTOR
-        + tl.arange(0, VECTOR)[None, None, :]
-    )
+    index = entries_of_block(THREADS, VECTOR)
     count = tl.zeros((), tl.float64)
     mean, m2, abs_mean, abs_m2, nonfinite = count, count, count, count, count
     w_mean, w_m2, w_nonfinite, product, product_abs = count, count, count, count, count
     if first < whole_last:
-        zero = tl.zeros((THREADS,), tl.float64)
         d_tile = tl.load(dw + first * _BLOCK + index).to(COMPUTE)
         w_tile = tl.load(w + first * _BLOCK + index).to(COMPUTE)
-        group_mean, group_square = thread_moments(d_tile)
-        state = (group_mean, zero, zero, group_square)
-        group_mean, group_square = thread_moments(tl.abs(d_tile))
-        abs_state = (group_mean, zero, zero, group_square)
-        group_mean, group_square = thread_moments(w_tile)
-        w_state = (group_mean, zero, zero, group_square)
+        state, abs_state, w_state = first_group(d_tile), first_group(tl.abs(d_tile)), first_group(w_tile)
         products = tl.sum(tl.sum(d_tile * w_tile, 2), 0).to(tl.float64)
         products_abs = tl.sum(tl.sum(tl.abs(d_tile * w_tile), 2), 0).to(tl.float64)
         for block in range(first + 1, whole_last):
             d_tile = tl.load(dw + block * _BLOCK + index).to(COMPUTE)
             w_tile = tl.load(w + block * _BLOCK + index).to(COMPUTE)
-            group_mean, group_square = thread_moments(d_tile)
-            state = add_group(state, group_mean, group_square)
-            group_mean, group_square = thread_moments(tl.abs(d_tile))
-            abs_state = add_group(abs_state, group_mean, group_square)
-            group_mean, group_square = thread_moments(w_tile)
-            w_state = add_group(w_state, group_mean, group_square)
+            state, abs_state = add_group(state, d_tile), add_group(abs_state, tl.abs(d_tile))
+            w_state = add_group(w_state, w_tile)
             products += tl.sum(tl.sum(d_tile * w_tile, 2), 0).to(tl.float64)
             products_abs += tl.sum(tl.sum(tl.abs(d_tile * w_tile), 2), 0).to(tl.float64)
         groups = tl.cast(whole_last - first, tl.float64)
@@ -121,30 +108,19 @@ def gradient_chunks(
         v = tl.load(w + pair_offsets(entry, n1, n2, n3, w0, w1, w2, w3), mask=inside, other=0.0).to(tl.float64)
         part_count = tl.sum(inside.to(tl.float64))
         if part_count > 0.0:
-            part_mean, part_m2 = masked_moments(d, inside, part_count)
-            mean, m2 = chan(count, mean, m2, part_count, part_mean, part_m2)
-            part_mean, part_m2 = masked_moments(tl.abs(d), inside, part_count)
-            abs_mean, abs_m2 = chan(count, abs_mean, abs_m2, part_count, part_mean, part_m2)
-            part_mean, part_m2 = masked_moments(v, inside, part_count)
-            w_mean, w_m2 = chan(count, w_mean, w_m2, part_count, part_mean, part_m2)
+            mean, m2 = add_masked(count, mean, m2, d, inside, part_count)
+            abs_mean, abs_m2 = add_masked(count, abs_mean, abs_m2, tl.abs(d), inside, part_count)
+            w_mean, w_m2 = add_masked(count, w_mean, w_m2, v, inside, part_count)
             product += tl.sum(d * v)
             product_abs += tl.sum(tl.abs(d * v))
             nonfinite += nonfinite_entries(d)
             w_nonfinite += nonfinite_entries(v)
             count += part_count
 
-    out = partials + chunk * 12
-    tl.store(out, count)
-    tl.store(out + 1, mean)
-    tl.store(out + 2, m2)
-    tl.store(out + 3, abs_mean)
-    tl.store(out + 4, abs_m2)
-    tl.store(out + 5, nonfinite)
-    tl.store(out + 6, w_mean)
-    tl.store(out + 7, w_m2)
-    tl.store(out + 8, w_nonfinite)
-    tl.store(out + 9, product)
-    tl.store(out + 10, product_abs)
+    store_row(
+        partials + chunk * 12,
+        (count, mean, m2, abs_mean, abs_m2, nonfinite, w_mean, w_m2, w_nonfinite, product, product_abs),
+    )
 
 
 @triton.jit

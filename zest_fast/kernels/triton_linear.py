@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zest_fast.kernels.triton_launch import on_device_of
+from zest_fast.kernels.triton_moments import store_row
 
 _SUM_PROGRAMS = 512  # of the first kernel, at most
 _BAND = 8  # rows of tiles
@@ -76,14 +77,16 @@ def gradient_tile(
     columns_g,
     stride_x,
     stride_g,
-    first_o,
-    first_i,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The tile of GᵀX at (first_o, first_i) in float32; entries beyond the edge are 0."""
+    """The program's number, first row and column, and tile of GᵀX in float32; entries beyond the edge are 0."""
+    program = tl.program_id(0)
+    tile_o, tile_i = tile_of(program, tl.cdiv(columns_g, BLOCK_O), tl.cdiv(columns_x, BLOCK_I), BAND)
+    first_o, first_i = tile_o * BLOCK_O, tile_i * BLOCK_I
     t = tl.arange(0, BLOCK_T)
     o = first_o + tl.arange(0, BLOCK_O)
     i = first_i + tl.arange(0, BLOCK_I)
@@ -99,7 +102,7 @@ def gradient_tile(
         acc = tl.dot(tl.trans(g_part), x_part, acc, input_precision=PRECISION)
         x_tile += step_x
         g_tile += step_g
-    return acc
+    return program, first_o, first_i, acc
 
 
 @triton.jit
@@ -227,11 +230,8 @@ def reduced_gradient(
 ):
     """One tile of dW -> row `program` of sums [tiles, 6]; careful_sums [tiles, 8] where these cannot be trusted."""
     BY_ROWS: tl.constexpr = w.dtype.element_ty.primitive_bitwidth >= 32
-    program = tl.program_id(0)
-    tile_o, tile_i = tile_of(program, tl.cdiv(columns_g, BLOCK_O), tl.cdiv(columns_x, BLOCK_I), BAND)
-    first_o, first_i = tile_o * BLOCK_O, tile_i * BLOCK_I
-    acc = gradient_tile(
-        x, g, rows, columns_x, columns_g, stride_x, stride_g, first_o, first_i, BLOCK_O, BLOCK_I, BLOCK_T, PRECISION
+    program, first_o, first_i, acc = gradient_tile(
+        x, g, rows, columns_x, columns_g, stride_x, stride_g, BLOCK_O, BLOCK_I, BLOCK_T, BAND, PRECISION
     )
 
     o = first_o + tl.arange(0, BLOCK_O)
@@ -250,15 +250,9 @@ def reduced_gradient(
     count = tl.cast(height * width, tl.float32)
     trusted = is_trusted(abs_sum, square, count)
     w_trusted = is_trusted(w_sum, w_square, count)
-    out = sums + tl.cast(program, tl.int64) * 6
-    tl.store(out, abs_sum)
-    tl.store(out + 1, square)
-    tl.store(out + 2, product)
-    tl.store(out + 3, product_abs)
-    tl.store(out + 4, w_sum)
-    tl.store(out + 5, w_square)
+    store_row(sums + tl.cast(program, tl.int64) * 6, (abs_sum, square, product, product_abs, w_sum, w_square))
 
-    out = careful_sums + tl.cast(program, tl.int64) * 8
+    out = careful_sums + tl.cast(program, tl.int64) * 8  # each number as it is there: as a row they hold registers
     if trusted == 0:
         inside = entries_inside(o, i, columns_g, columns_x)
         mean = gradient_mean(gradient_sums, sum_parts, columns_x, columns_g, SUM_LANES).to(tl.float32)
@@ -370,17 +364,11 @@ def merge_tiles(
     # Σ(d-μ)² = Σd² - nμ² - 2μΣ(d-μ) over the plain tiles, and Σ(d-μ) over all tiles is 0
     cross = tl.where(tl.sum(plain_tiles) > 0.0, 2.0 * mean * tl.sum(careful_rest), 0.0)
     several = entries > 1.0  # of a single entry the deviation is 0, not a rounding error
-    tl.store(out, entries)
-    tl.store(out + 1, mean)
-    tl.store(out + 2, tl.where(several, tl.maximum(tl.sum(square) + cross, 0.0), 0.0))
-    tl.store(out + 3, abs_total)
-    tl.store(out + 4, tl.where(several, tl.maximum(tl.sum(abs_m2), 0.0), 0.0))
-    tl.store(out + 5, tl.sum(nonfinite))
-    tl.store(out + 6, w_total)
-    tl.store(out + 7, tl.maximum(tl.sum(w_m2), 0.0))
-    tl.store(out + 8, tl.sum(w_nonfinite))
-    tl.store(out + 9, tl.sum(product))
-    tl.store(out + 10, tl.sum(product_abs))
+    m2 = tl.where(several, tl.maximum(tl.sum(square) + cross, 0.0), 0.0)
+    abs_square = tl.where(several, tl.maximum(tl.sum(abs_m2), 0.0), 0.0)
+    store_row(out, (entries, mean, m2, abs_total, abs_square, tl.sum(nonfinite)))
+    w_square = tl.maximum(tl.sum(w_m2), 0.0)
+    store_row(out + 6, (w_total, w_square, tl.sum(w_nonfinite), tl.sum(product), tl.sum(product_abs)))
 
 
 class Tile(NamedTuple):

@@ -52,9 +52,27 @@ def thread_moments(x):
 
 
 @triton.jit
-def add_group(state, mean, square):
-    """Adds one group to (reference, Σ(mean-reference), Σ(mean-reference)², Σ squares) of each thread, in float64."""
+def entries_of_block(THREADS: tl.constexpr, VECTOR: tl.constexpr):
+    """Numbers of the entries of a block [4, THREADS, VECTOR]: each thread loads VECTOR neighbours, four times."""
+    return (
+        tl.arange(0, 4)[:, None, None] * (THREADS * VECTOR)
+        + tl.arange(0, THREADS)[None, :, None] * VECTOR
+        + tl.arange(0, VECTOR)[None, None, :]
+    )
+
+
+@triton.jit
+def first_group(x):
+    """(reference, Σ(mean-reference), Σ(mean-reference)², Σ squares) of each thread in float64, of its first group."""
+    mean, square = thread_moments(x)
+    return mean, tl.zeros_like(mean), tl.zeros_like(mean), square
+
+
+@triton.jit
+def add_group(state, x):
+    """The same with one group more."""
     reference, shift, shift_square, squares = state
+    mean, square = thread_moments(x)
     delta = mean - reference
     return reference, shift + delta, shift_square + delta * delta, squares + square
 
@@ -84,6 +102,20 @@ def masked_moments(x, inside, count):
     mean = tl.sum(tl.where(inside, x, 0.0)) / count
     deviation = tl.where(inside, x - mean, 0.0)
     return mean, tl.sum(deviation * deviation)
+
+
+@triton.jit
+def add_masked(count, mean, m2, x, inside, inside_count):
+    """(mean, m2) with the entries inside, of which there are some; x in float64."""
+    part_mean, part_m2 = masked_moments(x, inside, inside_count)
+    return chan(count, mean, m2, inside_count, part_mean, part_m2)
+
+
+@triton.jit
+def store_row(row, values):
+    """A tuple of numbers into the columns of a row, from its first on."""
+    for column in tl.static_range(len(values)):
+        tl.store(row + column, values[column])
 
 
 @triton.jit
@@ -127,29 +159,18 @@ def chunk_moments(address, row, chunk, DTYPE: tl.constexpr, BITS: tl.constexpr):
     if dense == 0:
         whole_last = whole_first
     aligned = (address - address % 16).to(tl.pointer_type(DTYPE))
-    index = (
-        tl.arange(0, 4)[:, None, None] * (THREADS * VECTOR)
-        + tl.arange(0, THREADS)[None, :, None] * VECTOR
-        + tl.arange(0, VECTOR)[None, None, :]
-    )
+    index = entries_of_block(THREADS, VECTOR)
 
     count = tl.zeros((), tl.float64)
     mean, m2, abs_mean, abs_m2, nonfinite = count, count, count, count, count
     if whole_first < whole_last:
-        zero = tl.zeros((THREADS,), tl.float64)
         start = tl.multiple_of(aligned + whole_first * BLOCK, 16)
         x = tl.load(start + index).to(COMPUTE)
-        group_mean, group_square = thread_moments(x)
-        state = (group_mean, zero, zero, group_square)
-        group_mean, group_square = thread_moments(tl.abs(x))
-        abs_state = (group_mean, zero, zero, group_square)
+        state, abs_state = first_group(x), first_group(tl.abs(x))
         for block in range(whole_first + 1, whole_last):
             start = tl.multiple_of(aligned + block * BLOCK, 16)
             x = tl.load(start + index).to(COMPUTE)
-            group_mean, group_square = thread_moments(x)
-            state = add_group(state, group_mean, group_square)
-            group_mean, group_square = thread_moments(tl.abs(x))
-            abs_state = add_group(abs_state, group_mean, group_square)
+            state, abs_state = add_group(state, x), add_group(abs_state, tl.abs(x))
         groups = (whole_last - whole_first).to(tl.float64)
         count = groups * BLOCK
         mean, m2 = merge_threads(state, groups, GROUP)
@@ -169,10 +190,8 @@ def chunk_moments(address, row, chunk, DTYPE: tl.constexpr, BITS: tl.constexpr):
                 x = tl.load(pointer + offset, mask=inside, other=0.0).to(tl.float64)
                 part_count = tl.sum(inside.to(tl.float64))
                 if part_count > 0.0:
-                    part_mean, part_m2 = masked_moments(x, inside, part_count)
-                    mean, m2 = chan(count, mean, m2, part_count, part_mean, part_m2)
-                    part_mean, part_m2 = masked_moments(tl.abs(x), inside, part_count)
-                    abs_mean, abs_m2 = chan(count, abs_mean, abs_m2, part_count, part_mean, part_m2)
+                    mean, m2 = add_masked(count, mean, m2, x, inside, part_count)
+                    abs_mean, abs_m2 = add_masked(count, abs_mean, abs_m2, tl.abs(x), inside, part_count)
                     nonfinite += nonfinite_entries(x)
                     count += part_count
     return count, mean, m2, abs_mean, abs_m2, nonfinite
@@ -195,13 +214,7 @@ def moments_of_chunks(table, partials, chunks):
         count, mean, m2, abs_mean, abs_m2, nonfinite = chunk_moments(address, row, chunk, tl.bfloat16, 16)
     else:
         count, mean, m2, abs_mean, abs_m2, nonfinite = chunk_moments(address, row, chunk, tl.float16, 16)
-    out = partials + program.to(tl.int64) * 6
-    tl.store(out, count)
-    tl.store(out + 1, mean)
-    tl.store(out + 2, m2)
-    tl.store(out + 3, abs_mean)
-    tl.store(out + 4, abs_m2)
-    tl.store(out + 5, nonfinite)
+    store_row(partials + program.to(tl.int64) * 6, (count, mean, m2, abs_mean, abs_m2, nonfinite))
 
 
 @triton.jit
@@ -229,13 +242,8 @@ def merge_moments(table, partials, out, chunks, LANES: tl.constexpr):
     abs_mean, abs_m2 = merge_chunks(
         count, divisor, tl.load(row + 3, mask=inside, other=0.0), tl.load(row + 4, mask=inside, other=0.0)
     )
-    out += tensor * 6
-    tl.store(out, total * repeat)
-    tl.store(out + 1, mean)
-    tl.store(out + 2, m2 * repeat)
-    tl.store(out + 3, abs_mean)
-    tl.store(out + 4, abs_m2 * repeat)
-    tl.store(out + 5, tl.sum(tl.load(row + 5, mask=inside, other=0.0)) * repeat)
+    nonfinite = tl.sum(tl.load(row + 5, mask=inside, other=0.0))
+    store_row(out + tensor * 6, (total * repeat, mean, m2 * repeat, abs_mean, abs_m2 * repeat, nonfinite * repeat))
 
 
 def merged_dimensions(*tensors: Tensor) -> list[tuple[int, tuple[int, ...]]]:

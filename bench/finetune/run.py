@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property, partial
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.data import DATASETS, load_pair
-from bench.finetune_arms import NAMES, RANK, Arm, Orders, Trained, arms
+from bench.finetune.arms import NAMES, RANK, Arm, Orders, Trained, arms
 from bench.measure import (
     RESULTS,
     describe_machine,
@@ -84,7 +83,9 @@ SETTINGS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), metavar="MODEL/DATASET")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="one file for each pair, written after every run")
     parser.add_argument("--threads", type=int, default=1)
@@ -318,8 +319,3 @@ class Pair:
         self.document |= {"finished": finished, "machine": describe_machine(), "versions": describe_versions()}
         with replacing(self.path) as temporary:
             temporary.write_text(json.dumps(self.document, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main()

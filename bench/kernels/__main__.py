@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench import reductions
+from bench.kernels import reductions
 from bench.measure import interleave, median, ratio, write_result
 from zest_fast import kernels
 

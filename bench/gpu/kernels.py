@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from bench import reductions
-from bench.gpu_correctness import DTYPES, backends
-from bench.gpu_site import GB, Run, Site
+from bench.gpu.correctness import DTYPES, backends
+from bench.gpu.site import GB, Run, Site
+from bench.kernels import reductions
 from bench.measure import median, ratio
 from zest_fast.kernels import cuda, triton_kernels
 

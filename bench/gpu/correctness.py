@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from bench.gpu_site import Site
+from bench.gpu.site import Site
 from zest_fast import kernels
 from zest_fast.kernels import GradientMoments, Moments, collector, reference
 

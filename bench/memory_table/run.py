@@ -8,7 +8,7 @@
 `peak_bytes` and `flops` are those of a dry run (tensors, without the CUDA context). With --check, `counted_bytes` are
 what a real step on the CPU held, and `seconds` the processor time of the faster of two more. `memory_to_full` and the
 like are relative to full fine-tuning. The five layers are stand-ins: evenly spread from the middle block up, because
-memory depends on the lowest of them and on their sizes. (`bench.memory` is about profile(), hence the name.)
+memory depends on the lowest of them and on their sizes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from bench.measure import RESULTS, write_result
-from bench.real_steps import counted_and_timed_step
+from bench.memory_table.real_steps import counted_and_timed_step
 from zest_fast.foundation.replacing import replacing
 from zest_fast.planning.batches import make_batch
 from zest_fast.planning.blocks import layout_of
@@ -63,7 +63,9 @@ TINY = (Shape("resnet-50", {"batch_size": 2, "image_size": 64}),)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.memory_table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", help="the rows whose model has this name")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--check", action="store_true", help="run, count and time real CPU steps beside the dry runs")
@@ -182,7 +184,3 @@ def _real(shape: Shape, planned: Plan) -> tuple[int, float]:
     options = {} if setting.layers == "all" else {"lean": setting.lean, "checkpoint": setting.checkpoint}
     options |= {"frozen": setting.frozen} if setting.frozen else {}
     return counted_and_timed_step(model, make_batch(model, setting), setting.layers, str(setting.optimizer), **options)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,7 @@
 Compiles every configuration that zest_fast launches for sm_80 (A100) and sm_90 (H100), with no driver, and reads the
 machine code. It requires: no spills and no local memory; tensor-core instructions in every GEMM (HMMA on sm_80, HGMMA
 on sm_90); 128-bit loads in the others; and an epilogue of at most 60 % of the instructions of the naive one
-(bench/naive_epilogue.py), counted on the way that a whole tile takes. Exits non-zero on a miss.
+(bench/offline/naive_epilogue.py), counted on the way that a whole tile takes. Exits non-zero on a miss.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.measure import write_result
-from bench.naive_epilogue import naive_reduced_gradient
-from bench.sass import Program
+from bench.offline.naive_epilogue import naive_reduced_gradient
+from bench.offline.sass import Program
 from zest_fast.kernels import triton_channels, triton_gradient, triton_lean, triton_linear, triton_moments
 
 ARCHITECTURES = (80, 90)
@@ -213,7 +213,7 @@ def summary(rows: list[dict]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.offline", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=None, help="folder of the JSON (bench/results by default)")
     parser.add_argument("--match", default="", help="only kernels whose name holds this")
     options = parser.parse_args(arguments)

@@ -23,10 +23,10 @@ from rich.table import Table
 from torch import nn
 
 import zest_fast
-from bench import libraries, peers
 from bench.measure import interleave, median, ratio, write_result
-from bench.memory import measure_peaks
 from bench.models import LARGE, STANDARD, TINY, Batch, Case
+from bench.profile import libraries, peers
+from bench.profile.memory import measure_peaks
 
 SLOW_ROUNDS = 3  # of candidates that take several passes or answer another question
 LARGE_ROUNDS = 6  # of the larger batches

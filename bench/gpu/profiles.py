@@ -17,10 +17,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zest_fast
-from bench import models, peers
-from bench.gpu_site import GB, Site
+from bench import models
+from bench.gpu.site import GB, Site
 from bench.measure import ROOT, interleave, median, ratio
 from bench.models import Batch, Case
+from bench.profile import peers
 
 CAPS = (24, 40, 80)  # GB
 LLAMA_7B = {

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from bench.models import Batch
-from bench.peers import profiled_layers
+from bench.profile.peers import profiled_layers
 
 Norms = dict[str, Tensor]
 QUANTITY = "norm of each sample's gradient, per layer"

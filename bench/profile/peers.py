@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.kernels.reductions import Scratch, lean_channel_products, lean_gradient_moments, lean_moments
 from bench.models import Batch
-from bench.reductions import Scratch, lean_channel_products, lean_gradient_moments, lean_moments
 
 Table = dict[str, dict[str, float]]
 

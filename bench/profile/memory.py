@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import zest_fast
-from bench import peers
 from bench.models import Batch, Case
+from bench.profile import peers
 from zest_fast.planning.counted_memory import peak_bytes
 from zest_fast.profiling.metrics import METRIC_NAMES
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zest_fast.kernels.triton_linear import gradient_tile, tile_of
+from zest_fast.kernels.triton_linear import gradient_tile
 
 
 @triton.jit
@@ -35,11 +35,8 @@ def naive_reduced_gradient(
     SUM_LANES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    tile_o, tile_i = tile_of(program, tl.cdiv(columns_g, BLOCK_O), tl.cdiv(columns_x, BLOCK_I), BAND)
-    first_o, first_i = tile_o * BLOCK_O, tile_i * BLOCK_I
-    d = gradient_tile(
-        x, g, rows, columns_x, columns_g, stride_x, stride_g, first_o, first_i, BLOCK_O, BLOCK_I, BLOCK_T, PRECISION
+    program, first_o, first_i, d = gradient_tile(
+        x, g, rows, columns_x, columns_g, stride_x, stride_g, BLOCK_O, BLOCK_I, BLOCK_T, BAND, PRECISION
     )
     o = first_o + tl.arange(0, BLOCK_O)
     i = first_i + tl.arange(0, BLOCK_I)

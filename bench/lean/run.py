@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from bench.measure import interleave, median, ratio, write_result
 from bench.models import TINY, Batch, Case, llama, mobilenetv2, resnet50
-from bench.peers import profiled_layers
+from bench.profile.peers import profiled_layers
 from zest_fast import SelectiveBackward
 from zest_fast.lean.apply import apply_lean
 from zest_fast.lean.optimizer import adamw
@@ -225,7 +225,3 @@ def _block_table(result: dict) -> Table:
         rest = result["everything_else_per_token"][name]
         table.add_row(name, f"{count:.0f}", str(result["formula"][name]), f"{rest:.0f}")
     return table
-
-
-if __name__ == "__main__":
-    main()

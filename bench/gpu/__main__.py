@@ -1,7 +1,7 @@
 """`python -m bench.gpu`: correctness, kernels and whole profiles on a GPU, in one JSON; under eight minutes.
 
-Writes bench/results/gpu.json: rows of the sections "correctness" (bench/gpu_correctness.py), "kernels"
-(bench/gpu_kernels.py) and "profiles" (bench/gpu_profiles.py). Exits with 1 where a kernel does not match the reference
+Writes bench/results/gpu.json: rows of the sections "correctness" (bench/gpu/correctness.py), "kernels"
+(bench/gpu/kernels.py) and "profiles" (bench/gpu/profiles.py). Exits with 1 where a kernel does not match the reference
 or there is no GPU. `--dry-run` runs the same code on a CPU, under Triton's interpreter and at toy sizes, to show that
 it runs: no figure of it means anything.
 """
@@ -18,15 +18,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import gpu_correctness, gpu_kernels, gpu_profiles
-from bench.gpu_site import Site
+from bench.gpu import correctness, kernels, profiles
+from bench.gpu.site import Site
 from bench.measure import write_result
 
 MIB = 2**20
 SECTIONS = {
-    "correctness": gpu_correctness.check,
-    "kernels": gpu_kernels.measure,
-    "profiles": gpu_profiles.measure,
+    "correctness": correctness.check,
+    "kernels": kernels.measure,
+    "profiles": profiles.measure,
 }
 Row = dict[str, object]
 

@@ -1,0 +1,1 @@
+"""Accuracy, time and memory of fine-tuning a few layers on real data: `python -m bench.finetune`."""

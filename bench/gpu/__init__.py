@@ -1,0 +1,1 @@
+"""Correctness, kernels and whole profiles on a GPU: `python -m bench.gpu`."""

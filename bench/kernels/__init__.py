@@ -1,0 +1,1 @@
+"""Each public kernel beside torch: `python -m bench.kernels`."""

@@ -1,0 +1,1 @@
+"""What a step keeps and costs, plain and lean: `python -m bench.lean`."""

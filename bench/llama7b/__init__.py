@@ -1,0 +1,1 @@
+"""LLaMA-7B on a CPU, resident memory and time: `python -m bench.llama7b`."""

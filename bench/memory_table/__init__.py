@@ -1,0 +1,1 @@
+"""What a training step of each method needs: `python -m bench.memory_table`."""

@@ -1,0 +1,1 @@
+"""The whole zest_fast.profile() beside a plain pass and its peers: `python -m bench.profile`."""

@@ -6,8 +6,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 __all__ = [
+    "Choice",
     "DeltaSwitch",
     "LayerProfile",
+    "Plan",
     "Ranker",
     "Ranking",
     "Recipe",
@@ -40,8 +42,9 @@ if TYPE_CHECKING:
     from zest_fast.finetuning.selective_backward import SelectiveBackward
     from zest_fast.lean.apply import apply_lean
     from zest_fast.lean.optimizer import adamw, optimizer_in_backward
-    from zest_fast.planning.choose import choose
+    from zest_fast.planning.choose import Choice, choose
     from zest_fast.planning.plan import plan, plan_profile, planned_peak
+    from zest_fast.planning.report import Plan
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.profiling.profile import profile
     from zest_fast.ranking.ranker import Ranker
@@ -53,8 +56,10 @@ if TYPE_CHECKING:
     __version__: str
 else:
     _HOMES = {
+        "Choice": "zest_fast.planning.choose",
         "DeltaSwitch": "zest_fast.finetuning.delta_use",
         "LayerProfile": "zest_fast.profiling.layer_profile",
+        "Plan": "zest_fast.planning.report",
         "Ranker": "zest_fast.ranking.ranker",
         "Ranking": "zest_fast.ranking.ranking",
         "Recipe": "zest_fast.sweeping.recipe",

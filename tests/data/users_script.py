@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import zest_fast
-from zest_fast import LayerProfile, Ranker, Ranking, Recipe, SelectiveBackward
+from zest_fast import Choice, LayerProfile, Plan, Ranker, Ranking, Recipe, SelectiveBackward
 
 
 def loss_fn(output: Tensor, targets: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def main() -> None:
     again = zest_fast.profile(model, batch, metrics=profile.metrics)
     value: float = again["0"]["snip"]
     ranking: Ranking = zest_fast.rank(profile, by="snip")
-    layers: tuple[str, ...] = zest_fast.choose(ranking, 1, prefer="cheap-cut")
+    layers: Choice = zest_fast.choose(ranking, 1, prefer="cheap-cut")
     with SelectiveBackward(model, layers, checkpoint=None, frozen=None) as tuned:
         optimizer = zest_fast.adamw(tuned.parameters(), lr=1e-4)
         with zest_fast.optimizer_in_backward(optimizer):
@@ -29,7 +29,7 @@ def main() -> None:
         tuned.save("delta.safetensors", ranking=ranking)
     delta = zest_fast.apply_delta(model, "delta.safetensors")
     peak: int = zest_fast.planned_peak(model, batch, layers)
-    step = zest_fast.plan(model, layers, batch_size=2, image_size=8, device="cpu", frozen="nf4")
+    step: Plan = zest_fast.plan(model, layers, batch_size=2, image_size=8, device="cpu", frozen="nf4")
     needed: int = step.peak_bytes
     ranker: Ranker = Ranker(features="metrics").fit(zest_fast.load_records())
     recipe = Recipe(steps=8)

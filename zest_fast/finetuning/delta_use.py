@@ -145,7 +145,17 @@ class DeltaSwitch:
         self._replaced: dict[str, torch.Tensor] = {}
 
     def use(self, path: str | os.PathLike[str] | None) -> DeltaSwitch:
-        """Let the model be its base with this delta; returns itself. Raises as `apply_delta`, and changes nothing."""
+        """Let the model be its base with this delta.
+
+        Args:
+            path: of the delta; None = the base alone.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: as `apply_delta` does; nothing changes then.
+        """
         if path is None:
             fresh: dict[str, torch.Tensor] = {}
         else:

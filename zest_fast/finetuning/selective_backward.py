@@ -185,8 +185,16 @@ class SelectiveBackward(Removable):
     def summary(self, optimizer: torch.optim.Optimizer | None = None) -> Summary:
         """What trains, where backward ends and what it skips; print it.
 
-        optimizer: is checked: ValueError when it lacks something that trains, or holds something frozen because it was
-        built before the model was wrapped; a warning where its steps are too small for weights in bfloat16 or float16.
+        Args:
+            optimizer: is checked where it is given; a warning says where its steps are too small for weights in
+                bfloat16 or float16.
+
+        Returns:
+            The summary.
+
+        Raises:
+            ValueError: the optimizer lacks something that trains, or holds something frozen because it was built before
+                the model was wrapped.
         """
         cut, tied = self._cut_and_tie()
         counts = weight_counts(self.model)
@@ -221,13 +229,19 @@ class SelectiveBackward(Removable):
         return check_optimizer(optimizer, self._chosen(), self.model, replaced)
 
     def verify(self) -> str:
-        """After training: raise RuntimeError, naming each, unless every chosen weight moved and is finite, and every
-        frozen parameter and buffer is bit for bit as it was when wrapped. Takes a second for each GB and core. With
-        FSDP2 (`fully_shard`) every process has to call it, as `.save()` and `.load()`: shards are gathered one by one.
+        """After training: every chosen weight moved and is finite, and all that is frozen is bit for bit as it was.
 
-        Returns what was found. Buffers that the model's own forward pass moves in train mode, such as the vectors of
-        spectral norms, are no fault; they are named there, and travel with a delta. Warns where weights in bfloat16 or
-        float16 have not moved, since their steps were rounded away.
+        Takes a second for each GB and core. With FSDP2 (`fully_shard`) every process has to call it, as `.save()` and
+        `.load()`: shards are gathered one by one. Warns where weights in bfloat16 or float16 have not moved, since
+        their steps were rounded away.
+
+        Returns:
+            What was found. Buffers that the model's own forward pass moves in train mode, such as the vectors of
+            spectral norms, are no fault; they are named there, and travel with a delta.
+
+        Raises:
+            RuntimeError: a chosen weight that did not move or is not finite, a frozen parameter or buffer that changed,
+                each by its name.
         """
         if self._removed and self._quantised is not None:
             raise RuntimeError("verify: the quantised weights are unpacked since .remove(); call .verify() before it")
@@ -244,19 +258,34 @@ class SelectiveBackward(Removable):
         return None if self._quantised is None or self._removed else self._quantised.format
 
     def save(self, path: str | os.PathLike[str], *, ranking: Any = None, recipe: Any = None) -> Path:
-        """Write the trained parameters and the buffers that changed as a safetensors delta; returns the path.
+        """Write the trained parameters and the buffers that changed as a safetensors delta.
 
-        An existing file is replaced at once or kept, also where the disk is full. Raises RuntimeError, with nothing
-        written, where a trained parameter is not finite.
-        ranking, recipe: how the layers were chosen and trained, for the record: a Ranking, a dataclass or plain data.
+        Args:
+            path: an existing file is replaced at once or kept, also where the disk is full.
+            ranking: how the layers were chosen, for the record: a Ranking, a dataclass or plain data.
+            recipe: how they were trained, likewise.
+
+        Returns:
+            The path.
+
+        Raises:
+            RuntimeError: a trained parameter is not finite; nothing is written.
+            OSError: the file cannot be written.
         """
         return write_delta(path, self._delta(ranking, recipe))
 
     def load(self, path: str | os.PathLike[str]) -> SelectiveBackward:
-        """Put a saved delta into the model, exact to the bit; returns itself.
+        """Put a saved delta into the model, exact to the bit.
 
-        Raises ValueError, with the model untouched, when the file is torn or foreign, when other layers trained, or
-        when the frozen parameters were others than those that the delta was made on.
+        Args:
+            path: what `.save()` wrote.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: the file is torn or foreign, other layers trained, or the frozen parameters were others than
+                those that the delta was made on. The model is then untouched.
         """
         delta = read_delta(path)
         self._check(path, delta)
@@ -273,11 +302,24 @@ class SelectiveBackward(Removable):
         progress: Any = None,
         **others: Stateful,
     ) -> Path:
-        """Write all that `resume` needs to go on as if the run had not stopped; returns the path.
+        """Write all that `resume` needs to go on as if the run had not stopped.
 
-        That is the trained parameters, changed buffers, the states of optimizer, scheduler and `others` (a GradScaler,
-        a sampler: what has a state_dict), and of the random generators of torch, NumPy and Python. Not the place in the
-        data: say in `progress` (plain data) where you are. An existing file is replaced at once or kept.
+        That is the trained parameters, changed buffers, the states of the objects given here, and of the random
+        generators of torch, NumPy and Python. Not the place in the data.
+
+        Args:
+            path: an existing file is replaced at once or kept.
+            optimizer: the one that trains.
+            scheduler: that of the learning rate, if there is one.
+            progress: where you are in the data, as plain data; `resume` returns it.
+            **others: a GradScaler, a sampler: what has a state_dict.
+
+        Returns:
+            The path.
+
+        Raises:
+            RuntimeError: a trained parameter is not finite; nothing is written.
+            OSError: the file cannot be written.
         """
         self._remember(optimizer)
         return write_run(path, self._delta(), _stateful(optimizer, scheduler, others), progress)
@@ -289,10 +331,20 @@ class SelectiveBackward(Removable):
         scheduler: Stateful | None = None,
         **others: Stateful,
     ) -> Any:
-        """Put back what `save_run` wrote, exact to the bit, into this model and these objects; returns `progress`.
+        """Put back what `save_run` wrote, exact to the bit, into this model and these objects.
 
-        Raises ValueError, with everything as it was, when the file is torn or foreign, or fits neither this model,
-        these layers nor these objects.
+        Args:
+            path: the file.
+            optimizer: a new one of the same kind over the same parameters.
+            scheduler: a new one, if there was one.
+            **others: new ones under the same names.
+
+        Returns:
+            The `progress` that was saved.
+
+        Raises:
+            ValueError: the file is torn or foreign, or does not fit this model, these layers or these objects.
+                Everything is then as it was.
         """
         run = read_run(path)
         self._check(path, run.delta)

@@ -19,6 +19,8 @@ from zest_fast.finetuning.trainable_layers import chosen_layers, head_modules, l
 from zest_fast.foundation.nearest import nearest, some
 from zest_fast.ranking.ranking import Ranking
 
+__all__ = ["as_yaml", "axolotl", "llama_factory"]
+
 METHODS = ("lora", "freeze")
 
 
@@ -31,9 +33,23 @@ def axolotl(
 ) -> dict[str, Any]:
     """`{"unfrozen_parameters": [...]}` for axolotl's YAML, without an `adapter:` there: weight and bias of these train.
 
-    layers: names, or a Ranking of which the `n` best are taken.
-    head: trains too, with all its parameters: "auto" = that of a classifier, nothing for a language model (see
-        `trained_head`; without a model and with names only it is not known, and to be named); names; None.
+    Args:
+        layers: names, or a Ranking of which the `n` best are taken.
+        model: whose parameters these are; None = names are written as patterns.
+        n: how many layers of a Ranking.
+        head: trains too, with all its parameters: "auto" = that of a classifier, nothing for a language model (without
+            a model and with names only it is not known, and to be named); names; None.
+
+    Returns:
+        The settings; `as_yaml` writes them.
+
+    Raises:
+        ValueError: no layers, or names that the model does not have.
+
+    Examples:
+        >>> from zest_fast.integrations.exports import axolotl
+        >>> axolotl(["model.layers.3.mlp.up_proj"])
+        {'unfrozen_parameters': ['^model.layers.3.mlp.up_proj.(weight|bias)$']}
     """
     names, whole = selected(layers, n), trained_head(model, layers, head)
     if model is None:
@@ -61,12 +77,25 @@ def llama_factory(
 ) -> dict[str, Any]:
     """Settings for LLaMA-Factory's YAML.
 
-    head: as in `axolotl`.
+    Args:
+        layers: names, or a Ranking of which the `n` best are taken.
+        model: whose layers these are; "freeze" needs it.
+        n: how many layers of a Ranking.
+        method: "lora" = adapters of rank `r` on exactly these layers. "freeze" = train the layers themselves, which
+            LLaMA-Factory can say only of whole modules (self_attn, mlp) in its first or last blocks.
+        r: rank of the adapters.
+        head: as in `axolotl`.
 
-    method: "lora" = adapters of rank `r` on exactly these layers. "freeze" = train the layers themselves, which
-        LLaMA-Factory can say only of whole modules (self_attn, mlp) in its first or last blocks; it needs the model.
+    Returns:
+        The settings; `as_yaml` writes them.
 
-    Raises ValueError where LLaMA-Factory would train other layers as well, naming some of them.
+    Raises:
+        ValueError: no layers, or LLaMA-Factory would train other layers as well; the message names some of them.
+
+    Examples:
+        >>> from zest_fast.integrations.exports import llama_factory
+        >>> llama_factory(["model.layers.3.mlp.up_proj"], r=4)
+        {'finetuning_type': 'lora', 'lora_target': 'model.layers.3.mlp.up_proj', 'lora_rank': 4}
     """
     names, whole = selected(layers, n), trained_head(model, layers, head)
     if method not in METHODS:
@@ -147,7 +176,22 @@ def suffix_matches(model: nn.Module, layers: Sequence[str]) -> list[str]:
 
 
 def as_yaml(settings: Mapping[str, Any]) -> str:
-    """The settings as YAML; strings are quoted as in JSON, which is YAML too."""
+    """The settings as YAML; strings are quoted as in JSON, which is YAML too.
+
+    Args:
+        settings: what `axolotl` or `llama_factory` returned.
+
+    Returns:
+        The text.
+
+    Raises:
+        TypeError: a value that JSON cannot hold.
+
+    Examples:
+        >>> from zest_fast.integrations.exports import as_yaml
+        >>> print(as_yaml({"lora_rank": 4}), end="")
+        lora_rank: 4
+    """
     lines: list[str] = []
     for key, value in settings.items():
         if isinstance(value, list):

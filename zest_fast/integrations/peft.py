@@ -30,13 +30,21 @@ def lora_config(
 ) -> LoraConfig:
     """A `LoraConfig` for `get_peft_model(model, ...)` that adapts exactly these layers.
 
-    layers: names, or a Ranking of which the `n` best are taken.
-    ranks: for some of the layers another rank than `r`.
-    head: trained whole (PEFT's modules_to_save): "auto" = that of a classifier, of one of transformers all that it has
-        beside its base model; nothing for a language model; names; None. Layers inside of it get no adapter.
-    options: further arguments of LoraConfig; lora_alpha is `r` where not given.
+    Args:
+        layers: names, or a Ranking of which the `n` best are taken.
+        model: to adapt.
+        n: how many layers of a Ranking.
+        r: rank of the adapters.
+        ranks: for some of the layers another rank than `r`.
+        head: trained whole (PEFT's modules_to_save): "auto" = that of a classifier, of one of transformers all that it
+            has beside its base model; nothing for a language model; names; None. Layers inside of it get no adapter.
+        **options: further arguments of LoraConfig; lora_alpha is `r` where not given.
 
-    Raises ValueError for a layer that the model does not have or PEFT cannot adapt.
+    Returns:
+        The configuration.
+
+    Raises:
+        ValueError: a layer that the model does not have or PEFT cannot adapt.
     """
     whole = trained_head(model, layers, head)
     inside = tuple(f"{name}." for name in whole)

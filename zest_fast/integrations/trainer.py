@@ -30,16 +30,21 @@ _log = logging.getLogger("zest_fast")
 class ZestCallback(TrainerCallback):
     """Train only these layers: `Trainer(model=model, callbacks=[ZestCallback(ranking.top(5))], ...)`.
 
-    layers: names, or a Ranking of which the `n` best are taken.
-    head: as in SelectiveBackward, with whose other `options` the model is wrapped.
-    save_delta: write what trained as zest_delta.safetensors into every checkpoint folder, beside Trainer's own files.
-
     At the end of training what `tuned.verify()` finds is logged (logger "zest_fast"), as a warning where it fails.
 
-    tuned: the SelectiveBackward once a Trainer has taken the callback; `tuned.remove()` gives the model back.
+    Args:
+        layers: names, or a Ranking of which the `n` best are taken.
+        n: how many layers of a Ranking.
+        head: as in SelectiveBackward.
+        save_delta: write what trained as zest_delta.safetensors into every checkpoint folder, beside Trainer's files.
+        **options: others of SelectiveBackward.
 
-    Raises ValueError where the optimizer was built before (`Trainer(optimizers=...)`) from other parameters than those
-    that train, and when training begins, should it hold others by then.
+    Attributes:
+        tuned: the SelectiveBackward once a Trainer has taken the callback; `tuned.remove()` gives the model back.
+
+    Raises:
+        ValueError: the optimizer was built before (`Trainer(optimizers=...)`) from other parameters than those that
+            train; also when training begins, should it hold others by then.
     """
 
     def __init__(
@@ -105,12 +110,20 @@ class ZestCallback(TrainerCallback):
 def prepare(
     trainer: Trainer, layers: int | Ranking | Iterable[str], *, by: Any = None, **options: Any
 ) -> SelectiveBackward:
-    """Freeze all but `layers` in a Trainer that is there already, before its `train()`; returns the SelectiveBackward.
+    """Freeze all but `layers` in a Trainer that is there already, before its `train()`.
 
-    layers: names, a Ranking with n=, or how many: then the first batch of the trainer's own training data is profiled
-        and ranked (`by` as in `rank`). options: those of ZestCallback.
+    Args:
+        trainer: it has no optimizer yet.
+        layers: names, a Ranking with n=, or how many: then the first batch of the trainer's own training data is
+            profiled and ranked.
+        by: as in `rank`.
+        **options: those of ZestCallback.
 
-    Raises RuntimeError where the Trainer has its optimizer already; the model is then as it was.
+    Returns:
+        The SelectiveBackward.
+
+    Raises:
+        RuntimeError: the Trainer has its optimizer already; the model is then as it was.
     """
     if trainer.optimizer is not None:
         raise RuntimeError(

@@ -27,7 +27,7 @@ _log = logging.getLogger("zest_fast")
 
 
 class Choice(tuple[str, ...]):
-    """The names of the chosen layers, best first, with what the choice traded.
+    """The names of the chosen layers, best first, with what the choice traded: what `zest_fast.choose` returns.
 
     Attributes:
         explanation: the trade in words.
@@ -36,6 +36,12 @@ class Choice(tuple[str, ...]):
         step: cost of a training step relative to full fine-tuning.
         step_of_top: that of the top n.
         peak_bytes: of a step of AdamW where max_memory asked for it, else None.
+
+    Examples:
+        >>> import zest_fast
+        >>> choice = zest_fast.Choice(["4", "0"], explanation="the best two")
+        >>> list(choice), choice.explanation, choice.given_up
+        (['4', '0'], 'the best two', ())
     """
 
     def __new__(

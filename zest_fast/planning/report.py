@@ -47,17 +47,35 @@ class HeldTensor:
 class Plan:
     """Peak memory and FLOPs of one training step, found by a dry run without weights and without a GPU.
 
-    peak_bytes: of all tensors, once the states of the optimizer exist; without the CUDA context and fragmentation. With
-        setting.device "cpu" the copies that oneDNN makes are in it.
-    breakdown: bytes at the peak by kind: weights (buffers included), gradients, optimizer (states, temporaries of the
-        update), activations (inputs and temporaries included), loss (logits and what follows them). Sums to peak_bytes.
-    groups: the same for embeddings (what stands before the blocks), blocks, head (what stands behind them).
-    flops: multiplications and additions of matrix products, convolutions and attention, each counted as one;
-        flops_by_phase splits them into forward, backward.
-    peak_phase: forward, backward or update. largest: the largest tensors that the step made and holds at the peak;
-    peak_tensor: the first of them, of equals the one that came last: what sets the peak.
-    trainable_parameters: how many train. cut: the lowest layer that trains; "" for full fine-tuning.
-    estimated: modules whose kernels keep what no tensor shows (LSTM), counted by a formula; a note says so.
+    What `zest_fast.plan` and `zest_fast.plan_profile` return. Printed, it says all of this in words.
+
+    Attributes:
+        model: its name.
+        setting: what was planned: layers, sizes, dtype, optimizer, device and the rest.
+        peak_bytes: of all tensors, once the states of the optimizer exist; without the CUDA context and fragmentation.
+            With setting.device "cpu" the copies that oneDNN makes are in it.
+        flops: multiplications and additions of matrix products, convolutions and attention, each counted as one.
+        breakdown: bytes at the peak by kind: weights (buffers included), gradients, optimizer (states, temporaries of
+            the update), activations (inputs and temporaries included), loss (logits and what follows them). Sums to
+            peak_bytes.
+        groups: the same for embeddings (what stands before the blocks), blocks, head (what stands behind them).
+        flops_by_phase: FLOPs of forward and backward.
+        peak_phase: forward, backward or update.
+        peak_tensor: what sets the peak: the first of `largest`, of equals the one that came last.
+        largest: the largest tensors that the step made and holds at the peak.
+        trainable_parameters: how many train.
+        cut: the lowest layer that trains; "" for full fine-tuning.
+        notes: what else a reader should know.
+        purpose: training, or profiling.
+        estimated: modules whose kernels keep what no tensor shows (LSTM), counted by a formula; a note says so.
+
+    Examples:
+        >>> import zest_fast
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> step = zest_fast.plan(model, ["0"], batch_size=4, image_size=None, dtype=None)
+        >>> sum(step.breakdown.values()) == step.peak_bytes
+        True
     """
 
     model: str
@@ -95,12 +113,21 @@ class Plan:
     ) -> pandas.DataFrame:
         """The same plan for other settings, each combination a dry run, and which cards it fits.
 
-        lowest_blocks: the layers moved so that their lowest is in this block; default: four from the bottom up, where
-            the model has blocks and single layers train. dtypes, optimizers, sequence_lengths: by default that of the
-            plan. batch_sizes: by default 1, 2 and 4 times that of the plan. progress(done, all) is called as it goes.
+        Args:
+            lowest_blocks: the layers moved so that their lowest is in this block; default: four from the bottom up,
+                where the model has blocks and single layers train.
+            dtypes: by default that of the plan.
+            optimizers: by default that of the plan.
+            batch_sizes: by default 1, 2 and 4 times that of the plan.
+            sequence_lengths: by default that of the plan.
+            progress: is called as it goes, with how many are done and how many there are.
 
-        Returns a row for each combination: lowest_block, dtype, optimizer, batch_size, sequence_length or image_size,
-        peak_bytes, peak_gib, flops, and "8 GB" ... "80 GB" (bool).
+        Returns:
+            A row for each combination: lowest_block, dtype, optimizer, batch_size, sequence_length or image_size,
+            peak_bytes, peak_gib, flops, and "8 GB" ... "80 GB" (bool).
+
+        Raises:
+            ValueError: lowest blocks that the model does not have, or has no use for.
         """
         import pandas
 
@@ -123,10 +150,17 @@ class Plan:
         return pandas.DataFrame(rows)
 
     def within(self, max_memory: str | int, **axes: Any) -> pandas.DataFrame:
-        """The rows of `table(**axes)` that fit into `max_memory` (bytes, "24GB" or "24GiB"), with room for context and
-        fragmentation, most memory first.
+        """The rows of `table` that fit, with room for context and fragmentation, most memory first.
 
-        Raises ValueError where none does, and says which comes closest.
+        Args:
+            max_memory: bytes, "24GB" or "24GiB".
+            **axes: as for `table`.
+
+        Returns:
+            The rows.
+
+        Raises:
+            ValueError: none fits; the message says which comes closest.
         """
         limit = memory_bytes(max_memory)
         table = self.table(**axes)

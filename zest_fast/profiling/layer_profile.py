@@ -127,7 +127,17 @@ class LayerProfile:
         return len(self.names)
 
     def column(self, metric: str) -> np.ndarray:
-        """One metric of all layers, float64 [layers], read-only, in the order of `names`."""
+        """One metric of all layers.
+
+        Args:
+            metric: its name.
+
+        Returns:
+            float64 [layers], read-only, in the order of `names`.
+
+        Raises:
+            KeyError: the profile has no such metric; the message names the nearest.
+        """
         if metric not in self.metrics:
             raise KeyError(f"the profile has no metric {metric!r}; {nearest(metric, self.metrics)}")
         return self.values[:, self.metrics.index(metric)]
@@ -143,9 +153,16 @@ class LayerProfile:
         return pandas.DataFrame(columns, index=index)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write JSON (`.json`) or Parquet (`.parquet`), exact to the bit; an existing file is replaced at once or kept.
+        """Write JSON (`.json`) or Parquet (`.parquet`), exact to the bit.
 
-        Returns the path. Raises ValueError for another suffix and for info that JSON cannot hold.
+        Args:
+            path: an existing file is replaced at once or kept.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: another suffix, or info that JSON cannot hold.
         """
         from zest_fast.profiling.profile_files import save_profile
 
@@ -153,15 +170,34 @@ class LayerProfile:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerProfile:
-        """Read what `save` wrote. Raises ValueError, naming the file, if it is torn, foreign or of a newer format."""
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The profile, exact to the bit.
+
+        Raises:
+            ValueError: it is torn, foreign or of a newer format; the message names it.
+        """
         from zest_fast.profiling.profile_files import load_profile
 
         return load_profile(path)
 
     def plot(self, path: str | os.PathLike[str], metrics: Sequence[str] | None = None) -> Path:
-        """Draw a heat map into `path` (.png, .svg, .pdf): a panel for each metric, layer type x depth.
+        """Draw a heat map: a panel for each metric, layer type x depth. Needs `pip install 'zest_fast[plot]'`.
 
-        metrics: some of them, in this order; None = all. Returns the path. Needs `pip install 'zest_fast[plot]'`.
+        Args:
+            path: ending in .png, .svg or .pdf.
+            metrics: some of them, in this order; None = all.
+
+        Returns:
+            The path.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: another ending, or a metric that the profile lacks.
         """
         from zest_fast.profiling.heat_map import draw
 

@@ -43,7 +43,7 @@ from bench.measure import (
     ratio,
     write_result,
 )
-from bench.ranking_baselines import Spectrum
+from bench.layerbench.baselines import Spectrum
 from bench.spectra import load_spectra
 from zest_fast.foundation.replacing import replacing
 from zest_fast.profiling.loss import call_model

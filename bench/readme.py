@@ -20,7 +20,7 @@ from bench.landing_report import landing_text
 from bench.markdown import markdown_table
 from bench.measure import RESULTS, ROOT
 from bench.memory_report import lean_text, llama7b_text, memory_text
-from bench.ranking_report import ranking_text
+from bench.layerbench.report import ranking_text
 
 MIB = 2**20
 KERNEL_SIZES = (4 * MIB, 256 * MIB)  # of the four sizes measured: cache-resident, and far beyond

@@ -20,9 +20,9 @@ pytest.importorskip("sklearn", reason="the evaluation's ridge is scikit-learn's:
 
 from bench import data, ranking, ranking_baselines, readme, spectra, sweeps
 from bench import ranking_protocol as protocol
-from bench.mlp_on_pairs import PairMLP
-from bench.ranking_baselines import Ridge
-from bench.ranking_measures import (
+from bench.layerbench.mlp_on_pairs import PairMLP
+from bench.layerbench.baselines import Ridge
+from bench.layerbench.measures import (
     Bootstrap,
     attainable_tau,
     recovered_gain,
@@ -30,7 +30,7 @@ from bench.ranking_measures import (
     tau_b,
     tau_between_seeds,
 )
-from bench.ranking_records import PROFILE, gains_by_seed, mean_gain, profiles, z_scores
+from bench.layerbench.profiles import PROFILE, gains_by_seed, mean_gain, profiles, z_scores
 
 SWEPT = (
     (("efficientnet-lite0", "mobilenet-v2"), ("mnist", "mnist-corrupted", "fashion")),
@@ -399,7 +399,7 @@ def test_the_readme_shows_the_run_and_drift_is_found(document, tmp_path, monkeyp
 
 
 def test_what_stands_out_about_a_pair_that_ranks_badly():
-    from bench.ranking_diagnosis import signs
+    from bench.layerbench.diagnosis import signs
 
     target = pandas.Series({"attainable_tau": 0.8, "reliability": 0.5, "worse_than_head_alone": 6, "layers": 12})
     taus = {"ranker": 0.1, "layer_prior": 0.6, "best_metric": -0.5}

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from bench.data import DATASETS, load_pair
 from bench.finetune_arms import NAMES, RANK, Arm, Orders, Trained, arms
+from bench.layerbench.baselines import Spectrum
 from bench.measure import (
     RESULTS,
     describe_machine,
@@ -43,7 +44,6 @@ from bench.measure import (
     ratio,
     write_result,
 )
-from bench.layerbench.baselines import Spectrum
 from bench.spectra import load_spectra
 from zest_fast.foundation.replacing import replacing
 from zest_fast.profiling.loss import call_model

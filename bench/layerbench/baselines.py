@@ -17,8 +17,8 @@ import pandas
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GroupKFold
 
-from bench.layerbench.mlp_on_pairs import PairMLP
 from bench.layerbench.measures import tau_b
+from bench.layerbench.mlp_on_pairs import PairMLP
 from bench.layerbench.profiles import PROBE_GAIN, mean_gain, present, profiles, rank_in_profile, z_scores
 from bench.layerbench.rivals import (
     AdaGradSelect,

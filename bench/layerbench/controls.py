@@ -56,7 +56,9 @@ _METADATA = b"zest_fast.control_profiles"
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=Path, default=SHIPPED, help="a Parquet file of contribution records")
-    parser.add_argument("--pairs", nargs="+", metavar="MODEL/DATASET", help="only these; default: all that lack them")
+    parser.add_argument(
+        "--pairs", nargs="+", metavar="MODEL/DATASET", help="only these, anew; default: all that lack them"
+    )
     parser.add_argument("--out", type=Path, default=PATH, help="the Parquet file, which is added to")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
@@ -65,16 +67,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def add(path: Path, out: Path, pairs: list[str] | None = None) -> None:
-    """Profile and write, pair by pair: what is there stays. Raises ValueError where data or head are not the sweep's."""
+    """Profile and write, pair by pair, what `out` lacks. Raises ValueError where data or head are not the sweep's.
+
+    pairs: these in this order, whether `out` has them or not; None = what it lacks, cheap ones first.
+    """
     records = load_records(path)
     done = {(entry["model"], entry["dataset"]) for entry in described(out)}
-    sweeps = sorted(sweeps_of(path), key=lambda sweep: sweep["seconds"])
-    names = [f"{sweep['model']}/{sweep['dataset']}" for sweep in sweeps]
-    if unknown := set(pairs or ()) - set(names):
+    cheap_first = sorted(sweeps_of(path), key=lambda sweep: sweep["seconds"])
+    sweeps = {f"{sweep['model']}/{sweep['dataset']}": sweep for sweep in cheap_first}
+    if unknown := set(pairs or ()) - set(sweeps):
         raise ValueError(f"{path.name} holds no records of {', '.join(sorted(unknown))}")
-    for name, sweep in zip(names, sweeps, strict=True):
-        if name not in pairs if pairs is not None else (sweep["model"], sweep["dataset"]) in done:
-            continue
+    if pairs is None:
+        pairs = [name for name, sweep in sweeps.items() if (sweep["model"], sweep["dataset"]) not in done]
+    for name in pairs:
+        sweep = sweeps[name]
         began = time.perf_counter()
         swept = records[(records.model == sweep["model"]) & (records.dataset == sweep["dataset"])]
         frame, checks = control_profiles(sweep, swept)

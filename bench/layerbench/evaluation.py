@@ -15,7 +15,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +40,7 @@ from bench.layerbench.protocol import (
     MIN_BLOCKS,
     OUTCOMES,
     SEED,
+    SETTINGS,
     TOP,
     VERSION,
     VERSION_1_PAIRS,
@@ -78,6 +79,7 @@ def main(arguments: list[str] | None = None, contest: Contest = contestants) -> 
     parser.add_argument("--probes", type=Path, default=PROBES, help="what probes found, where they have been run")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of layerbench.json")
     parser.add_argument("--fitted", type=Path, help="keep what takes long to fit in this folder, for the next run")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS, help="only these; default: all")
     parser.add_argument("--jobs", type=int, default=1, help="folds at a time; a thread each")
     options = parser.parse_args(arguments)
     records, lacking = with_start_losses(load_records(options.records), sweeps_of(options.records))
@@ -85,7 +87,8 @@ def main(arguments: list[str] | None = None, contest: Contest = contestants) -> 
     records = with_probes(records, options.probes)
     controls = control_profiles(options.controls)
     document = _origin(options.records) | {"head_not_retrained": lacking}
-    document |= evaluate(records, spectra, contest, controls=controls, jobs=options.jobs, kept=options.fitted)
+    more = {"controls": controls, "settings": options.settings, "jobs": options.jobs, "kept": options.fitted}
+    document |= evaluate(records, spectra, contest, **more)
     options.out.mkdir(parents=True, exist_ok=True)
     write(document, options.out / RESULT.name)
     for goal in document["must_reach"]:
@@ -98,6 +101,7 @@ def evaluate(
     contest: Contest = contestants,
     *,
     controls: ControlProfiles | None = None,
+    settings: Sequence[str] = SETTINGS,
     jobs: int = 1,
     kept: Path | None = None,
 ) -> dict[str, Any]:
@@ -107,7 +111,7 @@ def evaluate(
     """
     began = time.perf_counter()
     pairs, left_out = pairs_in(records)
-    every = list(folds(pairs))
+    every = [fold for fold in folds(pairs) if fold.setting in settings]
     if not every:
         raise ValueError(f"records of {[pair.name for pair in pairs]}: there is nothing to hold out, sweep more pairs")
     runs = Parallel(n_jobs=jobs, return_as="generator")(
@@ -157,7 +161,7 @@ def run_fold(
     train, test = rows_of(records, fold.train), rows_of(records, fold.test)
     gains = mean_gain(test)
     unseen = test.drop(columns=list(OUTCOMES), errors="ignore")
-    fitted = {name: fit(contestant, train, kept) for name, contestant in contest(records, spectra).items()}
+    fitted = fit(contest(records, spectra), train, kept)
     if fold.setting != "known models":
         fitted.pop("layer prior", None)  # it has nothing to say of a model without records
     families = {(pair.model, pair.dataset): pair for pair in fold.test}
@@ -334,7 +338,7 @@ def write(document: dict[str, Any], path: Path) -> None:
 def _laid_out(value: Any, indent: str) -> str:
     """JSON, broken into lines as deep as it takes to keep them short."""
     line = json.dumps(value, allow_nan=False, ensure_ascii=False)
-    if len(line) <= _LINE and indent or not isinstance(value, dict | list) or not value:
+    if (len(line) <= _LINE and indent) or not isinstance(value, dict | list) or not value:
         return line
     deeper = indent + " "
     if isinstance(value, dict):

@@ -7,8 +7,9 @@ from typing import Any
 import pandas
 
 from bench.layerbench.control_contestants import NAMES as CONTROLS
+from bench.layerbench.protocol import SETTINGS
 
-KNOWN, NEW = "known models", "new models"
+KNOWN, NEW, _ = SETTINGS
 PROBED = "ranker, probed"
 NO_BASELINES = ("ranker", "ranker, metrics only", PROBED, "probe alone", *CONTROLS)
 
@@ -50,9 +51,7 @@ def _of_known_models(part: dict, results: pandas.DataFrame) -> list[Goal]:
 
 
 def _of_minilm(results: pandas.DataFrame, contestant: str, begin: str) -> list[Goal]:
-    chosen = results[
-        (results.setting == KNOWN) & (results.head_state == "fresh") & (results.contestant == contestant)
-    ]
+    chosen = results[(results.setting == KNOWN) & (results.head_state == "fresh") & (results.contestant == contestant)]
     taus = chosen[chosen.pair.str.startswith("minilm/")].tau
     return [_at_least(0.75, float(taus.mean()), f"{begin}mean tau of MiniLM's pairs")] if len(taus) else []
 
@@ -76,9 +75,7 @@ def _of_new_models(part: dict) -> list[Goal]:
     found += [
         _above(0.0, lead["interval"][0], f"lower end of tau beyond the best single metric's, {lead['mean']:+.2f}"),
         *(_above(0.0, ahead[name]["mean"], f"tau beyond that of {name}") for name in ("depth", "kind prior")),
-        _at_least(
-            0.50, contestants["ranker"]["top_5"]["mean"], "share of the best 5's gain that the top 5 recover"
-        ),
+        _at_least(0.50, contestants["ranker"]["top_5"]["mean"], "share of the best 5's gain that the top 5 recover"),
     ]
     if PROBED in contestants:
         found += [

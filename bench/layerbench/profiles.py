@@ -1,4 +1,4 @@
-"""Contribution records as rankings are fitted to them and judged by them: profiles, gains, blocks, normalised metrics."""
+"""Records as rankings are fitted to them and judged by them: profiles, gains, blocks, probes, normalised metrics."""
 
 from __future__ import annotations
 

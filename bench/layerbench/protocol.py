@@ -91,6 +91,7 @@ VERSION = 2
 DRAWS = 10_000
 SEED = 2026
 HEAD_STATES = ("fresh", "warm")
+SETTINGS = ("known models", "new models", "other modality")
 TOP = (3, 5, 10)
 MIN_BLOCKS = 4
 OUTCOMES = ("accuracy", "loss", "head_accuracy", "head_loss", "start_loss")
@@ -113,7 +114,7 @@ MODEL_FAMILIES = {
     "splade-tiny": "splade-tiny",
     "nanoguard": "nanoguard",
 }
-MODALITIES = {family: "vision" for family in MODEL_FAMILIES.values()} | dict.fromkeys(
+MODALITIES = dict.fromkeys(MODEL_FAMILIES.values(), "vision") | dict.fromkeys(
     ("minilm", "smollm2", "splade-tiny", "nanoguard"), "text"
 )
 CONTROLLED = ("ranker", "ranker, metrics only", "step gain")
@@ -181,11 +182,11 @@ def pairs_in(records: pandas.DataFrame) -> tuple[list[Pair], list[str]]:
 def folds(pairs: Iterable[Pair]) -> Iterator[Fold]:
     """Every fold of every setting that has something to train on and something to test."""
     pairs = tuple(pairs)
-    for setting, key in (("known models", _family), ("new models", _model_family), ("other modality", _modality)):
+    for setting, key in zip(SETTINGS, (_family, _model_family, _modality), strict=True):
         for held_out in sorted({key(pair) for pair in pairs}):
             train = tuple(pair for pair in pairs if key(pair) != held_out)
             test = tuple(pair for pair in pairs if key(pair) == held_out)
-            if setting == "known models":
+            if setting == SETTINGS[0]:
                 known = {pair.model for pair in train}
                 test = tuple(pair for pair in test if pair.model in known)
             if train and test:

@@ -3,18 +3,18 @@
 Each is used with the sign of its authors, from one batch and before any step, since that is what is compared here. What
 the methods do besides, sampling layers anew as training goes on, is no ranking and not judged.
 
-  NumberOfParameters, Middle, Uniform   see no batch
-  Resnorm               Xu et al. 2026 (Layer Card, arXiv 2602.04019): the projected residual norm, which they show to be
-                        a normalised gradient norm for squared loss and linear adapters. Here the gradient norm over the
-                        root mean square of the layer's input: the covariance of the input is taken to be a multiple of
-                        the identity, since records hold no more of it, and its size is inferred from the output.
-  NormalisedGradient    ‖dW‖ / √(number of weights), as in gradient-guided placement of adapters
-  Grass                 Tian et al. 2026 (arXiv 2604.07808): the mean gradient norm (MGN) of a transformer layer; here
-                        the mean over the weights of a block, of one batch instead of several steps
-  AdaGradSelect         Kumar et al. 2025 (arXiv 2512.15764): the blocks with the largest gradient norm first; here the
-                        norm of all gradients of a block, at the first step, before any history of updates
-  LisaWeightNorm        Pan et al. 2024 (LISA, arXiv 2403.17919): the norms of weights that LoRA and full training reach,
-                        the mean over training. Records hold no trained weights, so these are the pretrained ones'.
+  NumberOfParameters, Middle, Uniform: they see no batch.
+  Resnorm: Xu et al. 2026 (Layer Card, arXiv 2602.04019), the projected residual norm, which they show to equal a
+    normalised gradient norm for squared loss and linear adapters. Here the gradient norm over the root mean square of
+    the layer's input: the covariance of the input is taken to be a multiple of the identity, since records hold no more
+    of it, and its size is inferred from the output.
+  NormalisedGradient: ‖dW‖ / √(number of weights), so that size does not decide.
+  Grass: Tian et al. 2026 (GRASS, arXiv 2604.07808), the mean gradient norm (MGN) of a transformer layer; here the mean
+    over the weights of a block, of one batch instead of several steps.
+  AdaGradSelect: Kumar et al. 2025 (arXiv 2512.15764), the blocks with the largest gradient norm first; here the norm of
+    all gradients of a block at the first step, before any history of updates.
+  LisaWeightNorm: Pan et al. 2024 (LISA, arXiv 2403.17919), the norms of weights that LoRA and full training reach, the
+    mean over training. Records hold no trained weights, so these are the norms of the pretrained ones.
 
 A method that picks blocks leaves the layers of a block tied, and a tie counts as its expectation over random orders.
 The papers' abstracts and summaries were read for this, not every derivation: numbers of equations are not given.

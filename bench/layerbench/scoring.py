@@ -5,9 +5,9 @@ python -m bench.layerbench score ranking.py     # score(profile) -> an array, an
 python -m bench.layerbench score scores.csv --records mine.parquet --out mine.json
 
 Prints Kendall's tau and what the first layers recover, setting by setting, beside random, number of parameters, middle
-and the first-order gain of a step, and beside what bench/results/layerbench.json has of the Ranker. A file of scores, or
-code without `fit`, learns nothing here: its settings differ in their pairs alone, and nobody can see what it was made
-with. Intervals are 95 %, bootstrapped over the pairs; "ahead" is yours minus the other's, pair by pair.
+and the first-order gain of a step, and beside what bench/results/layerbench.json has of the Ranker. A file of scores
+(or code without `fit`) learns nothing here: its settings differ in their pairs alone, and nobody can see what it was
+made with. Intervals are 95 %, bootstrapped over the pairs; "ahead" is yours minus the other's, pair by pair.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import numpy as np
 import pandas
 
 from bench.layerbench.baselines import Random, StepGain
-from bench.layerbench.evaluation import RESULT, Description, measure, reliability_weights
 from bench.layerbench.diagnosis import targets
+from bench.layerbench.evaluation import RESULT, Description, measure, reliability_weights
 from bench.layerbench.profiles import mean_gain, profiles, with_start_losses
 from bench.layerbench.protocol import HEAD_STATES, OUTCOMES, VERSION, Fold, folds, pairs_in, protocol_hash, rows_of
 from bench.layerbench.rivals import Middle, NumberOfParameters
@@ -148,10 +148,11 @@ class _Judge:
         for key, profile in profiles(unseen):
             truth = gains[profile.index].to_numpy()
             for name, contestant in self._contestants.items():
-                if name in learning or (name, *key) not in self._known:
-                    self._known[name, *key] = measure(contestant.predict(profile), truth, list(profile.layer))
+                place = (name, *key)
+                if name in learning or place not in self._known:
+                    self._known[place] = measure(contestant.predict(profile), truth, list(profile.layer))
                 pair = {"setting": fold.setting, "pair": f"{key[0]}/{key[1]}", "contestant": name}
-                values.append(pair | {measured: self._known[name, *key][measured] for measured in SHOWN})
+                values.append(pair | {measured: self._known[place][measured] for measured in SHOWN})
         means = pandas.DataFrame(values).groupby(["setting", "pair", "contestant"], sort=False).mean().reset_index()
         return means.to_dict("records")
 
@@ -219,7 +220,10 @@ def _published(path: Path, records: Path, head_state: str) -> tuple[list[dict[st
     for what, ours in (("records", _sha256(records)), ("protocol", protocol_hash())):
         theirs = document[what]["sha256"]
         if theirs != ours:
-            return [], f"the Ranker's figures are missing: {path.name} is of other {what} ({theirs[:12]}, not {ours[:12]})"
+            return (
+                [],
+                f"the Ranker's figures are missing: {path.name} is of other {what} ({theirs[:12]}, not {ours[:12]})",
+            )
     return [
         {"setting": entry["setting"], "pair": entry["pair"], "contestant": f"{name} (published)"}
         | {measured: entry[measured][name] for measured in SHOWN}
@@ -244,9 +248,7 @@ def _definitions() -> int:
 
 
 def _without(fold: Fold, lacking: Any) -> Fold:
-    return Fold(
-        fold.setting, fold.held_out, fold.train, tuple(pair for pair in fold.test if pair.name not in lacking)
-    )
+    return Fold(fold.setting, fold.held_out, fold.train, tuple(pair for pair in fold.test if pair.name not in lacking))
 
 
 def _sha256(path: Path) -> str:

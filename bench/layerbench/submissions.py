@@ -196,7 +196,9 @@ def check_records(sweeps: Iterable[Mapping[str, Any]], recipes: Mapping[str, str
         name = f"{sweep['model']}/{sweep['dataset']}"
         wanted, found = recipes.get(sweep["model"]), sweep["recipe_hash"]
         if wanted is not None and found != wanted:
-            raise ValueError(f"{name} was swept by the recipe {found}, the protocol's is {wanted}: gains do not compare")
+            raise ValueError(
+                f"{name} was swept by the recipe {found}, the protocol's is {wanted}: gains do not compare"
+            )
         version = sweep.get("versions", {}).get("definitions")
         if version != definitions:
             raise ValueError(f"{name} has metrics of version {version}, the protocol's have {definitions}")

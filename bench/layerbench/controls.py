@@ -140,7 +140,7 @@ def _profiles(
                     table = profile(model, batch, metrics="all")
                 values = [dict(table[name]) | table.info[name] for name in of_state.layer]
                 frame = pandas.DataFrame(values, index=of_state.index)
-                frames.append(of_state.drop(columns=list(OUTCOMES)).assign(**frame, control=control))
+                frames.append(of_state.drop(columns=list(OUTCOMES), errors="ignore").assign(**frame, control=control))
     return pandas.concat(frames, ignore_index=True), checks
 
 

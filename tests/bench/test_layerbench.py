@@ -477,7 +477,15 @@ def test_a_ranking_that_reads_the_batch_falls_with_the_controls_and_a_goal_says_
     controls = control_profiles(controls_of(records, tmp_path / "controls.parquet"))
 
     def few(train, spectra):
-        names = ("step gain", "middle", "number of parameters", "best single metric", "depth", "kind prior")
+        names = (
+            "step gain",
+            "middle",
+            "number of parameters",
+            "best single metric",
+            "depth",
+            "kind prior",
+            "metric rgn",
+        )
         every = quick(train, spectra)
         return {name: every[name] for name in names} | {"ranker": baselines.LargeFirst("rgn")}
 

@@ -124,11 +124,12 @@ def evaluate(
     results = pandas.DataFrame(rows)
     truth = targets(records, pairs)
     summary = summarise(results, truth)
+    known = set(results[results.setting == SETTINGS[0]].pair)
     version_1 = {f"{model}/{dataset}" for model, dataset in VERSION_1_PAIRS}
     return {
         "pairs": [pair.name for pair in pairs],
         "left_out": left_out,
-        "not_known": sorted({pair.name for pair in pairs} - set(results[results.setting == "known models"].pair)),
+        "not_known": sorted({pair.name for pair in pairs} - known) if known else [],
         "controls_of": sorted({f"{model}/{dataset}" for _, model, dataset, _ in controls or {}}),
         "seconds": round(time.perf_counter() - began, 1),
         "must_reach": goals(summary, results),

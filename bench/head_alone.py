@@ -36,7 +36,7 @@ from zest_fast.sweeping.trial_order import plan
 from zest_fast.sweeping.trials import Trial, Trials, draw
 
 _CACHE_BYTES = 1 << 30
-_SAME_HEAD = 2e-3
+SAME_HEAD = 2e-3
 """The head is fitted anew where the records were made elsewhere; its loss may differ by so much of itself."""
 KEY = "head_retrained"
 _METADATA = b"zest_fast.records"
@@ -68,7 +68,7 @@ def head_alone(sweep: Mapping[str, Any], starts: Mapping[str, float]) -> dict[st
     """Accuracy and loss by seed. sweep: as `sweeps_of` describes it. starts: the head's loss before, by seed."""
     model, splits = load_pair(sweep["model"], sweep["dataset"])
     recipe = Recipe.from_dict(sweep["recipe"])
-    _check_same_data(sweep, splits)
+    check_same_data(sweep, splits)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(MATMUL_PRECISION.get(MODELS[sweep["model"]].family, "highest"))
     try:
@@ -100,7 +100,7 @@ def _trials(
             model=model,
             head=head,
             recipe=recipe,
-            heads={seed: _head(model, head, splits["head"], recipe, strength, seed) for seed in recipe.seeds},
+            heads={seed: refitted_head(model, head, splits["head"], recipe, strength, seed) for seed in recipe.seeds},
             rows={seed: torch.searchsorted(used, rows) for seed, rows in draws.items()},
             tasks={name: task},
             train=(rows_of(inputs, used), targets[used]),
@@ -114,23 +114,25 @@ def _trials(
             trials.recipe = untrained  # of the same trials, whose features are computed once
             start = trials.run(Trial(name, seed))["loss"]
             trials.recipe = recipe
-            if abs(start - starts[str(seed)]) > _SAME_HEAD * starts[str(seed)]:
+            if abs(start - starts[str(seed)]) > SAME_HEAD * starts[str(seed)]:
                 raise ValueError(f"the head of seed {seed} has a loss of {start}, in the records {starts[str(seed)]}")
             result = trials.run(Trial(name, seed))
             results[str(seed)] = {part: result[part] for part in ("accuracy", "loss")}
     return results
 
 
-def _head(
+def refitted_head(
     model: nn.Module, head: nn.Linear, split: tuple[Inputs, Tensor], recipe: Recipe, strength: float, seed: int
 ) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the head that the trials of a sweep start from, fitted anew on the split "head"."""
     inputs, targets = split
     rows = draw(len(targets), recipe.head_samples, seed)
     features = features_of(model, head, rows_of(inputs, rows))
     return fit_head(features, targets[rows], head.out_features, strength, biased=head.bias is not None)
 
 
-def _check_same_data(sweep: Mapping[str, Any], splits: Mapping[str, tuple[Inputs, Tensor]]) -> None:
+def check_same_data(sweep: Mapping[str, Any], splits: Mapping[str, tuple[Inputs, Tensor]]) -> None:
+    """Raises ValueError, naming the split, where samples are not those that the sweep saw."""
     for name, found in sweep["data"].items():
         inputs, targets = splits[name]
         columns = [("inputs", inputs)] if isinstance(inputs, Tensor) else sorted(inputs.items())

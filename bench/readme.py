@@ -13,17 +13,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import pictures, ranking_report
+from bench import pictures
 from bench.choose import choose_text
 from bench.finetune import report as finetune_report
 from bench.finetune.report import finetune_text
 from bench.landing_report import landing_text
+from bench.layerbench import report as layerbench_report
 from bench.lean.report import lean_text
 from bench.llama7b.report import llama7b_text
 from bench.markdown import markdown_table
 from bench.measure import RESULTS, ROOT
 from bench.memory_table.report import memory_text
-from bench.ranking_report import ranking_text
 
 MIB = 2**20
 KERNEL_SIZES = (4 * MIB, 256 * MIB)  # of the four sizes measured: cache-resident, and far beyond
@@ -240,7 +240,7 @@ LEGENDS = {
     "bytes in the same rounds. *Lean torch*: shared sums over cache-sized blocks; it and torch.compile lose digits on "
     "offset data, the kernels do not.",
 }
-PLOTS = {"ranking.json": ranking_report.draw, "finetune.json": finetune_report.draw}
+PLOTS = {"layerbench.json": layerbench_report.draw, "finetune.json": finetune_report.draw}
 _PROFILE = {"profile.json": "python -m bench.profile"}
 _FINETUNE = {"finetune.json": "python -m bench.finetune"}
 _METHODS = {"memory_table.json": "python -m bench.memory_table --check"}
@@ -250,7 +250,7 @@ BLOCKS: dict[str, tuple[dict[str, str], Callable[..., str]]] = {
     "memory": (_PROFILE, memory_table),
     "kernels": ({"kernels.json": "python -m bench.kernels"}, kernels_table),
     "sweep_speed": ({"sweep_speed.json": "python -m bench.sweeps --speed"}, sweep_speed_table),
-    "ranking": ({"ranking.json": "python -m bench.ranking"}, ranking_text),
+    "ranking": ({"layerbench.json": "python -m bench.layerbench evaluate"}, layerbench_report.layerbench_text),
     "finetune": (_FINETUNE, finetune_text),
     "choose": ({"choose.json": "python -m bench.choose"}, choose_text),
     "lean": ({"lean.json": "python -m bench.lean"}, lean_text),

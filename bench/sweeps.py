@@ -167,7 +167,7 @@ PAIRS = (
     "thin-resnet50/emoji",
     "smollm2/sms-spam",
 )
-"""Those that the protocol of bench.ranking was frozen with."""
+"""Those that version 1 of the protocol of bench.layerbench was frozen with."""
 LATER_PAIRS = (
     "splade-tiny/trec",
     "splade-tiny/sms-spam",

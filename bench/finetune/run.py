@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from bench.data import DATASETS, load_pair
 from bench.finetune.arms import NAMES, RANK, Arm, Orders, Trained, arms
+from bench.layerbench.baselines import Spectrum
 from bench.measure import (
     RESULTS,
     describe_machine,
@@ -41,7 +42,6 @@ from bench.measure import (
     ratio,
     write_result,
 )
-from bench.ranking_baselines import Spectrum
 from bench.spectra import load_spectra
 from zest_fast.foundation.replacing import replacing
 from zest_fast.planning.counted_memory import peak_bytes

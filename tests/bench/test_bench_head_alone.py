@@ -54,7 +54,7 @@ def test_the_head_alone_is_trained_as_beside_a_layer(records) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     for seed in STEPS.seeds:
-        start = head_alone._head(model, model.head, splits["head"], STEPS, described["head_strength"], seed)
+        start = head_alone.refitted_head(model, model.head, splits["head"], STEPS, described["head_strength"], seed)
         found = described[head_alone.KEY][str(seed)]
         assert found["loss"] == pytest.approx(plainly(model, splits, seed, start), rel=1e-5)
         assert abs(found["loss"] - starts[seed]) > 1e-3  # it did train

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 import numpy as np
 import pandas
 
-from bench.ranking_measures import attainable_tau, reliability, tau_between_seeds
-from bench.ranking_protocol import HEAD_STATES, Pair, rows_of
-from bench.ranking_records import gains_by_seed
+from bench.layerbench.measures import attainable_tau, reliability, tau_between_seeds
+from bench.layerbench.profiles import gains_by_seed
+from bench.layerbench.protocol import HEAD_STATES, Pair, rows_of
 
 NOISY = 0.6
 """A reliability below this: more than two fifths of the target's variance is noise."""

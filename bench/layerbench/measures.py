@@ -38,6 +38,20 @@ def recovered_gain(scores: np.ndarray, gains: np.ndarray, n: int) -> float:
     return float((reached / n - mean) / (best - mean))
 
 
+def kept_gain(scores: np.ndarray, gains: np.ndarray, n: int) -> float:
+    """Gain of the n layers with the largest scores over that of the best n, both [layers]; between -1 and 1.
+
+    Ties and NaN as in `recovered_gain`. 1 where the best n gain nothing: there is nothing to lose.
+    """
+    n = min(n, len(gains))
+    best = np.sort(gains)[-n:].mean()
+    if best <= 0:
+        return 1.0
+    mean = gains.mean()
+    reached = mean + recovered_gain(scores, gains, n) * (best - mean)
+    return float(np.clip(reached / best, -1, 1))
+
+
 def reliability(gains: np.ndarray) -> float:
     """Of the mean over seeds: the share of its variance that is no noise. gains: [seeds, layers].
 
@@ -89,8 +103,16 @@ class Bootstrap:
         counts = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
         self._counts = counts[:, member]
 
-    def interval(self, values: np.ndarray) -> tuple[float, float]:
-        """95 % percentile interval of the mean of `values`, [pairs] in the order of the constructor."""
-        means = self._counts @ values / self._counts.sum(axis=1)
+    def interval(self, values: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
+        """95 % percentile interval of the (weighted) mean of `values`, [pairs] in the order of the constructor.
+
+        Values that are NaN are left out of every draw; NaN where all are.
+        """
+        weights = np.ones(len(values)) if weights is None else weights
+        known = np.where(np.isnan(values), 0.0, weights)
+        total = self._counts @ known
+        means = (self._counts @ (known * np.nan_to_num(values)))[total > 0] / total[total > 0]
+        if not len(means):
+            return float("nan"), float("nan")
         low, high = np.percentile(means, (2.5, 97.5))
         return float(low), float(high)

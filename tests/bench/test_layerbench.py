@@ -18,19 +18,31 @@ import zest_fast
 
 pytest.importorskip("sklearn", reason="the evaluation's ridge is scikit-learn's: pip install scikit-learn")
 
-from bench import data, ranking, ranking_baselines, readme, spectra, sweeps
-from bench import ranking_protocol as protocol
-from bench.mlp_on_pairs import PairMLP
-from bench.ranking_baselines import Ridge
-from bench.ranking_measures import (
+from bench import data, readme, spectra, sweeps
+from bench.layerbench import baselines, evaluation, goals, protocol, report, rivals
+from bench.layerbench.baselines import Ridge
+from bench.layerbench.control_contestants import CONTROLS, NAMES, control_profiles
+from bench.layerbench.measures import (
     Bootstrap,
     attainable_tau,
+    kept_gain,
     recovered_gain,
     reliability,
     tau_b,
     tau_between_seeds,
 )
-from bench.ranking_records import PROFILE, gains_by_seed, mean_gain, profiles, z_scores
+from bench.layerbench.mlp_on_pairs import PairMLP
+from bench.layerbench.profiles import (
+    PROFILE,
+    block_of,
+    by_block,
+    gains_by_seed,
+    mean_gain,
+    profiles,
+    with_probes,
+    with_start_losses,
+    z_scores,
+)
 
 SWEPT = (
     (("efficientnet-lite0", "mobilenet-v2"), ("mnist", "mnist-corrupted", "fashion")),
@@ -92,6 +104,15 @@ def test_recovered_gain_is_one_for_the_best_and_zero_for_no_order():
     assert recovered_gain(gains, gains, 10) == 1  # fewer layers than asked for: nothing can be missed
 
 
+def test_kept_gain_counts_from_where_gains_do():
+    gains = np.array([0.5, 0.3, 0.1, -0.1])
+    assert kept_gain(gains, gains, 2) == pytest.approx(1)
+    assert kept_gain(np.array([1.0, 4.0, 3.0, 2.0]), gains, 2) == pytest.approx(0.2 / 0.4)
+    assert kept_gain(np.zeros(4), gains, 2) == pytest.approx(0.2 / 0.4)  # random: the mean of all
+    assert kept_gain(-gains, gains - 0.35, 2) == -1  # next to nothing to gain: no less than that
+    assert kept_gain(-gains, gains - 1, 2) == 1  # nothing to gain
+
+
 def test_attainable_tau_is_what_the_truth_attains():
     generator = np.random.default_rng(0)
     truth = generator.normal(size=4000)
@@ -119,6 +140,11 @@ def test_bootstrap_over_pairs_and_over_folds():
     assert (high - low) / (2 * 1.96) == pytest.approx(values.std() / np.sqrt(30), rel=0.05)
     same = [Bootstrap(30, draws=100, seed=1).interval(values) for _ in range(2)]
     assert same[0] == same[1]
+    missing = np.where(np.arange(30) < 20, values, np.nan)
+    assert Bootstrap(30, draws=1000, seed=1).interval(missing)[1] < values[19]
+    assert np.isnan(Bootstrap(30, draws=10, seed=1).interval(np.full(30, np.nan))).all()
+    heavy = np.where(np.arange(30) < 15, 0.0, 1.0)  # only the second half counts
+    assert Bootstrap(30, draws=1000, seed=1).interval(values, heavy)[0] > values[15]
     between = np.repeat([0.0, 1.0, 2.0], 10)  # all of the spread lies between three folds
     folds = Bootstrap(30, draws=10_000, seed=1, clusters=[*"a" * 10, *"b" * 10, *"c" * 10])
     assert folds.interval(between) == (0, 2)
@@ -128,13 +154,20 @@ def test_bootstrap_over_pairs_and_over_folds():
 # Protocol
 
 
-def test_protocol_knows_every_pair_that_it_was_frozen_with_and_their_models():
-    assert set(sweeps.PAIRS) <= {f"{model}/{dataset}" for model, dataset in protocol.PAIRS}
-    assert not set(sweeps.LATER_PAIRS) & {f"{model}/{dataset}" for model, dataset in protocol.PAIRS}
-    for name in {pair.partition("/")[0] for pair in sweeps.PAIRS}:
-        model = data.MODELS[name]
+def test_protocol_knows_every_pair_that_is_planned_and_its_model():
+    assert {*sweeps.PAIRS, *sweeps.LATER_PAIRS} == {f"{model}/{dataset}" for model, dataset in protocol.PAIRS}
+    assert set(sweeps.PAIRS) == {f"{model}/{dataset}" for model, dataset in protocol.VERSION_1_PAIRS}
+    assert set(protocol.MODEL_FAMILIES) == set(data.MODELS)
+    for name, model in data.MODELS.items():
         assert protocol.MODEL_FAMILIES[name] == model.family
         assert protocol.MODALITIES[model.family] == {"image": "vision", "text": "text"}[model.kind]
+
+
+def test_every_shipped_pair_is_judged():
+    shipped = zest_fast.load_records()
+    pairs, left_out = protocol.pairs_in(shipped)
+    assert not left_out and len(pairs) == len(shipped[["model", "dataset"]].drop_duplicates())
+    assert {(pair.model, pair.dataset) for pair in pairs} <= set(protocol.PAIRS)
 
 
 def test_no_fold_trains_on_what_it_holds_out(records):
@@ -180,14 +213,15 @@ class Watcher:
 
 
 def test_contestants_see_neither_held_out_rows_nor_outcomes(records):
+    records, _ = with_start_losses(records, [])
     for fold in protocol.folds(protocol.pairs_in(records)[0]):
         watcher = Watcher()
-        ranking.run_fold(fold, records, {}, lambda train, spectra, watcher=watcher: {"ranker": watcher})
+        evaluation.run_fold(fold, records, {}, lambda train, spectra, watcher=watcher: {"ranker": watcher})
         (train,) = watcher.trained
         seen = {(row.model, row.dataset) for row in train.itertuples()}
         assert seen == {(pair.model, pair.dataset) for pair in fold.train}
         for profile in watcher.asked:
-            assert not set(protocol.OUTCOMES) & set(profile.columns)
+            assert not {*protocol.OUTCOMES, "start_loss", "gain"} & set(profile.columns)
             assert len(profile.groupby(["model", "dataset", "seed", "head_state"])) == 1
 
 
@@ -203,7 +237,7 @@ def test_held_out_outcomes_change_no_prediction(records):
             train = protocol.rows_of(frame, fold.train)
             every = quick(train, spectra_of(records)) | {"ranker": zest_fast.Ranker()}
             contestant = every[name].fit(train)
-            test = protocol.rows_of(frame, fold.test).drop(columns=list(protocol.OUTCOMES))
+            test = protocol.rows_of(frame, fold.test).drop(columns=list(protocol.OUTCOMES), errors="ignore")
             scores.append(np.concatenate([contestant.predict(rows) for _, rows in profiles(test)]))
         np.testing.assert_array_equal(*scores, err_msg=name)
 
@@ -214,7 +248,7 @@ def test_held_out_outcomes_change_no_prediction(records):
 def quick(train, spectra):
     """All contestants but most single metrics; the slow ones trained briefly, or stood in for."""
     slow = {"mlp on pairs": PairMLP(steps=60), "ranker": Ridge(), "ranker, metrics only": Ridge()}
-    every = ranking_baselines.contestants(train, spectra) | slow
+    every = baselines.contestants(train, spectra) | slow
     return {
         name: c for name, c in every.items() if not name.startswith("metric ") or name in ("metric rgn", "metric snip")
     }
@@ -227,6 +261,57 @@ def test_gains_are_means_over_seeds(records):
     row = pair[(pair.seed == 1) & (pair.head_state == "warm")].iloc[3]
     assert by_seed.loc[1, row.layer] == pytest.approx(row.head_loss - row.loss)
     assert mean_gain(pair)[row.name] == pytest.approx(by_seed[row.layer].mean())
+
+
+def test_gains_count_from_the_head_retrained_alone_where_it_is_known(records):
+    retrained = {str(seed): {"accuracy": 0.5, "loss": 4.0 + seed} for seed in (0, 1)}
+    sweeps_ = [{"model": "minilm", "dataset": "trec", "head_retrained": retrained}]
+    found, lacking = with_start_losses(records, sweeps_)
+    assert "minilm/trec" not in lacking and len(lacking) == 8
+    trec = (found.model == "minilm") & (found.dataset == "trec")
+    assert (found.start_loss[trec] == 4.0 + found.seed[trec]).all()
+    assert (found.start_loss[~trec] == found.head_loss[~trec]).all()
+    # every layer's gain moves by the same: 5 - (4 + 5) / 2
+    np.testing.assert_allclose(mean_gain(records)[trec] - mean_gain(found)[trec], 0.5)
+
+
+def test_probes_join_profiles_by_model_data_set_seed_and_layer(records, tmp_path):
+    path = tmp_path / "probes.parquet"
+    assert with_probes(records, path) is records
+    keys = ["model", "dataset", "seed", "layer"]
+    probes = records[records.model == "minilm"][keys].drop_duplicates().reset_index(drop=True)
+    probes = probes.assign(probe_gain=np.arange(len(probes)) * 1.0, probe_error=0.1)
+    probes.to_parquet(path)
+    found = with_probes(records, path)
+    assert len(found) == len(records) and found.probe_gain[found.model != "minilm"].isna().all()
+    assert found[found.model == "minilm"].groupby(keys).probe_gain.nunique().eq(1).all()
+    assert "probe alone" in baselines.contestants(found, {}) and "probe alone" not in baselines.contestants(records, {})
+    profile = next(rows for key, rows in profiles(found) if key[0] == "minilm")
+    np.testing.assert_array_equal(baselines.contestants(found, {})["probe alone"].predict(profile), profile.probe_gain)
+    for wrong, words in (
+        (probes.rename(columns={"probe_gain": "gain"}), "probe_gain are missing"),
+        (probes.assign(score=1.0), "columns score are neither"),
+        (pandas.concat([probes, probes[:1]]), "several rows of model minilm"),
+    ):
+        wrong.to_parquet(path)
+        with pytest.raises(ValueError, match=words):
+            with_probes(records, path)
+
+
+def test_blocks_of_real_names():
+    blocks = {
+        "body.encoder.encoder.layer.3.attention.output.dense": "body.encoder.encoder.layer.3",
+        "_blocks.0._depthwise_conv": "_blocks.0",
+        "body.model.layer.0.expand_1x1.convolution": "body.model.layer.0",
+        "body.blocks.32_1.conv1": "body.blocks.32_1",
+        "body.enter0.first.depthwise": "body.enter0",
+        "body.dense0.conv1.depthwise": "body.dense0.conv1",
+        "_conv_stem": "_conv_stem",
+        "classifier.6": "classifier.6",
+    }
+    assert {layer: block_of(layer) for layer in blocks} == blocks
+    means = by_block(["a.1.x", "a.0.x", "a.1.y", "a.2.y"], np.array([1.0, 5.0, 3.0, np.nan]))
+    np.testing.assert_array_equal(means, [5.0, 2.0, np.nan])
 
 
 def test_z_scores_are_of_the_profile_and_nan_is_its_mean(records):
@@ -244,9 +329,9 @@ def test_z_scores_are_of_the_profile_and_nan_is_its_mean(records):
 def test_single_metric_learns_its_sign_and_the_best_is_found(records):
     flipped = records.assign(fisher=-2 * records.rgn)
     flipped.loc[flipped.head_state == "warm", "fisher"] *= -1
-    single = ranking_baselines.SignedMetric(("fisher",)).fit(flipped)
+    single = baselines.SignedMetric(("fisher",)).fit(flipped)
     assert single.choice("minilm", "fresh")[1] < 0 < single.choice("minilm", "warm")[1]
-    best = ranking_baselines.SignedMetric(("snip", "rgn", "grad_mean")).fit(records)
+    best = baselines.SignedMetric(("snip", "rgn", "grad_mean")).fit(records)
     assert best.choice("thin-resnet50", "fresh")[0] == "rgn"
     profile = next(rows for key, rows in profiles(records) if key[-1] == "fresh")
     np.testing.assert_array_equal(best.predict(profile), profile.rgn)
@@ -254,7 +339,7 @@ def test_single_metric_learns_its_sign_and_the_best_is_found(records):
 
 def test_priors_are_ranks_on_training_pairs(records):
     train = records[records.family != "fashion"]
-    prior = ranking_baselines.LayerPrior().fit(train)
+    prior = baselines.LayerPrior().fit(train)
     profile = records[(records.dataset == "fashion") & (records.seed == 0) & (records.head_state == "fresh")]
     lite = profile[profile.model == "efficientnet-lite0"]
     of_lite = train[train.model == "efficientnet-lite0"]
@@ -263,7 +348,7 @@ def test_priors_are_ranks_on_training_pairs(records):
     ).mean(axis=1)
     np.testing.assert_allclose(prior.predict(lite), expected[lite.layer])
     assert np.isnan(prior.predict(profile[profile.model == "efficientnet-lite1"])).all()
-    kinds = ranking_baselines.KindPrior().fit(train)
+    kinds = baselines.KindPrior().fit(train)
     assert len(set(kinds.predict(lite))) == 3
     unknown = profile[profile.model == "efficientnet-lite1"]
     ranks = mean_gain(train).groupby([train[name] for name in PROFILE]).rank(pct=True).groupby(train.kind).mean()
@@ -272,7 +357,7 @@ def test_priors_are_ranks_on_training_pairs(records):
 
 def test_what_learns_beats_random_where_there_is_something_to_learn(records):
     (fold,) = [f for f in protocol.folds(protocol.pairs_in(records)[0]) if f.held_out == "mobilenet-v2"]
-    rows = pandas.DataFrame(ranking.run_fold(fold, records, spectra_of(records), quick))
+    rows = pandas.DataFrame(evaluation.run_fold(fold, records, spectra_of(records), quick))
     tau = rows[rows.head_state == "fresh"].groupby("contestant").tau.mean()
     for name in ("metric rgn", "best single metric", "ridge", "mlp on pairs"):
         assert tau[name] > 0.3, name
@@ -292,11 +377,135 @@ def test_the_mlp_on_pairs_is_deterministic_and_leaves_the_random_state(records):
 
 def test_spectrum_ranks_within_types_of_modules(records):
     profile = next(profiles(records))[1]
-    scores = ranking_baselines.Spectrum(spectra_of(records)).predict(profile)
+    scores = baselines.Spectrum(spectra_of(records)).predict(profile)
     for part in ("expand", "depthwise", "project", "mix"):
         of_type = scores[profile.layer.str.contains(f"{part}_of")]
         assert sorted(of_type) == pytest.approx([1 / 3, 2 / 3, 1])
     assert scores[0] == 1  # no singular value is noise
+
+
+def test_rankings_that_see_no_batch(records):
+    profile = next(profiles(records))[1]
+    layers = len(profile)
+    np.testing.assert_array_equal(rivals.NumberOfParameters().predict(profile), profile.numel)
+    middle = rivals.Middle().predict(profile)
+    assert set(np.argsort(middle)[-2:]) == {layers // 2 - 1, layers // 2} and middle[0] == middle[-1] == -0.5
+    shuffled = profile.sample(frac=1, random_state=0)
+    scores = pandas.Series(rivals.Uniform().predict(shuffled), shuffled.index)[profile.index].to_numpy()
+    np.testing.assert_array_equal(scores, rivals.Uniform().predict(profile))
+    order = np.argsort(-scores)
+    assert sorted(order) == list(range(layers)) and list(order[:3]) == [layers // 2, layers // 4, 3 * layers // 4]
+    for layers in (1, 2, 3, 7, 49):
+        frame = pandas.DataFrame({"depth": np.arange(layers)})
+        assert len(set(rivals.Uniform().predict(frame))) == layers
+
+
+def test_published_criteria_of_a_hand_made_profile():
+    profile = pandas.DataFrame(
+        {
+            "layer": ["a.0.q", "a.0.k", "a.1.q"],
+            "grad_norm": [3.0, 4.0, 4.5],
+            "numel": [4, 16, 9],
+            "shape": [[2, 2], [4, 4], [3, 3]],
+            "weight_mean": [0.0, 3.0, 0.0],
+            "weight_std": [1.0, 4.0, 2.0],
+            "act_mean": [0.0, 30.0, 0.0],
+            "act_std": [2.0, 40.0, 0.0],
+        }
+    )
+    np.testing.assert_allclose(rivals.NormalisedGradient().predict(profile), [1.5, 1.0, 1.5])
+    np.testing.assert_allclose(rivals.Grass().predict(profile), [3.5, 3.5, 4.5])
+    np.testing.assert_allclose(rivals.AdaGradSelect().predict(profile), [5.0, 5.0, 4.5])
+    np.testing.assert_allclose(rivals.LisaWeightNorm().predict(profile), [2.0, 20.0, 6.0])
+    # RMS of the input: 2 / (1 * √2), 50 / (5 * 2), and of the last, whose output is zero, nothing is known
+    np.testing.assert_allclose(rivals.Resnorm().predict(profile), [3 / np.sqrt(2), 0.8, np.nan])
+
+
+def test_the_input_norm_that_resnorm_infers_is_that_of_the_input():
+    generator = np.random.default_rng(0)
+    x, w = 3 * generator.normal(size=(500, 64)), 0.2 * generator.normal(size=(32, 64))
+    y = x @ w.T
+    profile = pandas.DataFrame(
+        {
+            "layer": ["a"], "grad_norm": [1.0], "shape": [[32, 64]], "weight_mean": [w.mean()], "weight_std": [w.std()],
+            "act_mean": [y.mean()], "act_std": [y.std()],
+        }
+    )  # fmt: skip
+    assert 1 / rivals.Resnorm().predict(profile)[0] == pytest.approx(3, rel=0.05)
+
+
+# Controls
+
+
+def controls_of(records: pandas.DataFrame, path: Path) -> Path:
+    """Of seed 0 of every pair but MiniLM's: rgn says nothing any more, in either control."""
+    rows = records[(records.seed == 0) & (records.model != "minilm")].drop(columns=["accuracy", "loss"])
+    rows = rows.drop(columns=["head_accuracy", "head_loss"])
+    chance = np.random.default_rng(9)
+    frames = [rows.assign(control=c, rgn=chance.random(len(rows)), grad_abs_mean=1.0) for c in CONTROLS]
+    pandas.concat(frames).sample(frac=1, random_state=3).to_parquet(path)
+    return path
+
+
+def test_controls_are_scored_by_the_contestant_that_was_fitted_to_the_true_records(records, tmp_path):
+    controls = control_profiles(controls_of(records, tmp_path / "controls.parquet"))
+    records, _ = with_start_losses(records, [])
+    for held_out in ("mobilenet-v2", "minilm"):
+        (fold,) = [
+            f
+            for f in protocol.folds(protocol.pairs_in(records)[0])
+            if f.held_out == held_out and f.setting == "new models"
+        ]
+        watcher = Watcher()
+        rows = evaluation.run_fold(fold, records, {}, lambda *_, watcher=watcher: {"ranker": watcher}, controls)
+        found = {row["contestant"] for row in rows}
+        assert len(watcher.trained) == 1
+        if held_out == "minilm":  # there are no control profiles of it
+            assert found == {"ranker"}
+            continue
+        assert found == {"ranker", "ranker, labels shuffled", "ranker, noise inputs"}
+        true, *shown = watcher.asked[:3]
+        for profile in shown:
+            assert list(profile.columns) == list(true.columns) and list(profile.layer) == list(true.layer)
+            assert (profile.dtypes == true.dtypes).all() and (profile.index == true.index).all()
+            assert not np.allclose(profile.rgn, true.rgn)
+            for name in ("numel", "kind", "seed", "head_state", "weight_std"):
+                assert (profile[name] == true[name]).all(), name
+
+
+def test_a_ranking_that_reads_the_batch_falls_with_the_controls_and_a_goal_says_so(records, tmp_path):
+    controls = control_profiles(controls_of(records, tmp_path / "controls.parquet"))
+
+    def few(train, spectra):
+        names = (
+            "step gain",
+            "middle",
+            "number of parameters",
+            "best single metric",
+            "depth",
+            "kind prior",
+            "metric rgn",
+        )
+        every = quick(train, spectra)
+        return {name: every[name] for name in names} | {"ranker": baselines.LargeFirst("rgn")}
+
+    found = evaluation.evaluate(records, {}, few, controls=controls, settings=("new models",))
+    new = found["summary"]["new models"]["fresh"]["contestants"]
+    for name in ("ranker, labels shuffled", "ranker, noise inputs"):
+        ahead = new[name]["ranker_ahead"]["tau"]
+        assert new[name]["tau"]["pairs"] == ahead["pairs"] == 7 and ahead["interval"][0] > 0.15
+        words = "one batch: what the tau falls by with " + name.removeprefix("ranker, ")
+        (goal,) = [goal for goal in found["must_reach"] if goal["goal"].startswith(words)]
+        assert goal["met"] and goal["value"] == ahead["mean"]
+    assert "minilm/trec" not in found["controls_of"] and len(found["controls_of"]) == 7
+    read = ("ranker", "step gain")
+    assert set(NAMES) & set(new) == {f"{name}, {how}" for name in read for how in ("labels shuffled", "noise inputs")}
+    assert set(goals.NO_BASELINES) >= set(NAMES)
+    assert set(found["summary"]) == {"new models"} and "one batch: mean tau" in found["must_reach"][0]["goal"]
+    document = {"summary": found["summary"], "summary_of_version_1_pairs": {}, "must_reach": [], "diagnosis": []}
+    text = report.layerbench_text(document)
+    shown = f"{new['ranker, noise inputs']['tau']['mean']:.2f}"
+    assert f"with noise for inputs {shown}" in text and ", 7 pairs)" in text
 
 
 # Spectra
@@ -337,14 +546,15 @@ def test_spectra_are_computed_once_and_unknown_models_are_named(tmp_path):
 
 @pytest.fixture(scope="module")
 def document(records, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranking")
+    folder = tmp_path_factory.mktemp("layerbench")
     (folder / "spectra.json").write_text(json.dumps(spectra_of(records)))
     path = write_parquet(records, folder / "records.parquet")
     arguments = ["--records", path, "--spectra", folder / "spectra.json", "--out", folder]
+    arguments += ["--controls", folder / "none.parquet", "--probes", folder / "none.parquet"]
     threads = torch.get_num_threads()
-    ranking.main(list(map(str, arguments)), contest=quick)
+    evaluation.main(list(map(str, arguments)), contest=quick)
     torch.set_num_threads(threads)
-    return folder / "ranking.json"
+    return folder / "layerbench.json"
 
 
 def test_the_json_holds_every_pair_contestant_setting_and_state(document, records):
@@ -367,6 +577,15 @@ def test_the_json_holds_every_pair_contestant_setting_and_state(document, record
                 lead = part["ranker"]["tau"]["mean"] - contestant["tau"]["mean"]
                 assert contestant["ranker_ahead"]["tau"]["mean"] == pytest.approx(lead, abs=2e-4)
             assert part["random"]["tau"]["mean"] == part["random"]["top_5"]["mean"] == 0
+            for contestant in part.values():
+                values = contestant["tau"]
+                assert values["weighted_interval"][0] - 1e-9 <= values["weighted_mean"]
+    apart = found["summary_of_version_1_pairs"]["new models"]["fresh"]
+    assert (
+        apart["pairs"] == 9
+        and apart["contestants"]["ranker"] == found["summary"]["new models"]["fresh"]["contestants"]["ranker"]
+    )
+    assert found["head_not_retrained"] == sorted(pairs) and found["protocol"]["version"] == 2
     assert {entry["pair"] for entry in found["diagnosis"]} == pairs
     assert all(0 < entry["attainable_tau"] <= 1 and entry["layers"] in (12, 16) for entry in found["diagnosis"])
     for goal in found["must_reach"]:
@@ -384,22 +603,24 @@ def test_the_readme_shows_the_run_and_drift_is_found(document, tmp_path, monkeyp
         readme.main()
 
     run()
-    text, plot = page.read_text(), (results / "ranking.svg").read_text()
+    text, plot = page.read_text(), (results / "layerbench.svg").read_text()
     found = json.loads(document.read_text())
     ranker = found["summary"]["new models"]["fresh"]["contestants"]["ranker"]["tau"]["mean"]
-    row = next(line for line in text.splitlines() if line.startswith("| **Ranker** |"))
+    row = next(line for line in text.splitlines() if line.startswith("| **Ranker, one batch** |"))
+    assert f"the Ranker {ranker:.2f}; number of parameters alone" in text and "version 1 of the protocol" in text
+    assert "*no batch:* middle first" in text and "*control:*" not in text.split("*Tau*")[0]
     assert f"{ranker:.2f} (" in row and "metric rgn" in plot and "known models" in plot
     assert text.count(", met") + text.count(", **missed**") == len(found["must_reach"])
     run("--check")
-    (results / "ranking.svg").write_text(plot.replace("SHA-256 ", "SHA-256 0"))
+    (results / "layerbench.svg").write_text(plot.replace("SHA-256 ", "SHA-256 0"))
     with pytest.raises(SystemExit, match=r"README\.md"):
         run("--check")
     run()
-    assert (results / "ranking.svg").read_text() == plot  # drawn again, to the byte
+    assert (results / "layerbench.svg").read_text() == plot  # drawn again, to the byte
 
 
 def test_what_stands_out_about_a_pair_that_ranks_badly():
-    from bench.ranking_diagnosis import signs
+    from bench.layerbench.diagnosis import signs
 
     target = pandas.Series({"attainable_tau": 0.8, "reliability": 0.5, "worse_than_head_alone": 6, "layers": 12})
     taus = {"ranker": 0.1, "layer_prior": 0.6, "best_metric": -0.5}
@@ -415,7 +636,7 @@ def test_what_stands_out_about_a_pair_that_ranks_badly():
 
 def test_scores_of_another_shape_and_records_that_hold_nothing_out_are_errors(records):
     with pytest.raises(ValueError, match="12 layers"):
-        ranking.measure(np.zeros(11), np.zeros(12))
+        evaluation.measure(np.zeros(11), np.zeros(12), list("abcdefghijkl"))
     one = records[(records.model == "minilm") & (records.dataset == "trec")]
     with pytest.raises(ValueError, match="nothing to hold out"):
-        ranking.evaluate(one, {})
+        evaluation.evaluate(one, {})

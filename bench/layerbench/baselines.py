@@ -2,7 +2,8 @@
 
 A contestant has `fit(train)`, the rows of the training pairs (columns of `load_records()`), and `predict(profile)`, the
 rows of one profile without their outcomes -> scores [rows], larger is better, NaN where it has none. zest_fast.Ranker
-is one. `contestants()` gives all of them, fresh, by name.
+is one. Where bench/results/probes.parquet is there, both frames hold its columns, too ("probe_...", NaN for layers that
+were not probed); contestants of "one batch" leave them alone. `contestants()` gives all of them, fresh, by name.
 """
 
 from __future__ import annotations
@@ -16,9 +17,19 @@ import pandas
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GroupKFold
 
-from bench.mlp_on_pairs import PairMLP
-from bench.ranking_measures import tau_b
-from bench.ranking_records import mean_gain, present, profiles, rank_in_profile, z_scores
+from bench.layerbench.measures import tau_b
+from bench.layerbench.mlp_on_pairs import PairMLP
+from bench.layerbench.profiles import PROBE_GAIN, mean_gain, present, profiles, rank_in_profile, z_scores
+from bench.layerbench.rivals import (
+    AdaGradSelect,
+    Grass,
+    LisaWeightNorm,
+    Middle,
+    NormalisedGradient,
+    NumberOfParameters,
+    Resnorm,
+    Uniform,
+)
 from zest_fast.ranking.features import METRICS, STEP_GAIN, first_order
 
 Spectra = Mapping[str, Mapping[str, Mapping[str, float | None]]]
@@ -39,9 +50,13 @@ def contestants(records: pandas.DataFrame, spectra: Spectra) -> dict[str, Contes
     from zest_fast import Ranker
 
     metrics = present(records)
+    probed: dict[str, Contestant] = {}
+    if PROBE_GAIN in records:  # what mixes a probe with a profile has its place here
+        probed["probe alone"] = LargeFirst(PROBE_GAIN)
     return {
         "ranker": Ranker(),
         "ranker, metrics only": Ranker(features="metrics"),
+        **probed,
         "mlp on pairs": PairMLP(),
         "ridge": Ridge(),
         "layer prior": LayerPrior(),
@@ -52,6 +67,14 @@ def contestants(records: pandas.DataFrame, spectra: Spectra) -> dict[str, Contes
         "step gain": StepGain(),
         "spectrum": Spectrum(spectra),
         "kappatune": KappaTune(spectra),
+        "number of parameters": NumberOfParameters(),
+        "middle": Middle(),
+        "uniform": Uniform(),
+        "resnorm": Resnorm(),
+        "normalised gradient": NormalisedGradient(),
+        "grass": Grass(),
+        "adagradselect": AdaGradSelect(),
+        "lisa weight norm": LisaWeightNorm(),
         "random": Random(),
         **{f"metric {name}": SignedMetric((name,)) for name in metrics},
     }

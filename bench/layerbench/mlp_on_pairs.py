@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench.ranking_records import PAPER_METRICS, mean_gain, places, present, z_scores
+from bench.layerbench.profiles import PAPER_METRICS, mean_gain, places, present, z_scores
 
 
 class PairMLP:

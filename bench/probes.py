@@ -48,7 +48,9 @@ def main() -> None:
         line = measure(pair, seed=arguments.seed, budget=arguments.budget, samples=arguments.samples)
         with arguments.out.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        print(f"{pair}: {len(line['layers'])} layers, {line['seconds']:.0f} s, {line['cost']:.1%} of a sweep", flush=True)
+        print(
+            f"{pair}: {len(line['layers'])} layers, {line['seconds']:.0f} s, {line['cost']:.1%} of a sweep", flush=True
+        )
 
 
 def measure(pair: str, *, seed: int, budget: float, samples: int) -> dict[str, Any]:
@@ -92,7 +94,9 @@ def measure(pair: str, *, seed: int, budget: float, samples: int) -> dict[str, A
 
 def _pairs() -> list[str]:
     """Small models first."""
-    return [f"{sweep['model']}/{sweep['dataset']}" for sweep in sorted(sweeps_of(), key=lambda s: s["model"] == "smollm2")]
+    return [
+        f"{sweep['model']}/{sweep['dataset']}" for sweep in sorted(sweeps_of(), key=lambda s: s["model"] == "smollm2")
+    ]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

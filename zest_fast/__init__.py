@@ -83,7 +83,17 @@ else:
         "sweeps_of": "zest_fast.sweeping.tables",
     }
 
-    _ROOMS = ("kernels", "profiling", "ranking", "lean", "finetuning", "planning", "sweeping", "probing", "integrations")
+    _ROOMS = (
+        "kernels",
+        "profiling",
+        "ranking",
+        "lean",
+        "finetuning",
+        "planning",
+        "sweeping",
+        "probing",
+        "integrations",
+    )
 
     def __getattr__(name):
         if name in _ROOMS:

@@ -28,7 +28,7 @@ from zest_fast.sweeping.prefix_cache import PrefixCache
 from zest_fast.sweeping.progress import Progress
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.trial_order import plan
-from zest_fast.sweeping.trials import LayerTask, Trial, Trials, evaluate, saved_parameters, set_head
+from zest_fast.sweeping.trials import LayerTask, Trials, evaluate, saved_parameters, set_head
 from zest_fast.sweeping.volatile_state import preserved
 
 CACHE_BYTES = 1 << 30
@@ -272,7 +272,9 @@ def _layers(
         if isinstance(module, nn.Linear):
             head = module
         else:
-            notes.append(f"no head was trained with the layers: {name!r} is a {type(module).__name__}, not an nn.Linear")
+            notes.append(
+                f"no head was trained with the layers: {name!r} is a {type(module).__name__}, not an nn.Linear"
+            )
     chosen = select_layers(find_layers(dict(model.named_modules())), selection)
     few = samples.of(torch.arange(min(4, len(samples))))
     batch = few.inputs if few.targets is None else (few.inputs, few.targets)

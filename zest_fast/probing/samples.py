@@ -124,7 +124,9 @@ def _table(batch: Any, number: int, loss_fn: Callable[..., Any] | None) -> dict[
     if isinstance(inputs, Tensor):
         inputs = {"": inputs}
     if not isinstance(inputs, Mapping):
-        raise TypeError(f"{where}: inputs are a {type(inputs).__name__}; a probe takes a tensor or a mapping of tensors")
+        raise TypeError(
+            f"{where}: inputs are a {type(inputs).__name__}; a probe takes a tensor or a mapping of tensors"
+        )
     table = {str(key): value for key, value in inputs.items()}
     if targets is not None:
         table[_TARGETS] = targets

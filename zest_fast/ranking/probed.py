@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     import pandas
 
 
+PROBED = ("probe_gain", "probe_error")
+"""Columns that records may have: the gain and its standard error that a probe found, for all rows of a layer."""
+
+
 @dataclass(frozen=True, eq=False)
 class Probe:
     """Gains of layers that were each trained alone for a few steps, measured on samples that they did not train on.

@@ -15,6 +15,7 @@ from zest_fast.ranking.groups import Group
 from zest_fast.ranking.kind_prior import kind_prior
 from zest_fast.ranking.layer_prior import layer_prior, usual_metrics
 from zest_fast.ranking.linear_base import design
+from zest_fast.ranking.mixing import evidence
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Rows:
     kin: tuple[int, ...]
     """Pairs of the same or of related architectures have the same number."""
     names: tuple[str, ...]
+    evidence: np.ndarray
+    """What a probe says of each row, as `mixing.evidence` has it; NaN where the pair was not probed."""
 
     @cached_property
     def design(self) -> np.ndarray:
@@ -57,7 +60,7 @@ def training_rows(pairs: Sequence[Pair], architectures: Sequence[Architecture], 
 
     known: whether the layer prior is there at all; without it every profile is a view of a new model.
     """
-    values, positions, levels, weights, views = [], [], [], [], []
+    values, positions, levels, weights, views, probes = [], [], [], [], [], []
     own = {architecture.model: architecture for architecture in architectures}
     start = 0
     for number, pair in enumerate(pairs):
@@ -70,6 +73,7 @@ def training_rows(pairs: Sequence[Pair], architectures: Sequence[Architecture], 
             positions.append(pair.positions[names].to_numpy())
             levels.append(pair.levels[names].to_numpy())
             weights.append(np.full(len(table), share))
+            probes.append(_evidence(pair, names))
             views.append(View(number, has_prior, slice(start, start + len(table))))
             start += len(table)
     return Rows(
@@ -81,6 +85,7 @@ def training_rows(pairs: Sequence[Pair], architectures: Sequence[Architecture], 
         tuple(pair.family for pair in pairs),
         tuple(_kin(own[pair.model], architectures) for pair in pairs),
         tuple(pair.name for pair in pairs),
+        np.concatenate(probes),
     )
 
 
@@ -100,6 +105,13 @@ def _tables(
     new = known.copy()
     new[:, [FEATURES.index(name) for name in OF_KNOWN_LAYERS]] = np.nan
     return [(False, new, names)] if np.isnan(layers).all() else [(True, known, names), (False, new, names)]
+
+
+def _evidence(pair: Pair, names: list[str]) -> np.ndarray:
+    if pair.probe is None:
+        return np.full(len(names), np.nan)
+    gains, errors = pair.probe.loc[names].to_numpy(np.float64).T
+    return evidence(gains, errors)
 
 
 def _kin(architecture: Architecture, architectures: Sequence[Architecture]) -> int:

@@ -49,7 +49,9 @@ def compared_of(output: Any) -> Tensor:
     if not isinstance(found, Tensor):
         found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(found, Tensor):
-        raise ValueError(f"the model returned a {type(output).__name__} without logits or a loss; one of them is needed")
+        raise ValueError(
+            f"the model returned a {type(output).__name__} without logits or a loss; one of them is needed"
+        )
     return found.reshape(1) if found.dim() == 0 else found
 
 

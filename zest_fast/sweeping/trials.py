@@ -105,9 +105,7 @@ class Trials:
             return False
         return not self._blamed or self._blamed.isdisjoint(boundary.trace.expected(boundary.skipped, boundary.skipped))
 
-    def _measure(
-        self, trial: Trial, train: PrefixCache, score: PrefixCache, *, check: bool = False
-    ) -> dict[str, Any]:
+    def _measure(self, trial: Trial, train: PrefixCache, score: PrefixCache, *, check: bool = False) -> dict[str, Any]:
         part = self.tasks[trial.layer].part
         if self.head is not None:
             set_head(self.head, *self.heads[trial.seed])
@@ -129,9 +127,7 @@ class Trials:
     def _new_caches(self) -> tuple[PrefixCache, PrefixCache]:
         """That have not moved from the input."""
         train, score = (
-            PrefixCache(
-                self.model, inputs, limit=self.limit, folder=self.folder, batch_size=objective.chunk
-            )
+            PrefixCache(self.model, inputs, limit=self.limit, folder=self.folder, batch_size=objective.chunk)
             for inputs, objective in (self.train, self.score)
         )
         return train, score

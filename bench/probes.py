@@ -48,9 +48,8 @@ def main() -> None:
         line = measure(pair, seed=arguments.seed, budget=arguments.budget, samples=arguments.samples)
         with arguments.out.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        print(
-            f"{pair}: {len(line['layers'])} layers, {line['seconds']:.0f} s, {line['cost']:.1%} of a sweep", flush=True
-        )
+        words = f"{len(line['layers'])} layers, {line['seconds']:.0f} s, {line['cost']:.1%} of a sweep"
+        print(f"{pair}: {words}", flush=True)
 
 
 def measure(pair: str, *, seed: int, budget: float, samples: int) -> dict[str, Any]:

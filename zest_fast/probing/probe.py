@@ -59,8 +59,8 @@ def probe(
     other training samples, of layers that may or may not belong to the `top`. The model runs in eval mode and is
     afterwards as it was, bit for bit, also after an error or Ctrl-C (which waits for the end of a trial).
 
-    Memory: that of a training step of one layer, a copy of its weight with two moments, and at most 1 GiB of activations
-    (more is kept on disk in the folder for temporary files).
+    Memory: that of a training step of one layer, a copy of its weight with two moments, and at most 1 GiB of
+    activations (more is kept on disk in the folder for temporary files).
 
     Args:
         model: any module that `profile` takes and whose weights train.
@@ -79,8 +79,8 @@ def probe(
         A Probe: gains with standard errors. `rank(profile, probe=...)` mixes it with what the Ranker knows.
 
     Raises:
-        TypeError, ValueError: batches that do not fit together or hold too few samples, a budget too small for one probe
-            of each layer, a loss that is not finite before any training; the message names it.
+        TypeError, ValueError: batches that do not fit together or hold too few samples, a budget too small for one
+            probe of each layer, a loss that is not finite before any training; the message names it.
 
     Examples:
         >>> import torch, zest_fast

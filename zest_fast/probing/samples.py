@@ -141,8 +141,8 @@ def _column(key: str, parts: list[Tensor]) -> Tensor:
     for number, part in enumerate(parts):
         if part.shape[1:] != parts[0].shape[1:] or part.dtype != parts[0].dtype or part.device != parts[0].device:
             raise ValueError(
-                f"batches[{number}]: {key or 'the inputs'} are {_words(part)}, in batches[0] {_words(parts[0])}; a probe "
-                "needs samples of one size: pad or crop all of them to one length"
+                f"batches[{number}]: {key or 'the inputs'} are {_words(part)}, in batches[0] {_words(parts[0])}; a "
+                "probe needs samples of one size: pad or crop all of them to one length"
             )
     return parts[0].detach() if len(parts) == 1 else torch.cat([part.detach() for part in parts])
 

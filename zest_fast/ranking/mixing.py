@@ -50,7 +50,7 @@ def fit_weights(scores: np.ndarray, found: np.ndarray, places: np.ndarray, weigh
     return ranker, probe
 
 
-def held_out(
+def mixed_without_own(
     scores: np.ndarray, found: np.ndarray, places: np.ndarray, weights: np.ndarray, groups: Sequence[Hashable]
 ) -> np.ndarray:
     """The mixed scores of each group by weights that the other groups gave, [rows]; those of all where there is one."""

@@ -89,8 +89,8 @@ class Model:
         mixing = self.probed[0] if known and self.probed[0] is not None else self.probed[1] or self.probed[0]
         if mixing is None:
             raise ValueError(
-                "this Ranker learned from records without probes and cannot say how far to trust one: rank by the probe "
-                "alone (by=probe), or fit a Ranker to records that hold the columns probe_gain and probe_error"
+                "this Ranker learned from records without probes and cannot say how far to trust one: rank by the "
+                "probe alone (by=probe), or fit a Ranker to records with the columns probe_gain and probe_error"
             )
         return mixing
 

@@ -39,7 +39,8 @@ class Probe:
 
     Examples:
         >>> import numpy as np, zest_fast
-        >>> found = zest_fast.Probe(("a", "b"), np.array([0.1, 0.3]), np.array([0.02, 0.02]), np.array([1, 1]), 1.0, 0.9)
+        >>> gains, errors = np.array([0.1, 0.3]), np.array([0.02, 0.02])
+        >>> found = zest_fast.Probe(("a", "b"), gains, errors, np.array([1, 1]), start=1.0, head=0.9)
         >>> found.top(1)
         ('b',)
     """
@@ -112,7 +113,8 @@ class Probe:
         return len(self.names)
 
     def __repr__(self) -> str:
-        head = f"Probe of {len(self)} layers: loss {number(self.start)} at the start, {number(self.head)} with the head alone"
+        losses = f"loss {number(self.start)} at the start, {number(self.head)} with the head alone"
+        head = f"Probe of {len(self)} layers: {losses}"
         head += f", for {self.cost:.1%} of a sweep" if np.isfinite(self.cost) else ""
         order = np.argsort(-np.nan_to_num(self.gains, nan=-np.inf), kind="stable")[:10]
         rows = [

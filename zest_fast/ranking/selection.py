@@ -17,7 +17,7 @@ from zest_fast.ranking.boosted_trees import ROUNDS, STRENGTH, train_trees
 from zest_fast.ranking.errors import Errors
 from zest_fast.ranking.features import columns_of
 from zest_fast.ranking.linear_base import PENALTIES, LinearBase, fit_ridge, has_prior
-from zest_fast.ranking.mixing import Mixing, fit_weights, held_out
+from zest_fast.ranking.mixing import Mixing, fit_weights, mixed_without_own
 from zest_fast.ranking.training_rows import Rows, View
 from zest_fast.ranking.trees import Tree, predict_trees
 
@@ -176,7 +176,7 @@ def _mixing(
     found, places, weights = rows.evidence[index], rows.positions[index], rows.weights[index]
     group_of_row = [groups[view.pair] for view in views for _ in range(view.rows.stop - view.rows.start)]
     mixed = np.zeros(len(raw))
-    mixed[index] = held_out(scores, found, places, weights, group_of_row)
+    mixed[index] = mixed_without_own(scores, found, places, weights, group_of_row)
     ranker, probe = fit_weights(scores, found, places, weights)
     return Mixing(ranker, probe, _errors(rows, mixed, views, slope=1.0))
 

@@ -15,8 +15,9 @@ from zest_fast.sweeping.inputs import logits_of
 class Objective(Protocol):
     """Of the samples of one set of inputs. Workers get it pickled."""
 
-    chunk: int
-    """Samples in an evaluated pass."""
+    @property
+    def chunk(self) -> int:
+        """Samples in an evaluated pass."""
 
     def loss(self, output: Any, rows: Tensor) -> Tensor:
         """The mean loss of these samples, a scalar with a graph. output: the model's for the samples `rows`."""

@@ -85,8 +85,8 @@ def measure(pair: str, *, seed: int, budget: float, samples: int) -> dict[str, A
         "settings": dict(found.settings),
         "notes": list(found.notes),
         "layers": {
-            name: [float(gain), float(error), int(rounds)]
-            for name, gain, error, rounds in zip(found.names, found.gains, found.errors, found.rounds, strict=True)
+            name: [float(score), float(gain), float(error)]
+            for name, score, gain, error in zip(found.names, found.scores, found.gains, found.errors, strict=True)
         },
     }
 

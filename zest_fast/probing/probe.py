@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +17,25 @@ from torch import Tensor, nn
 
 from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.foundation.nearest import some
-from zest_fast.probing.budget import STEPS, Sizes, sizes_for, sweep_units
+from zest_fast.probing.budget import LAYER_LR_FACTORS, STEPS, Sizes, sizes_for, sweep_units
 from zest_fast.probing.samples import Samples, samples_of
 from zest_fast.profiling.borrowing.model_state import ModelState
 from zest_fast.profiling.heads import find_head, is_language_model
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
 from zest_fast.profiling.profile import profile
-from zest_fast.ranking.probed import Probe
+from zest_fast.ranking.probed import Probe, evidence
 from zest_fast.sweeping.head import choose_strength, features_of, fit_head
 from zest_fast.sweeping.prefix_cache import PrefixCache
 from zest_fast.sweeping.progress import Progress
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.trial_order import plan
-from zest_fast.sweeping.trials import LayerTask, Trials, evaluate, saved_parameters, set_head
+from zest_fast.sweeping.trials import LayerTask, Trial, Trials, evaluate, saved_parameters, set_head
 from zest_fast.sweeping.volatile_state import preserved
 
 CACHE_BYTES = 1 << 30
-LAYER_LR_FACTOR = 3e-3
-"""Of RMS(W). A third of the sweeps' usual one: at theirs the first steps break layers that later ones mend."""
 _HEAD_LR = 5e-4
 _HEAD_ALONE = ""  # the name of the trial that trains no layer; no layer has it
-_CERTAIN = 2.0  # standard errors: a layer farther from the edge of the top is not probed again
+_AGAIN = 2  # times `top` layers are probed again where the budget allows it
 
 
 def probe(
@@ -54,9 +53,9 @@ def probe(
 
     A profile reads one gradient; this reads what steps do. The samples are divided at random: some to train on, others
     to score, and, where the model ends in a classifier of one nn.Linear, some to fit that head to first, which replaces
-    a head that does worse. Eight steps of Adam at 0.003 RMS(W), falling linearly; what lies below a layer is computed
-    once for all layers above it, as in `sweep`. What the budget leaves after the first round goes to further rounds, on
-    other training samples, of layers that may or may not belong to the `top`. The model runs in eval mode and is
+    a head that does worse. Eight steps of Adam, once at 0.001 and once at 0.01 RMS(W), falling linearly; what lies
+    below a layer is computed once for all layers above it, as in `sweep`. What the budget leaves after the first round
+    goes to further rounds, on other training samples, of the `2 x top` best layers. The model runs in eval mode and is
     afterwards as it was, bit for bit, also after an error or Ctrl-C (which waits for the end of a trial).
 
     Memory: that of a training step of one layer, a copy of its weight with two moments, and at most 1 GiB of
@@ -76,7 +75,7 @@ def probe(
         progress: show a bar on a terminal.
 
     Returns:
-        A Probe: gains with standard errors. `rank(profile, probe=...)` mixes it with what the Ranker knows.
+        A Probe: scores, and gains with standard errors. `rank(profile, probe=...)` mixes it with what the Ranker knows.
 
     Raises:
         TypeError, ValueError: batches that do not fit together or hold too few samples, a budget too small for one
@@ -137,14 +136,17 @@ class _Probing:
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
         self._head_rows, rest = order[: sizes.head], order[sizes.head :]
         self._scored, self._others = rest[: sizes.scored], rest[sizes.scored :]
-        self._recipe = Recipe(
-            steps=STEPS,
-            batch_size=sizes.batch,
-            head_lr=_HEAD_LR,
-            layer_lr_factor=LAYER_LR_FACTOR,
-            max_layer_lr=LAYER_LR_FACTOR * 0.2,  # as the default recipe has it: RMS of 0.2
-            train_samples=None,
-        )
+        self._recipes = [
+            Recipe(
+                steps=STEPS,
+                batch_size=sizes.batch,
+                head_lr=_HEAD_LR,
+                layer_lr_factor=factor,
+                max_layer_lr=factor * 0.2,  # as the default recipe has it: RMS of 0.2
+                train_samples=None,
+            )
+            for factor in LAYER_LR_FACTORS
+        ]
 
     def prepare(self, classes: Tensor | None) -> None:
         """The head that every layer starts from."""
@@ -155,7 +157,7 @@ class _Probing:
             rows = self._head_rows
             features = features_of(self._model, head, self._samples.of(rows).inputs)
             targets = classes[rows]
-            strength = choose_strength(features, targets, head.out_features, self._recipe.head_strengths)
+            strength = choose_strength(features, targets, head.out_features, self._recipes[0].head_strengths)
             fitted = fit_head(features, targets, head.out_features, strength, biased=head.bias is not None)
             own = _flat(head)
             before = self._loss_now()
@@ -169,29 +171,28 @@ class _Probing:
         if not math.isfinite(start):
             raise ValueError(f"the loss is {start} before any training; profile the batch: its error names the layers")
         names = [layer.name for layer in self._layers]
-        tables: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+        rounds: dict[str, list[np.ndarray]] = {name: [] for name in names}
         left = budget * sweep_units() * len(names)
         heads: list[float] = []
         spent, wanted = 0.0, names
-        trials = 0
-        with Progress(f"probe of {len(names)} layers", len(names) + 1, progress) as bar:
-            while wanted and (not trials or left - spent >= (len(wanted) + 1) * self._sizes.units):
-                losses = self._round(wanted, len(heads), bar)
-                alone = losses.pop(_HEAD_ALONE)
-                heads.append(float(np.average(alone[0], weights=alone[1])))
-                for name, (own, weights) in losses.items():
-                    tables[name].append(_gain(alone[0], own, weights))
-                trials += len(losses) + 1
-                spent = trials * self._sizes.units
-                if len(heads) * self._sizes.trained > len(self._others) - self._sizes.trained:
+        with Progress(f"probe of {len(names)} layers", len(names), progress) as bar:
+            while not heads or left - spent >= self._sizes.round_units(len(wanted)):
+                alone, found = self._round(wanted, len(heads), bar)
+                heads.append(alone)
+                for name, values in found.items():
+                    rounds[name].append(values)
+                spent += self._sizes.round_units(len(wanted))
+                if (len(heads) + 1) * self._sizes.trained > len(self._others):
                     break  # no other samples are left to train on
-                wanted = _undecided(tables, top)
-        gains, errors = (np.array(values) for values in zip(*map(_mean, tables.values()), strict=True))
-        notes = notes + _warned(names, gains)
+                scores = evidence(*_means(rounds))
+                wanted = [names[row] for row in sorted(np.argsort(-scores, kind="stable")[: _AGAIN * top])]
+        gains, errors = _means(rounds)
+        best = np.argmax(np.nan_to_num(gains, nan=-np.inf), axis=0)
+        columns = np.arange(len(names))
         settings = {
             "steps": STEPS,
             "batch_size": self._sizes.batch,
-            "layer_lr_factor": LAYER_LR_FACTOR,
+            "layer_lr_factors": list(LAYER_LR_FACTORS),
             "trained_samples": self._sizes.trained,
             "scored_samples": len(self._scored),
             "head_samples": len(self._head_rows),
@@ -199,48 +200,52 @@ class _Probing:
         }
         return Probe(
             names=tuple(names),
-            gains=gains,
-            errors=errors,
-            rounds=np.array([len(tables[name]) for name in names]),
+            scores=evidence(gains, errors),
+            gains=gains[best, columns],
+            errors=errors[best, columns],
+            rounds=np.array([len(rounds[name]) for name in names]),
             start=start,
             head=float(np.mean(heads)),
             cost=spent / (sweep_units() * len(names)),
             settings=settings,
-            notes=tuple(notes),
+            notes=(*notes, *_warned(names, gains)),
         )
 
-    def _round(self, wanted: list[str], number: int, bar: Progress) -> dict[str, tuple[list[float], list[int]]]:
-        """The losses of the scored samples after each layer of `wanted`, and after the head alone, was trained."""
+    def _round(self, wanted: list[str], number: int, bar: Progress) -> tuple[float, dict[str, np.ndarray]]:
+        """The loss after the head alone was trained, and of each layer of `wanted` gains and errors, [rates, 2]."""
         first = number * self._sizes.trained
         train = self._samples.of(self._others[first : first + self._sizes.trained])
         score = self._samples.of(self._scored)
         limit = CACHE_BYTES // (len(train) + len(score))
-        seeds = (self._seed + number,)
+        seed = self._seed + number
         of_head = tuple(self._head.parameters()) if self._head is not None else ()
-        layers = {layer: seeds for layer in self._layers if layer.name in wanted}
+        layers = {layer: (seed,) for layer in self._layers if layer.name in wanted}
         tasks = plan(self._model, of_head, layers, train.inputs, reuse=True, limit=limit)
-        tasks[_HEAD_ALONE] = _of_head_alone(tasks)
         trials = Trials(
             model=self._model,
             head=self._head,
-            recipe=self._recipe,
-            heads={seed: _flat(self._head) for seed in seeds} if self._head is not None else {},
-            rows={seed: torch.arange(len(train)) for seed in seeds},
-            tasks=tasks,
+            recipe=self._recipes[0],
+            heads={seed: _flat(self._head)} if self._head is not None else {},
+            rows={seed: torch.arange(len(train))},
+            tasks=tasks | {_HEAD_ALONE: _of_head_alone(tasks)},
             train=(train.inputs, train),
             score=(score.inputs, score),
             limit=limit,
             folder=self._folder,
         )
         bar.plan([task.cost for task in tasks.values()])
+        alone = trials.full_pass(Trial(_HEAD_ALONE, seed)) if of_head else self._untrained(score)
         found = {}
-        for trial in trials.left():
-            with self._interrupts.interruptible():
-                pass  # between trials the model is as it was
-            result = trials.run(trial) if trial.layer or of_head else self._untrained(score)
-            found[trial.layer] = (result["losses"], result["samples"])
-            bar.advance(tasks[trial.layer].cost)
-        return found
+        for name, task in tasks.items():
+            values = []
+            for trials.recipe in self._recipes:
+                with self._interrupts.interruptible():
+                    pass  # between trials the model is as it was
+                result = trials.run(Trial(name, seed))
+                values.append(_gain(alone["losses"], result["losses"], result["samples"]))
+            found[name] = np.array(values)
+            bar.advance(task.cost)
+        return float(np.average(alone["losses"], weights=alone["samples"])), found
 
     def _untrained(self, score: Samples) -> Mapping[str, Any]:
         with preserved(self._model, self._seed):
@@ -291,8 +296,6 @@ def _layers(
 
 def _of_head_alone(tasks: Mapping[str, LayerTask]) -> LayerTask:
     """A trial in which no layer trains: in its place is a number that the loss does not depend on."""
-    from dataclasses import replace
-
     last = list(tasks.values())[-1]
     part = replace(last.part, name=_HEAD_ALONE, parameters=(nn.Parameter(torch.ones(1)),))
     return replace(last, part=part)
@@ -311,26 +314,20 @@ def _gain(alone: list[float], own: list[float], samples: list[int]) -> tuple[flo
     return mean, float(np.sqrt(variance / len(saved)))
 
 
-def _mean(rounds: list[tuple[float, float]]) -> tuple[float, float]:
-    """Of some rounds. The scored samples are the same, so that their luck does not average out."""
-    gains, errors = np.array([gain for gain, _ in rounds]), np.array([error for _, error in rounds])
-    between = gains.var(ddof=1) / len(gains) if len(gains) > 1 else 0.0
-    return float(gains.mean()), float(np.sqrt(np.mean(errors**2) + between))
-
-
-def _undecided(tables: Mapping[str, list[tuple[float, float]]], top: int) -> list[str]:
-    """Layers that may belong to the best `top` or not, by what is known of them."""
-    found = {name: _mean(rounds) for name, rounds in tables.items()}
-    known = {name: values for name, values in found.items() if math.isfinite(values[0])}
-    gains = sorted((gain for gain, _ in known.values()), reverse=True)
-    if len(gains) <= top:
-        return []
-    edge = (gains[top - 1] + gains[top]) / 2
-    return [name for name, (gain, error) in known.items() if not abs(gain - edge) > _CERTAIN * error]
+def _means(rounds: Mapping[str, list[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Gains and errors, [rates, layers] each. Rounds score the same samples: their luck does not average out."""
+    gains, errors = [], []
+    for values in rounds.values():
+        own = np.stack(values)  # [rounds, rates, 2]
+        between = own[:, :, 0].var(axis=0, ddof=1) / len(own) if len(own) > 1 else 0.0
+        gains.append(own[:, :, 0].mean(axis=0))
+        errors.append(np.sqrt(np.mean(own[:, :, 1] ** 2, axis=0) + between))
+    return np.stack(gains, axis=1), np.stack(errors, axis=1)
 
 
 def _warned(names: list[str], gains: np.ndarray) -> list[str]:
-    lost = [name for name, gain in zip(names, gains, strict=True) if not np.isfinite(gain)]
+    """gains: [rates, layers]"""
+    lost = [name for name, finite in zip(names, np.isfinite(gains).any(axis=0), strict=True) if not finite]
     found = [f"the loss was not finite after training {some(lost)}"] if lost else []
     if len(lost) < len(names) and not (gains[np.isfinite(gains)] > 0).any():
         found.append(

@@ -33,8 +33,8 @@ class Pair:
     """Layer -> graded relevance 0, 1, ...; layers of one level differ by no more than noise."""
     views: tuple[Group, ...]
     """A profile of each seed and state of the head."""
-    probe: pandas.DataFrame | None = None
-    """Columns PROBED, by layer, where the layers were probed."""
+    probe: pandas.Series | None = None
+    """Layer -> score of a probe, where the layers were probed."""
 
     @property
     def name(self) -> str:
@@ -109,11 +109,11 @@ def _pair(model: str, dataset: str, rows: pandas.DataFrame) -> Pair:
     return Pair(model, dataset, families[0], mean, positions, levels, views, _probe(rows, mean.index))
 
 
-def _probe(rows: pandas.DataFrame, layers: pandas.Index) -> pandas.DataFrame | None:
-    if not set(PROBED) <= set(rows):
+def _probe(rows: pandas.DataFrame, layers: pandas.Index) -> pandas.Series | None:
+    if PROBED not in rows:
         return None
-    found = rows.groupby("layer")[list(PROBED)].mean().reindex(layers)
-    return found if found["probe_gain"].notna().any() else None
+    found = rows.groupby("layer")[PROBED].mean().reindex(layers)
+    return found if found.notna().all() else None
 
 
 def standard_errors(gains: np.ndarray) -> np.ndarray:

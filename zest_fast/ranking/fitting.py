@@ -73,6 +73,6 @@ def _metadata(
 
 def records_hash(records: pandas.DataFrame) -> str:
     """Sixteen hexadecimal digits of what is learned from, whatever the order of the rows."""
-    columns = [c for c in (*IDENTITY, "family", "layer", *OUTCOMES, *METRICS, *PROBED) if c in records]
+    columns = [c for c in (*IDENTITY, "family", "layer", *OUTCOMES, *METRICS, PROBED) if c in records]
     rows = records[columns].sort_values([*IDENTITY, "layer"], kind="stable")
     return hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()[:16]

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from zest_fast.ranking.errors import Errors
-from zest_fast.ranking.features import positions
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """score = 1/2 + ranker x (score without the probe - 1/2) + probe x evidence; neither weight is negative."""
+    """score = 1/2 + ranker x (score without the probe - 1/2) + probe x (score of the probe), no weight negative."""
 
     ranker: float
     probe: float
@@ -21,27 +20,12 @@ class Mixing:
     """Of the mixed score, where its weights had not seen the pair."""
 
     def apply(self, scores: np.ndarray, found: np.ndarray) -> np.ndarray:
-        """scores: without the probe, [layers]. found: `evidence`, [layers]."""
+        """scores: without the probe, [layers]. found: of a Probe, [layers]."""
         return 0.5 + self.ranker * (scores - 0.5) + self.probe * found
 
 
-def evidence(gains: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """Where each layer stands in a probe, minus 1/2, times the share of the gains' variance that is no noise, [layers].
-
-    gains: [layers], NaN where the loss was not finite: these stand last. errors: their standard errors.
-    """
-    finite = np.isfinite(gains)
-    if finite.sum() < 2:
-        return np.zeros(len(gains))
-    variance = gains[finite].var()
-    noise = float(np.nanmean(np.square(errors[finite]))) if np.isfinite(errors[finite]).any() else 0.0
-    share = min(1.0, max(0.0, 1 - noise / variance)) if variance > 0 else 0.0
-    places = positions(np.where(finite, gains, gains[finite].min() - 1.0)[:, None])[:, 0]
-    return share * (places - 0.5)
-
-
 def fit_weights(scores: np.ndarray, found: np.ndarray, places: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """Non-negative least squares of `places` - 1/2 on scores - 1/2 and evidence; all [rows]."""
+    """Non-negative least squares of `places` - 1/2 on scores - 1/2 and the probe's scores; all [rows]."""
     from scipy.optimize import nnls
 
     root = np.sqrt(weights)

@@ -17,7 +17,7 @@ from zest_fast.ranking.groups import Group
 from zest_fast.ranking.kind_prior import kind_prior
 from zest_fast.ranking.layer_prior import layer_prior, usual_metrics
 from zest_fast.ranking.linear_base import LinearBase, has_prior
-from zest_fast.ranking.mixing import Mixing, evidence
+from zest_fast.ranking.mixing import Mixing
 from zest_fast.ranking.trees import Tree, explain_trees, predict_trees
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class Model:
     probed: tuple[Mixing | None, Mixing | None] = (None, None)
     """Weights of a probe, for known and for new architectures; None where it learned from none."""
 
-    def assess(self, group: Group, probe: tuple[np.ndarray, np.ndarray] | None = None) -> Assessment:
-        """probe: gains and standard errors, [layers of the group] each.
+    def assess(self, group: Group, probe: np.ndarray | None = None) -> Assessment:
+        """probe: the scores of a Probe, [layers of the group].
 
         Raises ValueError where the group lacks metrics, or none of them is a number for any layer, and for a probe
         where the Ranker learned from none.
@@ -66,7 +66,7 @@ class Model:
         mixing, found = None, np.zeros(len(group))
         intervals = None
         if probe is not None:
-            mixing, found = self._mixing(known), evidence(*probe)
+            mixing, found = self._mixing(known), probe
             scores, errors = mixing.apply(scores, found), mixing.errors
             intervals = _within(scores, np.broadcast_to(errors.span, (len(group), 2)))
         else:
@@ -90,7 +90,7 @@ class Model:
         if mixing is None:
             raise ValueError(
                 "this Ranker learned from records without probes and cannot say how far to trust one: rank by the "
-                "probe alone (by=probe), or fit a Ranker to records with the columns probe_gain and probe_error"
+                "probe alone (by=probe), or fit a Ranker to records with a column probe_score"
             )
         return mixing
 

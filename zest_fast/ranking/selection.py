@@ -168,12 +168,12 @@ def _mixing(
     rows: Rows, raw: np.ndarray, views: Sequence[View], slope: float, groups: Sequence[Hashable]
 ) -> Mixing | None:
     """Weights of held-out scores and of probes, and the errors of scores by weights that have not seen the group."""
-    views = [view for view in views if np.isfinite(rows.evidence[view.rows]).all()]
+    views = [view for view in views if np.isfinite(rows.probe[view.rows]).all()]
     if not views:
         return None
     index = rows.of(views)
     scores = np.concatenate([0.5 + slope * (raw[view.rows] - raw[view.rows].mean()) for view in views])
-    found, places, weights = rows.evidence[index], rows.positions[index], rows.weights[index]
+    found, places, weights = rows.probe[index], rows.positions[index], rows.weights[index]
     group_of_row = [groups[view.pair] for view in views for _ in range(view.rows.stop - view.rows.start)]
     mixed = np.zeros(len(raw))
     mixed[index] = mixed_without_own(scores, found, places, weights, group_of_row)

@@ -15,7 +15,6 @@ from zest_fast.ranking.groups import Group
 from zest_fast.ranking.kind_prior import kind_prior
 from zest_fast.ranking.layer_prior import layer_prior, usual_metrics
 from zest_fast.ranking.linear_base import design
-from zest_fast.ranking.mixing import evidence
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ class Rows:
     kin: tuple[int, ...]
     """Pairs of the same or of related architectures have the same number."""
     names: tuple[str, ...]
-    evidence: np.ndarray
-    """What a probe says of each row, as `mixing.evidence` has it; NaN where the pair was not probed."""
+    probe: np.ndarray
+    """The score of a probe of each row; NaN where the pair was not probed."""
 
     @cached_property
     def design(self) -> np.ndarray:
@@ -73,7 +72,7 @@ def training_rows(pairs: Sequence[Pair], architectures: Sequence[Architecture], 
             positions.append(pair.positions[names].to_numpy())
             levels.append(pair.levels[names].to_numpy())
             weights.append(np.full(len(table), share))
-            probes.append(_evidence(pair, names))
+            probes.append(_probe(pair, names))
             views.append(View(number, has_prior, slice(start, start + len(table))))
             start += len(table)
     return Rows(
@@ -107,11 +106,10 @@ def _tables(
     return [(False, new, names)] if np.isnan(layers).all() else [(True, known, names), (False, new, names)]
 
 
-def _evidence(pair: Pair, names: list[str]) -> np.ndarray:
+def _probe(pair: Pair, names: list[str]) -> np.ndarray:
     if pair.probe is None:
         return np.full(len(names), np.nan)
-    gains, errors = pair.probe.loc[names].to_numpy(np.float64).T
-    return evidence(gains, errors)
+    return pair.probe[names].to_numpy(np.float64)
 
 
 def _kin(architecture: Architecture, architectures: Sequence[Architecture]) -> int:

@@ -38,7 +38,7 @@ _IDENTITY = ("model", "dataset", "family", "seed", "layer", "head_state")
 _COLUMNS = {
     **dict.fromkeys(("model", "dataset", "family", "layer", "head_state", "kind"), "strings"),
     **dict.fromkeys(("accuracy", "loss", "head_accuracy", "head_loss"), "numbers"),
-    **dict.fromkeys((*_METRICS, *PROBED), "numbers or nothing"),
+    **dict.fromkeys((*_METRICS, PROBED), "numbers or nothing"),
     **dict.fromkeys(("seed", "numel", "depth"), "integers"),
     "shape": "lists of integers",
     "head": "flags",

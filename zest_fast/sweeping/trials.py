@@ -99,6 +99,10 @@ class Trials:
             result = self._measure(trial, *self._new_caches())
         return {**result, "seconds": round(time.perf_counter() - began, 3)}
 
+    def full_pass(self, trial: Trial) -> dict[str, Any]:
+        """As `run`, by full passes; what is kept for others stays where it is."""
+        return self._measure(trial, *self._new_caches())
+
     def _reuses(self, task: LayerTask) -> bool:
         boundary = task.boundary
         if task.part.name in self._plain or not boundary.skipped:

@@ -16,11 +16,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import torch
+from pyarrow import parquet
 
 from bench.data import MODELS, load_pair
 from bench.sweeps import MATMUL_PRECISION
 from zest_fast import load_records, probe, sweeps_of
+from zest_fast.foundation.replacing import replacing
+from zest_fast.ranking.probed import PROBED
 from zest_fast.sweeping.inputs import rows_of
 from zest_fast.sweeping.trials import draw
 
@@ -40,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.into is not None:
-        raise SystemExit(_write_into(arguments.into, arguments.out))
+        return add(arguments.into, _lines(arguments.out))
     done = {(line["pair"], line["seed"]) for line in _lines(arguments.out)}
     for pair in arguments.pairs or _pairs():
         if (pair, arguments.seed) in done:
@@ -89,6 +93,29 @@ def measure(pair: str, *, seed: int, budget: float, samples: int) -> dict[str, A
             for name, score, gain, error in zip(found.names, found.scores, found.gains, found.errors, strict=True)
         },
     }
+
+
+def add(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Write the scores into the records at `path`, as their column "probe_score": the mean over the seeds of a pair.
+
+    Raises ValueError where a probe is of other layers than the records.
+    """
+    table = parquet.read_table(path)
+    keys = list(zip(*(table.column(name).to_pylist() for name in ("model", "dataset", "layer")), strict=True))
+    scores: dict[tuple[str, ...], list[float]] = {}
+    for line in lines:
+        pair = tuple(line["pair"].split("/"))
+        swept = {layer for *of, layer in keys if tuple(of) == pair}
+        if swept and swept != set(line["layers"]):
+            raise ValueError(f"{line['pair']}: the probe is of other layers than the records: {sorted(swept)[:3]} ...")
+        for layer, (score, *_) in line["layers"].items():
+            scores.setdefault((*pair, layer), []).append(score)
+    means = {key: sum(values) / len(values) for key, values in scores.items()}
+    column = pyarrow.array([means.get(key) for key in keys], pyarrow.float64())
+    if PROBED in table.schema.names:
+        table = table.drop_columns([PROBED])
+    with replacing(path) as temporary:
+        parquet.write_table(table.append_column(PROBED, column), temporary, compression="zstd")
 
 
 def _pairs() -> list[str]:

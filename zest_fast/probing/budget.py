@@ -16,7 +16,8 @@ LAYER_LR_FACTORS = (1e-3, 1e-2)
 """Of RMS(W). What the sweeps' usual rate, the second, gains after so few steps says much of some models, and of others,
 where its first steps break what later ones mend, nothing; at a tenth of it it is the other way round."""
 _TRAINED = 2.5
-_BATCH, _LEAST_BATCH, _LEAST_SCORED = 16, 4, 16
+_BATCH, _LEAST_BATCH = 16, 4
+_SCORED, _LEAST_SCORED = 512, 16  # beyond, other training samples tell more than more scored ones
 _SHARE_OF_TRAINING = 0.6  # of what there is, where it does not reach for whole batches
 _SCORED_BY_A_SWEEP = 1500
 
@@ -69,5 +70,5 @@ def sizes_for(samples: int, budget: float, layers: int, *, fits_head: bool) -> S
     batch = max(_LEAST_BATCH, min(_BATCH, affordable, round(0.35 * samples)))
     trained = min(STEPS * batch, round(0.25 * samples))
     batch = min(batch, trained)
-    scored = min(samples - head - trained, int(budget * share - _TRAINED * STEPS * batch))
+    scored = min(_SCORED, samples - head - trained, int(budget * share - _TRAINED * STEPS * batch))
     return Sizes(batch, trained, scored, head)

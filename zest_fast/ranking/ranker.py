@@ -71,7 +71,9 @@ class Ranker:
         Raises ValueError where the records do not fit together or order no layers; a pair of one layer, or of equal
         contributions, is left out with a warning.
         """
-        from zest_fast.ranking.fitting import fit_model  # LightGBM, pandas and SciPy: only who fits waits for them
+        from zest_fast.ranking.learning.fitting import (
+            fit_model,  # LightGBM, pandas and SciPy: only who fits waits for them
+        )
 
         self._model, self._metadata = fit_model(records, sweeps, features=self.features, seed=self.seed)
         return self

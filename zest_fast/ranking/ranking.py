@@ -181,6 +181,11 @@ class Ranking:
         return frame.join(added.loc[:, (added != 0).any()])
 
     @property
+    def is_new(self) -> bool:
+        """Whether a Ranker ranked, and has not seen the architecture."""
+        return self._assessment is not None and self._assessment.known.model is None
+
+    @property
     def note(self) -> str:
         """Of a Ranker whether it knows the architecture, and how sure it is; "" of anything else."""
         return "" if self._assessment is None else self._assessment.note

@@ -194,7 +194,7 @@ def consolidate(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[
     import pyarrow
     from pyarrow import parquet
 
-    from zest_fast.ranking.contributions import check_sweeps  # with pandas
+    from zest_fast.ranking.learning.contributions import check_sweeps  # with pandas
 
     sources: dict[tuple[str, str], str] = {}
     frames, sweeps = [], []

@@ -9,11 +9,11 @@ from functools import cached_property
 import numpy as np
 
 from zest_fast.ranking.architectures import Architecture, find
-from zest_fast.ranking.contributions import Pair
 from zest_fast.ranking.features import FEATURES, OF_KNOWN_LAYERS, features_of
 from zest_fast.ranking.groups import Group
 from zest_fast.ranking.kind_prior import kind_prior
 from zest_fast.ranking.layer_prior import layer_prior, usual_metrics
+from zest_fast.ranking.learning.contributions import Pair
 from zest_fast.ranking.linear_base import design
 
 

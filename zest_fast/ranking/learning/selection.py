@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import kendalltau
 
-from zest_fast.ranking.boosted_trees import ROUNDS, STRENGTH, train_trees
 from zest_fast.ranking.errors import Errors
 from zest_fast.ranking.features import columns_of
+from zest_fast.ranking.learning.boosted_trees import ROUNDS, STRENGTH, train_trees
+from zest_fast.ranking.learning.training_rows import Rows, View
 from zest_fast.ranking.linear_base import PENALTIES, LinearBase, fit_ridge, has_prior
 from zest_fast.ranking.mixing import Mixing, fit_weights, mixed_without_own
-from zest_fast.ranking.training_rows import Rows, View
 from zest_fast.ranking.trees import Tree, predict_trees
 
 FOLDS = 5

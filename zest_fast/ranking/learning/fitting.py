@@ -10,14 +10,14 @@ import numpy as np
 import pandas
 
 from zest_fast.ranking.architectures import architectures_of
-from zest_fast.ranking.boosted_trees import STRENGTH
-from zest_fast.ranking.contributions import OUTCOMES, check_sweeps, pairs_of
 from zest_fast.ranking.features import FEATURE_SETS, METRICS, ON_REQUEST
 from zest_fast.ranking.groups import IDENTITY
+from zest_fast.ranking.learning.boosted_trees import STRENGTH
+from zest_fast.ranking.learning.contributions import OUTCOMES, check_sweeps, pairs_of
+from zest_fast.ranking.learning.selection import Selection, fit_base, fit_trees, select
+from zest_fast.ranking.learning.training_rows import training_rows
 from zest_fast.ranking.model import Model
 from zest_fast.ranking.probed import PROBED
-from zest_fast.ranking.selection import Selection, fit_base, fit_trees, select
-from zest_fast.ranking.training_rows import training_rows
 
 
 def fit_model(

@@ -88,6 +88,7 @@ def measure(pair: str, *, seed: int, budget: float, samples: int) -> dict[str, A
         "head": found.head,
         "settings": dict(found.settings),
         "notes": list(found.notes),
+        "by_rate": {f"{factor:g}": values.tolist() for factor, values in found.by_rate.items()},
         "layers": {
             name: [float(score), float(gain), float(error)]
             for name, score, gain, error in zip(found.names, found.scores, found.gains, found.errors, strict=True)

@@ -207,6 +207,7 @@ class _Probing:
             start=start,
             head=float(np.mean(heads)),
             cost=spent / (sweep_units() * len(names)),
+            by_rate={factor: np.stack(both) for factor, *both in zip(LAYER_LR_FACTORS, gains, errors, strict=True)},
             settings=settings,
             notes=(*notes, *_warned(names, gains)),
         )

@@ -37,6 +37,7 @@ class Probe:
         start: loss before anything was trained.
         head: loss after the head was trained alone; `start` where there is no head to train.
         cost: share of a sweep by the default recipe that it took.
+        by_rate: learning rate, as a share of RMS(W) -> gains and their errors at this rate, float64 [2, layers].
         settings: how it was measured.
         notes: what should be known of it, in sentences.
 
@@ -57,6 +58,7 @@ class Probe:
     start: float
     head: float
     cost: float = float("nan")
+    by_rate: Mapping[float, np.ndarray] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

@@ -24,6 +24,7 @@ ROOMS = (
     "finetuning",
     "planning",
     "sweeping",
+    "probing",
     "integrations",
     "demo",
     "cli",

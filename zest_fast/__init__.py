@@ -10,6 +10,7 @@ __all__ = [
     "DeltaSwitch",
     "LayerProfile",
     "Plan",
+    "Probe",
     "Ranker",
     "Ranking",
     "Recipe",
@@ -27,6 +28,7 @@ __all__ = [
     "plan",
     "plan_profile",
     "planned_peak",
+    "probe",
     "profile",
     "rank",
     "sweep",
@@ -45,8 +47,10 @@ if TYPE_CHECKING:
     from zest_fast.planning.choose import Choice, choose
     from zest_fast.planning.plan import plan, plan_profile, planned_peak
     from zest_fast.planning.report import Plan
+    from zest_fast.probing.probe import probe
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.profiling.profile import profile
+    from zest_fast.ranking.probed import Probe
     from zest_fast.ranking.ranker import Ranker
     from zest_fast.ranking.ranking import Ranking, rank
     from zest_fast.sweeping.recipe import Recipe
@@ -60,6 +64,7 @@ else:
         "DeltaSwitch": "zest_fast.finetuning.delta_use",
         "LayerProfile": "zest_fast.profiling.layer_profile",
         "Plan": "zest_fast.planning.report",
+        "Probe": "zest_fast.ranking.probed",
         "Ranker": "zest_fast.ranking.ranker",
         "Ranking": "zest_fast.ranking.ranking",
         "Recipe": "zest_fast.sweeping.recipe",
@@ -76,13 +81,24 @@ else:
         "plan": "zest_fast.planning.plan",
         "plan_profile": "zest_fast.planning.plan",
         "planned_peak": "zest_fast.planning.plan",
+        "probe": "zest_fast.probing.probe",
         "profile": "zest_fast.profiling.profile",
         "rank": "zest_fast.ranking.ranking",
         "sweep": "zest_fast.sweeping.sweep",
         "sweeps_of": "zest_fast.sweeping.tables",
     }
 
-    _ROOMS = ("kernels", "profiling", "ranking", "lean", "finetuning", "planning", "sweeping", "integrations")
+    _ROOMS = (
+        "kernels",
+        "profiling",
+        "ranking",
+        "lean",
+        "finetuning",
+        "planning",
+        "sweeping",
+        "probing",
+        "integrations",
+    )
 
     def __getattr__(name):
         if name in _ROOMS:

@@ -8,9 +8,9 @@ import pytest
 from synthetic_records import make_records, one_profile, profile_of
 
 from zest_fast.profiling.metrics import ALL_METRIC_NAMES, METRIC_NAMES
-from zest_fast.ranking.contributions import pairs_of, relevance, standard_errors
 from zest_fast.ranking.features import DYNAMIC_METRICS, FEATURES, METRICS, ON_REQUEST, features_of, z_scores
 from zest_fast.ranking.groups import group_of
+from zest_fast.ranking.learning.contributions import pairs_of, relevance, standard_errors
 
 NAN = float("nan")
 

@@ -8,12 +8,12 @@ import pytest
 from synthetic_records import make_records, one_profile, profile_of
 
 from zest_fast.ranking.architectures import architectures_of, find
-from zest_fast.ranking.contributions import pairs_of
 from zest_fast.ranking.features import FEATURES, KIND_PRIOR, LAYER_PRIOR
 from zest_fast.ranking.groups import group_of
 from zest_fast.ranking.kind_prior import kind_prior
 from zest_fast.ranking.layer_prior import layer_prior
-from zest_fast.ranking.training_rows import training_rows
+from zest_fast.ranking.learning.contributions import pairs_of
+from zest_fast.ranking.learning.training_rows import training_rows
 
 MODELS = ("tower", "castle")
 DATASETS = ("digits", "digits-corrupted", "cats", "cars")

@@ -12,14 +12,14 @@ from synthetic_records import make_records, one_profile, profile_of, true_gains
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.ranking import shipped
 from zest_fast.ranking.architectures import find
-from zest_fast.ranking.boosted_trees import train_trees
-from zest_fast.ranking.contributions import pairs_of
-from zest_fast.ranking.cross_validation import cross_validate
 from zest_fast.ranking.features import FEATURES, KIND_PRIOR, LAYER_PRIOR, METRICS, columns_of
 from zest_fast.ranking.groups import group_of
+from zest_fast.ranking.learning.boosted_trees import train_trees
+from zest_fast.ranking.learning.contributions import pairs_of
+from zest_fast.ranking.learning.cross_validation import cross_validate
+from zest_fast.ranking.learning.selection import split
 from zest_fast.ranking.ranker import Ranker
 from zest_fast.ranking.ranking import rank
-from zest_fast.ranking.selection import split
 from zest_fast.ranking.trees import predict_trees
 
 NAN = float("nan")

@@ -324,7 +324,7 @@ def _write_parquet(whole: bytes, chance: np.random.Generator, path: Path) -> Non
 
 def _read_records_parquet(path: Path) -> None:
     from zest_fast.ranking.architectures import architectures_of
-    from zest_fast.ranking.contributions import check_sweeps, pairs_of
+    from zest_fast.ranking.learning.contributions import check_sweeps, pairs_of
     from zest_fast.sweeping.tables import load_records, sweeps_of
 
     frame, sweeps = load_records(path), sweeps_of(path)

@@ -8,8 +8,8 @@ import numpy as np
 import pandas
 
 from zest_fast.profiling.layer_profile import LayerProfile
-from zest_fast.ranking.contributions import OUTCOMES
 from zest_fast.ranking.features import METRICS, ON_REQUEST
+from zest_fast.ranking.learning.contributions import OUTCOMES
 from zest_fast.sweeping.records import RecordFile
 
 KINDS = (("conv2d", (64, 32, 1, 1)), ("depthwise", (64, 1, 3, 3)), ("conv2d", (32, 64, 1, 1)), ("linear", (48, 48)))

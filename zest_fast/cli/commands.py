@@ -25,6 +25,7 @@ from zest_fast.cli.options import (
     check_writable,
     compiled,
     opened_job,
+    share_of,
     split_names,
     typed,
     work,
@@ -93,6 +94,10 @@ def finetune(
     by: Annotated[
         str | None, typer.Option(help="The metric that chooses the layers; by default the Ranker that ships does.")
     ] = None,
+    probe: Annotated[
+        str | None,
+        typer.Option(help="Train each layer for a few steps before ranking: the share of a sweep's cost, such as 5%."),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many layers to train beside the head.")] = 5,
     layers: Annotated[
         str | None, typer.Option(help="Exact layer names, separated by commas, instead of ranked ones.")
@@ -124,8 +129,11 @@ def finetune(
 ) -> None:
     """Profile, rank, train the best layers and the head, and save what changed."""
     check_writable(out, {".safetensors"})
-    if layers is not None and (unused := typed(ctx) & {"by", "top"}):
+    if layers is not None and (unused := typed(ctx) & {"by", "top", "probe"}):
         raise ValueError(f"--{unused.pop()} chooses among ranked layers, and --layers names them: leave one out")
+    if by is not None and probe is not None:
+        raise ValueError("--probe is mixed in by the Ranker that ships, and --by ranks by a metric: leave one out")
+    share_of("--probe", probe)  # before anything is loaded
     with work(model, data) as console:
         job = opened_job(ctx, console)
         from zest_fast.cli.finetuning import finetune_job
@@ -135,6 +143,7 @@ def finetune(
             layers=split_names(layers, "--layers"),
             head=head,
             by=by,
+            probe=share_of("--probe", probe),
             top=top,
             prefer=cast(Any, prefer),  # these are looked at there
             max_memory=max_memory,

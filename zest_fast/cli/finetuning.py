@@ -12,13 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from zest_fast import SelectiveBackward, choose, profile, rank
+from zest_fast import probe as run_probe
 from zest_fast.cli import show
 from zest_fast.cli.interrupts import listening
-from zest_fast.cli.job import Job
+from zest_fast.cli.job import Job, to_device
 from zest_fast.cli.options import split_names
 from zest_fast.cli.saving import save_somewhere
 from zest_fast.cli.training import evaluate, train
 from zest_fast.foundation.options import Checkpoint, Frozen, Preference
+from zest_fast.probing.collecting import collect
 from zest_fast.profiling.heads import find_head, is_language_model
 
 
@@ -28,6 +30,7 @@ def finetune_job(
     layers: Sequence[str] | None,
     head: str,
     by: str | None,
+    probe: float | None,
     top: int,
     prefer: Preference,
     max_memory: str | None,
@@ -43,6 +46,7 @@ def finetune_job(
     """Trains `layers` and the head; returns the report, ready for JSON.
 
     layers: None = the `top` ones of a ranking, by a metric or (by=None) by the Ranker that ships.
+    probe: the share of a sweep's cost that a probe may take, to be mixed into that ranking; None = no probe.
     head: "auto", "none", or the names of modules, separated by commas.
     prefer, max_memory, checkpoint, frozen: as for `choose` and SelectiveBackward.
     written: the parameters of the command line, for the notes on those without effect.
@@ -51,7 +55,15 @@ def finetune_job(
     if layers is None:
         batch = job.first_batch()
         with console.status("profiling one batch"):
-            ranking = rank(profile(job.model, batch, metrics=None if by is None else [by]), by=by)
+            profiled = profile(job.model, batch, metrics=None if by is None else [by])
+        found = None
+        if probe is not None:
+            with console.status("probing"):
+                batches = collect(job.model, job.loaders.train, lambda one: to_device(one, job.device))
+                found = run_probe(
+                    job.model, batches, layers=profiled.names, budget=probe, top=top, progress=console.is_terminal
+                )
+        ranking = rank(profiled, by=by, probe=found)
         if prefer == "score" and max_memory is None:
             layers = ranking.top(top)
         else:  # counts on the model itself, for which not every model is made
@@ -109,6 +121,7 @@ def finetune_job(
     return {
         "layers": list(layers),
         "by": ranking.by if ranking is not None else None,
+        "note": ranking.note if ranking is not None else None,
         "choice": explanation,
         "trainable": list(tuned.trainable_names),
         "cut": cut,

@@ -178,3 +178,17 @@ def compiled(text: str | None) -> re.Pattern[str] | None:
         return None if text is None else re.compile(text)
     except re.error as error:
         raise ValueError(f"--layers {text!r} is no regular expression: {error}") from error
+
+
+def share_of(option: str, text: str | None) -> float | None:
+    """ "5%" or "0.05" -> 0.05. Raises ValueError for what is no share above 0 and at most 1."""
+    if text is None:
+        return None
+    number = text.strip().removesuffix("%")
+    try:
+        share = float(number) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ValueError(f"{option} {text!r} is no share of a sweep's cost; write 5% or 0.05")
+    return share

@@ -35,7 +35,7 @@ def train_ranker(
     """Fit a Ranker to your records beside the shipped ones, and say what it is worth on data it has not seen."""
     check_writable(out, {".json"}, inputs=records or [])
     with work() as console, console.status("reading records") as status:
-        from zest_fast.ranking.cross_validation import cross_validate
+        from zest_fast.ranking.learning.cross_validation import cross_validate
         from zest_fast.ranking.ranker import Ranker
 
         frame, sweeps = read_sources(records or [], shipped=shipped)

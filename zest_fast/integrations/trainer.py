@@ -12,13 +12,15 @@ import operator
 from collections.abc import Iterable
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import Trainer, TrainerCallback
 
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.finetuning.trainable_layers import layer_names
+from zest_fast.probing.collecting import collect
+from zest_fast.probing.probe import probe as run_probe
 from zest_fast.profiling.profile import profile
 from zest_fast.ranking.ranking import Ranking, rank
 
@@ -108,7 +110,12 @@ class ZestCallback(TrainerCallback):
 
 
 def prepare(
-    trainer: Trainer, layers: int | Ranking | Iterable[str], *, by: Any = None, **options: Any
+    trainer: Trainer,
+    layers: int | Ranking | Iterable[str],
+    *,
+    by: Any = None,
+    probe: float | Literal["auto"] | None = "auto",
+    **options: Any,
 ) -> SelectiveBackward:
     """Freeze all but `layers` in a Trainer that is there already, before its `train()`.
 
@@ -117,6 +124,9 @@ def prepare(
         layers: names, a Ranking with n=, or how many: then the first batch of the trainer's own training data is
             profiled and ranked.
         by: as in `rank`.
+        probe: where `layers` is how many, the share of a sweep's cost that `zest_fast.probe` may take on the trainer's
+            own training data before they are ranked; "auto" = 0.05 where the Ranker has not seen the model, none where
+            it has or `by` says how to rank; None = never.
         **options: those of ZestCallback.
 
     Returns:
@@ -132,7 +142,7 @@ def prepare(
         )
     if isinstance(layers, bool):
         raise TypeError(f"layers must be names or how many, not {layers}")
-    names: Any = _best(trainer, operator.index(layers), by) if isinstance(layers, Integral) else layers
+    names: Any = _best(trainer, operator.index(layers), by, probe) if isinstance(layers, Integral) else layers
     callback = ZestCallback(names, **options)
     callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
     trainer.add_callback(callback)
@@ -140,9 +150,24 @@ def prepare(
     return callback.tuned
 
 
-def _best(trainer: Trainer, n: int, by: Any) -> tuple[str, ...]:
-    """The n best layers by one batch; neither the random state nor the trainer's data loader moves on."""
-    with torch.random.fork_rng():
-        batch = next(iter(trainer.get_train_dataloader()))
+def _best(trainer: Trainer, n: int, by: Any, share: float | Literal["auto"] | None) -> tuple[str, ...]:
+    """The n best layers; neither the random state nor the trainer's data loader moves on."""
     model: Any = trainer.model
-    return rank(profile(model, batch), by=by).top(n)
+    with torch.random.fork_rng():
+        loader = trainer.get_train_dataloader()
+        batch = next(iter(loader))
+        profiled = profile(model, batch)
+        ranking = rank(profiled, by=by)
+        if share == "auto":
+            share = 0.05 if by is None and ranking.is_new else None
+        if share is None:
+            return ranking.top(n)
+        _log.info("a probe of each layer before they are ranked: %.0f %% of what a sweep would cost", 100 * share)
+        try:
+            found = run_probe(model, collect(model, loader), layers=profiled.names, budget=share, top=n)
+        except ValueError as error:
+            if by is None and "samples; a probe needs" in str(error):
+                _log.warning("no probe: %s. The layers are ranked by one batch alone", error)
+                return ranking.top(n)
+            raise
+        return rank(profiled, by=by, probe=found).top(n)

@@ -19,7 +19,7 @@ from zest_fast.ranking.features import metric_z
 from zest_fast.ranking.groups import Group, Shape, Traits
 
 if TYPE_CHECKING:
-    from zest_fast.ranking.contributions import Pair
+    from zest_fast.ranking.learning.contributions import Pair
 
 KNOWN_FROM = 0.8
 """The share of layers, of the profile's or of the records', that must match for an architecture to be recognised."""

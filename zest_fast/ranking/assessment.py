@@ -40,6 +40,8 @@ class Assessment:
     """Of an architecture of which too few layers were swept: its name, how many were, and how many there are."""
     ignored: tuple[str, ...] = ()
     """Metrics of the profile that no Ranker knows."""
+    probed: float | None = None
+    """The share of a probe in the scores, beside the rest of the Ranker; None without one."""
     unmeasured: int = 0
     """Layers of which no metric is a number: their scores come from what they are, not from this batch."""
 
@@ -55,6 +57,8 @@ class Assessment:
             name, swept, layers = self.partly
             seen = f"{swept} of the {layers} layers of {printable(name)} ({self.known.share:.0%})"
             text = f"has seen {seen}, and ranks it as new"
+        if self.probed is not None:
+            text += f", probed (the probe weighs {self.probed:.0%})"
         if np.isfinite(self.expected_tau):
             text += f", held-out tau {self.expected_tau:.2f} {test}"
         widths = self.intervals[:, 1] - self.intervals[:, 0]

@@ -17,6 +17,7 @@ from zest_fast.ranking.groups import Group
 from zest_fast.ranking.kind_prior import kind_prior
 from zest_fast.ranking.layer_prior import layer_prior, usual_metrics
 from zest_fast.ranking.linear_base import LinearBase, has_prior
+from zest_fast.ranking.mixing import Mixing
 from zest_fast.ranking.trees import Tree, explain_trees, predict_trees
 
 if TYPE_CHECKING:
@@ -37,9 +38,15 @@ class Model:
     architectures: tuple[Architecture, ...]
     metrics: tuple[str, ...]
     """Those that a profile must hold."""
+    probed: tuple[Mixing | None, Mixing | None] = (None, None)
+    """Weights of a probe, for known and for new architectures; None where it learned from none."""
 
-    def assess(self, group: Group) -> Assessment:
-        """Raises ValueError where the group lacks metrics, or none of them is a number for any layer."""
+    def assess(self, group: Group, probe: np.ndarray | None = None) -> Assessment:
+        """probe: the scores of a Probe, [layers of the group].
+
+        Raises ValueError where the group lacks metrics, or none of them is a number for any layer, and for a probe
+        where the Ranker learned from none.
+        """
         missing = [metric for metric in self.metrics if metric not in group.metrics]
         if missing:
             raise ValueError(
@@ -55,18 +62,37 @@ class Model:
         raw = raw + predict_trees(self.trees, values[:, columns_of(self.features)])
         scores = 0.5 + _centred(self._slopes(prior) * raw)
         known = bool(matches) and matches[0].covers
+        errors = self.known if known else self.new
+        mixing, found = None, np.zeros(len(group))
+        intervals = None
+        if probe is not None:
+            mixing, found = self._mixing(known), probe
+            scores, errors = mixing.apply(scores, found), mixing.errors
+            intervals = _within(scores, np.broadcast_to(errors.span, (len(group), 2)))
+        else:
+            intervals = self._intervals(scores, prior & known)
         partly = None
         if matches and matches[0].known and not known:
             partly = (matches[0].architecture.model, int((matches[0].rows >= 0).sum()), len(group))
         return Assessment(
             scores=group.in_table(scores),
-            intervals=group.in_table(self._intervals(scores, prior & known)),
+            intervals=group.in_table(intervals),
             known=Known(matches[0].share if matches else 0.0, matches[0].architecture.model if known else None),
-            expected_tau=(self.known if known else self.new).tau,
-            explain=lambda: self._explain(group, values),
+            expected_tau=errors.tau,
+            explain=lambda: self._explain(group, values, mixing, found),
+            probed=mixing.probe / (mixing.probe + mixing.ranker) if mixing and mixing.probe + mixing.ranker else None,
             partly=partly,
             unmeasured=int(unmeasured.sum()),
         )
+
+    def _mixing(self, known: bool) -> Mixing:
+        mixing = self.probed[0] if known and self.probed[0] is not None else self.probed[1] or self.probed[0]
+        if mixing is None:
+            raise ValueError(
+                "this Ranker learned from records without probes and cannot say how far to trust one: rank by the "
+                "probe alone (by=probe), or fit a Ranker to records with a column probe_score"
+            )
+        return mixing
 
     def _unmeasured(self, group: Group) -> np.ndarray:
         """bool [layers]: those of which no metric is a number."""
@@ -95,12 +121,9 @@ class Model:
         """[layers, 2], within 0..1 as far as the score is; what is known less is never narrower."""
         known, new = np.array(self.known.span), np.array(self.new.span)
         new = np.array([np.fmin(new[0], known[0]), np.fmax(new[1], known[1])]) if self.new.pairs else new
-        spans = np.where(prior[:, None], known, new)
-        low = np.maximum(scores + spans[:, 0], np.minimum(scores, 0.0))
-        high = np.minimum(scores + spans[:, 1], np.maximum(scores, 1.0))
-        return np.column_stack([low, high])
+        return _within(scores, np.where(prior[:, None], known, new))
 
-    def _explain(self, group: Group, values: np.ndarray) -> pandas.DataFrame:
+    def _explain(self, group: Group, values: np.ndarray, mixing: Mixing | None, found: np.ndarray) -> pandas.DataFrame:
         import pandas
 
         base = self.strength * self.base.parts(values, [slice(0, len(group))])
@@ -109,6 +132,9 @@ class Model:
         columns |= {name: trees[:, column] for column, name in enumerate(self.features)}
         slopes = self._slopes(has_prior(values))
         frame = pandas.DataFrame({name: _centred(slopes * part) for name, part in columns.items()})
+        if mixing is not None:
+            frame = mixing.ranker * frame
+            frame.insert(0, "probe", _centred(mixing.probe * found))
         frame.index = pandas.Index(group.names, name="layer")
         return frame.iloc[np.argsort(group.rows)]
 
@@ -119,6 +145,13 @@ _PARTS = {
     "structure": [FEATURES.index(name) for name in STRUCTURE],
     "metrics": [c for c, name in enumerate(FEATURES) if name not in (LAYER_PRIOR, KIND_PRIOR, *STRUCTURE)],
 }
+
+
+def _within(scores: np.ndarray, spans: np.ndarray) -> np.ndarray:
+    """[layers, 2]: the ends, within 0..1 as far as the score is."""
+    low = np.maximum(scores + spans[:, 0], np.minimum(scores, 0.0))
+    high = np.minimum(scores + spans[:, 1], np.maximum(scores, 1.0))
+    return np.column_stack([low, high])
 
 
 def _centred(values: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from zest_fast.ranking.assessment import Assessment, Known
 from zest_fast.ranking.features import FEATURE_SETS, METRICS
 from zest_fast.ranking.groups import Group, group_of
 from zest_fast.ranking.model import Model
+from zest_fast.ranking.probed import Probe
 from zest_fast.ranking.ranker_files import load_ranker, save_ranker
 
 if TYPE_CHECKING:
@@ -70,7 +71,9 @@ class Ranker:
         Raises ValueError where the records do not fit together or order no layers; a pair of one layer, or of equal
         contributions, is left out with a warning.
         """
-        from zest_fast.ranking.fitting import fit_model  # LightGBM, pandas and SciPy: only who fits waits for them
+        from zest_fast.ranking.learning.fitting import (
+            fit_model,  # LightGBM, pandas and SciPy: only who fits waits for them
+        )
 
         self._model, self._metadata = fit_model(records, sweeps, features=self.features, seed=self.seed)
         return self
@@ -80,29 +83,31 @@ class Ranker:
         """What it was fitted to, the settings that were chosen, and what held-out records said of it."""
         return dict(self._metadata)
 
-    def assess(self, profile: LayerProfile | pandas.DataFrame | Group) -> Assessment:
+    def assess(self, profile: LayerProfile | pandas.DataFrame | Group, probe: Probe | None = None) -> Assessment:
         """Scores, intervals and what is known, of one profile at once; see `predict`, `intervals` and `knows`."""
         if self._model is None:
             raise RuntimeError("this Ranker has learned nothing yet; fit it to records, or load one")
-        assessment = self._model.assess(group_of(profile))
+        group = group_of(profile)
+        assessment = self._model.assess(group, None if probe is None else probe.of(group.names))
         if isinstance(profile, LayerProfile):
             ignored = tuple(metric for metric in profile.metrics if metric not in METRICS)
             assessment = dataclasses.replace(assessment, ignored=ignored)
         return assessment
 
-    def predict(self, profile: LayerProfile | pandas.DataFrame) -> np.ndarray:
+    def predict(self, profile: LayerProfile | pandas.DataFrame, probe: Probe | None = None) -> np.ndarray:
         """Scores, float64 [rows], in row order; larger is better, NaN for the head.
 
         profile: a LayerProfile, or its rows as `to_pandas()` and `load_records()` have them, of one model, data set,
-        seed and state of the head. Raises ValueError where it lacks metrics that the Ranker has learned from.
+        seed and state of the head. probe: of the same layers, to be mixed in. Raises ValueError where the profile lacks
+        metrics that the Ranker has learned from, and where the probe is of other layers.
         """
-        return self.assess(profile).scores
+        return self.assess(profile, probe).scores
 
-    def intervals(self, profile: LayerProfile | pandas.DataFrame) -> np.ndarray:
+    def intervals(self, profile: LayerProfile | pandas.DataFrame, probe: Probe | None = None) -> np.ndarray:
         """80 % intervals of the scores, float64 [rows, 2], from errors on held-out records: of other data sets where
         the architecture is known, of other architectures where it is not. NaN where the records allowed no such test.
         """
-        return self.assess(profile).intervals
+        return self.assess(profile, probe).intervals
 
     def knows(self, profile: LayerProfile | pandas.DataFrame) -> Known:
         """Which share of the layers matches an architecture of the records, and its name, or None."""

@@ -36,6 +36,7 @@ from zest_fast.ranking.errors import Errors
 from zest_fast.ranking.features import DYNAMIC_METRICS, FEATURE_SETS, FEATURES, METRICS
 from zest_fast.ranking.lightgbm_text import trees_from_text
 from zest_fast.ranking.linear_base import LinearBase
+from zest_fast.ranking.mixing import Mixing
 from zest_fast.ranking.model import Model
 from zest_fast.ranking.trees import MOST_LEAVES, MOST_TREES, NAN_IS_MISSING, Tree
 
@@ -64,6 +65,7 @@ _ERRORS = Keys({
     "tau": Null(Number(-1, 1)),
     "pairs": Number(0, 10**9, integer=True),
 })  # fmt: skip
+_MIXING = Keys({"ranker": Number(0, 1e3), "probe": Number(0, 1e3), "errors": _ERRORS})
 _POSITION = Null(Number(0, 1))
 _LAYER = Keys({
     "name": Text(),
@@ -91,7 +93,7 @@ _MODEL = Keys({
     "new": _ERRORS,
     "architectures": ListOf(_ARCHITECTURE, most=_MOST_ARCHITECTURES),
     "metrics": ListOf(Text(among=METRICS), most=len(METRICS), unique=True),
-})  # fmt: skip
+}, {"probed": Keys({"known": Null(_MIXING), "new": Null(_MIXING)})})  # fmt: skip
 _DOCUMENT = Keys({
     "format": Text(among=(FORMAT,)),
     "version": Number(min(_READ), max(_READ), integer=True),
@@ -161,7 +163,11 @@ def _model_document(model: Model) -> dict[str, Any]:
         "new": _errors_document(model.new),
         "architectures": [_architecture_document(architecture) for architecture in model.architectures],
         "metrics": list(model.metrics),
-    }
+    } | (
+        {"probed": dict(zip(("known", "new"), map(_mixing_document, model.probed), strict=True))}
+        if any(model.probed)
+        else {}
+    )
 
 
 def _model_from(document: Mapping[str, Any]) -> Model:
@@ -183,6 +189,7 @@ def _model_from(document: Mapping[str, Any]) -> Model:
             for place, entry in enumerate(document["architectures"])
         ),
         metrics=tuple(document["metrics"]),
+        probed=(_mixing_from(document, "known"), _mixing_from(document, "new")),
     )
 
 
@@ -213,6 +220,20 @@ def _trees_of_text(text: str, features: tuple[str, ...]) -> tuple[Tree, ...]:
         return trees_from_text(text, features)
     except ValueError as error:
         raise ValueError(f"model.trees: {error}") from error
+
+
+def _mixing_document(mixing: Mixing | None) -> dict[str, Any] | None:
+    if mixing is None:
+        return None
+    return {"ranker": mixing.ranker, "probe": mixing.probe, "errors": _errors_document(mixing.errors)}
+
+
+def _mixing_from(document: Mapping[str, Any], which: str) -> Mixing | None:
+    found = document.get("probed", {}).get(which)
+    if found is None:
+        return None
+    errors = _errors_from(found["errors"], f"model.probed.{which}.errors")
+    return Mixing(float(found["ranker"]), float(found["probe"]), errors)
 
 
 def _errors_document(errors: Errors) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from zest_fast.foundation.nearest import nearest
 from zest_fast.foundation.text_table import number, printable, shorten, text_table
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.ranking.assessment import Assessment
+from zest_fast.ranking.probed import Probe
 from zest_fast.ranking.shipped import shipped_ranker
 
 if TYPE_CHECKING:
@@ -26,20 +27,23 @@ class Scorer(Protocol):
         """Scores, float64 [layers], in the order of `profile.names`; larger is better."""
 
 
-def rank(profile: LayerProfile, by: str | Scorer | None = None) -> Ranking:
+def rank(profile: LayerProfile, by: str | Scorer | None = None, *, probe: Probe | None = None) -> Ranking:
     """Order the layers of `profile`, best first.
 
     Args:
         profile: of the model and a batch of the task.
         by: the name of a metric of the profile (larger is better), a Ranker or another object with `.predict(profile)`
             that returns a score for each row, or None = the Ranker that ships.
+        probe: what `zest_fast.probe` found of the same layers: a Ranker mixes it with what it knows, by weights that it
+            learned where both were held out. `by=probe` ranks by the probe alone.
 
     Returns:
         A Ranking, whose `.top(n)` SelectiveBackward takes.
 
     Raises:
-        ValueError: a metric that the profile does not hold, or scores of another shape.
-        TypeError: no LayerProfile, or nothing that can score one.
+        ValueError: a metric that the profile does not hold, or scores of another shape; a probe of other layers, or
+            beside something else than a Ranker.
+        TypeError: no LayerProfile, no Probe, or nothing that can score a profile.
         NotImplementedError: by=None where no Ranker ships.
 
     Examples:
@@ -53,6 +57,10 @@ def rank(profile: LayerProfile, by: str | Scorer | None = None) -> Ranking:
     """
     if not isinstance(profile, LayerProfile):
         raise TypeError(f"profile must be a LayerProfile, not {type(profile).__name__}")
+    if probe is not None and not isinstance(probe, Probe):
+        raise TypeError(f"probe must be what zest_fast.probe returns, not {type(probe).__name__}")
+    if probe is not None and by is not None and not hasattr(by, "assess"):
+        raise ValueError("probe= is for a Ranker, which mixes it in; to rank by the probe alone pass by=probe")
     if isinstance(by, str):
         if by not in profile.metrics:
             raise ValueError(f"by={by!r} is no metric of this profile; {nearest(by, profile.metrics)}")
@@ -63,7 +71,7 @@ def rank(profile: LayerProfile, by: str | Scorer | None = None) -> Ranking:
         raise TypeError(f"by must be a metric name or have .predict(profile), not {type(by).__name__}")
     name = type(by).__name__
     if hasattr(by, "assess"):
-        assessment = by.assess(profile)
+        assessment = by.assess(profile) if probe is None else by.assess(profile, probe)
         return Ranking(profile, assessment.scores, by=name, assessment=assessment)
     return Ranking(profile, by.predict(profile), by=name)
 
@@ -171,6 +179,11 @@ class Ranking:
         frame["low"], frame["high"] = self.intervals.T
         added = self._assessment.explain()
         return frame.join(added.loc[:, (added != 0).any()])
+
+    @property
+    def is_new(self) -> bool:
+        """Whether a Ranker ranked, and has not seen the architecture."""
+        return self._assessment is not None and self._assessment.known.model is None
 
     @property
     def note(self) -> str:

@@ -43,6 +43,18 @@ def logits_of(output: Any) -> Tensor:
     return logits
 
 
+def compared_of(output: Any) -> Tensor:
+    """What two passes over the same samples are compared by: the logits, of any shape, or else the loss, as [1]."""
+    found = loss.logits_of(output)
+    if not isinstance(found, Tensor):
+        found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"the model returned a {type(output).__name__} without logits or a loss; one of them is needed"
+        )
+    return found.reshape(1) if found.dim() == 0 else found
+
+
 def batches(samples: int, size: int) -> list[Tensor]:
     """Row numbers in order, in chunks."""
     return list(torch.arange(samples).split(size))

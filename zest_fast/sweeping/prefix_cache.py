@@ -30,7 +30,7 @@ from zest_fast.sweeping.boundaries import (
     rounding,
     rows_in,
 )
-from zest_fast.sweeping.inputs import Inputs, batches, count, logits_of, rows_of
+from zest_fast.sweeping.inputs import Inputs, batches, compared_of, count, rows_of
 from zest_fast.sweeping.volatile_state import VolatileState, preserved
 
 TOLERANCE = 1e-5  # of the largest logit of a class, on the same samples: all but rounding is the same
@@ -130,7 +130,7 @@ def _gives_the_same(model: nn.Module, boundary: Boundary, trained: Sequence[nn.P
 
     def outcome(differentiated: bool) -> tuple[Tensor, list[Tensor | None]]:
         state.restore()
-        logits = logits_of(call_model(model, inputs))
+        logits = compared_of(call_model(model, inputs))
         if not differentiated:
             return logits, []
         weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits).to(logits.dtype)
@@ -251,12 +251,12 @@ class PrefixCache:
             raise
         except Exception as error:  # raised again by the full pass that follows, if it is the model's own
             raise NotReusable(f"the pass from there failed ({type(error).__name__}: {error})") from error
-        logits = logits_of(output)
+        logits = compared_of(output)
         if isinstance(logits, Unkept):
             raise NotReusable("the logits depend on an output that was not kept")
         if bool(logits.isnan().any()):
             with preserved(self._model):
-                self._require_close(logits.detach(), logits_of(self._run_fully(rows)).detach())
+                self._require_close(logits.detach(), compared_of(self._run_fully(rows)).detach())
         return output
 
     def check(self, rows: Tensor) -> None:
@@ -265,9 +265,9 @@ class PrefixCache:
             return
         with preserved(self._model):
             state = VolatileState(self._model)
-            found = logits_of(self.run(rows)).detach()
+            found = compared_of(self.run(rows)).detach()
             state.restore()  # so that the same random numbers are drawn
-            self._require_close(found, logits_of(self._run_fully(rows)).detach())
+            self._require_close(found, compared_of(self._run_fully(rows)).detach())
 
     def _run_fully(self, rows: Tensor) -> Any:
         return call_model(self._model, rows_of(self._inputs, rows))

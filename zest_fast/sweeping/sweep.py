@@ -25,6 +25,7 @@ from zest_fast.profiling.profile import profile
 from zest_fast.sweeping.head import choose_strength, classifier_of, features_of, fit_head
 from zest_fast.sweeping.inputs import Inputs, rows_of
 from zest_fast.sweeping.local_workers import local_pool
+from zest_fast.sweeping.objectives import Classification
 from zest_fast.sweeping.prefix_cache import PrefixCache
 from zest_fast.sweeping.progress import Progress
 from zest_fast.sweeping.recipe import Recipe
@@ -202,7 +203,7 @@ class _Sweep:
         kept = {"weight": _encode(weight), "bias": _encode(bias)}
         set_head(self._head, *_head_of(kept))
         score_inputs, score_targets = self._splits["score"]
-        score = evaluate(PrefixCache(self._model, score_inputs, limit=0, folder=Path()), score_targets)
+        score = evaluate(PrefixCache(self._model, score_inputs, limit=0, folder=Path()), Classification(score_targets))
         seconds = time.perf_counter() - began
         self._records.append({"record": "head", "seed": seed, **kept, **score, "seconds": round(seconds, 3)})
 
@@ -277,9 +278,9 @@ class _Sweep:
             recipe=self._recipe,
             heads={seed: _head_of(self._head_record(seed)) for seed in self._recipe.seeds},
             rows={seed: torch.searchsorted(used, rows) for seed, rows in self._draws.items()},
-            tasks=plan(self._model, self._head, left, inputs, reuse=self._reuse, limit=limit),
-            train=(rows_of(inputs, used), targets[used]),
-            score=self._splits["score"],
+            tasks=plan(self._model, tuple(self._head.parameters()), left, inputs, reuse=self._reuse, limit=limit),
+            train=(rows_of(inputs, used), Classification(targets[used])),
+            score=(self._splits["score"][0], Classification(self._splits["score"][1])),
             limit=limit,
             folder=self._records.path.parent,
         )

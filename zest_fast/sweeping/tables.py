@@ -12,6 +12,7 @@ from zest_fast.foundation.documents import Json, Keys, ListOf, MapOf, Number, Te
 from zest_fast.foundation.parquet_files import parquet_schema, read_parquet
 from zest_fast.foundation.replacing import replacing
 from zest_fast.ranking.features import METRICS as _METRICS
+from zest_fast.ranking.probed import PROBED
 from zest_fast.sweeping.records import VERSIONS, Record, read_records
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _IDENTITY = ("model", "dataset", "family", "seed", "layer", "head_state")
 _COLUMNS = {
     **dict.fromkeys(("model", "dataset", "family", "layer", "head_state", "kind"), "strings"),
     **dict.fromkeys(("accuracy", "loss", "head_accuracy", "head_loss"), "numbers"),
-    **dict.fromkeys(_METRICS, "numbers or nothing"),
+    **dict.fromkeys((*_METRICS, PROBED), "numbers or nothing"),
     **dict.fromkeys(("seed", "numel", "depth"), "integers"),
     "shape": "lists of integers",
     "head": "flags",
@@ -193,7 +194,7 @@ def consolidate(paths: Iterable[str | os.PathLike[str]], out: str | os.PathLike[
     import pyarrow
     from pyarrow import parquet
 
-    from zest_fast.ranking.contributions import check_sweeps  # with pandas
+    from zest_fast.ranking.learning.contributions import check_sweeps  # with pandas
 
     sources: dict[tuple[str, str], str] = {}
     frames, sweeps = [], []

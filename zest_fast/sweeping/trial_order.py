@@ -18,7 +18,7 @@ from zest_fast.sweeping.trials import LayerTask
 
 def plan(
     model: nn.Module,
-    head: nn.Module,
+    trained: tuple[nn.Parameter, ...],
     left: Mapping[Layer, tuple[int, ...]],
     inputs: Inputs,
     *,
@@ -27,11 +27,11 @@ def plan(
 ) -> dict[str, LayerTask]:
     """By layer, in the order of the boundaries; warns where the full forward pass has to run.
 
-    left: the seeds that are left to do for each layer. inputs: a few samples are run. limit: bytes a sample.
+    trained: what trains with every layer. left: the seeds that are left to do for each layer. inputs: a few samples are
+    run. limit: bytes a sample.
     """
     probe = rows_of(inputs, torch.arange(min(count(inputs), PROBED if reuse else 2)))
     trace = trace_calls(model, probe)
-    trained = tuple(head.parameters())
     tasks = []
     for layer, seeds in left.items():
         place = _first_use(model, layer, trace)

@@ -8,19 +8,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from zest_fast.finetuning.trainable_layers import Part
 from zest_fast.sweeping.boundaries import Boundary, Call, NotReusable
-from zest_fast.sweeping.inputs import Inputs, batches, logits_of
+from zest_fast.sweeping.inputs import Inputs, batches
+from zest_fast.sweeping.objectives import Objective
 from zest_fast.sweeping.prefix_cache import PrefixCache
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.volatile_state import preserved
-
-EVALUATION_BATCH = 64
 
 
 class Trial(NamedTuple):
@@ -49,16 +48,17 @@ class Trials:
     """All that trials need. A worker has its own, pickled or forked: a trial changes the model and changes it back."""
 
     model: nn.Module
-    head: nn.Linear
+    head: nn.Linear | None
+    """What trains with every layer; None = the layer trains alone."""
     recipe: Recipe
     heads: Mapping[int, tuple[Tensor, Tensor]]
-    """Weight and bias of the head that each seed starts from."""
+    """Weight and bias of the head that each seed starts from; empty without a head."""
     rows: Mapping[int, Tensor]
     """The samples of `train` that each seed trains on."""
     tasks: Mapping[str, LayerTask]
     """By layer, in the order of the boundaries."""
-    train: tuple[Inputs, Tensor]
-    score: tuple[Inputs, Tensor]
+    train: tuple[Inputs, Objective]
+    score: tuple[Inputs, Objective]
     limit: int
     """Bytes a sample that are kept in memory; beyond, on disk in `folder`."""
     folder: Path
@@ -74,8 +74,8 @@ class Trials:
         """What is to be done, in the order that moves the boundary upwards only."""
         return [Trial(layer, seed) for layer, task in self.tasks.items() for seed in task.seeds]
 
-    def run(self, trial: Trial) -> dict[str, float]:
-        """Accuracy and loss after the training, and the seconds that it all took.
+    def run(self, trial: Trial) -> dict[str, Any]:
+        """What the objective records after the training, and the seconds that it all took.
 
         Where passes from the boundary turn out not to be full ones, it is done again with full ones; a warning says so.
         """
@@ -99,22 +99,25 @@ class Trials:
             result = self._measure(trial, *self._new_caches())
         return {**result, "seconds": round(time.perf_counter() - began, 3)}
 
+    def full_pass(self, trial: Trial) -> dict[str, Any]:
+        """As `run`, by full passes; what is kept for others stays where it is."""
+        return self._measure(trial, *self._new_caches())
+
     def _reuses(self, task: LayerTask) -> bool:
         boundary = task.boundary
         if task.part.name in self._plain or not boundary.skipped:
             return False
         return not self._blamed or self._blamed.isdisjoint(boundary.trace.expected(boundary.skipped, boundary.skipped))
 
-    def _measure(
-        self, trial: Trial, train: PrefixCache, score: PrefixCache, *, check: bool = False
-    ) -> dict[str, float]:
+    def _measure(self, trial: Trial, train: PrefixCache, score: PrefixCache, *, check: bool = False) -> dict[str, Any]:
         part = self.tasks[trial.layer].part
-        set_head(self.head, *self.heads[trial.seed])
+        if self.head is not None:
+            set_head(self.head, *self.heads[trial.seed])
         with saved_parameters(part.parameters), preserved(self.model, trial.seed):
             self._train(part, trial.seed, train, check)
             if check:
                 with torch.no_grad():
-                    chunks = batches(len(score), EVALUATION_BATCH)
+                    chunks = batches(len(score), self.score[1].chunk)
                     score.check(chunks[trial.seed % len(chunks)])
             return evaluate(score, self.score[1])
 
@@ -128,19 +131,17 @@ class Trials:
     def _new_caches(self) -> tuple[PrefixCache, PrefixCache]:
         """That have not moved from the input."""
         train, score = (
-            PrefixCache(self.model, inputs, limit=self.limit, folder=self.folder)
-            for inputs, _ in (self.train, self.score)
+            PrefixCache(self.model, inputs, limit=self.limit, folder=self.folder, batch_size=objective.chunk)
+            for inputs, objective in (self.train, self.score)
         )
         return train, score
 
     def _train(self, part: Part, seed: int, cache: PrefixCache, check: bool = False) -> None:
-        recipe, targets = self.recipe, self.train[1]
+        recipe, objective = self.recipe, self.train[1]
         rms = float(part.parameters[0].detach().double().square().mean().sqrt())
-        head = list(self.head.parameters())
-        groups = [
-            {"params": list(part.parameters), "lr": recipe.layer_lr(rms)},
-            {"params": head, "lr": recipe.head_lr},
-        ]
+        head = list(self.head.parameters()) if self.head is not None else []
+        groups = [{"params": list(part.parameters), "lr": recipe.layer_lr(rms)}]
+        groups += [{"params": head, "lr": recipe.head_lr}] if head else []
         trained = [*part.parameters, *head]
         optimizer = torch.optim.Adam(groups)
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -153,7 +154,7 @@ class Trials:
                         group["lr"] = rate * recipe.learning_rate_scale(step)
                     if check and step == 0:
                         cache.check(batch)
-                    loss = nn.functional.cross_entropy(logits_of(cache.run(batch)), targets[batch])
+                    loss = objective.loss(cache.run(batch), batch)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
@@ -164,14 +165,9 @@ class Trials:
 
 
 @torch.no_grad()
-def evaluate(cache: PrefixCache, targets: Tensor) -> dict[str, float]:
-    """Accuracy and mean loss of the model as it is, over all samples of the cache."""
-    loss, correct = 0.0, 0
-    for rows in batches(len(targets), EVALUATION_BATCH):
-        logits = logits_of(cache.run(rows)).double()
-        loss += float(nn.functional.cross_entropy(logits, targets[rows], reduction="sum"))
-        correct += int((logits.argmax(1) == targets[rows]).sum())
-    return {"accuracy": correct / len(targets), "loss": loss / len(targets)}
+def evaluate(cache: PrefixCache, objective: Objective) -> dict[str, Any]:
+    """What the objective records of the model as it is, over all samples of the cache."""
+    return objective.evaluate((rows, cache.run(rows)) for rows in batches(len(cache), objective.chunk))
 
 
 @torch.no_grad()

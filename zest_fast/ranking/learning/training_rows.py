@@ -9,11 +9,11 @@ from functools import cached_property
 import numpy as np
 
 from zest_fast.ranking.architectures import Architecture, find
-from zest_fast.ranking.contributions import Pair
 from zest_fast.ranking.features import FEATURES, OF_KNOWN_LAYERS, features_of
 from zest_fast.ranking.groups import Group
 from zest_fast.ranking.kind_prior import kind_prior
 from zest_fast.ranking.layer_prior import layer_prior, usual_metrics
+from zest_fast.ranking.learning.contributions import Pair
 from zest_fast.ranking.linear_base import design
 
 
@@ -41,6 +41,8 @@ class Rows:
     kin: tuple[int, ...]
     """Pairs of the same or of related architectures have the same number."""
     names: tuple[str, ...]
+    probe: np.ndarray
+    """The score of a probe of each row; NaN where the pair was not probed."""
 
     @cached_property
     def design(self) -> np.ndarray:
@@ -57,7 +59,7 @@ def training_rows(pairs: Sequence[Pair], architectures: Sequence[Architecture], 
 
     known: whether the layer prior is there at all; without it every profile is a view of a new model.
     """
-    values, positions, levels, weights, views = [], [], [], [], []
+    values, positions, levels, weights, views, probes = [], [], [], [], [], []
     own = {architecture.model: architecture for architecture in architectures}
     start = 0
     for number, pair in enumerate(pairs):
@@ -70,6 +72,7 @@ def training_rows(pairs: Sequence[Pair], architectures: Sequence[Architecture], 
             positions.append(pair.positions[names].to_numpy())
             levels.append(pair.levels[names].to_numpy())
             weights.append(np.full(len(table), share))
+            probes.append(_probe(pair, names))
             views.append(View(number, has_prior, slice(start, start + len(table))))
             start += len(table)
     return Rows(
@@ -81,6 +84,7 @@ def training_rows(pairs: Sequence[Pair], architectures: Sequence[Architecture], 
         tuple(pair.family for pair in pairs),
         tuple(_kin(own[pair.model], architectures) for pair in pairs),
         tuple(pair.name for pair in pairs),
+        np.concatenate(probes),
     )
 
 
@@ -100,6 +104,12 @@ def _tables(
     new = known.copy()
     new[:, [FEATURES.index(name) for name in OF_KNOWN_LAYERS]] = np.nan
     return [(False, new, names)] if np.isnan(layers).all() else [(True, known, names), (False, new, names)]
+
+
+def _probe(pair: Pair, names: list[str]) -> np.ndarray:
+    if pair.probe is None:
+        return np.full(len(names), np.nan)
+    return pair.probe[names].to_numpy(np.float64)
 
 
 def _kin(architecture: Architecture, architectures: Sequence[Architecture]) -> int:

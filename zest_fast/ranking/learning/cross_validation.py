@@ -9,10 +9,10 @@ import numpy as np
 import pandas
 from scipy.stats import kendalltau
 
-from zest_fast.ranking.contributions import Pair, pairs_of
 from zest_fast.ranking.features import METRICS
+from zest_fast.ranking.learning.contributions import Pair, pairs_of
+from zest_fast.ranking.learning.selection import split
 from zest_fast.ranking.ranker import Ranker
-from zest_fast.ranking.selection import split
 
 
 def cross_validate(

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import kendalltau
 
-from zest_fast.ranking.boosted_trees import ROUNDS, STRENGTH, train_trees
 from zest_fast.ranking.errors import Errors
 from zest_fast.ranking.features import columns_of
+from zest_fast.ranking.learning.boosted_trees import ROUNDS, STRENGTH, train_trees
+from zest_fast.ranking.learning.training_rows import Rows, View
 from zest_fast.ranking.linear_base import PENALTIES, LinearBase, fit_ridge, has_prior
-from zest_fast.ranking.training_rows import Rows, View
+from zest_fast.ranking.mixing import Mixing, fit_weights, mixed_without_own
 from zest_fast.ranking.trees import Tree, predict_trees
 
 FOLDS = 5
@@ -35,6 +36,8 @@ class Selection:
     """The base's prediction for each row by a fit that has not seen it, [rows]: what the final trees start from."""
     known: Errors
     new: Errors
+    probed: tuple[Mixing | None, Mixing | None]
+    """Of known and of new architectures; None where no pair of the sort was probed."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,12 @@ def select(rows: Rows, *, features: Sequence[str], seed: int) -> Selection:
     trees = _held_out_trees(rows, folds, features, STRENGTH * base, seed)
     raw = {rounds: STRENGTH * base + added for rounds, added in trees.items()}
     rounds = max(raw, key=lambda rounds: _score(rows, raw[rounds], known, new))
-    return Selection(penalties, rounds, base, _errors(rows, raw[rounds], known), _errors(rows, raw[rounds], new))
+    errors = _errors(rows, raw[rounds], known), _errors(rows, raw[rounds], new)
+    probed = (
+        _mixing(rows, raw[rounds], known, errors[0].slope, rows.families),
+        _mixing(rows, raw[rounds], new, errors[1].slope, rows.kin),
+    )
+    return Selection(penalties, rounds, base, *errors, probed)
 
 
 def fit_base(rows: Rows, views: Sequence[View], features: Sequence[str], penalties: tuple[float, float]) -> LinearBase:
@@ -156,15 +164,34 @@ def _score(rows: Rows, scores: np.ndarray, *views: Sequence[View]) -> float:
     return float(np.mean(taus)) if taus else 0.0
 
 
-def _errors(rows: Rows, raw: np.ndarray, views: Sequence[View]) -> Errors:
+def _mixing(
+    rows: Rows, raw: np.ndarray, views: Sequence[View], slope: float, groups: Sequence[Hashable]
+) -> Mixing | None:
+    """Weights of held-out scores and of probes, and the errors of scores by weights that have not seen the group."""
+    views = [view for view in views if np.isfinite(rows.probe[view.rows]).all()]
+    if not views:
+        return None
+    index = rows.of(views)
+    scores = np.concatenate([0.5 + slope * (raw[view.rows] - raw[view.rows].mean()) for view in views])
+    found, places, weights = rows.probe[index], rows.positions[index], rows.weights[index]
+    group_of_row = [groups[view.pair] for view in views for _ in range(view.rows.stop - view.rows.start)]
+    mixed = np.zeros(len(raw))
+    mixed[index] = mixed_without_own(scores, found, places, weights, group_of_row)
+    ranker, probe = fit_weights(scores, found, places, weights)
+    return Mixing(ranker, probe, _errors(rows, mixed, views, slope=1.0))
+
+
+def _errors(rows: Rows, raw: np.ndarray, views: Sequence[View], slope: float | None = None) -> Errors:
+    """slope: where the scores are positions already."""
     if not views:
         return Errors(1 / STRENGTH, (np.nan, np.nan), np.nan, 0)
     index = rows.of(views)
     centred = np.concatenate([raw[view.rows] - raw[view.rows].mean() for view in views])
     positions, weights = rows.positions[index] - 0.5, rows.weights[index]
     variance = float(weights @ centred**2)
-    slope = float(weights @ (centred * positions)) / variance if variance else 0.0
-    slope = max(slope, _LEAST_SLOPE / STRENGTH)  # a score never turns the order around
+    if slope is None:
+        slope = float(weights @ (centred * positions)) / variance if variance else 0.0
+        slope = max(slope, _LEAST_SLOPE / STRENGTH)  # a score never turns the order around
     pairs = len({view.pair for view in views})
     tail = _TAIL * pairs / (pairs + 1)  # few pairs have not shown their extremes
     span = _quantiles(positions - slope * centred, weights, (tail, 1 - tail))

@@ -10,13 +10,14 @@ import numpy as np
 import pandas
 
 from zest_fast.ranking.architectures import architectures_of
-from zest_fast.ranking.boosted_trees import STRENGTH
-from zest_fast.ranking.contributions import OUTCOMES, check_sweeps, pairs_of
 from zest_fast.ranking.features import FEATURE_SETS, METRICS, ON_REQUEST
 from zest_fast.ranking.groups import IDENTITY
+from zest_fast.ranking.learning.boosted_trees import STRENGTH
+from zest_fast.ranking.learning.contributions import OUTCOMES, check_sweeps, pairs_of
+from zest_fast.ranking.learning.selection import Selection, fit_base, fit_trees, select
+from zest_fast.ranking.learning.training_rows import training_rows
 from zest_fast.ranking.model import Model
-from zest_fast.ranking.selection import Selection, fit_base, fit_trees, select
-from zest_fast.ranking.training_rows import training_rows
+from zest_fast.ranking.probed import PROBED
 
 
 def fit_model(
@@ -39,6 +40,7 @@ def fit_model(
         new=chosen.new,
         architectures=tuple(architectures) if features == "all" else (),
         metrics=tuple(m for m in METRICS if m not in ON_REQUEST and _defined(records, m)),
+        probed=chosen.probed,
     )
     return model, _metadata(records, sweeps, chosen, pairs=[pair.name for pair in pairs])
 
@@ -71,6 +73,6 @@ def _metadata(
 
 def records_hash(records: pandas.DataFrame) -> str:
     """Sixteen hexadecimal digits of what is learned from, whatever the order of the rows."""
-    columns = [c for c in (*IDENTITY, "family", "layer", *OUTCOMES, *METRICS) if c in records]
+    columns = [c for c in (*IDENTITY, "family", "layer", *OUTCOMES, *METRICS, PROBED) if c in records]
     rows = records[columns].sort_values([*IDENTITY, "layer"], kind="stable")
     return hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()[:16]

@@ -11,6 +11,7 @@ import numpy as np
 import pandas
 
 from zest_fast.ranking.groups import IDENTITY, Group, group_of
+from zest_fast.ranking.probed import PROBED
 
 OUTCOMES = ("accuracy", "loss", "head_accuracy", "head_loss")
 _NEEDED = (*IDENTITY, "family", "layer", "loss", "head_loss", "kind", "depth", "numel", "shape")
@@ -32,6 +33,8 @@ class Pair:
     """Layer -> graded relevance 0, 1, ...; layers of one level differ by no more than noise."""
     views: tuple[Group, ...]
     """A profile of each seed and state of the head."""
+    probe: pandas.Series | None = None
+    """Layer -> score of a probe, where the layers were probed."""
 
     @property
     def name(self) -> str:
@@ -102,7 +105,15 @@ def _pair(model: str, dataset: str, rows: pandas.DataFrame) -> Pair:
     mean = gains.mean(axis=1)
     levels = pandas.Series(relevance(mean.to_numpy(), standard_errors(gains.to_numpy())), index=mean.index)
     views = tuple(group_of(view) for _, view in rows.groupby(["seed", "head_state"], sort=True, dropna=False))
-    return Pair(model, dataset, families[0], mean, (mean.rank() - 0.5) / len(mean), levels, views)
+    positions = (mean.rank() - 0.5) / len(mean)
+    return Pair(model, dataset, families[0], mean, positions, levels, views, _probe(rows, mean.index))
+
+
+def _probe(rows: pandas.DataFrame, layers: pandas.Index) -> pandas.Series | None:
+    if PROBED not in rows:
+        return None
+    found = rows.groupby("layer")[PROBED].mean().reindex(layers)
+    return found if found.notna().all() else None
 
 
 def standard_errors(gains: np.ndarray) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 A contestant has `fit(train)`, the rows of the training pairs (columns of `load_records()`), and `predict(profile)`, the
 rows of one profile without their outcomes -> scores [rows], larger is better, NaN where it has none. zest_fast.Ranker
-is one. Where bench/results/probes.parquet is there, both frames hold its columns, too ("probe_...", NaN for layers that
-were not probed); contestants of "one batch" leave them alone. `contestants()` gives all of them, fresh, by name.
+is one. Where the records have them, both frames hold the scores of probes ("probe_score", NaN for pairs that were not
+probed); contestants of "one batch" leave them alone. `contestants()` gives all of them, fresh, by name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sklearn.model_selection import GroupKFold
 
 from bench.layerbench.measures import tau_b
 from bench.layerbench.mlp_on_pairs import PairMLP
-from bench.layerbench.profiles import PROBE_GAIN, mean_gain, present, profiles, rank_in_profile, z_scores
+from bench.layerbench.profiles import mean_gain, present, profiles, rank_in_profile, z_scores
 from bench.layerbench.rivals import (
     AdaGradSelect,
     Grass,
@@ -31,6 +31,8 @@ from bench.layerbench.rivals import (
     Uniform,
 )
 from zest_fast.ranking.features import METRICS, STEP_GAIN, first_order
+from zest_fast.ranking.probed import PROBED, Probe
+from zest_fast.ranking.ranker import Ranker
 
 Spectra = Mapping[str, Mapping[str, Mapping[str, float | None]]]
 """model -> layer -> "snr" and "condition_number", as bench/spectra.py computes them."""
@@ -47,14 +49,13 @@ def contestants(records: pandas.DataFrame, spectra: Spectra) -> dict[str, Contes
 
     Single metrics are those that any pair of `records` holds; where a profile lacks one, that has no order.
     """
-    from zest_fast import Ranker
-
     metrics = present(records)
+    ranker = Ranker()
     probed: dict[str, Contestant] = {}
-    if PROBE_GAIN in records:  # what mixes a probe with a profile has its place here
-        probed["probe alone"] = LargeFirst(PROBE_GAIN)
+    if PROBED in records:
+        probed = {"ranker, probed": ProbedRanker(ranker), "probe alone": LargeFirst(PROBED)}
     return {
-        "ranker": Ranker(),
+        "ranker": ranker,
         "ranker, metrics only": Ranker(features="metrics"),
         **probed,
         "mlp on pairs": PairMLP(),
@@ -125,6 +126,26 @@ class LargeFirst:
 
     def predict(self, profile: pandas.DataFrame) -> np.ndarray:
         return profile[self.metric].to_numpy(np.float64)
+
+
+class ProbedRanker:
+    """The Ranker of the same contest, shown the probe as well: it learns both at once, and is fitted as "ranker"."""
+
+    def __init__(self, ranker: Ranker) -> None:
+        self.ranker = ranker
+
+    def fit(self, train: pandas.DataFrame) -> ProbedRanker:
+        if not self.ranker.is_fitted:
+            self.ranker.fit(train)
+        return self
+
+    def predict(self, profile: pandas.DataFrame) -> np.ndarray:
+        scores = profile[PROBED].to_numpy(np.float64)
+        if np.isnan(scores).any():
+            return np.full(len(profile), np.nan)
+        ones = np.ones(len(profile))
+        probe = Probe(tuple(profile.layer), scores, scores, ones, ones.astype(int), start=1.0, head=1.0)
+        return self.ranker.predict(profile, probe)
 
 
 class StepGain:

@@ -31,9 +31,9 @@ from bench.layerbench.control_contestants import PATH as CONTROL_PROFILES
 from bench.layerbench.control_contestants import ControlProfiles, control_profiles, control_scores
 from bench.layerbench.diagnosis import diagnose, targets
 from bench.layerbench.fitted import fit
-from bench.layerbench.goals import goals
+from bench.layerbench.goals import OF_PROBES, goals
 from bench.layerbench.measures import Bootstrap, kept_gain, recovered_gain, tau_b
-from bench.layerbench.profiles import by_block, mean_gain, profiles, with_probes, with_start_losses
+from bench.layerbench.profiles import by_block, mean_gain, profiles, with_start_losses
 from bench.layerbench.protocol import (
     DRAWS,
     HEAD_STATES,
@@ -55,10 +55,10 @@ from bench.layerbench.protocol import __doc__ as PROTOCOL
 from bench.measure import RESULTS, describe_machine, describe_versions
 from bench.spectra import CACHE, load_spectra
 from zest_fast.foundation.replacing import replacing
+from zest_fast.ranking.probed import PROBED
 from zest_fast.sweeping.tables import SHIPPED, load_records, sweeps_of
 
 RESULT = RESULTS / "layerbench.json"
-PROBES = RESULTS / "probes.parquet"
 OF_LAYERS = ("tau", *(f"top_{n}" for n in TOP), "kept_5")
 OF_BLOCKS = ("block_tau", "block_top_3")
 MEASURES = (*OF_LAYERS, *OF_BLOCKS)
@@ -76,7 +76,6 @@ def main(arguments: list[str] | None = None, contest: Contest = contestants) -> 
     parser.add_argument("--records", type=Path, default=SHIPPED, help="a Parquet file of contribution records")
     parser.add_argument("--spectra", type=Path, default=CACHE, help="spectra of the models; what it lacks is computed")
     parser.add_argument("--controls", type=Path, default=CONTROL_PROFILES, help="what bench.layerbench.controls wrote")
-    parser.add_argument("--probes", type=Path, default=PROBES, help="what probes found, where they have been run")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of layerbench.json")
     parser.add_argument("--fitted", type=Path, help="keep what takes long to fit in this folder, for the next run")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS, help="only these; default: all")
@@ -84,7 +83,6 @@ def main(arguments: list[str] | None = None, contest: Contest = contestants) -> 
     options = parser.parse_args(arguments)
     records, lacking = with_start_losses(load_records(options.records), sweeps_of(options.records))
     spectra = load_spectra(sorted(records.model.unique()), options.spectra)
-    records = with_probes(records, options.probes)
     controls = control_profiles(options.controls)
     document = _origin(options.records) | {"head_not_retrained": lacking}
     more = {"controls": controls, "settings": options.settings, "jobs": options.jobs, "kept": options.fitted}
@@ -125,6 +123,7 @@ def evaluate(
     truth = targets(records, pairs)
     summary = summarise(results, truth)
     known = set(results[results.setting == SETTINGS[0]].pair)
+    probed = [pair.name for pair in pairs if _is_probed(records, pair)]
     version_1 = {f"{model}/{dataset}" for model, dataset in VERSION_1_PAIRS}
     return {
         "pairs": [pair.name for pair in pairs],
@@ -132,12 +131,18 @@ def evaluate(
         "not_known": sorted({pair.name for pair in pairs} - known) if known else [],
         "controls_of": sorted({f"{model}/{dataset}" for _, model, dataset, _ in controls or {}}),
         "seconds": round(time.perf_counter() - began, 1),
-        "must_reach": goals(summary, results),
+        "must_reach": goals(summary, summarise(results[results.pair.isin(probed)], truth), results),
         "summary": summary,
+        "probed": probed,
+        "summary_of_probed_pairs": summarise(results[results.pair.isin(probed)], truth),
         "summary_of_version_1_pairs": summarise(results[results.pair.isin(version_1)], truth),
         "diagnosis": diagnose(truth, results),
         "results": _nested(results),
     }
+
+
+def _is_probed(records: pandas.DataFrame, pair: Pair) -> bool:
+    return PROBED in records and bool(rows_of(records, [pair])[PROBED].notna().all())
 
 
 def _timed_fold(*arguments) -> tuple[list[dict], float]:
@@ -173,7 +178,9 @@ def run_fold(
         scores |= control_scores(fitted, profile, controls or {})
         for name, of_profile in scores.items():
             place = _place(fold, families[model, dataset], state, name, fitted.get(name))
-            values.append(place | measure(of_profile, truth, list(profile.layer)))
+            silent = name in OF_PROBES and profile[PROBED].isna().any()
+            measured = dict.fromkeys(MEASURES, np.nan) if silent else measure(of_profile, truth, list(profile.layer))
+            values.append(place | measured)
     keys = [key for key in values[0] if key not in MEASURES]
     return pandas.DataFrame(values).groupby(keys, sort=False, dropna=False).mean().reset_index().to_dict("records")
 

@@ -15,7 +15,7 @@ import joblib
 import pandas
 
 from bench.layerbench import profiles
-from bench.layerbench.baselines import Contestant
+from bench.layerbench.baselines import Contestant, ProbedRanker
 from bench.measure import ROOT
 from zest_fast.foundation.replacing import replacing
 
@@ -30,6 +30,9 @@ def fit(contestants: Mapping[str, Contestant], train: pandas.DataFrame, kept: Pa
     data = joblib.hash(train)
     fitted = {}
     for name, contestant in contestants.items():
+        if isinstance(contestant, ProbedRanker):
+            fitted[name] = ProbedRanker(fitted["ranker"])  # type: ignore[arg-type]
+            continue
         path = kept / f"{type(contestant).__name__}-{_key(contestant, data)}.pickle"
         if path.exists():
             fitted[name] = joblib.load(path)
@@ -47,6 +50,6 @@ def _key(contestant: Contestant, data: str) -> str:
     """Of the data, the settings, and the code that fits."""
     kind = type(contestant)
     files = {inspect.getsourcefile(kind), inspect.getsourcefile(profiles)}
-    files |= {str(path) for path in (ROOT / "zest_fast" / "ranking").glob("*.py")}
+    files |= {str(path) for path in (ROOT / "zest_fast" / "ranking").rglob("*.py")}
     code = hashlib.sha256(b"".join(Path(file).read_bytes() for file in sorted(filter(None, files))))
     return joblib.hash((kind.__qualname__, vars(contestant), code.hexdigest(), data))

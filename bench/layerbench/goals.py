@@ -11,19 +11,40 @@ from bench.layerbench.protocol import SETTINGS
 
 KNOWN, NEW, _ = SETTINGS
 PROBED = "ranker, probed"
-NO_BASELINES = ("ranker", "ranker, metrics only", PROBED, "probe alone", *CONTROLS)
+OF_PROBES = (PROBED, "probe alone")
+"""Contestants that say nothing of a pair that was not probed."""
+NO_BASELINES = ("ranker", "ranker, metrics only", *OF_PROBES, *CONTROLS)
 
 Goal = dict[str, Any]
 
 
-def goals(summary: dict[str, dict[str, dict]], results: pandas.DataFrame) -> list[Goal]:
+def goals(
+    summary: dict[str, dict[str, dict]], of_probed_pairs: dict[str, dict[str, dict]], results: pandas.DataFrame
+) -> list[Goal]:
     """Each goal in words, its value, its bar and whether it is met, for profiles with a fresh head."""
     found = []
     if KNOWN in summary:
         found += _of_known_models(summary[KNOWN]["fresh"], results)
     if NEW in summary:
         found += _of_new_models(summary[NEW]["fresh"])
+    for setting, tau, top in ((KNOWN, 0.70, 0.90), (NEW, 0.70, 0.85)):
+        if setting in of_probed_pairs:
+            found += _of_probes(setting, of_probed_pairs[setting]["fresh"], tau, top, results)
     return found
+
+
+def _of_probes(setting: str, part: dict, tau: float, top: float, results: pandas.DataFrame) -> list[Goal]:
+    if PROBED not in part["contestants"]:
+        return []
+    probed = part["contestants"][PROBED]
+    alone = part["contestants"]["probe alone"]["tau"]["mean"]
+    found = [
+        _at_least(tau, probed["tau"]["mean"], "probed: mean tau"),
+        _at_least(top, probed["top_5"]["mean"], "probed: share of the best 5's gain that the top 5 recover"),
+        _above(0.0, probed["tau"]["mean"] - alone, "probed: tau beyond that of the probe alone"),
+        *(_of_minilm(results, PROBED, "probed: ") if setting == KNOWN else []),
+    ]
+    return [{"setting": setting} | goal for goal in found]
 
 
 def _of_known_models(part: dict, results: pandas.DataFrame) -> list[Goal]:
@@ -40,19 +61,12 @@ def _of_known_models(part: dict, results: pandas.DataFrame) -> list[Goal]:
         _at_least(0.80, top, "share of the best 5's gain that the top 5 recover"),
         *_of_minilm(results, "ranker", ""),
     ]
-    if PROBED in part["contestants"]:
-        probed = part["contestants"][PROBED]
-        found += [
-            _at_least(0.70, probed["tau"]["mean"], "probed: mean tau"),
-            _at_least(0.90, probed["top_5"]["mean"], "probed: share of the best 5's gain that the top 5 recover"),
-            *_of_minilm(results, PROBED, "probed: "),
-        ]
     return [{"setting": KNOWN} | goal for goal in found]
 
 
 def _of_minilm(results: pandas.DataFrame, contestant: str, begin: str) -> list[Goal]:
     chosen = results[(results.setting == KNOWN) & (results.head_state == "fresh") & (results.contestant == contestant)]
-    taus = chosen[chosen.pair.str.startswith("minilm/")].tau
+    taus = chosen[chosen.pair.str.startswith("minilm/")].tau.dropna()
     return [_at_least(0.75, float(taus.mean()), f"{begin}mean tau of MiniLM's pairs")] if len(taus) else []
 
 
@@ -77,13 +91,6 @@ def _of_new_models(part: dict) -> list[Goal]:
         *(_above(0.0, ahead[name]["mean"], f"tau beyond that of {name}") for name in ("depth", "kind prior")),
         _at_least(0.50, contestants["ranker"]["top_5"]["mean"], "share of the best 5's gain that the top 5 recover"),
     ]
-    if PROBED in contestants:
-        found += [
-            _at_least(0.70, contestants[PROBED]["tau"]["mean"], "probed: mean tau"),
-            _at_least(
-                0.85, contestants[PROBED]["top_5"]["mean"], "probed: share of the best 5's gain that the top 5 recover"
-            ),
-        ]
     return [{"setting": NEW} | goal for goal in found]
 
 

@@ -1,10 +1,9 @@
-"""Records as rankings are fitted to them and judged by them: profiles, gains, blocks, probes, normalised metrics."""
+"""Records as rankings are fitted to them and judged by them: profiles, gains, blocks, normalised metrics."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,6 @@ PAPER_METRICS = (
     "grad_abs_mean", "grad_abs_std", "grad_norm", "plain", "snip", "fisher", "grasp", "synflow",
 )  # fmt: skip
 """Those of the paper: its section 3.1 and the rows of its Table 1."""
-PROBE_GAIN = "probe_gain"
-"""Of a probe's columns the one that ranks: what it expects a layer to gain."""
 METRICS = (*PAPER_METRICS, "rgn", "agree_dot", "agree_sign", "agree_cos")
 
 
@@ -55,28 +52,6 @@ def with_start_losses(
     lacking = records[np.isnan(found)][PAIR].drop_duplicates().sort_values(PAIR)
     start = np.where(np.isnan(found), records.head_loss, found)
     return records.assign(start_loss=start), [f"{row.model}/{row.dataset}" for row in lacking.itertuples()]
-
-
-def with_probes(records: pandas.DataFrame, path: Path) -> pandas.DataFrame:
-    """The records with what probes found (columns "probe_..."), NaN where there was none; as they are without the file.
-
-    The file is a Parquet table with the columns model, dataset, seed and layer, a row for each of them, head_state
-    where that matters, and whatever a probe measures, among it PROBE_GAIN and its standard error. Raises ValueError
-    where it has other columns or several rows for a layer.
-    """
-    if not path.exists():
-        return records
-    probes = pandas.read_parquet(path)
-    keys = [name for name in (*PROFILE, "layer") if name in probes or name != "head_state"]
-    wrong = [name for name in probes if name not in keys and not name.startswith("probe_")]
-    if missing := [name for name in (*keys, PROBE_GAIN) if name not in probes]:
-        raise ValueError(f"{path}: columns {', '.join(missing)} are missing")
-    if wrong:
-        raise ValueError(f"{path}: columns {', '.join(wrong)} are neither {', '.join(keys)} nor named probe_...")
-    if probes.duplicated(keys).any():
-        first = probes[probes.duplicated(keys)].iloc[0]
-        raise ValueError(f"{path}: several rows of {', '.join(f'{name} {first[name]}' for name in keys)}")
-    return records.merge(probes, on=keys, how="left", validate="many_to_one")
 
 
 def block_of(layer: str) -> str:

@@ -42,8 +42,9 @@ which it has been removed, who predicts gets frames without the columns of outco
   other modality  trained on vision, tested on text, and the reverse.
 
 Headlines. "One batch": the profile with a fresh head, since that is what users have when they ask, and nothing else.
-The warm one, whose head was trained first, stands beside it. "Probed": the same profile with what a probe found
-(bench/results/probes.parquet, where it is there); a contestant of the first headline sees no probe. Whatever is fitted
+The warm one, whose head was trained first, stands beside it. "Probed": the same profile with the score of a
+probe (the column probe_score of the records, of pairs that were probed: `python -m bench.probes`); contestants of the
+first headline see no probe, and those of the second say nothing of other pairs. Whatever is fitted
 gets the rows of both states; signs and choices of single metrics are made for each state by itself, which favours them.
 
 Measures (measures.py). Kendall's tau-b, the tau that a perfect predictor of the noisy target would attain, the share of

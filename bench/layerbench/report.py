@@ -47,6 +47,8 @@ NAMES = {
 """Rows of the table. Single metrics are in the plot and in the JSON."""
 _APART = (PROBED, "ranker", "layer prior", "number of parameters", "middle", "step gain", *CONTROLS[:2])
 """Of which the pairs of version 1 are shown apart."""
+_BESIDE_PROBES = (PROBED, "probe alone", *_APART[1:6])
+"""What stands beside probes on the pairs that have one."""
 LEGEND = (
     "*Tau*: Kendall's, between a ranking of the layers and what fine-tuning each of them alone gains; mean over pairs "
     "of model and data set, with its 95 % bootstrap interval over them. *Known models*: families of data sets held "
@@ -65,7 +67,18 @@ LEGEND = (
 def layerbench_text(document: dict[str, Any]) -> str:
     """The headline, the plot, the tables, and in words which goals were met."""
     plot = "![Kendall's tau of every ranking, by setting](../bench/results/layerbench.svg)"
-    apart = [_of_version_1(document)] if document["summary_of_version_1_pairs"] else []
+    apart = [
+        _apart(document[key], words, names)
+        for key, words, names in (
+            ("summary_of_probed_pairs", "The {} pairs alone that were probed:", _BESIDE_PROBES),
+            (
+                "summary_of_version_1_pairs",
+                "The {} pairs alone that version 1 of the protocol judged; what is fitted was fitted to all pairs:",
+                _APART,
+            ),
+        )
+        if document.get(key)
+    ]
     words = [_goals(document["must_reach"]), _worst(document["diagnosis"])]
     return "\n\n".join([_headline(document["summary"]), plot, layerbench_table(document), LEGEND, *apart, *words])
 
@@ -142,19 +155,22 @@ def _headline(summary: dict[str, Any]) -> str:
     return f"**One batch, {setting}** ({summary[setting]['fresh']['pairs']} pairs), mean tau: {'; '.join(found)}."
 
 
-def _of_version_1(document: dict[str, Any]) -> str:
-    """Means over the pairs of version 1 of the protocol alone."""
-    summary = document["summary_of_version_1_pairs"]
+def _apart(summary: dict[str, Any], words: str, names: tuple[str, ...]) -> str:
+    """Means over some of the pairs alone. words: with a place for their number."""
     settings = [name for name in SETTINGS if name in summary]
     rows = []
-    for name in _APART:
+    for name in names:
         found = [summary[setting]["fresh"]["contestants"].get(name) for setting in settings]
         if any(found):
-            rows.append([NAMES[name], *("" if one is None else _with_interval(one["tau"]) for one in found)])
-    head = ["layers ranked by", *(f"{setting}: tau" for setting in settings)]
-    count = summary[settings[-1]]["fresh"]["pairs"]
-    words = f"The {count} pairs alone that version 1 of the protocol judged; what is fitted was fitted to all pairs:"
-    return f"{words}\n\n{markdown_table(head, rows)}"
+            cells = [
+                ("", "") if one is None else (_with_interval(one["tau"]), _number(one["top_5"].get("mean")))
+                for one in found
+            ]
+            rows.append([NAMES[name], *(cell for pair in cells for cell in pair)])
+    head = ["layers ranked by", *(part for s in settings for part in (f"{s}: tau", "top 5 recover"))]
+    last = [f"{summary[s]['fresh']['attainable_tau']:.2f}" for s in settings]
+    rows.append(["*attainable*", *(cell for tau in last for cell in (tau, "1.00"))])
+    return f"{words.format(summary[settings[-1]]['fresh']['pairs'])}\n\n{markdown_table(head, rows)}"
 
 
 def _goals(goals: list[dict[str, Any]]) -> str:

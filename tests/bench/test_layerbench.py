@@ -39,7 +39,6 @@ from bench.layerbench.profiles import (
     gains_by_seed,
     mean_gain,
     profiles,
-    with_probes,
     with_start_losses,
     z_scores,
 )
@@ -275,27 +274,19 @@ def test_gains_count_from_the_head_retrained_alone_where_it_is_known(records):
     np.testing.assert_allclose(mean_gain(records)[trec] - mean_gain(found)[trec], 0.5)
 
 
-def test_probes_join_profiles_by_model_data_set_seed_and_layer(records, tmp_path):
-    path = tmp_path / "probes.parquet"
-    assert with_probes(records, path) is records
-    keys = ["model", "dataset", "seed", "layer"]
-    probes = records[records.model == "minilm"][keys].drop_duplicates().reset_index(drop=True)
-    probes = probes.assign(probe_gain=np.arange(len(probes)) * 1.0, probe_error=0.1)
-    probes.to_parquet(path)
-    found = with_probes(records, path)
-    assert len(found) == len(records) and found.probe_gain[found.model != "minilm"].isna().all()
-    assert found[found.model == "minilm"].groupby(keys).probe_gain.nunique().eq(1).all()
-    assert "probe alone" in baselines.contestants(found, {}) and "probe alone" not in baselines.contestants(records, {})
-    profile = next(rows for key, rows in profiles(found) if key[0] == "minilm")
-    np.testing.assert_array_equal(baselines.contestants(found, {})["probe alone"].predict(profile), profile.probe_gain)
-    for wrong, words in (
-        (probes.rename(columns={"probe_gain": "gain"}), "probe_gain are missing"),
-        (probes.assign(score=1.0), "columns score are neither"),
-        (pandas.concat([probes, probes[:1]]), "several rows of model minilm"),
-    ):
-        wrong.to_parquet(path)
-        with pytest.raises(ValueError, match=words):
-            with_probes(records, path)
+def test_contestants_of_probes_say_nothing_of_pairs_that_were_not_probed(records):
+    scores = np.where(records.model == "minilm", np.arange(len(records)) % 7 / 7 - 0.5, np.nan)
+    probed = records.assign(probe_score=scores)
+    names = {"ranker, probed", "probe alone"}
+    assert names <= set(baselines.contestants(probed, {})) and not names & set(baselines.contestants(records, {}))
+    contest = baselines.contestants(probed, {})
+    mine = next(rows for key, rows in profiles(probed) if key[0] == "minilm")
+    other = next(rows for key, rows in profiles(probed) if key[0] != "minilm")
+    np.testing.assert_array_equal(contest["probe alone"].predict(mine), mine.probe_score)
+    fitted = contest["ranker, probed"].fit(probed)
+    assert fitted.ranker is contest["ranker"] and np.isfinite(fitted.predict(mine)).all()
+    assert not np.array_equal(fitted.predict(mine), contest["ranker"].predict(mine))
+    assert np.isnan(fitted.predict(other)).all()
 
 
 def test_blocks_of_real_names():

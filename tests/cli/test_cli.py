@@ -245,6 +245,14 @@ def test_finetune_trains_the_chosen_layers_and_saves_them(run, tmp_path):
     assert found["seconds_per_step"] > 0 and found["peak_memory_bytes"] > 2**20
 
 
+def test_finetune_probes_before_it_ranks(run, home, tmp_path):
+    save_jsonl(home / "more.jsonl", TEXTS * 16, LABELS * 16)
+    words = ("finetune", "bert", "more.jsonl", "--top", 2, "--steps", 1, *saving(tmp_path), "--json")
+    plain, probed = document(run(*words)), document(run(*words, "--probe", "5%"))
+    assert "probed (the probe weighs" in probed["note"] and "probed" not in plain["note"]
+    assert len(probed["layers"]) == 2
+
+
 def test_finetune_of_a_language_model_with_named_layers(run, tmp_path):
     layer = "model.layers.1.mlp.up_proj"
     words = ("finetune", "llama", "films.jsonl", "--layers", layer, "--steps", 3)
@@ -388,6 +396,11 @@ def test_what_profile_refuses_is_one_line(run, words, parts):
         (("--max-memory", "1KB"), ["max_memory", "no 5 layers fit"]),
         (("--layers", "bert.pooler.dense", "--max-memory", "1GB"), ["--layers", "--max-memory"]),
         (("--frozen", "int3"), ["int3", "int8"]),
+        (("--probe", "much"), ["--probe 'much'", "5% or 0.05"]),
+        (("--probe", "0%"), ["--probe '0%'"]),
+        (("--probe", "5%", "--by", "snip"), ["--probe", "--by"]),
+        (("--probe", "5%", "--layers", "bert.pooler.dense"), ["--probe", "--layers"]),
+        (("--probe", "5%"), ["hold 22 samples; a probe needs at least 48"]),
         (("--checkpoint", "all"), ["'all'", "above-cut"]),
         (("--validation-share", "0.01"), ["24 examples are too few for a validation share of 0.01"]),
     ],

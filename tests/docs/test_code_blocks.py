@@ -74,7 +74,7 @@ def folder(tmp_path, monkeypatch):
     save_resnet(tmp_path / "my-resnet", num_labels=3)
     save_digits(tmp_path / "photos")
     save_jsonl(tmp_path / "texts.jsonl", TEXTS * 3)
-    rows = "".join(f'{{"text": "{text}", "stars": {place % 2}}}\n' for place, text in enumerate(TEXTS * 4))
+    rows = "".join(f'{{"text": "{text}", "stars": {place % 2}}}\n' for place, text in enumerate(TEXTS * 12))
     (tmp_path / "reviews.jsonl").write_text(rows)
     monkeypatch.chdir(tmp_path)
     return tmp_path

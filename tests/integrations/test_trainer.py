@@ -178,3 +178,29 @@ def test_bad_layers_leave_the_model_alone(tmp_path, layers, error, message):
     with pytest.raises(error, match=re.escape(message)):
         prepare(trainer, layers, by="rgn")
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_layers_of_a_model_that_nobody_swept_are_probed(tmp_path, caplog, monkeypatch):
+    from zest_fast.integrations import trainer as integration
+
+    seen = []
+    create = integration.run_probe
+    monkeypatch.setattr(integration, "run_probe", lambda *a, **k: seen.append(create(*a, **k)) or seen[-1])
+    trainer = trainer_of(bert(), classified(96), tmp_path)
+    state = torch.get_rng_state()
+    with caplog.at_level(logging.INFO, logger="zest_fast"):
+        tuned = prepare(trainer, 2)
+    assert torch.equal(state, torch.get_rng_state())
+    assert len(seen) == 1 and seen[0].cost <= 0.05 and "a probe of each layer" in caplog.text
+    tuned.remove()
+    for options in ({"probe": None}, {"by": "snip"}):
+        prepare(trainer, 2, **options).remove()
+    assert len(seen) == 1
+    prepare(trainer, 2, probe=0.1).remove()
+    assert len(seen) == 2 and seen[1].cost > 0.05
+
+
+def test_where_samples_are_too_few_for_a_probe_it_is_said(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="zest_fast"):
+        prepare(trainer_of(bert(), classified(8), tmp_path), 2).remove()
+    assert "no probe: the batches hold 8 samples" in caplog.text

@@ -21,6 +21,9 @@ PROBED = "probe_score"
 """The column that records may have: the score that a probe gave a layer, in all rows of it."""
 
 
+_LEAST_SHARE = 0.05
+
+
 @dataclass(frozen=True, eq=False)
 class Probe:
     """Gains of layers that were each trained alone for a few steps, measured on samples that they did not train on.
@@ -134,7 +137,7 @@ def evidence(gains: np.ndarray, errors: np.ndarray) -> np.ndarray:
 
     At each rate: where a layer stands among the others, minus 1/2, times the share of the variance of the gains that is
     no noise, 1 - median squared error / variance. There a loss counts as no gain: steps that break layers order them by
-    how they break. The mean over the rates; 0 throughout where nothing can be told from noise.
+    how they break. The share is at least 0.05, so that equal scores stand for equal gains alone. The mean over the rates.
 
     Args:
         gains: [rates, layers]; NaN where the loss was not finite: these stand last.
@@ -148,7 +151,7 @@ def evidence(gains: np.ndarray, errors: np.ndarray) -> np.ndarray:
         variance = np.maximum(own[finite], 0.0).var()
         known = noise[finite & np.isfinite(noise)]
         squared = float(np.median(known**2)) if len(known) else 0.0
-        share = max(0.0, 1 - squared / variance) if variance > 0 else 0.0
+        share = max(_LEAST_SHARE, 1 - squared / variance) if variance > 0 else _LEAST_SHARE
         places = positions(np.where(finite, own, own[finite].min() - 1.0)[:, None])[:, 0]
         total += share * (places - 0.5)
     return total / len(gains)

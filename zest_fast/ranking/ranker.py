@@ -79,6 +79,11 @@ class Ranker:
         return self
 
     @property
+    def is_fitted(self) -> bool:
+        """Whether it has learned or loaded something."""
+        return self._model is not None
+
+    @property
     def metadata(self) -> dict[str, Any]:
         """What it was fitted to, the settings that were chosen, and what held-out records said of it."""
         return dict(self._metadata)

@@ -30,6 +30,7 @@ from zest_fast.foundation.replacing import replacing
 from zest_fast.profiling.layers import find_layers
 from zest_fast.sweeping.head import classifier_of, features_of, fit_head
 from zest_fast.sweeping.inputs import Inputs, rows_of
+from zest_fast.sweeping.objectives import Classification
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.tables import load_records, sweeps_of
 from zest_fast.sweeping.trial_order import plan
@@ -93,7 +94,7 @@ def _trials(
     used = torch.cat(list(draws.values())).unique()
     limit = _CACHE_BYTES // (len(used) + len(splits["score"][1]))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        (task,) = plan(model, head, {layer: recipe.seeds}, inputs, reuse=True, limit=limit).values()
+        (task,) = plan(model, tuple(head.parameters()), {layer: recipe.seeds}, inputs, reuse=True, limit=limit).values()
         # The head trains anyway; in the layer's place is a number that the loss does not depend on.
         task = replace(task, part=replace(task.part, parameters=(nn.Parameter(torch.ones(1)),)))
         trials = Trials(
@@ -103,8 +104,8 @@ def _trials(
             heads={seed: refitted_head(model, head, splits["head"], recipe, strength, seed) for seed in recipe.seeds},
             rows={seed: torch.searchsorted(used, rows) for seed, rows in draws.items()},
             tasks={name: task},
-            train=(rows_of(inputs, used), targets[used]),
-            score=splits["score"],
+            train=(rows_of(inputs, used), Classification(targets[used])),
+            score=(splits["score"][0], Classification(splits["score"][1])),
             limit=limit,
             folder=Path(folder),
         )

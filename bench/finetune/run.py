@@ -51,6 +51,7 @@ from zest_fast.ranking.ranker import Ranker
 from zest_fast.ranking.ranking import rank
 from zest_fast.sweeping.head import choose_strength, classifier_of, features_of, fit_head
 from zest_fast.sweeping.inputs import logits_of, rows_of
+from zest_fast.sweeping.objectives import Classification
 from zest_fast.sweeping.prefix_cache import PrefixCache
 from zest_fast.sweeping.tables import load_records, sweeps_of
 from zest_fast.sweeping.trials import evaluate, set_head
@@ -275,7 +276,7 @@ class Pair:
     def _evaluate(self, model: nn.Module, split: str, samples: int | None = None) -> tuple[float, float]:
         """Mean loss and accuracy."""
         inputs, targets = self.splits[split]
-        score = evaluate(PrefixCache(model, inputs, limit=0, folder=Path()), targets[:samples])
+        score = evaluate(PrefixCache(model, inputs, limit=0, folder=Path()), Classification(targets[:samples]))
         return score["loss"], score["accuracy"]
 
     # Results

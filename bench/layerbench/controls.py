@@ -40,6 +40,7 @@ from zest_fast.foundation.replacing import replacing
 from zest_fast.profiling.profile import profile
 from zest_fast.sweeping.head import classifier_of
 from zest_fast.sweeping.inputs import Inputs, rows_of
+from zest_fast.sweeping.objectives import Classification
 from zest_fast.sweeping.prefix_cache import PrefixCache
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.tables import SHIPPED, load_records, sweeps_of
@@ -175,7 +176,7 @@ def described(path: Path) -> list[dict[str, Any]]:
 
 def _checked_loss(model: nn.Module, split: tuple[Inputs, Tensor], swept: pandas.DataFrame) -> list[float]:
     inputs, targets = split
-    found = evaluate(PrefixCache(model, inputs, limit=0, folder=Path()), targets)["loss"]
+    found = evaluate(PrefixCache(model, inputs, limit=0, folder=Path()), Classification(targets))["loss"]
     recorded = float(swept.head_loss.iloc[0])
     if abs(found - recorded) > SAME_HEAD * recorded:
         raise ValueError(f"the head of seed {SEED} has a loss of {found}, in the records {recorded}")

@@ -28,7 +28,7 @@ from zest_fast.ranking.probed import PROBED
 from zest_fast.sweeping.inputs import rows_of
 from zest_fast.sweeping.trials import draw
 
-SAMPLES = 640
+SAMPLES = 1024
 BUDGET = 0.05
 
 
@@ -85,10 +85,9 @@ def measure(pair: str, *, seed: int, budget: float, samples: int) -> dict[str, A
         "cost": found.cost,
         "seconds": round(seconds, 2),
         "start": found.start,
-        "head": found.head,
         "settings": dict(found.settings),
         "notes": list(found.notes),
-        "by_rate": {f"{factor:g}": values.tolist() for factor, values in found.by_rate.items()},
+        "by_step": {f"{step:g}": values.tolist() for step, values in found.by_step.items()},
         "layers": {
             name: [float(score), float(gain), float(error)]
             for name, score, gain, error in zip(found.names, found.scores, found.gains, found.errors, strict=True)

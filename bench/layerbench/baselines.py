@@ -144,7 +144,7 @@ class ProbedRanker:
         if np.isnan(scores).any():
             return np.full(len(profile), np.nan)
         ones = np.ones(len(profile))
-        probe = Probe(tuple(profile.layer), scores, scores, ones, ones.astype(int), start=1.0, head=1.0)
+        probe = Probe(tuple(profile.layer), scores, scores, ones, ones, start=1.0)
         return self.ranker.predict(profile, probe)
 
 

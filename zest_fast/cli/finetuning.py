@@ -60,9 +60,7 @@ def finetune_job(
         if probe is not None:
             with console.status("probing"):
                 batches = collect(job.model, job.loaders.train, lambda one: to_device(one, job.device))
-                found = run_probe(
-                    job.model, batches, layers=profiled.names, budget=probe, top=top, progress=console.is_terminal
-                )
+                found = run_probe(job.model, batches, layers=profiled.names, budget=probe, progress=console.is_terminal)
         ranking = rank(profiled, by=by, probe=found)
         if prefer == "score" and max_memory is None:
             layers = ranking.top(top)

@@ -164,7 +164,7 @@ def _best(trainer: Trainer, n: int, by: Any, share: float | Literal["auto"] | No
             return ranking.top(n)
         _log.info("a probe of each layer before they are ranked: %.0f %% of what a sweep would cost", 100 * share)
         try:
-            found = run_probe(model, collect(model, loader), layers=profiled.names, budget=share, top=n)
+            found = run_probe(model, collect(model, loader), layers=profiled.names, budget=share)
         except ValueError as error:
             if by is None and "samples; a probe needs" in str(error):
                 _log.warning("no probe: %s. The layers are ranked by one batch alone", error)

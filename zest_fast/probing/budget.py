@@ -11,34 +11,28 @@ from dataclasses import dataclass
 
 from zest_fast.sweeping.recipe import Recipe
 
-STEPS = 8
-LAYER_LR_FACTORS = (1e-3, 1e-2)
-"""Of RMS(W). What the sweeps' usual rate, the second, gains after so few steps says much of some models, and of others,
-where its first steps break what later ones mend, nothing; at a tenth of it it is the other way round."""
+STEP_SIZES = (0.3, 1.0, 3.0, 10.0, 30.0)
+"""Of the learning rate of the default recipe: from well below one step of Adam to all steps of a sweep in one."""
+BATCH = 16
+"""Samples whose gradients are averaged before they are compared: Adam's second moment is of such batches."""
+_GRADIENT = 3.0  # forward and backward of a sample, all layers at once
+_WHOLE = 2.0  # passes from the middle that a whole pass is worth
 _TRAINED = 2.5
-_BATCH, _LEAST_BATCH = 16, 4
-_SCORED, _LEAST_SCORED = 512, 16  # beyond, other training samples tell more than more scored ones
-_SHARE_OF_TRAINING = 0.6  # of what there is, where it does not reach for whole batches
 _SCORED_BY_A_SWEEP = 1500
+_SCORED, _LEAST = 512, 16
 
 
 @dataclass(frozen=True)
 class Sizes:
-    batch: int
-    trained: int
-    """Samples that a layer is trained on."""
-    scored: int
     head: int
     """Samples that the head is fitted to."""
+    directions: int
+    """Samples whose gradients give the directions."""
+    scored: int
 
-    @property
-    def units(self) -> float:
-        """Of one trial."""
-        return _TRAINED * STEPS * self.batch + self.scored
-
-    def round_units(self, layers: int) -> float:
-        """Of a round over so many layers, with the head alone."""
-        return (len(LAYER_LR_FACTORS) * layers + 1) * self.units
+    def units(self, layers: int, passes: int) -> float:
+        """Of a probe, at most. passes: how often the gradients are computed."""
+        return _WHOLE * _GRADIENT * self.directions * passes + len(STEP_SIZES) * self.scored * layers
 
 
 def sweep_units() -> float:
@@ -47,28 +41,30 @@ def sweep_units() -> float:
     return len(recipe.seeds) * (_TRAINED * recipe.steps * recipe.batch_size + _SCORED_BY_A_SWEEP)
 
 
-def sizes_for(samples: int, budget: float, layers: int, *, fits_head: bool) -> Sizes:
+def sizes_for(samples: int, budget: float, layers: int, *, passes: int, fits_head: bool) -> Sizes:
     """The largest sizes that `budget`, a share of a sweep, and the samples allow.
 
-    Raises ValueError where either is too small for one probe of each layer.
+    passes: how often the gradients are computed. Raises ValueError where budget or samples are too few.
     """
-    least = _TRAINED * STEPS * _LEAST_BATCH + _LEAST_SCORED
-    share = sweep_units() * layers / (len(LAYER_LR_FACTORS) * layers + 1)  # the head alone is one more trial
-    if budget * share < least:
+    allowed = budget * sweep_units() * layers
+    least = Sizes(0, _LEAST, _LEAST).units(layers, passes)
+    if allowed < least:
         raise ValueError(
             f"budget={budget:g} of a sweep is too small for one probe of each of the {layers} layers; at least "
-            f"{least / share:.2g} is needed"
+            f"{least / (sweep_units() * layers):.2g} is needed"
         )
-    parts = 3 if fits_head else 2
-    if samples < parts * _LEAST_SCORED:
+    parts = 4 if fits_head else 3
+    if samples < parts * _LEAST:
         raise ValueError(
-            f"the batches hold {samples} samples; a probe needs at least {parts * _LEAST_SCORED}: some to "
-            f"{'fit the head to, some to ' if fits_head else ''}train on and others to score (256 or more are better)"
+            f"the batches hold {samples} samples; a probe needs at least {parts * _LEAST}: some to "
+            f"{'fit the head to, some to ' if fits_head else ''}take gradients of and others to score (256 or more are "
+            "better)"
         )
-    head = round(0.35 * samples) if fits_head else 0
-    affordable = int(_SHARE_OF_TRAINING * budget * share / (_TRAINED * STEPS))
-    batch = max(_LEAST_BATCH, min(_BATCH, affordable, round(0.35 * samples)))
-    trained = min(STEPS * batch, round(0.25 * samples))
-    batch = min(batch, trained)
-    scored = min(_SCORED, samples - head - trained, int(budget * share - _TRAINED * STEPS * batch))
-    return Sizes(batch, trained, scored, head)
+    head = samples // 4 if fits_head else 0
+    scored = samples // 4
+    directions = samples - head - scored
+    # Half of the budget at most for directions, which cost little but where memory wants several passes.
+    directions = min(directions, max(_LEAST, int(0.5 * allowed / (_WHOLE * _GRADIENT * passes))))
+    left = allowed - Sizes(head, directions, 0).units(layers, passes)
+    affordable = int(left / (len(STEP_SIZES) * layers))
+    return Sizes(head, directions, min(_SCORED, scored, affordable))

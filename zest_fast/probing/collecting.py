@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zest_fast.profiling.heads import unwrap
 
-SAMPLES = 640
+SAMPLES = 1024
 """Of which a probe at 5 % of a sweep uses all."""
 _IGNORED = -100  # the label that transformers' losses leave out
 

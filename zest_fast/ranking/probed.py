@@ -1,4 +1,4 @@
-"""What a probe found: how much a few steps on each layer alone gained. No torch."""
+"""What a probe found: how much a step of each layer alone gained. No torch."""
 
 from __future__ import annotations
 
@@ -26,29 +26,28 @@ _LEAST_SHARE = 0.05
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Gains of layers that were each trained alone for a few steps, measured on samples that they did not train on.
+    """Gains of layers that were each moved alone along their gradient, on samples that gave no gradient.
 
     Args:
         names: the layers.
         scores: float64 [layers], -1/2 to 1/2: where each layer stands among the others, as far as its gains can be told
             from noise (see `evidence`). This is what ranks.
-        gains: float64 [layers], loss of the head trained alone minus loss with the layer, at the learning rate that
-            gained most; NaN where no loss was finite.
-        errors: float64 [layers], standard errors of the gains over the scored samples (and over rounds, where there are
-            several). Luck of the few training samples is not in them.
-        rounds: int [layers], how often each layer was trained.
-        start: loss before anything was trained.
-        head: loss after the head was trained alone; `start` where there is no head to train.
+        gains: float64 [layers], loss before minus loss after the step, at the step size that gained most; NaN where no
+            loss was finite.
+        errors: float64 [layers], standard errors of the gains over the scored samples. Luck of the samples that gave
+            the gradient is not in them.
+        steps: float64 [layers], the step sizes that gained most, as multiples of the default recipe's learning rate.
+        start: loss before any step, with the head that the probe fitted, where it did.
         cost: share of a sweep by the default recipe that it took.
-        by_rate: learning rate, as a share of RMS(W) -> gains and their errors at this rate, float64 [2, layers].
+        by_step: step size -> gains and their errors, float64 [2, layers]; NaN where the search had ended.
         settings: how it was measured.
         notes: what should be known of it, in sentences.
 
     Examples:
         >>> import numpy as np, zest_fast
         >>> gains, errors = np.array([0.1, 0.3]), np.array([0.02, 0.02])
-        >>> scores = np.array([-0.25, 0.25])
-        >>> found = zest_fast.Probe(("a", "b"), scores, gains, errors, np.array([1, 1]), start=1.0, head=0.9)
+        >>> scores, steps = np.array([-0.25, 0.25]), np.array([3.0, 1.0])
+        >>> found = zest_fast.Probe(("a", "b"), scores, gains, errors, steps, start=1.0)
         >>> found.top(1)
         ('b',)
     """
@@ -57,11 +56,10 @@ class Probe:
     scores: np.ndarray
     gains: np.ndarray
     errors: np.ndarray
-    rounds: np.ndarray
+    steps: np.ndarray
     start: float
-    head: float
     cost: float = float("nan")
-    by_rate: Mapping[float, np.ndarray] = field(default_factory=dict)
+    by_step: Mapping[float, np.ndarray] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -109,18 +107,17 @@ class Probe:
         return self.of(tuple(profile.names), heads_of(profile))
 
     def to_pandas(self) -> pandas.DataFrame:
-        """Columns score, gain, error and rounds; the index, named "layer", in the order of `names`."""
+        """Columns score, gain, error and step; the index, named "layer", in the order of `names`."""
         import pandas
 
-        columns = {"score": self.scores, "gain": self.gains, "error": self.errors, "rounds": self.rounds}
+        columns = {"score": self.scores, "gain": self.gains, "error": self.errors, "step": self.steps}
         return pandas.DataFrame(columns, index=pandas.Index(self.names, name="layer"))
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __repr__(self) -> str:
-        losses = f"loss {number(self.start)} at the start, {number(self.head)} with the head alone"
-        head = f"Probe of {len(self)} layers: {losses}"
+        head = f"Probe of {len(self)} layers: loss {number(self.start)} before any step"
         head += f", for {self.cost:.1%} of a sweep" if np.isfinite(self.cost) else ""
         order = np.argsort(-self.scores, kind="stable")[:10]
         rows = [
@@ -133,28 +130,24 @@ class Probe:
 
 
 def evidence(gains: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """What gains at several learning rates say of the order of the layers, float64 [layers], -1/2 to 1/2.
+    """What gains say of the order of the layers, float64 [layers], -1/2 to 1/2.
 
-    At each rate: where a layer stands among the others, minus 1/2, times the share of the variance of the gains that is
-    no noise, 1 - median squared error / variance. There a loss counts as no gain: steps that break layers order them by
-    how they break. The share is at least 0.05, so that equal scores stand for equal gains alone. The mean over the rates.
+    Where a layer stands among the others, minus 1/2, times the share of the variance of the gains that is no noise,
+    1 - median squared error / variance, in which losses count as no gain. The share is at least 0.05, so that equal
+    scores stand for equal gains alone.
 
     Args:
-        gains: [rates, layers]; NaN where the loss was not finite: these stand last.
-        errors: their standard errors; NaN where they are not known, which counts as 0.
+        gains: [layers]; NaN where no loss was finite: these stand last.
+        errors: [layers], their standard errors; NaN where they are not known, which counts as 0.
     """
-    total = np.zeros(gains.shape[1])
-    for own, noise in zip(gains, errors, strict=True):
-        finite = np.isfinite(own)
-        if finite.sum() < 2:
-            continue
-        variance = np.maximum(own[finite], 0.0).var()
-        known = noise[finite & np.isfinite(noise)]
-        squared = float(np.median(known**2)) if len(known) else 0.0
-        share = max(_LEAST_SHARE, 1 - squared / variance) if variance > 0 else _LEAST_SHARE
-        places = positions(np.where(finite, own, own[finite].min() - 1.0)[:, None])[:, 0]
-        total += share * (places - 0.5)
-    return total / len(gains)
+    finite = np.isfinite(gains)
+    if finite.sum() < 2:
+        return np.zeros(len(gains))
+    variance = np.maximum(gains[finite], 0.0).var()
+    known = errors[finite & np.isfinite(errors)]
+    noise = float(np.median(known**2)) if len(known) else 0.0
+    share = max(_LEAST_SHARE, 1 - noise / variance) if variance > 0 else _LEAST_SHARE
+    return share * (positions(np.where(finite, gains, gains[finite].min() - 1.0)[:, None])[:, 0] - 0.5)
 
 
 def heads_of(profile: LayerProfile) -> frozenset[str]:

@@ -48,11 +48,10 @@ class Trials:
     """All that trials need. A worker has its own, pickled or forked: a trial changes the model and changes it back."""
 
     model: nn.Module
-    head: nn.Linear | None
-    """What trains with every layer; None = the layer trains alone."""
+    head: nn.Linear
     recipe: Recipe
     heads: Mapping[int, tuple[Tensor, Tensor]]
-    """Weight and bias of the head that each seed starts from; empty without a head."""
+    """Weight and bias of the head that each seed starts from."""
     rows: Mapping[int, Tensor]
     """The samples of `train` that each seed trains on."""
     tasks: Mapping[str, LayerTask]
@@ -99,10 +98,6 @@ class Trials:
             result = self._measure(trial, *self._new_caches())
         return {**result, "seconds": round(time.perf_counter() - began, 3)}
 
-    def full_pass(self, trial: Trial) -> dict[str, Any]:
-        """As `run`, by full passes; what is kept for others stays where it is."""
-        return self._measure(trial, *self._new_caches())
-
     def _reuses(self, task: LayerTask) -> bool:
         boundary = task.boundary
         if task.part.name in self._plain or not boundary.skipped:
@@ -111,8 +106,7 @@ class Trials:
 
     def _measure(self, trial: Trial, train: PrefixCache, score: PrefixCache, *, check: bool = False) -> dict[str, Any]:
         part = self.tasks[trial.layer].part
-        if self.head is not None:
-            set_head(self.head, *self.heads[trial.seed])
+        set_head(self.head, *self.heads[trial.seed])
         with saved_parameters(part.parameters), preserved(self.model, trial.seed):
             self._train(part, trial.seed, train, check)
             if check:
@@ -139,9 +133,11 @@ class Trials:
     def _train(self, part: Part, seed: int, cache: PrefixCache, check: bool = False) -> None:
         recipe, objective = self.recipe, self.train[1]
         rms = float(part.parameters[0].detach().double().square().mean().sqrt())
-        head = list(self.head.parameters()) if self.head is not None else []
-        groups = [{"params": list(part.parameters), "lr": recipe.layer_lr(rms)}]
-        groups += [{"params": head, "lr": recipe.head_lr}] if head else []
+        head = list(self.head.parameters())
+        groups = [
+            {"params": list(part.parameters), "lr": recipe.layer_lr(rms)},
+            {"params": head, "lr": recipe.head_lr},
+        ]
         trained = [*part.parameters, *head]
         optimizer = torch.optim.Adam(groups)
         rates = [group["lr"] for group in optimizer.param_groups]

@@ -72,8 +72,8 @@ class Plan:
     Examples:
         >>> import zest_fast
         >>> from torch import nn
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-        >>> step = zest_fast.plan(model, ["0"], batch_size=4, image_size=None, dtype=None)
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+        >>> step = zest_fast.plan(model, ["0"], batch_size=2, image_size=8)
         >>> sum(step.breakdown.values()) == step.peak_bytes
         True
     """

@@ -96,7 +96,7 @@ def finetune(
     ] = None,
     probe: Annotated[
         str | None,
-        typer.Option(help="Train each layer for a few steps before ranking: the share of a sweep's cost, such as 5%."),
+        typer.Option(help="Probe each layer before ranking, for this share of a sweep's cost, such as 5%."),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many layers to train beside the head.")] = 5,
     layers: Annotated[

@@ -1,1 +1,1 @@
-"""A little real training of each layer alone, to see what it gains."""
+"""A step of each layer alone, to see what it gains."""

@@ -163,8 +163,6 @@ class _Probing:
         gains, errors = np.full((2, len(STEP_SIZES), len(names)), np.nan)
         sample = self._scored.inputs
         limit = CACHE_BYTES // len(self._scored)
-        for parameter in self._model.parameters():
-            parameter.requires_grad_(False)
         tasks = plan(self._model, (), dict.fromkeys(self._layers, (self._seed,)), sample, reuse=True, limit=limit)
         with Progress(f"probe of {len(names)} layers", len(names), progress) as bar:
             bar.plan([task.cost for task in tasks.values()])

@@ -158,6 +158,12 @@ def test_a_layer_that_diverged_stands_last() -> None:
     assert not evidence(np.full(3, np.nan), np.full(3, np.nan)).any()
 
 
+def test_a_probe_has_an_entry_for_each_layer() -> None:
+    two = np.zeros(2)
+    with pytest.raises(ValueError, match=r"errors has shape \[3\]; an entry for each of 2 layers"):
+        Probe(("a", "b"), two, two, np.zeros(3), two, start=1.0)
+
+
 def test_weights_are_never_negative_and_are_of_the_other_groups() -> None:
     chance = np.random.default_rng(0)
     places = chance.uniform(size=200)

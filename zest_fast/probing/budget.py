@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from zest_fast.sweeping.recipe import Recipe
 
 STEP_SIZES = (0.3, 1.0, 3.0, 10.0)
-"""Of the learning rate of the default recipe: from well below one step of Adam to most of a sweep's steps in one. Beyond,
-what a layer gains says little of what training it gains (30 was tried)."""
+"""Of the learning rate of the default recipe: from well below one step of Adam to most of a sweep's steps in one.
+Beyond, what a layer gains says little of what training it gains (30 was tried)."""
 BATCH = 16
 """Samples whose gradients are averaged before they are compared: Adam's second moment is of such batches."""
 _GRADIENT = 3.0  # forward and backward of a sample, all layers at once

@@ -43,6 +43,9 @@ class Probe:
         settings: how it was measured.
         notes: what should be known of it, in sentences.
 
+    Raises:
+        ValueError: arrays that are not [layers].
+
     Examples:
         >>> import numpy as np, zest_fast
         >>> gains, errors = np.array([0.1, 0.3]), np.array([0.02, 0.02])
@@ -62,6 +65,14 @@ class Probe:
     by_step: Mapping[float, np.ndarray] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("scores", "gains", "errors", "steps"):
+            shape = np.shape(getattr(self, name))
+            if shape != (len(self.names),):
+                raise ValueError(
+                    f"{name} has shape {list(shape)}; an entry for each of {len(self.names)} layers is needed"
+                )
 
     def top(self, n: int) -> tuple[str, ...]:
         """The `n` layers with the largest scores, best first.

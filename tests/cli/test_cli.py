@@ -400,7 +400,7 @@ def test_what_profile_refuses_is_one_line(run, words, parts):
         (("--probe", "0%"), ["--probe '0%'"]),
         (("--probe", "5%", "--by", "snip"), ["--probe", "--by"]),
         (("--probe", "5%", "--layers", "bert.pooler.dense"), ["--probe", "--layers"]),
-        (("--probe", "5%"), ["hold 22 samples; a probe needs at least 48"]),
+        (("--probe", "5%"), ["hold 22 samples; a probe needs at least 64"]),
         (("--checkpoint", "all"), ["'all'", "above-cut"]),
         (("--validation-share", "0.01"), ["24 examples are too few for a validation share of 0.01"]),
     ],

@@ -197,7 +197,7 @@ def test_layers_of_a_model_that_nobody_swept_are_probed(tmp_path, caplog, monkey
         prepare(trainer, 2, **options).remove()
     assert len(seen) == 1
     prepare(trainer, 2, probe=0.1).remove()
-    assert len(seen) == 2 and seen[1].cost > 0.05
+    assert len(seen) == 2
 
 
 def test_where_samples_are_too_few_for_a_probe_it_is_said(tmp_path, caplog):

@@ -249,7 +249,7 @@ def test_finetune_probes_before_it_ranks(run, home, tmp_path):
     save_jsonl(home / "more.jsonl", TEXTS * 16, LABELS * 16)
     words = ("finetune", "bert", "more.jsonl", "--top", 2, "--steps", 1, *saving(tmp_path), "--json")
     plain, probed = document(run(*words)), document(run(*words, "--probe", "5%"))
-    assert "probed (the probe weighs" in probed["note"] and "probed" not in plain["note"]
+    assert ", probed" in probed["note"] and "probed" not in plain["note"]
     assert len(probed["layers"]) == 2
 
 

@@ -77,7 +77,7 @@ def test_intervals_of_probed_scores_are_from_where_both_were_held_out(
     rows = fresh(records, "tower", "digits")
     profile = profile_of(rows.drop(columns=[PROBED, *OUTCOMES]))
     plain, probed = rank(profile, by=ranker), rank(profile, by=ranker, probe=probe_of(rows))
-    assert "probed (the probe weighs" in probed.note and "probed" not in plain.note
+    assert ", probed" in probed.note and "the probe " in probed.note and "probed" not in plain.note
     low, high = probed.intervals[:-1].T  # the head is last, and has none
     assert (low <= probed.scores[:-1]).all() and (probed.scores[:-1] <= high).all()
     parts = probed.explain()
@@ -174,3 +174,17 @@ def test_weights_are_never_negative_and_are_of_the_other_groups() -> None:
     mixed = mixed_without_own(scores, np.zeros(200), places, np.ones(200), list(groups))
     assert np.allclose(mixed[:100], 0.5)  # what the second group taught of the scores: nothing
     assert np.allclose(mixed[100:], scores[100:])
+
+
+def test_the_note_says_what_the_scores_rest_on(records: pandas.DataFrame, ranker: Ranker) -> None:
+    rows = fresh(records, "tower", "digits")
+    profile = one_profile(records, "tower", "digits").drop(columns=[PROBED])
+    known, probed = ranker.assess(profile), ranker.assess(profile, probe_of(rows))
+    new = ranker.assess(one_profile(records, "bridge", "digits").drop(columns=[PROBED]))
+    for found in (known, probed, new):
+        assert sum(found.rests_on().values()) == pytest.approx(1.0)
+    assert max(known.rests_on(), key=known.rests_on().get) == "this layer on other data"
+    assert "this layer on other data" not in new.note and "rests on kind, size and weights" in new.note
+    assert probed.rests_on()["the probe"] > 0.1 and "the probe" not in known.rests_on()
+    share = known.rests_on()["this layer on other data"]
+    assert f"rests on this layer on other data {share:.0%}" in known.note

@@ -189,8 +189,8 @@ def test_explanations_add_up_and_are_named(records, ranker):
     profile = profile_of(one_profile(records, "tower", "digits"))
     scores, added = ranker.predict(profile)[:-1], ranker.explain(profile)
     assert list(added.index) == profile.names[:-1]
-    assert list(added)[:4] == ["base_layer_prior", "base_kind_prior", "base_structure", "base_metrics"]
-    assert list(added)[4:] == list(FEATURES)
+    base = ["base_layer_prior", "base_kind_prior", "base_structure", "base_weights", "base_metrics"]
+    assert list(added) == [*base, *FEATURES]
     np.testing.assert_allclose(added.sum(axis=1) + 0.5, scores, atol=1e-12)
     assert added["base_layer_prior"].std() > added["base_structure"].std()
 
@@ -256,7 +256,7 @@ def test_without_anything_held_out_nothing_is_claimed(few):
     rows = one_profile(few, "tower", "cats")
     assert np.isfinite(ranker.predict(rows)).all() and np.isnan(ranker.intervals(rows)).all()
     assert repr(ranker) == "Ranker of 1 pair of model and data set"
-    assert rank(profile_of(rows), by=ranker).note == "knows tower (100% of the layers)"
+    assert rank(profile_of(rows), by=ranker).note == "knows tower (100% of the layers), rests on this batch 100%"
 
 
 def test_pairs_that_order_nothing_are_left_out_with_a_warning(few):

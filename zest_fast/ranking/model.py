@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,16 +11,21 @@ from zest_fast.foundation.nearest import some
 from zest_fast.ranking.architectures import Architecture, Match, find
 from zest_fast.ranking.assessment import Assessment, Known
 from zest_fast.ranking.errors import Errors
-from zest_fast.ranking.features import FEATURES, KIND_PRIOR, LAYER_PRIOR, STRUCTURE, columns_of, features_of
+from zest_fast.ranking.features import (
+    FEATURES,
+    KIND_PRIOR,
+    LAYER_PRIOR,
+    STATIC_METRICS,
+    STRUCTURE,
+    columns_of,
+    features_of,
+)
 from zest_fast.ranking.groups import Group
 from zest_fast.ranking.kind_prior import kind_prior
 from zest_fast.ranking.layer_prior import layer_prior, usual_metrics
 from zest_fast.ranking.linear_base import LinearBase, has_prior
 from zest_fast.ranking.mixing import Mixing
 from zest_fast.ranking.trees import Tree, explain_trees, predict_trees
-
-if TYPE_CHECKING:
-    import pandas
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,9 @@ class Model:
             intervals=group.in_table(intervals),
             known=Known(matches[0].share if matches else 0.0, matches[0].architecture.model if known else None),
             expected_tau=errors.tau,
-            explain=lambda: self._explain(group, values, mixing, found),
-            probed=mixing.probe / (mixing.probe + mixing.ranker) if mixing and mixing.probe + mixing.ranker else None,
+            parts=lambda: self._parts(group, values, mixing, found),
+            layers=tuple(group.names[row] for row in np.argsort(group.rows)),
+            probed=mixing is not None,
             partly=partly,
             unmeasured=int(unmeasured.sum()),
         )
@@ -123,27 +128,37 @@ class Model:
         new = np.array([np.fmin(new[0], known[0]), np.fmax(new[1], known[1])]) if self.new.pairs else new
         return _within(scores, np.where(prior[:, None], known, new))
 
-    def _explain(self, group: Group, values: np.ndarray, mixing: Mixing | None, found: np.ndarray) -> pandas.DataFrame:
-        import pandas
-
+    def _parts(
+        self, group: Group, values: np.ndarray, mixing: Mixing | None, found: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """The columns of `Ranker.explain`, [layers] each, in the order of the caller's table."""
         base = self.strength * self.base.parts(values, [slice(0, len(group))])
         columns = {f"base_{name}": base[:, list(index)].sum(axis=1) for name, index in _PARTS.items()}
         trees = explain_trees(self.trees, values[:, columns_of(self.features)])
         columns |= {name: trees[:, column] for column, name in enumerate(self.features)}
-        slopes = self._slopes(has_prior(values))
-        frame = pandas.DataFrame({name: _centred(slopes * part) for name, part in columns.items()})
+        slopes = self._slopes(has_prior(values)) * (1.0 if mixing is None else mixing.ranker)
+        parts = {name: _centred(slopes * part) for name, part in columns.items()}
         if mixing is not None:
-            frame = mixing.ranker * frame
-            frame.insert(0, "probe", _centred(mixing.probe * found))
-        frame.index = pandas.Index(group.names, name="layer")
-        return frame.iloc[np.argsort(group.rows)]
+            parts = {"probe": _centred(mixing.probe * found), **parts}
+        order = np.argsort(group.rows)
+        return {name: part[order] for name, part in parts.items()}
+
+
+def _is_of_weights(feature: str) -> bool:
+    """Whether it is of a metric that is a constant of the model, whatever the batch."""
+    return any(feature.startswith(f"{metric}_") for metric in STATIC_METRICS)
 
 
 _PARTS = {
     "layer_prior": [FEATURES.index(LAYER_PRIOR)],
     "kind_prior": [FEATURES.index(KIND_PRIOR)],
     "structure": [FEATURES.index(name) for name in STRUCTURE],
-    "metrics": [c for c, name in enumerate(FEATURES) if name not in (LAYER_PRIOR, KIND_PRIOR, *STRUCTURE)],
+    "weights": [column for column, name in enumerate(FEATURES) if _is_of_weights(name)],
+    "metrics": [
+        column
+        for column, name in enumerate(FEATURES)
+        if name not in (LAYER_PRIOR, KIND_PRIOR, *STRUCTURE) and not _is_of_weights(name)
+    ],
 }
 
 

@@ -121,7 +121,8 @@ class Ranker:
     def explain(self, profile: LayerProfile | pandas.DataFrame) -> pandas.DataFrame:
         """What adds up to score - 1/2: a row for each layer but the head (index "layer", in row order).
 
-        Columns: base_layer_prior, base_kind_prior, base_structure and base_metrics, the parts of the smooth base, then
+        Columns: base_layer_prior, base_kind_prior, base_structure, base_weights (metrics of the weights alone) and
+        base_metrics (those that see the batch), the parts of the smooth base, then
         one for each feature, what the trees add for it (SHAP values), all relative to the mean layer of the profile.
         """
         return self.assess(profile).explain()

@@ -147,11 +147,16 @@ def _headline(summary: dict[str, Any]) -> str:
         "middle": "middle layers first",
         PROBED: "the Ranker with a probe",
     }
-    found = [
-        f"{words} {contestants[name]['tau']['mean']:.2f}"
-        for name, words in parts.items()
-        if name in contestants and "mean" in contestants[name]["tau"]
-    ]
+    found = []
+    for name, words in parts.items():
+        tau = contestants.get(name, {}).get("tau", {})
+        if "pairs" in tau and "mean" in tau:  # of fewer pairs: beside the Ranker on the same ones
+            ahead = contestants[name]["ranker_ahead"]["tau"]["mean"]
+            found.append(
+                f"{words} {tau['mean']:.2f} on {tau['pairs']} pairs, where the Ranker has {tau['mean'] + ahead:.2f}"
+            )
+        elif "mean" in tau:
+            found.append(f"{words} {tau['mean']:.2f}")
     return f"**One batch, {setting}** ({summary[setting]['fresh']['pairs']} pairs), mean tau: {'; '.join(found)}."
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from zest_fast.sweeping.progress import Progress
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.trial_order import plan
 from zest_fast.sweeping.trials import LayerTask, evaluate, saved_parameters, set_head
-from zest_fast.sweeping.volatile_state import preserved
+from zest_fast.sweeping.volatile_state import in_eval_mode, preserved
 
 CACHE_BYTES = 1 << 30
 _WORSE = 2  # step sizes in a row that gain less than the best so far end a layer's search
@@ -102,7 +102,7 @@ def probe(
     fits_head = head is not None and classes is not None
     sizes = sizes_for(len(samples), budget, len(chosen), passes=len(groups), fits_head=fits_head)
     with HeldInterrupts() as interrupts, ExitStack() as borrowed:
-        borrowed.enter_context(_in_eval_mode(model))
+        borrowed.enter_context(in_eval_mode(model))
         borrowed.enter_context(ModelState(list(model.modules()), []))
         borrowed.enter_context(preserved(model, seed))
         borrowed.enter_context(saved_parameters(tuple(head.parameters()) if fits_head and head is not None else ()))
@@ -285,7 +285,7 @@ def _layers(
     chosen = select_layers(find_layers(dict(model.named_modules())), selection)
     few = samples.of(torch.arange(min(4, len(samples))))
     batch = few.inputs if few.targets is None else (few.inputs, few.targets)
-    with _in_eval_mode(model):
+    with in_eval_mode(model):
         reached = set(profile(model, batch, loss_fn=samples.loss_fn, layers=selection, metrics=["plain"]).names)
     chosen = [layer for layer in chosen if layer.module is not head and layer.name in reached]
     if is_language_model(model):
@@ -327,14 +327,3 @@ def _warned(names: list[str], gains: np.ndarray) -> list[str]:
     for note in found:
         warnings.warn(note, stacklevel=4)
     return found
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -8,7 +8,6 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ from zest_fast.sweeping.records import RecordFile
 from zest_fast.sweeping.tables import records_to_frame
 from zest_fast.sweeping.trial_order import plan
 from zest_fast.sweeping.trials import Trial, Trials, draw, evaluate, saved_parameters, set_head
-from zest_fast.sweeping.volatile_state import preserved
+from zest_fast.sweeping.volatile_state import in_eval_mode, preserved
 from zest_fast.sweeping.workers import distribute
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ def sweep(
         "versions": {"definitions": DEFINITIONS, "torch": torch.__version__.partition("+")[0]},
         "environment": {"command": _command(), **_environment()},
     }
-    with RecordFile(out, header) as records, _in_eval_mode(model), saved_parameters(tuple(head.parameters())):
+    with RecordFile(out, header) as records, in_eval_mode(model), saved_parameters(tuple(head.parameters())):
         job = _Sweep(model, head_name, head, chosen, splits, recipe, records, reuse, cache_bytes, workers)
         job.run(progress)
         return records_to_frame(header, records.records)
@@ -366,14 +365,3 @@ def _head_of(record: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 
 def _decode(text: str) -> Tensor:
     return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.float32).copy())
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

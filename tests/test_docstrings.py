@@ -26,7 +26,7 @@ GIVEN = {"Choice", "Plan"}  # types of what others return: users read their attr
 METHODS = {
     f"{one.__name__}.{name}": getattr(one, name)
     for one in CALLABLES.values()
-    if inspect.isclass(one) and one.__module__.split(".")[1] not in ("ranking", "sweeping")
+    if inspect.isclass(one)
     for name, method in vars(one).items()
     if not name.startswith("_") and (inspect.isfunction(method) or isinstance(method, classmethod))
 }

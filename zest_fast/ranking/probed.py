@@ -80,6 +80,9 @@ class Probe:
         Args:
             n: how many.
 
+        Returns:
+            Their names.
+
         Raises:
             ValueError: `n` below 1, or more than there are layers with a gain.
         """
@@ -89,11 +92,14 @@ class Probe:
         return tuple(self.names[row] for row in order[:n])
 
     def of(self, names: tuple[str, ...], heads: frozenset[str] = frozenset()) -> np.ndarray:
-        """Scores in the order of `names`, float64 [names]; NaN for `heads`.
+        """The scores of some layers.
 
         Args:
             names: layers.
-            heads: those of them that no probe trains alone.
+            heads: those of them that no probe moves.
+
+        Returns:
+            float64 [names]; NaN for `heads`.
 
         Raises:
             ValueError: a layer that was not probed, or a probed one that is not among `names`.
@@ -107,10 +113,13 @@ class Probe:
         return np.array([self.scores[rows[name]] if name in rows else np.nan for name in names])
 
     def predict(self, profile: LayerProfile) -> np.ndarray:
-        """The scores, in the order of `profile.names`: `rank(profile, by=probe)` ranks by the probe alone.
+        """The scores of a profile's layers: `rank(profile, by=probe)` ranks by the probe alone.
 
         Args:
             profile: of the same layers.
+
+        Returns:
+            float64 [layers], in the order of `profile.names`; NaN for the head.
 
         Raises:
             ValueError: where the layers are others.

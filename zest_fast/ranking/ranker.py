@@ -65,11 +65,18 @@ class Ranker:
         self._metadata: dict[str, Any] = {}
 
     def fit(self, records: pandas.DataFrame, *, sweeps: Sequence[Mapping[str, Any]] | None = None) -> Ranker:
-        """Learn from records (columns of `load_records()`); seconds. What was learned before is replaced.
+        """Learn from records; half a minute for those that ship. What was learned before is replaced.
 
-        sweeps: what `sweeps_of()` says of each sweep, of which recipes and definitions are checked and kept.
-        Raises ValueError where the records do not fit together or order no layers; a pair of one layer, or of equal
-        contributions, is left out with a warning.
+        Args:
+            records: columns of `load_records()`, "probe_score" among them if the Ranker is to weigh probes. A pair of
+                one layer, or of equal contributions, is left out with a warning.
+            sweeps: what `sweeps_of()` says of each sweep, of which recipes and definitions are checked and kept.
+
+        Returns:
+            The Ranker itself.
+
+        Raises:
+            ValueError: records that do not fit together, or order no layers.
         """
         from zest_fast.ranking.learning.fitting import (
             fit_model,  # LightGBM, pandas and SciPy: only who fits waits for them
@@ -89,7 +96,19 @@ class Ranker:
         return dict(self._metadata)
 
     def assess(self, profile: LayerProfile | pandas.DataFrame | Group, probe: Probe | None = None) -> Assessment:
-        """Scores, intervals and what is known, of one profile at once; see `predict`, `intervals` and `knows`."""
+        """Scores, intervals and what is known, of one profile at once; see `predict`, `intervals` and `knows`.
+
+        Args:
+            profile: as in `predict`.
+            probe: as in `predict`.
+
+        Returns:
+            An assessment: `.scores`, `.intervals`, `.known`, `.expected_tau`, `.note`, `.explain()`, `.rests_on()`.
+
+        Raises:
+            ValueError: a profile that lacks metrics which the Ranker has learned from; a probe of other layers, or
+                beside a Ranker that has learned from none.
+        """
         if self._model is None:
             raise RuntimeError("this Ranker has learned nothing yet; fit it to records, or load one")
         group = group_of(profile)
@@ -100,35 +119,80 @@ class Ranker:
         return assessment
 
     def predict(self, profile: LayerProfile | pandas.DataFrame, probe: Probe | None = None) -> np.ndarray:
-        """Scores, float64 [rows], in row order; larger is better, NaN for the head.
+        """Scores of the layers.
 
-        profile: a LayerProfile, or its rows as `to_pandas()` and `load_records()` have them, of one model, data set,
-        seed and state of the head. probe: of the same layers, to be mixed in. Raises ValueError where the profile lacks
-        metrics that the Ranker has learned from, and where the probe is of other layers.
+        Args:
+            profile: a LayerProfile, or its rows as `to_pandas()` and `load_records()` have them, of one model, data
+                set, seed and state of the head.
+            probe: of the same layers, to be mixed in.
+
+        Returns:
+            float64 [rows], in row order; larger is better, NaN for the head.
+
+        Raises:
+            ValueError: as `assess`.
         """
         return self.assess(profile, probe).scores
 
     def intervals(self, profile: LayerProfile | pandas.DataFrame, probe: Probe | None = None) -> np.ndarray:
-        """80 % intervals of the scores, float64 [rows, 2], from errors on held-out records: of other data sets where
-        the architecture is known, of other architectures where it is not. NaN where the records allowed no such test.
+        """80 % intervals of the scores, from errors on held-out records: of other data sets where the architecture is
+        known, of other architectures where it is not.
+
+        Args:
+            profile: as in `predict`.
+            probe: as in `predict`.
+
+        Returns:
+            float64 [rows, 2]; NaN where the records allowed no such test.
+
+        Raises:
+            ValueError: as `assess`.
         """
         return self.assess(profile, probe).intervals
 
     def knows(self, profile: LayerProfile | pandas.DataFrame) -> Known:
-        """Which share of the layers matches an architecture of the records, and its name, or None."""
+        """Whether the records hold the architecture.
+
+        Args:
+            profile: as in `predict`.
+
+        Returns:
+            Which share of the layers matches an architecture of the records, and its name, or None.
+
+        Raises:
+            ValueError: as `assess`.
+        """
         return self.assess(profile).known
 
     def explain(self, profile: LayerProfile | pandas.DataFrame) -> pandas.DataFrame:
-        """What adds up to score - 1/2: a row for each layer but the head (index "layer", in row order).
+        """What adds up to score - 1/2.
 
-        Columns: base_layer_prior, base_kind_prior, base_structure, base_weights (metrics of the weights alone) and
-        base_metrics (those that see the batch), the parts of the smooth base, then
-        one for each feature, what the trees add for it (SHAP values), all relative to the mean layer of the profile.
+        Args:
+            profile: as in `predict`.
+
+        Returns:
+            A row for each layer but the head (index "layer", in row order). Columns: base_layer_prior, base_kind_prior,
+            base_structure, base_weights (metrics of the weights alone) and base_metrics (those that see the batch), the
+            parts of the smooth base, then one for each feature, what the trees add for it (SHAP values), all relative
+            to the mean layer of the profile.
+
+        Raises:
+            ValueError: as `assess`.
         """
         return self.assess(profile).explain()
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one JSON file with a checksum; no pickle. Raises RuntimeError where there is nothing to save yet."""
+        """Write one JSON file with a checksum; no pickle.
+
+        Args:
+            path: of the file.
+
+        Returns:
+            The path.
+
+        Raises:
+            RuntimeError: there is nothing to save yet.
+        """
         if self._model is None:
             raise RuntimeError("this Ranker has learned nothing yet; fit it to records before saving it")
         settings = {"seed": self.seed, "features": self.features}
@@ -136,7 +200,17 @@ class Ranker:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Ranker:
-        """Read what `save` wrote. Raises ValueError, naming the file, if it is torn, foreign, or of other features."""
+        """Read what `save` wrote.
+
+        Args:
+            path: of the file.
+
+        Returns:
+            A Ranker that is fitted.
+
+        Raises:
+            ValueError: a file that is torn, foreign, or of other features; the message names it.
+        """
         settings, model, metadata = load_ranker(path)
         ranker = cls(**settings)
         ranker._model, ranker._metadata = model, metadata

@@ -127,9 +127,16 @@ class Ranking:
             array.setflags(write=False)
 
     def top(self, n: int) -> tuple[str, ...]:
-        """The `n` best layers, best first. The head is never among them: it is tuned anyway.
+        """The best layers. The head is never among them: it is tuned anyway.
 
-        Raises ValueError when `n` is below 1, or when fewer layers have a score (a NaN is no score).
+        Args:
+            n: how many.
+
+        Returns:
+            Their names, best first.
+
+        Raises:
+            ValueError: `n` below 1, or fewer layers with a score (a NaN is no score).
         """
         n = operator.index(n)
         candidates = [(name, score) for name, score, info in self._rows() if not info.get("head")]

@@ -83,11 +83,31 @@ class Recipe:
             raise ValueError(f"recipe: head_strengths is {self.head_strengths!r}; positive numbers are needed")
 
     def layer_lr(self, rms: float) -> float:
-        """The learning rate of a layer whose weight has this root mean square."""
+        """The learning rate of a layer.
+
+        Args:
+            rms: root mean square of its weight.
+
+        Returns:
+            `layer_lr_factor` x rms, at most `max_layer_lr`.
+
+        Raises:
+            TypeError: no number.
+        """
         return min(self.layer_lr_factor * rms, self.max_layer_lr)
 
     def learning_rate_scale(self, step: int) -> float:
-        """What both rates are multiplied by in step 0, 1, ..."""
+        """What both rates are multiplied by in a step.
+
+        Args:
+            step: 0, 1, ...
+
+        Returns:
+            1 in the first step, falling linearly.
+
+        Raises:
+            TypeError: no number.
+        """
         return 1 - step / self.steps
 
     @property
@@ -101,7 +121,17 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """What `to_dict` gave. Raises ValueError for names that this version does not know."""
+        """The recipe that `to_dict` described.
+
+        Args:
+            values: what `to_dict` gave.
+
+        Returns:
+            An equal recipe.
+
+        Raises:
+            ValueError: names that this version does not know, or values that cannot be.
+        """
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"recipe: {unknown[0]!r} is unknown to this version")

@@ -52,7 +52,7 @@ def test_a_public_name_says_what_it_takes_gives_and_refuses(name: str) -> None:
     assert ({"Attributes", "Examples"} if name in GIVEN else expected) <= set(found)
 
 
-@pytest.mark.parametrize("name", GIVEN)
+@pytest.mark.parametrize("name", sorted(GIVEN))
 def test_each_attribute_has_a_line(name: str) -> None:
     what = CALLABLES[name]
     fields = [one for one in what.__annotations__ if not one.startswith("_")]
@@ -70,7 +70,7 @@ def test_a_method_says_what_it_takes_gives_and_refuses(name: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", CALLABLES.keys() - GIVEN)
+@pytest.mark.parametrize("name", sorted(CALLABLES.keys() - GIVEN))
 def test_each_parameter_and_each_error_has_a_line(name: str) -> None:
     what = CALLABLES[name]
     documentation = inspect.getdoc(what) or ""

@@ -541,7 +541,7 @@ def document(records, tmp_path_factory):
     (folder / "spectra.json").write_text(json.dumps(spectra_of(records)))
     path = write_parquet(records, folder / "records.parquet")
     arguments = ["--records", path, "--spectra", folder / "spectra.json", "--out", folder]
-    arguments += ["--controls", folder / "none.parquet", "--probes", folder / "none.parquet"]
+    arguments += ["--controls", folder / "none.parquet"]
     threads = torch.get_num_threads()
     evaluation.main(list(map(str, arguments)), contest=quick)
     torch.set_num_threads(threads)

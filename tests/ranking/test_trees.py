@@ -15,7 +15,6 @@ from synthetic_records import make_records, one_profile, profile_of
 
 from zest_fast.ranking.lightgbm_text import trees_from_text
 from zest_fast.ranking.ranker import Ranker
-from zest_fast.ranking.shipped import SHIPPED
 from zest_fast.ranking.trees import Tree, explain_trees, predict_trees
 from zest_fast.sweeping.tables import load_records
 
@@ -141,10 +140,12 @@ def old(tmp_path_factory):
     return path
 
 
-def test_the_ranker_of_the_first_format_scores_as_lightgbm_and_as_the_shipped_one(old):
-    """The shipped Ranker is that one, converted: the same trees, not fitted again."""
-    first, shipped = Ranker.load(old), Ranker.load(SHIPPED)
-    assert json.loads(SHIPPED.read_text())["version"] == 2 and first.metadata == shipped.metadata
+def test_the_ranker_of_the_first_format_scores_as_lightgbm_and_as_itself_in_the_second(old, tmp_path):
+    """Saved again it is in today's format: the same trees, not fitted again."""
+    first = Ranker.load(old)
+    path = first.save(tmp_path / "converted.json")
+    converted = Ranker.load(path)
+    assert json.loads(path.read_text())["version"] == 2 and first.metadata == converted.metadata
     text = json.loads(old.read_text())["model"]["trees"]
     chance = np.random.default_rng(0)
     values = chance.normal(size=(500, 101))
@@ -153,7 +154,7 @@ def test_the_ranker_of_the_first_format_scores_as_lightgbm_and_as_the_shipped_on
     np.testing.assert_array_equal(predict_trees(first._model.trees, values), expected)
     records = load_records()
     for _, rows in records[records.head_state == "fresh"].groupby(["model", "dataset", "seed"]):
-        a, b = first.assess(rows), shipped.assess(rows)
+        a, b = first.assess(rows), converted.assess(rows)
         np.testing.assert_array_equal(a.scores, b.scores)
         np.testing.assert_array_equal(a.intervals, b.intervals)
         assert a.note == b.note

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bench.landing_report import DTYPE, ROWS, SHAPE, landing_text
 from bench.llama7b.report import llama7b_text
@@ -42,6 +43,10 @@ def test_llama7b_measures_each_case_once_and_goes_on(tmp_path):
     assert "| profile, 16 tokens |" in table and "| ZEST@5 step, int8, 16 tokens |" in table
 
 
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512",
+    reason="what oneDNN holds for MobileNetV2 is known of CPUs with AVX-512 alone; see docs/limits.md",
+)
 def test_memory_table_counts_what_it_plans(tmp_path):
     run("memory_table", "--quick", "--check", "--dtypes", "float32", "--out", tmp_path)
     document = json.loads((tmp_path / "memory_table.json").read_text())

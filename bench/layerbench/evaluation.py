@@ -124,6 +124,7 @@ def evaluate(
     summary = summarise(results, truth)
     known = set(results[results.setting == SETTINGS[0]].pair)
     probed = [pair.name for pair in pairs if _is_probed(records, pair)]
+    of_probed = summarise(results[results.pair.isin(probed)], truth)
     version_1 = {f"{model}/{dataset}" for model, dataset in VERSION_1_PAIRS}
     return {
         "pairs": [pair.name for pair in pairs],
@@ -131,10 +132,10 @@ def evaluate(
         "not_known": sorted({pair.name for pair in pairs} - known) if known else [],
         "controls_of": sorted({f"{model}/{dataset}" for _, model, dataset, _ in controls or {}}),
         "seconds": round(time.perf_counter() - began, 1),
-        "must_reach": goals(summary, summarise(results[results.pair.isin(probed)], truth), results),
+        "must_reach": goals(summary, of_probed, results),
         "summary": summary,
         "probed": probed,
-        "summary_of_probed_pairs": summarise(results[results.pair.isin(probed)], truth),
+        "summary_of_probed_pairs": of_probed,
         "summary_of_version_1_pairs": summarise(results[results.pair.isin(version_1)], truth),
         "diagnosis": diagnose(truth, results),
         "results": _nested(results),

@@ -133,7 +133,7 @@ def finetune(
         raise ValueError(f"--{unused.pop()} chooses among ranked layers, and --layers names them: leave one out")
     if by is not None and probe is not None:
         raise ValueError("--probe is mixed in by the Ranker that ships, and --by ranks by a metric: leave one out")
-    share_of("--probe", probe)  # before anything is loaded
+    share = share_of("--probe", probe)
     with work(model, data) as console:
         job = opened_job(ctx, console)
         from zest_fast.cli.finetuning import finetune_job
@@ -143,7 +143,7 @@ def finetune(
             layers=split_names(layers, "--layers"),
             head=head,
             by=by,
-            probe=share_of("--probe", probe),
+            probe=share,
             top=top,
             prefer=cast(Any, prefer),  # these are looked at there
             max_memory=max_memory,

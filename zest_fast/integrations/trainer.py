@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.finetuning.trainable_layers import layer_names
+from zest_fast.probing.budget import TooFewSamples
 from zest_fast.probing.collecting import collect
 from zest_fast.probing.probe import probe as run_probe
 from zest_fast.profiling.profile import profile
@@ -165,9 +166,9 @@ def _best(trainer: Trainer, n: int, by: Any, share: float | Literal["auto"] | No
         _log.info("a probe of each layer before they are ranked: %.0f %% of what a sweep would cost", 100 * share)
         try:
             found = run_probe(model, collect(model, loader), layers=profiled.names, budget=share)
-        except ValueError as error:
-            if by is None and "samples; a probe needs" in str(error):
-                _log.warning("no probe: %s. The layers are ranked by one batch alone", error)
-                return ranking.top(n)
-            raise
+        except TooFewSamples as error:
+            if by is not None:
+                raise
+            _log.warning("no probe: %s. The layers are ranked by one batch alone", error)
+            return ranking.top(n)
         return rank(profiled, by=by, probe=found).top(n)

@@ -23,6 +23,10 @@ _SCORED_BY_A_SWEEP = 1500
 _SCORED, _LEAST = 512, 16
 
 
+class TooFewSamples(ValueError):
+    """Batches that do not hold enough for a probe."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     head: int
@@ -56,7 +60,7 @@ def sizes_for(samples: int, budget: float, layers: int, *, passes: int, fits_hea
         )
     parts = 4 if fits_head else 3
     if samples < parts * _LEAST:
-        raise ValueError(
+        raise TooFewSamples(
             f"the batches hold {samples} samples; a probe needs at least {parts * _LEAST}: some to "
             f"{'fit the head to, some to ' if fits_head else ''}take gradients of and others to score (256 or more are "
             "better)"

@@ -98,18 +98,18 @@ def probe(
     chosen, head, notes = _layers(model, layers, samples)
     weights = [part.parameters[0] for part in chosen_layers(model, [layer.name for layer in chosen])]
     groups = groups_of(weights)
-    classes = samples.class_numbers(model)
-    fits_head = head is not None and classes is not None
-    sizes = sizes_for(len(samples), budget, len(chosen), passes=len(groups), fits_head=fits_head)
+    if samples.class_numbers(model) is None:
+        head = None  # it stays as it is: only a classifier is fitted
+    sizes = sizes_for(len(samples), budget, len(chosen), passes=len(groups), fits_head=head is not None)
     with HeldInterrupts() as interrupts, ExitStack() as borrowed:
         borrowed.enter_context(in_eval_mode(model))
         borrowed.enter_context(ModelState(list(model.modules()), []))
         borrowed.enter_context(preserved(model, seed))
-        borrowed.enter_context(saved_parameters(tuple(head.parameters()) if fits_head and head is not None else ()))
+        borrowed.enter_context(saved_parameters(tuple(head.parameters()) if head is not None else ()))
         folder = borrowed.enter_context(tempfile.TemporaryDirectory(prefix="zest_fast-probe-"))
         job = _Probing(model, chosen, weights, samples, sizes, seed, Path(folder), interrupts)
-        if fits_head and head is not None and classes is not None:
-            job.fit_head(head, classes)
+        if head is not None:
+            job.fit_head(head)
         return job.run(groups, notes, progress)
 
 
@@ -139,12 +139,14 @@ class _Probing:
         self._folder = folder
         self._interrupts = interrupts
         self._for_head, self._for_directions, self._scored = map(samples.of, (head, directions, scored))
-        self._classes_of_head = head
+        self._limit = CACHE_BYTES // max(1, len(self._scored))
         self._cache = self._new_cache()
 
-    def fit_head(self, head: nn.Linear, classes: Tensor) -> None:
+    def fit_head(self, head: nn.Linear) -> None:
         """Unless the one that is there does as well on the scored samples."""
-        features, targets = features_of(self._model, head, self._for_head.inputs), classes[self._classes_of_head]
+        targets = self._for_head.class_numbers(self._model)
+        assert targets is not None  # as of all samples
+        features = features_of(self._model, head, self._for_head.inputs)
         strength = choose_strength(features, targets, head.out_features, Recipe().head_strengths)
         fitted = fit_head(features, targets, head.out_features, strength, biased=head.bias is not None)
         own = head.weight.detach().clone(), head.bias.detach().clone() if head.bias is not None else fitted[1]
@@ -161,9 +163,8 @@ class _Probing:
             )
         names = [layer.name for layer in self._layers]
         gains, errors = np.full((2, len(STEP_SIZES), len(names)), np.nan)
-        sample = self._scored.inputs
-        limit = CACHE_BYTES // len(self._scored)
-        tasks = plan(self._model, (), dict.fromkeys(self._layers, (self._seed,)), sample, reuse=True, limit=limit)
+        left = dict.fromkeys(self._layers, (self._seed,))
+        tasks = plan(self._model, (), left, self._scored.inputs, reuse=True, limit=self._limit)
         with Progress(f"probe of {len(names)} layers", len(names), progress) as bar:
             bar.plan([task.cost for task in tasks.values()])
             for group in groups:
@@ -178,8 +179,7 @@ class _Probing:
                         bar.advance(task.cost)
         best = np.argmax(np.nan_to_num(gains, nan=-np.inf), axis=0)
         columns = np.arange(len(names))
-        tried = int(np.isfinite(gains).sum()) if np.isfinite(gains).any() else 0
-        units = self._sizes.units(0, len(groups)) + tried * self._sizes.scored
+        units = self._sizes.units(0, len(groups)) + int(np.isfinite(gains).sum()) * self._sizes.scored
         return Probe(
             names=tuple(names),
             scores=evidence(gains[best, columns], errors[best, columns]),
@@ -206,8 +206,7 @@ class _Probing:
         rate = Recipe().layer_lr(float(weight.detach().double().square().mean().sqrt()))
         cache = self._cache_at(task)
         best, worse = -math.inf, 0
-        with torch.no_grad(), saved_parameters((weight,)):
-            before = weight.detach().clone()
+        with torch.no_grad(), saved_parameters((weight,)) as (before,):
             for place, step in enumerate(STEP_SIZES):
                 weight.copy_(before - (step * rate * direction).to(before.dtype))
                 gains[place], errors[place] = _gain(start, self._losses_of(task, cache))
@@ -252,7 +251,7 @@ class _Probing:
         return PrefixCache(
             self._model,
             self._scored.inputs,
-            limit=CACHE_BYTES // len(self._scored),
+            limit=self._limit,
             folder=self._folder,
             batch_size=self._scored.chunk,
         )
@@ -266,31 +265,23 @@ class _Probing:
 def _layers(
     model: nn.Module, selection: LayerSelection, samples: Samples
 ) -> tuple[list[Layer], nn.Linear | None, list[str]]:
-    """Those that the loss depends on, the head that trains with them, and what should be said of it."""
+    """Those that the loss depends on, but for the head; the head, where it may be fitted; what should be said of it."""
     notes = []
-    head = None
+    name = None
     try:
-        name = None if is_language_model(model) else find_head(model)
+        name = find_head(model)
     except ValueError as error:
-        name = None
-        notes.append(f"no head was trained with the layers: {error}")
-    if name is not None:
-        module = model.get_submodule(name)
-        if isinstance(module, nn.Linear):
-            head = module
-        else:
-            notes.append(
-                f"no head was trained with the layers: {name!r} is a {type(module).__name__}, not an nn.Linear"
-            )
+        notes.append(f"no head was fitted: {error}")
+    output = model.get_submodule(name) if name is not None else None
+    head = output if isinstance(output, nn.Linear) and not is_language_model(model) else None
+    if output is not None and not isinstance(output, nn.Linear):
+        notes.append(f"no head was fitted: {name!r} is a {type(output).__name__}, not an nn.Linear")
     chosen = select_layers(find_layers(dict(model.named_modules())), selection)
     few = samples.of(torch.arange(min(4, len(samples))))
     batch = few.inputs if few.targets is None else (few.inputs, few.targets)
     with in_eval_mode(model):
         reached = set(profile(model, batch, loss_fn=samples.loss_fn, layers=selection, metrics=["plain"]).names)
-    chosen = [layer for layer in chosen if layer.module is not head and layer.name in reached]
-    if is_language_model(model):
-        output = find_head(model)
-        chosen = [layer for layer in chosen if layer.module_name != output]
+    chosen = [layer for layer in chosen if layer.module is not output and layer.name in reached]
     if not chosen:
         raise ValueError("layers: nothing beside the head is chosen that the loss depends on")
     return chosen, head, notes

@@ -98,7 +98,7 @@ def samples_of(model: nn.Module, batches: Any, loss_fn: Callable[[Any, Any], Ten
                 "hold the same"
             )
     if not tables:
-        raise ValueError("batches is empty; a probe needs samples to train on and others to score")
+        raise ValueError("batches is empty; a probe needs samples to take gradients of and others to score")
     columns = {key: _column(key, [table[key] for table in tables]) for key in tables[0]}
     sizes = {key: len(column) for key, column in columns.items()}
     if len(set(sizes.values())) > 1:

@@ -10,7 +10,7 @@ import numpy as np
 
 from zest_fast.foundation.nearest import some
 from zest_fast.foundation.text_table import printable
-from zest_fast.ranking.features import KIND_PRIOR, LAYER_PRIOR, STATIC_METRICS, STRUCTURE
+from zest_fast.ranking.features import KIND_PRIOR, LAYER_PRIOR, STRUCTURE, is_of_weights
 
 if TYPE_CHECKING:
     import pandas
@@ -28,7 +28,7 @@ def _source(part: str) -> str:
         return _LAYER
     if part in ("base_kind_prior", "base_structure", "base_weights", KIND_PRIOR, *STRUCTURE):
         return _KIND
-    return _KIND if any(part.startswith(f"{metric}_") for metric in STATIC_METRICS) else _BATCH
+    return _KIND if is_of_weights(part) else _BATCH
 
 
 class Known(NamedTuple):

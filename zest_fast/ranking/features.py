@@ -27,6 +27,12 @@ ON_REQUEST = METRICS[-5:]
 STATIC_METRICS = ("weight_mean", "weight_std", "synflow")
 """Constants of the model, whatever the data: within one model they tell which layer it is."""
 
+
+def is_of_weights(feature: str) -> bool:
+    """Whether a feature is of a metric that is a constant of the model, whatever the data."""
+    return any(feature.startswith(f"{metric}_") for metric in STATIC_METRICS)
+
+
 GRADIENT_L1, STEP_GAIN, AGREED_GAIN = FIRST_ORDER = ("gradient_l1", "step_gain", "agreed_gain")
 """By how much the loss falls, to first order, when every weight of a layer moves by the same step against the sign of
 its gradient, as Adam does at first: Σ|dW| x step. The step is 1, or the layer's rate in the recipe of the sweeps, which

@@ -21,7 +21,12 @@ class Mixing:
 
     def apply(self, scores: np.ndarray, found: np.ndarray) -> np.ndarray:
         """scores: without the probe, [layers]. found: of a Probe, [layers]."""
-        return 0.5 + self.ranker * (scores - 0.5) + self.probe * found
+        return _mixed(scores, found, (self.ranker, self.probe))
+
+
+def _mixed(scores: np.ndarray, found: np.ndarray, weights: tuple[float, float]) -> np.ndarray:
+    ranker, probe = weights
+    return 0.5 + ranker * (scores - 0.5) + probe * found
 
 
 def fit_weights(scores: np.ndarray, found: np.ndarray, places: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
@@ -43,6 +48,6 @@ def mixed_without_own(
     for group in np.unique(keys):
         own = keys == group
         rest = ~own if not own.all() else own
-        ranker, probe = fit_weights(scores[rest], found[rest], places[rest], weights[rest])
-        mixed[own] = 0.5 + ranker * (scores[own] - 0.5) + probe * found[own]
+        fitted = fit_weights(scores[rest], found[rest], places[rest], weights[rest])
+        mixed[own] = _mixed(scores[own], found[own], fitted)
     return mixed

@@ -15,10 +15,10 @@ from zest_fast.ranking.features import (
     FEATURES,
     KIND_PRIOR,
     LAYER_PRIOR,
-    STATIC_METRICS,
     STRUCTURE,
     columns_of,
     features_of,
+    is_of_weights,
 )
 from zest_fast.ranking.groups import Group
 from zest_fast.ranking.kind_prior import kind_prior
@@ -144,20 +144,15 @@ class Model:
         return {name: part[order] for name, part in parts.items()}
 
 
-def _is_of_weights(feature: str) -> bool:
-    """Whether it is of a metric that is a constant of the model, whatever the batch."""
-    return any(feature.startswith(f"{metric}_") for metric in STATIC_METRICS)
-
-
 _PARTS = {
     "layer_prior": [FEATURES.index(LAYER_PRIOR)],
     "kind_prior": [FEATURES.index(KIND_PRIOR)],
     "structure": [FEATURES.index(name) for name in STRUCTURE],
-    "weights": [column for column, name in enumerate(FEATURES) if _is_of_weights(name)],
+    "weights": [column for column, name in enumerate(FEATURES) if is_of_weights(name)],
     "metrics": [
         column
         for column, name in enumerate(FEATURES)
-        if name not in (LAYER_PRIOR, KIND_PRIOR, *STRUCTURE) and not _is_of_weights(name)
+        if name not in (LAYER_PRIOR, KIND_PRIOR, *STRUCTURE) and not is_of_weights(name)
     ],
 }
 

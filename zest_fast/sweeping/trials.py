@@ -175,11 +175,11 @@ def set_head(head: nn.Linear, weight: Tensor, bias: Tensor) -> None:
 
 
 @contextmanager
-def saved_parameters(parameters: tuple[nn.Parameter, ...]) -> Iterator[None]:
-    """At the end the values of these parameters are what they were."""
+def saved_parameters(parameters: tuple[nn.Parameter, ...]) -> Iterator[list[Tensor]]:
+    """At the end the values of these parameters are what they were; yields copies of these."""
     before = [parameter.detach().clone() for parameter in parameters]
     try:
-        yield
+        yield before
     finally:
         with torch.no_grad():
             for parameter, value in zip(parameters, before, strict=True):

@@ -38,6 +38,8 @@ CHOOSERS: dict[str, Callable[[Orders, int, int], tuple[str, ...]]] = {
     "contribution": lambda orders, count, seed: orders.by["contribution"][:count],
     "RGN": lambda orders, count, seed: orders.by["RGN"][:count],
     "Spectrum": lambda orders, count, seed: orders.by["Spectrum"][:count],
+    "largest": lambda orders, count, seed: orders.by["largest"][:count],
+    "middle": lambda orders, count, seed: orders.by["middle"][:count],
     "last": lambda orders, count, seed: orders.used[-count:],
     "random": lambda orders, count, seed: tuple(random.Random(seed).sample(sorted(orders.used), count)),
 }
@@ -46,7 +48,7 @@ NAMES = (
     "head only",
     "full",
     *(f"{chooser}@{count}" for chooser in ("contribution", "ZEST") for count in (3, 5, 10)),
-    *(f"{chooser}@5" for chooser in ("random", "RGN", "Spectrum", "last")),
+    *(f"{chooser}@5" for chooser in ("random", "RGN", "Spectrum", "last", "largest", "middle")),
     f"LoRA r{RANK}",
     *(f"LoRA+ZEST@{count}" for count in (3, 5, 10)),
 )

@@ -18,7 +18,18 @@ LEGEND = (
     "the same rounds. All arms: same start (the head fitted on its own split), same batches, the learning rate chosen "
     "on the validation split from one grid; 64 steps, SmolLM2 32."
 )
-RIVALS = ("head only", "full", "LoRA r8", "last@5", "random@5", "RGN@5", "Spectrum@5", "contribution@5")
+RIVALS = (
+    "head only",
+    "full",
+    "LoRA r8",
+    "last@5",
+    "random@5",
+    "largest@5",
+    "middle@5",
+    "RGN@5",
+    "Spectrum@5",
+    "contribution@5",
+)
 PANELS = 4
 """In a row of the plot."""
 
@@ -51,14 +62,24 @@ def differences_table(document: dict) -> str:
     rows = []
     for rival in RIVALS:
         found = above(pairs, rival)
+        if not found:
+            continue
+        cells = iter(found)
         error = f" ± {statistics.stdev(found) / len(found) ** 0.5:.1f}" if len(found) > 1 else ""
-        rows.append([rival, *(f"{one:+.1f}" for one in found), f"{statistics.mean(found):+.1f}{error}"])
+        rows.append(
+            [
+                rival,
+                *(f"{next(cells):+.1f}" if rival in pair["arms"] else "–" for pair in pairs),
+                f"{statistics.mean(found):+.1f}{error}",
+            ]
+        )
     return markdown_table(["ZEST@5 above", *(pair["pair"] for pair in pairs), "mean"], rows)
 
 
 def above(pairs: list[dict[str, Any]], rival: str) -> list[float]:
-    """Points of accuracy that ZEST@5 is above the rival, by pair."""
-    return [100 * (_mean(pair["arms"]["ZEST@5"]) - _mean(pair["arms"][rival])) for pair in pairs]
+    """Points of accuracy that ZEST@5 is above the rival, by pair that has both."""
+    both = [pair["arms"] for pair in pairs if rival in pair["arms"]]
+    return [100 * (_mean(arms["ZEST@5"]) - _mean(arms[rival])) for arms in both]
 
 
 def _mean(arm: dict[str, Any]) -> float:
@@ -90,9 +111,9 @@ def finetune_table(document: dict) -> str:
     pairs = document["results"]
     head = ["arm", *(pair["pair"] for pair in pairs), "mean", "parameters trained", "x full time", "x full memory"]
     rows = []
-    for name in pairs[0]["arms"] if pairs else ():
-        arms = [pair["arms"][name] for pair in pairs]
-        rows.append([name, *(_accuracy(arm) for arm in arms), *means(arms)])
+    for name in dict.fromkeys(name for pair in pairs for name in pair["arms"]):
+        arms = [pair["arms"].get(name) for pair in pairs]
+        rows.append([name, *(_accuracy(arm) if arm else "–" for arm in arms), *means([arm for arm in arms if arm])])
     return markdown_table(head, rows)
 
 

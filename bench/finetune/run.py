@@ -103,9 +103,9 @@ def main() -> None:
 
 
 def collect(folder: Path, out: Path | None = None) -> Path:
-    """finetune.json from the files of the pairs that are finished."""
+    """finetune.json from the files of the pairs; of arms that were added since, those that are done."""
     documents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    results = [{key: d[key] for key in ("pair", "tests", "arms")} for d in documents if d["finished"]]
+    results = [{key: d[key] for key in ("pair", "tests", "arms")} for d in documents if "arms" in d]
     settings = {"rates": RATES, "seeds": SEEDS, **SETTINGS}
     return write_result("finetune", settings, results, out)
 
@@ -117,35 +117,42 @@ class Pair:
         self.name = pair
         self.path = folder / f"{pair.replace('/', '--')}.json"
         self.model_name, _, self.dataset = pair.partition("/")
-        self.document: dict[str, Any] = {"pair": pair, "finished": False, "runs": {}}
+        self.document: dict[str, Any] = {"pair": pair, "runs": {}}
         if self.path.exists():
             self.document = json.loads(self.path.read_text())
 
     def run(self) -> None:
-        """Everything that is left to do."""
-        if self.document["finished"]:
+        """Everything that is left to do: of a finished pair, the arms that were added since."""
+        if not self._left():
             return
         self._load()
         self._ends: dict[tuple[Arm, int, float], list[Tensor]] = {}
         self._fit_head()
         orders = {seed: self._orders(seed) for seed in SEEDS}
-        for name in NAMES:
+        summaries = self.document.get("arms", {})
+        for name in self._left():
             self._arm(name, orders)
+            summaries[name] = self._summary(name, orders)
             print(f"{self.name}: {name} {self._mean_accuracy(name):.3f}", flush=True)
-        self.document["arms"] = {name: self._summary(name, orders) for name in NAMES}
+            if "arms" in self.document:
+                self._write()
+        self.document["arms"] = {name: summaries[name] for name in NAMES}
         self.document["tests"] = len(self.splits["test"][1])
-        self._write(finished=True)
+        self._write()
+
+    def _left(self) -> list[str]:
+        return [name for name in NAMES if name not in self.document.get("arms", {})]
 
     def measure_costs(self) -> None:
         """Time and memory of the steps once more, where the pair is finished: on an idle machine, say."""
-        if not self.document["finished"]:
+        if "arms" not in self.document:
             return
         self._load()
         for name, summary in self.document["arms"].items():
             run = self._tested(name)[0]
             layers = None if run["layers"] is None else tuple(run["layers"])
             summary |= self._cost(Arm(name, layers, RANK if "LoRA" in name else 0))
-        self._write(finished=True)
+        self._write()
 
     # What every arm starts from
 
@@ -172,6 +179,8 @@ class Pair:
         body = [name for name in table.names if not table.info[name]["head"]]
         orders["Spectrum"] = self._by_spectrum(body)
         orders["contribution"] = self._contributions()
+        orders["largest"] = tuple(sorted(body, key=lambda name: -table.info[name]["numel"]))
+        orders["middle"] = tuple(sorted(body, key=lambda name: abs(table.info[name]["depth"] - 0.5)))
         return Orders(orders, tuple(sorted(body, key=lambda name: table.info[name]["depth"])))
 
     @cached_property
@@ -316,7 +325,7 @@ class Pair:
             "peak_bytes_full": peaks["full"],
         }
 
-    def _write(self, *, finished: bool = False) -> None:
-        self.document |= {"finished": finished, "machine": describe_machine(), "versions": describe_versions()}
+    def _write(self) -> None:
+        self.document |= {"machine": describe_machine(), "versions": describe_versions()}
         with replacing(self.path) as temporary:
             temporary.write_text(json.dumps(self.document, indent=1) + "\n")

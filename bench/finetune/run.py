@@ -285,7 +285,9 @@ class Pair:
     def _evaluate(self, model: nn.Module, split: str, samples: int | None = None) -> tuple[float, float]:
         """Mean loss and accuracy."""
         inputs, targets = self.splits[split]
-        score = evaluate(PrefixCache(model, inputs, limit=0, folder=Path()), Classification(targets[:samples]))
+        targets = targets[:samples]
+        inputs = rows_of(inputs, torch.arange(len(targets)))
+        score = evaluate(PrefixCache(model, inputs, limit=0, folder=Path()), Classification(targets))
         return score["loss"], score["accuracy"]
 
     # Results

@@ -104,6 +104,7 @@ def small(monkeypatch, model):
         "RATES": (1e-3, 1e-2),
         "SETTINGS": {"image": {"batch_size": 4, "steps": 8, "head_rate": 1e-3}},
         "PROFILED": 8,
+        "CURVE_SAMPLES": 40,  # fewer than there are
         "ROUNDS": 1,
     }.items():
         monkeypatch.setattr(finetune, name, value)

@@ -87,7 +87,8 @@ def measure(pair: str, *, seed: int, budget: float, samples: int) -> dict[str, A
         "start": found.start,
         "settings": dict(found.settings),
         "notes": list(found.notes),
-        "by_step": {f"{step:g}": values.tolist() for step, values in found.by_step.items()},
+        "rate": found.rate,
+        "by_rate": {f"{rate:g}": values.tolist() for rate, values in found.by_rate.items()},
         "layers": {
             name: [float(score), float(gain), float(error)]
             for name, score, gain, error in zip(found.names, found.scores, found.gains, found.errors, strict=True)

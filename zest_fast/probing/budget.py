@@ -1,26 +1,31 @@
-"""How much of a probe a share of a sweep's cost pays for. No torch.
+"""How much of a probe a share of a sweep's cost pays for, and what it holds in memory. No torch.
 
-The unit is the forward pass of one sample through what lies above a layer; what lies below is computed once in both, so
-that a share of these is a share of the time. A trained sample counts two and a half: forward, backward of the
-activations above the layer and of the one weight.
+The unit is the forward pass of one sample through what lies above a layer in the middle. A sweep passes the trained
+samples of a layer through what lies above it, forward and backward; a probe passes its samples through the whole model,
+for all layers at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zest_fast.sweeping.recipe import Recipe
 
-STEP_SIZES = (0.3, 1.0, 3.0, 10.0)
-"""Of the learning rate of the default recipe: from well below one step of Adam to most of a sweep's steps in one.
-Beyond, what a layer gains says little of what training it gains (30 was tried)."""
-BATCH = 16
-"""Samples whose gradients are averaged before they are compared: Adam's second moment is of such batches."""
-_GRADIENT = 3.0  # forward and backward of a sample, all layers at once
+BATCH = 8
+"""Samples whose mean gradient is one observation."""
+DIRECTIONS = (8, 4, 2, 1)
+"""In which a layer may move, from each half of the samples: the most that memory and budget allow."""
+PENDING = 2
+"""Batches whose gradients are held until all directions are read once for them."""
+MEMORY = 1 << 30
+"""Bytes of directions and gradients that may be held at a time."""
 _WHOLE = 2.0  # passes from the middle that a whole pass is worth
-_TRAINED = 2.5
+_PASSES = 3.0 + 5.0  # forward and backward for directions; forward and two times backward for slopes and curvature
+_TRAINED = 2.5  # forward, and backward of the activations above the layer and of the one weight
 _SCORED_BY_A_SWEEP = 1500
-_SCORED, _LEAST = 512, 16
+_LEAST, _LEAST_FOR_HEAD = 48, 16
+_ENOUGH = 256
 
 
 class TooFewSamples(ValueError):
@@ -29,15 +34,20 @@ class TooFewSamples(ValueError):
 
 @dataclass(frozen=True)
 class Sizes:
+    """What a probe uses."""
+
     head: int
     """Samples that the head is fitted to."""
+    probed: int
+    """Samples of both halves."""
     directions: int
-    """Samples whose gradients give the directions."""
-    scored: int
+    """Of each half."""
+    groups: tuple[tuple[int, ...], ...]
+    """Which weights get their share of a pass over the samples."""
 
-    def units(self, layers: int, passes: int) -> float:
-        """Of a probe, at most. passes: how often the gradients are computed."""
-        return _WHOLE * _GRADIENT * self.directions * passes + len(STEP_SIZES) * self.scored * layers
+    @property
+    def units(self) -> float:
+        return _WHOLE * _PASSES * self.probed * len(self.groups)
 
 
 def sweep_units() -> float:
@@ -46,30 +56,50 @@ def sweep_units() -> float:
     return len(recipe.seeds) * (_TRAINED * recipe.steps * recipe.batch_size + _SCORED_BY_A_SWEEP)
 
 
-def sizes_for(samples: int, budget: float, layers: int, *, passes: int, fits_head: bool) -> Sizes:
-    """The largest sizes that `budget`, a share of a sweep, and the samples allow.
+def bytes_of(numel: int, directions: int) -> int:
+    """That a weight takes: directions of both halves, two gradients of each pending batch, one more."""
+    return 4 * (2 * directions + 2 * PENDING + 1) * numel
 
-    passes: how often the gradients are computed. Raises ValueError where budget or samples are too few.
+
+def groups_of(numels: Sequence[int], directions: int) -> tuple[tuple[int, ...], ...]:
+    """Which weights are probed in one pass: as many as MEMORY holds, at least one."""
+    groups: list[tuple[int, ...]] = []
+    held = 0
+    for place, numel in enumerate(numels):
+        size = bytes_of(numel, directions)
+        if not groups or held + size > MEMORY:
+            groups.append(())
+            held = 0
+        groups[-1] += (place,)
+        held += size
+    return tuple(groups)
+
+
+def sizes_for(samples: int, budget: float, numels: Sequence[int], *, fits_head: bool) -> Sizes:
+    """The most samples that `budget`, a share of a sweep of these weights, allows; where that is few, fewer directions.
+
+    Raises ValueError where budget or samples are too few.
     """
-    allowed = budget * sweep_units() * layers
-    least = Sizes(0, _LEAST, _LEAST).units(layers, passes)
-    if allowed < least:
-        raise ValueError(
-            f"budget={budget:g} of a sweep is too small for one probe of each of the {layers} layers; at least "
-            f"{least / (sweep_units() * layers):.2g} is needed"
-        )
-    parts = 4 if fits_head else 3
-    if samples < parts * _LEAST:
+    head = max(_LEAST_FOR_HEAD, samples // 4) if fits_head else 0
+    if samples < head + _LEAST:
         raise TooFewSamples(
-            f"the batches hold {samples} samples; a probe needs at least {parts * _LEAST}: some to "
+            f"the batches hold {samples} samples; a probe needs at least {_LEAST + head}: some to "
             f"{'fit the head to, some to ' if fits_head else ''}take gradients of and others to score (256 or more are "
             "better)"
         )
-    head = samples // 4 if fits_head else 0
-    scored = samples // 4
-    directions = samples - head - scored
-    # Half of the budget at most for directions, which cost little but where memory wants several passes.
-    directions = min(directions, max(_LEAST, int(0.5 * allowed / (_WHOLE * _GRADIENT * passes))))
-    left = allowed - Sizes(head, directions, 0).units(layers, passes)
-    affordable = int(left / (len(STEP_SIZES) * layers))
-    return Sizes(head, directions, min(_SCORED, scored, affordable))
+    allowed = budget * sweep_units() * len(numels)
+    found = []
+    for directions in DIRECTIONS:
+        sizes = Sizes(head, 1, directions, groups_of(numels, directions))
+        probed = min(samples - head, int(allowed / sizes.units)) // (2 * BATCH) * 2 * BATCH
+        if probed >= min(_ENOUGH, (samples - head) // (2 * BATCH) * 2 * BATCH):
+            return Sizes(head, probed, directions, sizes.groups)
+        found.append(Sizes(head, probed, directions, sizes.groups))
+    most = max(found, key=lambda sizes: sizes.probed)
+    if most.probed < _LEAST:
+        least = Sizes(head, _LEAST, most.directions, most.groups).units / (sweep_units() * len(numels))
+        raise ValueError(
+            f"budget={budget:g} of a sweep is too small for one probe of these {len(numels)} layers; at least "
+            f"{least:.2g} is needed"
+        )
+    return most

@@ -1,13 +1,12 @@
-"""A step for each layer alone along its gradient, as far as it helps, scored on samples that gave no gradient."""
+"""What training each layer alone would gain: a sweep in a quadratic model of the loss, for all layers at once."""
 
 from __future__ import annotations
 
 import math
-import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,25 +16,25 @@ from torch import Tensor, nn
 from zest_fast.finetuning.trainable_layers import chosen_layers
 from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.foundation.nearest import some
-from zest_fast.probing.budget import STEP_SIZES, Sizes, sizes_for, sweep_units
-from zest_fast.probing.directions import directions_of, groups_of
+from zest_fast.probing.budget import BATCH, PENDING, Sizes, sizes_for, sweep_units
+from zest_fast.probing.directions import directions_of, trainable
+from zest_fast.probing.quadratic import saved, trained
 from zest_fast.probing.samples import Samples, samples_of
 from zest_fast.profiling.borrowing.model_state import ModelState
 from zest_fast.profiling.heads import find_head, is_language_model
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
+from zest_fast.profiling.loss import call_model
 from zest_fast.profiling.profile import profile
 from zest_fast.ranking.probed import Probe, evidence
-from zest_fast.sweeping.boundaries import NotReusable
 from zest_fast.sweeping.head import choose_strength, features_of, fit_head
-from zest_fast.sweeping.prefix_cache import PrefixCache
+from zest_fast.sweeping.inputs import logits_of, rows_of
 from zest_fast.sweeping.progress import Progress
 from zest_fast.sweeping.recipe import Recipe
-from zest_fast.sweeping.trial_order import plan
-from zest_fast.sweeping.trials import LayerTask, evaluate, saved_parameters, set_head
+from zest_fast.sweeping.trials import saved_parameters, set_head
 from zest_fast.sweeping.volatile_state import in_eval_mode, preserved
 
-CACHE_BYTES = 1 << 30
-_WORSE = 2  # step sizes in a row that gain less than the best so far end a layer's search
+RATES = (0.1, 0.18, 0.3, 0.55, 1.0, 1.8, 3.0)
+"""Of the default recipe's learning rate: families of models want other ones, and a user's model has none yet."""
 
 
 def probe(
@@ -48,31 +47,36 @@ def probe(
     seed: int = 0,
     progress: bool = True,
 ) -> Probe:
-    """Move each layer alone along the gradient of many batches, and see how far that takes the loss of other samples.
+    """Train each layer alone in a quadratic model of the loss, and see what that gains on other samples.
 
     A profile reads one gradient: its size says what an infinitely small step gains on the same samples. This reads what
-    steps gain on others, and how far a layer can go before it does harm. The samples are divided at random: some whose
-    gradients give directions, others to score, and, where the model ends in a classifier of one nn.Linear, some to fit
-    that head to first, which replaces a head that does worse. The direction is Adam's, mean gradient over root mean
-    square, of batches of 16. Step sizes are STEP_SIZES times the learning rate of the sweeps' default recipe, smallest
-    first, until two in a row gain less than the best; the gain of a layer is its largest. What lies below a layer is
-    computed once for all layers above it, as in `sweep`. The model runs in eval mode and is afterwards as it was, bit
-    for bit, also after an error or Ctrl-C (which waits until the layer at hand is put back).
+    a sweep's 32 steps gain on others. The samples are divided at random: some to fit the head to, where the model ends
+    in a classifier of one nn.Linear (a fitted head that does worse is dropped), the others into two halves. Each half
+    gives every layer a few directions, the ways in which Adam would step along the gradient of some of its samples
+    (of a few classes each); then small batches of all samples say how the loss slopes along them, and, by the gradients
+    of labels drawn from the model's own predictions, how it curves (Gauss-Newton). In that quadratic model the recipe's
+    steps are taken with the slopes of one half and scored with those of the other. That costs two forward and three
+    backward passes over the samples, whatever the number of layers. It is done at rates from a tenth to three times the
+    recipe's; what counts is the gain at the rate below the one at which all layers together gain most. Losses that are
+    not the cross-entropy of class numbers have no labels to draw: there the covariance of the gradients stands for the
+    curvature.
 
-    Memory: a pass that differentiates all probed weights, whose gradients and moments come in groups of at most 1 GiB
-    (a pass over the samples for each; a larger weight is a group of its own), and at most 1 GiB of activations (more is
-    kept on disk in the folder for temporary files).
+    The model runs in eval mode and is afterwards as it was, bit for bit, also after an error or Ctrl-C.
+
+    Memory: a pass that differentiates weights, in groups whose directions and gradients take at most 1 GiB (88 bytes an
+    entry of a weight; a larger weight is a group of its own). Each group costs its passes anew: where that leaves too
+    few samples, there are four, two or one direction in place of eight.
 
     Args:
         model: any module that `profile` takes and whose weights train.
         batches: batches as `profile` takes them: mappings of tensors with labels, or pairs (inputs, targets), inputs
-            being a tensor or a mapping of tensors. All of one shape but for the number of samples; 256 samples or more
+            being a tensor or a mapping of tensors. All of one shape but for the number of samples; 512 samples or more
             make a useful probe.
         loss_fn: as in `profile`.
         layers: as in `profile`; None = every layer but embeddings. The head is never among them.
         budget: share of the cost of a sweep of these layers by the default recipe (three seeds of 32 steps of 32
             samples, 1,500 scored), counted in passes of samples.
-        seed: of the division of the samples.
+        seed: of the division of the samples, and of the labels that are drawn.
         progress: show a bar on a terminal.
 
     Returns:
@@ -86,7 +90,7 @@ def probe(
         >>> import torch, zest_fast
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
-        >>> found = zest_fast.probe(model, [(torch.randn(96, 4), torch.arange(96) % 3)], progress=False)
+        >>> found = zest_fast.probe(model, [(torch.randn(96, 4), torch.arange(96) % 3)], budget=0.2, progress=False)
         >>> sorted(found.names)
         ['0', '2']
     """
@@ -97,20 +101,18 @@ def probe(
     samples = samples_of(model, batches, loss_fn)
     chosen, head, notes = _layers(model, layers, samples)
     weights = [part.parameters[0] for part in chosen_layers(model, [layer.name for layer in chosen])]
-    groups = groups_of(weights)
     if samples.class_numbers(model) is None:
         head = None  # it stays as it is: only a classifier is fitted
-    sizes = sizes_for(len(samples), budget, len(chosen), passes=len(groups), fits_head=head is not None)
+    sizes = sizes_for(len(samples), budget, [weight.numel() for weight in weights], fits_head=head is not None)
     with HeldInterrupts() as interrupts, ExitStack() as borrowed:
         borrowed.enter_context(in_eval_mode(model))
         borrowed.enter_context(ModelState(list(model.modules()), []))
         borrowed.enter_context(preserved(model, seed))
         borrowed.enter_context(saved_parameters(tuple(head.parameters()) if head is not None else ()))
-        folder = borrowed.enter_context(tempfile.TemporaryDirectory(prefix="zest_fast-probe-"))
-        job = _Probing(model, chosen, weights, samples, sizes, seed, Path(folder), interrupts)
+        job = _Probing(model, chosen, weights, samples, sizes, seed, interrupts)
         if head is not None:
             job.fit_head(head)
-        return job.run(groups, notes, progress)
+        return job.run(notes, progress)
 
 
 class _Probing:
@@ -124,142 +126,191 @@ class _Probing:
         samples: Samples,
         sizes: Sizes,
         seed: int,
-        folder: Path,
         interrupts: HeldInterrupts,
     ) -> None:
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
-        head, directions, scored, _ = order.split(
-            [sizes.head, sizes.directions, sizes.scored, len(samples) - sizes.head - sizes.directions - sizes.scored]
-        )
+        self._for_head = samples.of(order[: sizes.head])
+        self._probed = samples.of(order[sizes.head : sizes.head + sizes.probed])
         self._model = model
         self._layers = layers
         self._weights = weights
         self._sizes = sizes
         self._seed = seed
-        self._folder = folder
         self._interrupts = interrupts
-        self._for_head, self._for_directions, self._scored = map(samples.of, (head, directions, scored))
-        self._limit = CACHE_BYTES // max(1, len(self._scored))
-        self._cache = self._new_cache()
+        self._drawn = torch.Generator().manual_seed(seed)
 
     def fit_head(self, head: nn.Linear) -> None:
-        """Unless the one that is there does as well on the scored samples."""
-        targets = self._for_head.class_numbers(self._model)
-        assert targets is not None  # as of all samples
+        """Unless the one that is there does as well on the probed samples."""
+        targets, others = self._for_head.class_numbers(self._model), self._probed.class_numbers(self._model)
+        assert targets is not None and others is not None  # as of all samples
         features = features_of(self._model, head, self._for_head.inputs)
         strength = choose_strength(features, targets, head.out_features, Recipe().head_strengths)
         fitted = fit_head(features, targets, head.out_features, strength, biased=head.bias is not None)
-        own = head.weight.detach().clone(), head.bias.detach().clone() if head.bias is not None else fitted[1]
-        before = _mean(self._losses(self._new_cache()))
-        set_head(head, *(value.to(head.weight.device) for value in fitted))
-        if before <= _mean(self._losses(self._new_cache())):
-            set_head(head, *own)
+        apart = features_of(self._model, head, self._probed.inputs)
+        own = head.weight, head.bias if head.bias is not None else fitted[1]
+        losses = [
+            nn.functional.cross_entropy(nn.functional.linear(apart, *(part.to(apart) for part in parts)), others)
+            for parts in (own, fitted)
+        ]
+        if losses[0] > losses[1]:
+            set_head(head, *(value.to(head.weight.device) for value in fitted))
 
-    def run(self, groups: list[list[int]], notes: list[str], progress: bool) -> Probe:
-        start = self._losses(self._new_cache())
-        if not math.isfinite(_mean(start)):
-            raise ValueError(
-                f"the loss is {_mean(start)} before any step; profile the batch: its error names the layers"
-            )
+    def run(self, notes: list[str], progress: bool) -> Probe:
         names = [layer.name for layer in self._layers]
-        gains, errors = np.full((2, len(STEP_SIZES), len(names)), np.nan)
-        left = dict.fromkeys(self._layers, (self._seed,))
-        tasks = plan(self._model, (), left, self._scored.inputs, reuse=True, limit=self._limit)
-        with Progress(f"probe of {len(names)} layers", len(names), progress) as bar:
-            bar.plan([task.cost for task in tasks.values()])
-            for group in groups:
-                self._let_through()
-                directions = directions_of(self._model, [self._weights[row] for row in group], self._for_directions)
-                self._cache = self._new_cache()  # the boundary moves up only
-                of_row = dict(zip(group, directions, strict=True))
-                for name, task in tasks.items():
-                    row = names.index(name)
-                    if row in of_row:
-                        gains[:, row], errors[:, row] = self._search(task, self._weights[row], of_row.pop(row), start)
-                        bar.advance(task.cost)
-        best = np.argmax(np.nan_to_num(gains, nan=-np.inf), axis=0)
-        columns = np.arange(len(names))
-        units = self._sizes.units(0, len(groups)) + int(np.isfinite(gains).sum()) * self._sizes.scored
+        gains, errors = np.full((2, len(RATES), len(names)), np.nan)
+        batches = self._sizes.probed // BATCH
+        with Progress(f"probe of {len(names)} layers", batches * len(self._sizes.groups), progress) as bar:
+            bar.plan([1.0] * batches * len(self._sizes.groups))
+            for group in self._sizes.groups:
+                for row, observed in zip(group, self._observe(group, bar), strict=True):
+                    gains[:, row], errors[:, row] = self._search(self._weights[row], observed)
+        place = _cautious(gains)
         return Probe(
             names=tuple(names),
-            scores=evidence(gains[best, columns], errors[best, columns]),
-            gains=gains[best, columns],
-            errors=errors[best, columns],
-            steps=np.where(np.isfinite(gains[best, columns]), np.array(STEP_SIZES)[best], np.nan),
-            start=_mean(start),
-            cost=units / (sweep_units() * len(names)),
-            by_step={step: np.stack([gains[i], errors[i]]) for i, step in enumerate(STEP_SIZES)},
+            scores=evidence(gains[place], errors[place]),
+            gains=gains[place],
+            errors=errors[place],
+            rate=RATES[place],
+            start=self._start,
+            cost=self._sizes.units / (sweep_units() * len(names)),
+            by_rate={rate: np.stack([gains[i], errors[i]]) for i, rate in enumerate(RATES)},
             settings={
                 "head_samples": self._sizes.head,
-                "direction_samples": self._sizes.directions,
-                "scored_samples": self._sizes.scored,
+                "probed_samples": self._sizes.probed,
+                "directions": self._sizes.directions,
+                "passes": len(self._sizes.groups),
                 "seed": self._seed,
             },
             notes=(*notes, *_warned(names, gains)),
         )
 
-    def _search(
-        self, task: LayerTask, weight: nn.Parameter, direction: Tensor, start: list[tuple[float, int]]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Gains and their errors at STEP_SIZES, NaN beyond the end of the search."""
-        gains, errors = np.full((2, len(STEP_SIZES)), np.nan)
-        rate = Recipe().layer_lr(float(weight.detach().double().square().mean().sqrt()))
-        cache = self._cache_at(task)
-        best, worse = -math.inf, 0
-        with torch.no_grad(), saved_parameters((weight,)) as (before,):
-            for place, step in enumerate(STEP_SIZES):
-                weight.copy_(before - (step * rate * direction).to(before.dtype))
-                gains[place], errors[place] = _gain(start, self._losses_of(task, cache))
-                worse = 0 if gains[place] > best else worse + 1
-                best = max(best, gains[place]) if math.isfinite(gains[place]) else best
-                if worse >= _WORSE:
-                    break
-        self._let_through()
+    def _observe(self, group: Sequence[int], bar: Progress) -> list[_Observed]:
+        """Of the weights of a group."""
+        weights = [self._weights[row] for row in group]
+        halves = torch.arange(len(self._probed)).chunk(2)
+        found = []
+        for rows in halves:
+            self._let_through()
+            half = self._probed.of(rows)
+            found.append(
+                directions_of(self._model, weights, half, self._sizes.directions, half.class_numbers(self._model))
+            )
+        ways = [torch.cat([one.ways, other.ways]) for one, other in zip(*found, strict=True)]
+        grams = [(one.gram, other.gram) for one, other in zip(*found, strict=True)]
+        del found
+        slopes, curved = self._along(weights, ways, bar)
+        observed = []
+        for place, gram in enumerate(grams):
+            rows = curved[place]
+            if rows is None:  # no labels to draw: the covariance of gradients stands for the curvature
+                rows = (slopes[place] - slopes[place].mean(0)) * BATCH**0.5
+            observed.append(_Observed(slopes[place], rows, gram))
+        return observed
+
+    def _along(
+        self, weights: list[nn.Parameter], ways: list[Tensor], bar: Progress
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Gradients of the batches along the ways, float64 [batches, ways] for each weight; those of drawn labels."""
+        slopes: list[list[Tensor]] = [[] for _ in weights]
+        curved: list[list[Tensor]] = [[] for _ in weights]
+        pending: list[list[Tensor]] = [[] for _ in weights]
+        losses = []
+        drawn = self._probed.class_numbers(self._model) is not None
+        batches = torch.arange(len(self._probed)).split(BATCH)
+
+        def read() -> None:
+            """All pending gradients at once: the ways are what takes the time to read."""
+            for place, held in enumerate(pending):
+                found = (torch.stack(held) @ ways[place].T).double().cpu()
+                slopes[place] += found[:: 1 + drawn]
+                curved[place] += found[1::2] if drawn else []
+                held.clear()
+
+        with trainable(weights):
+            for number, rows in enumerate(batches, start=1):
+                with preserved(self._model, self._seed):
+                    output = call_model(self._model, rows_of(self._probed.inputs, rows))
+                    loss = self._probed.loss(output, rows)
+                    every = [loss, *([self._drawn_loss(output)] if drawn else [])]
+                    losses.append(float(loss.detach()))
+                    for place, one in enumerate(every):
+                        found = torch.autograd.grad(
+                            one, weights, allow_unused=True, retain_graph=place + 1 < len(every)
+                        )
+                        for held, weight, gradient in zip(pending, weights, found, strict=True):
+                            held.append((torch.zeros_like(weight) if gradient is None else gradient).flatten().float())
+                        del found
+                    del output, loss, every
+                if number % PENDING == 0 or number == len(batches):
+                    read()
+                bar.advance(1.0)
+                self._let_through()
+        self._start = float(np.mean(losses))
+        if not math.isfinite(self._start):
+            raise ValueError(
+                f"the loss is {self._start} before any step; profile the batch: its error names the layers"
+            )
+        return [torch.stack(rows) for rows in slopes], [torch.stack(rows) if drawn else None for rows in curved]
+
+    def _drawn_loss(self, output: Any) -> Tensor:
+        """Whose gradient has the Gauss-Newton matrix of a sample as its second moment: of labels that the model draws
+        (Kunstner, Hennig & Balles, "Limitations of the empirical Fisher approximation", 2019)."""
+        logits = logits_of(output)
+        labels = torch.multinomial(logits.detach().double().softmax(-1).cpu(), 1, generator=self._drawn)[:, 0]
+        total = nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+        return total / len(labels) ** 0.5
+
+    def _search(self, weight: nn.Parameter, observed: _Observed) -> tuple[np.ndarray, np.ndarray]:
+        """Gains and their errors at RATES: each half trains and the other scores."""
+        recipe = Recipe()
+        rate = recipe.layer_lr(float(weight.detach().double().square().mean().sqrt()))
+        gains, errors = np.full((2, len(RATES)), np.nan)
+        halves = torch.arange(len(observed.slopes)).chunk(2)
+        if not (torch.isfinite(observed.slopes).all() and torch.isfinite(observed.curved).all()):
+            return gains, errors
+        for place, factor in enumerate(RATES):
+            found = []
+            for half, gram in enumerate(observed.grams):
+                own = slice(half * len(gram), (half + 1) * len(gram))
+                slopes, curved = observed.slopes[:, own], observed.curved[:, own]
+                train, score = halves[half], halves[1 - half]
+                # Of training, the gradient is what may be luck; of its curvature the more samples tell the better.
+                shares = trained(slopes[train], _mean_square(curved), gram, factor * rate, recipe, batch=BATCH)
+                found.append(saved(slopes[score], _mean_square(curved[score]), shares))
+            gains[place] = np.mean([gain for gain, _ in found])
+            errors[place] = np.sqrt(np.mean([error**2 for _, error in found]) / len(found))
         return gains, errors
 
-    def _cache_at(self, task: LayerTask) -> PrefixCache:
-        """That takes passes up as far above as was verified; from the input where that does not hold."""
-        if not task.boundary.skipped:
-            return self._new_cache()
-        try:
-            self._cache.advance(task.boundary)
-            self._cache.check(torch.arange(min(self._scored.chunk, len(self._scored))))
-            return self._cache
-        except NotReusable as error:
-            return self._unlike(task, error)
-
-    def _losses_of(self, task: LayerTask, cache: PrefixCache) -> list[tuple[float, int]]:
-        try:
-            return self._losses(cache)
-        except NotReusable as error:
-            return self._losses(self._unlike(task, error))
-
-    def _unlike(self, task: LayerTask, error: NotReusable) -> PrefixCache:
-        warnings.warn(
-            f"what lies below {task.part.name!r} was not reused: {error}. The full forward pass runs instead",
-            stacklevel=2,
-        )
-        return self._new_cache()
-
-    def _losses(self, cache: PrefixCache) -> list[tuple[float, int]]:
-        """Of the scored samples, or of chunks of so many."""
-        with preserved(self._model, self._seed):
-            found = evaluate(cache, self._scored)
-        return list(zip(found["losses"], found["samples"], strict=True))
-
-    def _new_cache(self) -> PrefixCache:
-        return PrefixCache(
-            self._model,
-            self._scored.inputs,
-            limit=self._limit,
-            folder=self._folder,
-            batch_size=self._scored.chunk,
-        )
-
     def _let_through(self) -> None:
-        """Ctrl-C, where the model is as it was but for the head, which is put back at the end."""
+        """Ctrl-C, where the model is as it was but for the head and what requires gradients, put back at the end."""
         with self._interrupts.interruptible():
             pass
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """Of one weight, float64: what batches of both halves say of the ways of both halves."""
+
+    slopes: Tensor
+    """[batches, ways]"""
+    curved: Tensor
+    """[batches, ways], whose second moment is the curvature."""
+    grams: tuple[Tensor, Tensor]
+    """Of the ways of each half, [directions, directions]."""
+
+
+def _mean_square(rows: Tensor) -> Tensor:
+    """[observations, directions] -> [directions, directions]"""
+    return rows.T @ rows / len(rows)
+
+
+def _cautious(gains: np.ndarray) -> int:
+    """The place of the rate below the one at which all layers together gain most, of gains [rates, layers].
+
+    Beyond the best the quadratic model ends before the loss does.
+    """
+    finite = np.isfinite(gains).all(axis=0)
+    return max(0, int(gains[:, finite].sum(axis=1).argmax()) - 1) if finite.any() else 0
 
 
 def _layers(
@@ -287,32 +338,13 @@ def _layers(
     return chosen, head, notes
 
 
-def _mean(losses: list[tuple[float, int]]) -> float:
-    values, samples = zip(*losses, strict=True)
-    return float(np.average(values, weights=samples))
-
-
-def _gain(start: list[tuple[float, int]], now: list[tuple[float, int]]) -> tuple[float, float]:
-    """The mean loss that is saved, and its standard error: the same samples before and after."""
-    before, after = (np.array([loss for loss, _ in losses]) for losses in (start, now))
-    weights = np.array([samples for _, samples in start], dtype=np.float64)
-    saved = before - after
-    if not np.isfinite(saved).all():
-        return math.nan, math.nan
-    mean = float(np.average(saved, weights=weights))
-    if len(saved) < 2:
-        return mean, math.nan
-    variance = np.average((saved - mean) ** 2, weights=weights) * len(saved) / (len(saved) - 1)
-    return mean, float(np.sqrt(variance / len(saved)))
-
-
 def _warned(names: list[str], gains: np.ndarray) -> list[str]:
-    """gains: [step sizes, layers]"""
+    """gains: [rates, layers]"""
     lost = [name for name, finite in zip(names, np.isfinite(gains).any(axis=0), strict=True) if not finite]
-    found = [f"the loss was not finite after any step of {some(lost)}"] if lost else []
+    found = [f"the gradients of {some(lost)} are not finite"] if lost else []
     if len(lost) < len(names) and not (gains[np.isfinite(gains)] > 0).any():
         found.append(
-            "the loss rose in every probe: the samples may be too few, the labels wrong, or the head may know all "
+            "the loss rises in every probe: the samples may be too few, the labels wrong, or the head may know all "
             "there is; the order of the layers says little"
         )
     for note in found:

@@ -1,4 +1,4 @@
-"""What a probe found: how much a step of each layer alone gained. No torch."""
+"""What a probe found: how much training each layer alone would gain. No torch."""
 
 from __future__ import annotations
 
@@ -26,20 +26,19 @@ _LEAST_SHARE = 0.05
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Gains of layers that were each moved alone along their gradient, on samples that gave no gradient.
+    """What each layer gains, trained alone in a quadratic model of the loss, on samples that it was not trained on.
 
     Args:
         names: the layers.
         scores: float64 [layers], -1/2 to 1/2: where each layer stands among the others, as far as its gains can be told
             from noise (see `evidence`). This is what ranks.
-        gains: float64 [layers], loss before minus loss after the step, at the step size that gained most; NaN where no
-            loss was finite.
-        errors: float64 [layers], standard errors of the gains over the scored samples. Luck of the samples that gave
-            the gradient is not in them.
-        steps: float64 [layers], the step sizes that gained most, as multiples of the default recipe's learning rate.
+        gains: float64 [layers], loss before minus loss after training; NaN where gradients were not finite.
+        errors: float64 [layers], standard errors of the gains over the scored samples. Luck of the samples that were
+            trained on is not in them.
+        rate: what the default recipe's learning rates were multiplied by.
         start: loss before any step, with the head that the probe fitted, where it did.
         cost: share of a sweep by the default recipe that it took.
-        by_step: step size -> gains and their errors, float64 [2, layers]; NaN where the search had ended.
+        by_rate: every rate that was tried -> gains and their errors, float64 [2, layers].
         settings: how it was measured.
         notes: what should be known of it, in sentences.
 
@@ -49,8 +48,8 @@ class Probe:
     Examples:
         >>> import numpy as np, zest_fast
         >>> gains, errors = np.array([0.1, 0.3]), np.array([0.02, 0.02])
-        >>> scores, steps = np.array([-0.25, 0.25]), np.array([3.0, 1.0])
-        >>> found = zest_fast.Probe(("a", "b"), scores, gains, errors, steps, start=1.0)
+        >>> scores = np.array([-0.25, 0.25])
+        >>> found = zest_fast.Probe(("a", "b"), scores, gains, errors, rate=1.0, start=1.0)
         >>> found.top(1)
         ('b',)
     """
@@ -59,15 +58,15 @@ class Probe:
     scores: np.ndarray
     gains: np.ndarray
     errors: np.ndarray
-    steps: np.ndarray
+    rate: float
     start: float
     cost: float = float("nan")
-    by_step: Mapping[float, np.ndarray] = field(default_factory=dict)
+    by_rate: Mapping[float, np.ndarray] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("scores", "gains", "errors", "steps"):
+        for name in ("scores", "gains", "errors"):
             shape = np.shape(getattr(self, name))
             if shape != (len(self.names),):
                 raise ValueError(
@@ -127,10 +126,10 @@ class Probe:
         return self.of(tuple(profile.names), heads_of(profile))
 
     def to_pandas(self) -> pandas.DataFrame:
-        """Columns score, gain, error and step; the index, named "layer", in the order of `names`."""
+        """Columns score, gain and error; the index, named "layer", in the order of `names`."""
         import pandas
 
-        columns = {"score": self.scores, "gain": self.gains, "error": self.errors, "step": self.steps}
+        columns = {"score": self.scores, "gain": self.gains, "error": self.errors}
         return pandas.DataFrame(columns, index=pandas.Index(self.names, name="layer"))
 
     def __len__(self) -> int:

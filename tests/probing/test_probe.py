@@ -1,4 +1,4 @@
-"""A step of each layer alone: what it gains, what is refused, and that nothing of it stays."""
+"""Each layer trained alone in a quadratic model: what it gains, what is refused, and that nothing of it stays."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import zest_fast
-from zest_fast.probing import directions
+from zest_fast.probing import budget as budgets
 from zest_fast.probing import probe as probing
-from zest_fast.probing.budget import BATCH, STEP_SIZES, sizes_for, sweep_units
+from zest_fast.probing.budget import BATCH, bytes_of, sizes_for, sweep_units
+from zest_fast.probing.quadratic import saved
+from zest_fast.probing.quadratic import trained as trained_in_quadratic
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -75,78 +77,140 @@ def test_a_layer_that_was_spoilt_gains_most() -> None:
         assert noise.gains.max() < 0.25 * found.gains.max()
 
 
-def test_gains_are_those_of_plain_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same head and samples, gradients of autograd, without reuse of what lies below a layer."""
-    seen: list[Any] = []
-    create = probing._Probing
-    monkeypatch.setattr(probing, "_Probing", lambda *fields: seen.append(create(*fields)) or seen[-1])
+def seen_of(model: nn.Module, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Any, list[Any], nn.Module]:
+    """A probe, what it observed of each layer, and a copy of the model with the head that it fitted."""
+    jobs: list[Any] = []
+    observed: list[Any] = []
     fitted: list[nn.Module] = []
-    directions = probing.directions_of
-    monkeypatch.setattr(probing, "directions_of", lambda *of: fitted.append(copy.deepcopy(of[0])) or directions(*of))
+    create, observe = probing._Probing, probing._Probing._observe
+
+    class Seen(create):  # type: ignore[misc, valid-type]
+        def __init__(self, *fields: Any) -> None:
+            super().__init__(*fields)
+            jobs.append(self)
+
+        def _observe(self, group: Any, bar: Any) -> list[Any]:
+            fitted.append(copy.deepcopy(self._model))
+            observed.extend(observe(self, group, bar))
+            return observed
+
+    monkeypatch.setattr(probing, "_Probing", Seen)
+    zest_fast.probe(model, [samples()], progress=False, **options)
+    return jobs[0], observed, fitted[0].requires_grad_(True)
+
+
+def test_slopes_and_curvature_are_those_of_plain_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ways from class-sorted batches of each half, slopes of each batch of eight; Gauss-Newton within its noise."""
+    job, observed, copied = seen_of(trained(50), monkeypatch, layers=["0", "5"], budget=1.0)
+    inputs, targets = job._probed.inputs, job._probed.targets
+    halves = torch.arange(len(targets)).chunk(2)
+    for name, found in zip(("0", "5"), observed, strict=True):
+        weight = copied.get_submodule(name).weight
+
+        def gradient(rows: Tensor, weight: Tensor = weight) -> Tensor:
+            loss = nn.functional.cross_entropy(copied(inputs[rows]), targets[rows])
+            return torch.autograd.grad(loss, weight)[0].flatten()
+
+        ways = []
+        for half, gram in zip(halves, found.grams, strict=True):
+            by_class = half[torch.argsort(targets[half], stable=True)]
+            gradients = torch.stack([gradient(rows) for rows in by_class.tensor_split(8)])
+            rms = gradients.square().mean(0).sqrt()
+            ways.append(gradients / (rms + 1e-3 * rms.square().mean().sqrt()))
+            assert gram.numpy() == pytest.approx((gradients @ ways[-1].T).double().numpy(), rel=1e-3, abs=1e-6)
+        every = torch.cat(ways)
+        slopes = torch.stack([every @ gradient(rows) for rows in torch.arange(len(targets)).split(BATCH)])
+        assert found.slopes.numpy() == pytest.approx(slopes.double().numpy(), rel=1e-3, abs=1e-5)
+
+        def logits(shares: Tensor, weight: Tensor = weight, name: str = name, every: Tensor = every) -> Tensor:
+            moved = {f"{name}.weight": weight + (shares @ every).view_as(weight)}
+            return torch.func.functional_call(copied, moved, (inputs,))
+
+        jacobian = torch.func.jacfwd(logits)(torch.zeros(len(every))).detach()  # [samples, classes, ways]
+        chances = logits(torch.zeros(len(every))).softmax(-1).detach()
+        middle = jacobian - (chances[:, :, None] * jacobian).sum(1, keepdim=True)
+        exact = torch.einsum("nc,nca,ncb->ab", chances, middle, middle) / len(inputs)
+        drawn = (found.curved.T @ found.curved / len(found.curved)).float()
+        assert float((drawn - exact).norm() / exact.norm()) < 0.35  # 45 batches of drawn labels
+
+
+def test_gains_are_those_of_real_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer at a time by Adam on one half, scored on the other; at a rate where a quadratic says enough."""
     model = trained(50)
-    found = zest_fast.probe(model, [samples()], layers=["0", "5"], budget=0.2, progress=False)
-    copied = fitted[0].requires_grad_(True)  # with the head that the probe fitted
-    given, scored = seen[0]._for_directions, seen[0]._scored
-    gradients: dict[str, list[Tensor]] = {"0": [], "5": []}
-    for rows in torch.arange(len(given)).split(BATCH):
-        copied.zero_grad()
-        nn.functional.cross_entropy(copied(given.inputs[rows]), given.targets[rows]).backward()
-        for name, batches in gradients.items():
-            batches += [copied.get_submodule(name).weight.grad.clone()] * len(rows)
-    with torch.no_grad():
-        start = nn.functional.cross_entropy(copied(scored.inputs).double(), scored.targets, reduction="none")
-        for row, name in enumerate(found.names):
-            weight, each = copied.get_submodule(name).weight, torch.stack(gradients[name])
-            rate = 1e-2 * min(0.2, float(weight.square().mean().sqrt()))
-            before, direction = weight.clone(), each.mean(0) / each.square().mean(0).sqrt().clamp_min(1e-30)
-            for step in STEP_SIZES:
-                gain, error = found.by_step[step][:, row]
-                if np.isnan(gain):
-                    break
-                weight.copy_(before - step * rate * direction)
-                after = nn.functional.cross_entropy(copied(scored.inputs).double(), scored.targets, reduction="none")
-                assert gain == pytest.approx(float((start - after).mean()), abs=1e-5)
-                assert error == pytest.approx(float((start - after).std() / len(after) ** 0.5), abs=1e-5)
-            weight.copy_(before)
-            assert found.gains[row] == np.nanmax([values[0, row] for values in found.by_step.values()])
-    assert found.start == pytest.approx(float(start.mean()), abs=1e-6)
+    job, _, copied = seen_of(model, monkeypatch, budget=1.0)
+    found = zest_fast.probe(model, [samples()], budget=1.0, progress=False)
+    inputs, targets = job._probed.inputs, job._probed.targets
+    halves = torch.arange(len(targets)).chunk(2)
+    gains = []
+    for name in found.names:
+        saved_losses = []
+        for train, score in (halves, halves[::-1]):
+            learner = copy.deepcopy(copied)
+            weight = learner.get_submodule(name).weight
+            rate = 0.3 * zest_fast.Recipe().layer_lr(float(weight.detach().square().mean().sqrt()))
+            optimizer = torch.optim.Adam([weight], lr=rate)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 32)
+            before = nn.functional.cross_entropy(learner(inputs[score]), targets[score]).item()
+            for step in range(32):
+                rows = train[torch.arange(step * 32, step * 32 + 32) % len(train)]
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(learner(inputs[rows]), targets[rows]).backward()
+                optimizer.step()
+                schedule.step()
+            after = nn.functional.cross_entropy(learner(inputs[score]), targets[score]).item()
+            saved_losses.append(before - after)
+        gains.append(np.mean(saved_losses))
+    predicted = found.by_rate[0.3][0]
+    assert np.argsort(predicted).tolist() == np.argsort(gains).tolist()
+    assert predicted == pytest.approx(gains, rel=0.5)
 
 
-def test_directions_come_in_groups_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_in_a_quadratic() -> None:
+    """One step along one way goes as far as its rate, many steps to the minimum; what is saved is the parabola's."""
+    recipe = zest_fast.Recipe(steps=1, batch_size=8, seeds=(0,))
+    gram = torch.tensor([[2.0, 0.3], [0.3, 1.0]], dtype=torch.float64)
+    none = torch.zeros(2, 2, dtype=torch.float64)
+    shares = trained_in_quadratic(gram[:1], none, gram, 1e-2, recipe, batch=8)
+    assert shares.tolist() == pytest.approx([-1e-2, 0.0])
+    curvature = torch.tensor([[3.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
+    slope = torch.tensor([[0.5, -1.0]], dtype=torch.float64)
+    longer = zest_fast.Recipe(steps=2000, batch_size=8, seeds=(0,))
+    shares = trained_in_quadratic(slope, curvature, gram, 1e-1, longer, batch=8)
+    best = -torch.linalg.solve(curvature, slope[0])
+    assert shares.tolist() == pytest.approx(best.tolist(), abs=1e-4)
+    gain, error = saved(slope.repeat(3, 1), curvature, shares)
+    assert gain == pytest.approx(float(-0.5 * slope[0] @ best)) and error == 0
+    lost, error = saved(torch.stack([slope[0], -slope[0]]), curvature, shares)
+    assert lost < 0 and error == pytest.approx(float((slope[0] @ shares).abs()))
+
+
+def test_the_rate_below_the_best_counts() -> None:
+    gains = np.array([[0.1, 0.1], [0.3, 0.2], [0.5, 0.1], [-3.0, 0.2]])
+    assert probing._cautious(gains) == 1
+    assert probing._cautious(-gains[:3]) == 0
+    gains[3] = np.nan
+    assert probing._cautious(gains) == 0  # nothing is finite at all rates
+    found = zest_fast.probe(trained(50), [samples()], budget=0.3, progress=False)
+    means = [values[0].mean() for values in found.by_rate.values()]
+    place = list(found.by_rate).index(found.rate)
+    assert place == max(0, int(np.argmax(means)) - 1)
+    assert np.array_equal(found.by_rate[found.rate], [found.gains, found.errors])
+
+
+def test_weights_come_in_groups_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     model = trained(50)
-    whole = zest_fast.probe(model, [samples()], budget=0.5, progress=False)
-    monkeypatch.setattr(directions, "MEMORY", 12 * 24 * 24)
-    passes = []
-    create = probing.directions_of
-    monkeypatch.setattr(probing, "directions_of", lambda *of: passes.append(len(of[1])) or create(*of))
-    parts = zest_fast.probe(model, [samples()], budget=0.5, progress=False)
-    assert passes == [1, 1, 1]
-    assert parts.gains == pytest.approx(whole.gains, abs=1e-5)
+    whole = zest_fast.probe(model, [samples()], budget=0.9, progress=False)
+    monkeypatch.setattr(budgets, "MEMORY", bytes_of(24 * 24, 8))
+    parts = zest_fast.probe(model, [samples()], budget=0.9, progress=False)
+    assert whole.settings["passes"] == 1 and parts.settings["passes"] == 3
+    assert parts.settings["probed_samples"] == whole.settings["probed_samples"]
+    assert parts.gains == pytest.approx(whole.gains, rel=1e-3, abs=1e-6)
 
 
-def test_a_step_ends_where_it_does_harm() -> None:
-    """A quadratic whose best step is known: no step size beyond two that are worse is tried."""
-    torch.manual_seed(0)
-
-    class Bowl(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 4, bias=False)
-            self.last = nn.Linear(4, 1, bias=False)
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            return self.last(self.layer(inputs))
-
-    model = Bowl()
-    inputs = torch.randn(256, 4)
-    with torch.no_grad():
-        rate = 1e-2 * float(model.layer.weight.square().mean().sqrt())
-        targets = inputs @ (model.layer.weight + 3 * rate * model.last.weight.T.sign()).T @ model.last.weight.T
-    found = zest_fast.probe(
-        model, [(inputs, targets)], loss_fn=nn.functional.mse_loss, layers=["layer"], budget=1.0, progress=False
-    )
-    tried = [step for step, values in found.by_step.items() if np.isfinite(values[0, 0])]
-    assert found.steps[0] == 3.0 and tried == [0.3, 1.0, 3.0, 10.0]
+def test_where_passes_cost_too_much_there_are_fewer_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budgets, "MEMORY", bytes_of(24 * 24, 4))
+    found = zest_fast.probe(trained(50), [samples()], budget=0.5, progress=False)
+    assert found.settings["directions"] < 8 and np.isfinite(found.gains).all()
 
 
 @pytest.mark.parametrize("failure", [None, ValueError("of the loss"), KeyboardInterrupt()])
@@ -160,13 +224,13 @@ def test_the_model_is_as_it_was(failure: BaseException | None, monkeypatch: pyte
     def loss_fn(output: Tensor, targets: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        if failure is not None and calls == 40:
+        if failure is not None and calls == 20:
             raise failure
         return nn.functional.cross_entropy(output, targets)
 
     if failure is None:
         zest_fast.probe(model, [samples()], loss_fn=loss_fn, progress=False)
-        assert calls > 40
+        assert calls > 20
     else:
         with pytest.raises(type(failure)):
             zest_fast.probe(model, [samples()], loss_fn=loss_fn, progress=False)
@@ -190,9 +254,9 @@ def test_batches_are_put_together() -> None:
 
 def test_a_larger_budget_scores_more_and_keeps_to_it() -> None:
     model = trained(50)
-    small, large = (zest_fast.probe(model, [samples(2000)], budget=b, progress=False) for b in (0.05, 0.5))
-    assert small.cost <= 0.05 and large.cost <= 0.5
-    assert large.settings["scored_samples"] > 2 * small.settings["scored_samples"]
+    small, large = (zest_fast.probe(model, [samples(2000)], budget=b, progress=False) for b in (0.1, 0.5))
+    assert small.cost <= 0.1 and large.cost <= 0.5
+    assert large.settings["probed_samples"] > 2 * small.settings["probed_samples"]
 
 
 def test_language_models_have_no_head_that_trains() -> None:
@@ -219,8 +283,11 @@ def test_the_head_of_a_regression_stays_as_it_is() -> None:
     targets = inputs[:, :1].sin()
     found = zest_fast.probe(model, [(inputs, targets)], loss_fn=nn.functional.mse_loss, budget=0.1, progress=False)
     assert found.settings["head_samples"] == 0
-    rows = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))[-found.settings["scored_samples"] :]
-    assert found.start > 0 and len(rows) and np.isfinite(found.gains).all()
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
+    rows = order[: found.settings["probed_samples"]]
+    with torch.no_grad():
+        start = nn.functional.mse_loss(model(inputs[rows]), targets[rows])
+    assert found.start == pytest.approx(start.item(), rel=1e-5) and np.isfinite(found.gains).all()
 
 
 def batch(count: int = 64) -> dict[str, Tensor]:
@@ -261,26 +328,29 @@ def test_bad_input_is_named(case: str) -> None:
 
 
 def test_a_loss_that_rises_in_every_probe_is_said() -> None:
-    """Directions are of the one loss, scores of another: whatever is added is punished by the square."""
+    """What lowers the loss of one half of the samples raises that of the other."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
-    inputs = torch.randn(96, 8)
+    inputs, signs = torch.randn(8, 8).repeat(12, 1), torch.empty(96)
+    signs[torch.randperm(96, generator=torch.Generator().manual_seed(0))] = torch.tensor([1.0, -1.0]).repeat_interleave(
+        48
+    )
+    inputs = inputs[torch.arange(96) % 8]
 
     def loss_fn(output: Tensor, targets: Tensor) -> Tensor:
-        moved = output - targets
-        return (moved * model[1].weight.sum(1)).mean() if torch.is_grad_enabled() else moved.square().mean()
+        return (output.mean(1).square() * targets).mean()
 
-    targets = model(inputs).detach()
-    with pytest.warns(UserWarning, match="the loss rose in every probe"):
-        found = zest_fast.probe(model, [(inputs, targets)], loss_fn=loss_fn, layers=["0"], budget=1.0, progress=False)
-    assert "rose in every probe" in repr(found) and (found.gains < 0).all()
+    with pytest.warns(UserWarning, match="the loss rises in every probe"):
+        found = zest_fast.probe(model, [(inputs, signs)], loss_fn=loss_fn, layers=["0"], budget=1.0, progress=False)
+    assert "rises in every probe" in repr(found) and (found.gains < 0).all()
 
 
 def test_sizes_keep_to_budget_and_samples() -> None:
-    for count in (64, 100, 256, 1024, 5000):
-        for budget in (0.02, 0.05, 0.3, 1.0):
+    for count in (80, 100, 256, 1024, 5000):
+        for budget in (0.1, 0.3, 1.0):
             for fits_head in (True, False):
-                sizes = sizes_for(count, budget, 30, passes=2, fits_head=fits_head)
-                assert sizes.head + sizes.directions + sizes.scored <= count
-                assert sizes.units(30, 2) <= budget * sweep_units() * 30
-                assert min(sizes.directions, sizes.scored) >= 16 and (sizes.head > 0) == fits_head
+                sizes = sizes_for(count, budget, [10_000_000] * 30, fits_head=fits_head)
+                assert sizes.head + sizes.probed <= count and sizes.probed % (2 * BATCH) == 0
+                assert sizes.units <= budget * sweep_units() * 30
+                assert sizes.probed >= 48 and (sizes.head > 0) == fits_head
+                assert sorted(sum(sizes.groups, ())) == list(range(30))

@@ -137,7 +137,6 @@ class _Probing:
         self._sizes = sizes
         self._seed = seed
         self._interrupts = interrupts
-        self._drawn = torch.Generator().manual_seed(seed)
 
     def fit_head(self, head: nn.Linear) -> None:
         """Unless the one that is there does as well on the probed samples."""
@@ -188,33 +187,29 @@ class _Probing:
         """Of the weights of a group."""
         weights = [self._weights[row] for row in group]
         halves = torch.arange(len(self._probed)).chunk(2)
-        found = []
+        of_halves = []
         for rows in halves:
             self._let_through()
             half = self._probed.of(rows)
-            found.append(
+            of_halves.append(
                 directions_of(self._model, weights, half, self._sizes.directions, half.class_numbers(self._model))
             )
-        ways = [torch.cat([one.ways, other.ways]) for one, other in zip(*found, strict=True)]
-        grams = [(one.gram, other.gram) for one, other in zip(*found, strict=True)]
-        del found
+        ways = [torch.cat([one.ways, other.ways]) for one, other in zip(*of_halves, strict=True)]
+        grams = [(one.gram, other.gram) for one, other in zip(*of_halves, strict=True)]
+        del of_halves
         slopes, curved = self._along(weights, ways, bar)
-        observed = []
-        for place, gram in enumerate(grams):
-            rows = curved[place]
-            if rows is None:  # no labels to draw: the covariance of gradients stands for the curvature
-                rows = (slopes[place] - slopes[place].mean(0)) * BATCH**0.5
-            observed.append(_Observed(slopes[place], rows, gram))
-        return observed
+        return [_Observed(*of_weight) for of_weight in zip(slopes, curved, grams, strict=True)]
 
     def _along(
         self, weights: list[nn.Parameter], ways: list[Tensor], bar: Progress
-    ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Gradients of the batches along the ways, float64 [batches, ways] for each weight; those of drawn labels."""
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Gradients of the batches along the ways, float64 [batches, ways] for each weight, and those of drawn labels;
+        where there are none to draw, the deviations of the former, scaled to samples."""
         slopes: list[list[Tensor]] = [[] for _ in weights]
         curved: list[list[Tensor]] = [[] for _ in weights]
         pending: list[list[Tensor]] = [[] for _ in weights]
         losses = []
+        generator = torch.Generator().manual_seed(self._seed)  # the same labels for every group
         drawn = self._probed.class_numbers(self._model) is not None
         batches = torch.arange(len(self._probed)).split(BATCH)
 
@@ -231,8 +226,13 @@ class _Probing:
                 with preserved(self._model, self._seed):
                     output = call_model(self._model, rows_of(self._probed.inputs, rows))
                     loss = self._probed.loss(output, rows)
-                    every = [loss, *([self._drawn_loss(output)] if drawn else [])]
                     losses.append(float(loss.detach()))
+                    if not math.isfinite(losses[-1]):
+                        raise ValueError(
+                            f"the loss of {len(rows)} samples is {losses[-1]} before any step; profile them: its error "
+                            "names the layers"
+                        )
+                    every = [loss, *([_drawn_loss(output, generator)] if drawn else [])]
                     for place, one in enumerate(every):
                         found = torch.autograd.grad(
                             one, weights, allow_unused=True, retain_graph=place + 1 < len(every)
@@ -246,19 +246,10 @@ class _Probing:
                 bar.advance(1.0)
                 self._let_through()
         self._start = float(np.mean(losses))
-        if not math.isfinite(self._start):
-            raise ValueError(
-                f"the loss is {self._start} before any step; profile the batch: its error names the layers"
-            )
-        return [torch.stack(rows) for rows in slopes], [torch.stack(rows) if drawn else None for rows in curved]
-
-    def _drawn_loss(self, output: Any) -> Tensor:
-        """Whose gradient has the Gauss-Newton matrix of a sample as its second moment: of labels that the model draws
-        (Kunstner, Hennig & Balles, "Limitations of the empirical Fisher approximation", 2019)."""
-        logits = logits_of(output)
-        labels = torch.multinomial(logits.detach().double().softmax(-1).cpu(), 1, generator=self._drawn)[:, 0]
-        total = nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
-        return total / len(labels) ** 0.5
+        along = [torch.stack(rows) for rows in slopes]
+        if not drawn:
+            return along, [(rows - rows.mean(0)) * BATCH**0.5 for rows in along]
+        return along, [torch.stack(rows) for rows in curved]
 
     def _search(self, weight: nn.Parameter, observed: _Observed) -> tuple[np.ndarray, np.ndarray]:
         """Gains and their errors at RATES: each half trains and the other scores."""
@@ -297,6 +288,17 @@ class _Observed:
     """[batches, ways], whose second moment is the curvature."""
     grams: tuple[Tensor, Tensor]
     """Of the ways of each half, [directions, directions]."""
+
+
+def _drawn_loss(output: Any, generator: torch.Generator) -> Tensor:
+    """Whose gradient has the Gauss-Newton matrix of a sample as its second moment: of labels that the model draws.
+
+    Kunstner, Hennig & Balles, "Limitations of the empirical Fisher approximation", 2019, equation 8.
+    """
+    logits = logits_of(output)
+    labels = torch.multinomial(logits.detach().double().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+    total = nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+    return total / len(labels) ** 0.5
 
 
 def _mean_square(rows: Tensor) -> Tensor:

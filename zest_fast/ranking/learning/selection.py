@@ -17,7 +17,7 @@ from zest_fast.ranking.errors import Errors
 from zest_fast.ranking.features import columns_of
 from zest_fast.ranking.learning.boosted_trees import ROUNDS, STRENGTH, train_trees
 from zest_fast.ranking.learning.training_rows import Rows, View
-from zest_fast.ranking.linear_base import PENALTIES, LinearBase, fit_ridge, has_prior
+from zest_fast.ranking.linear_base import PENALTIES, LinearBase, fit_ridge, for_new_layers, has_prior
 from zest_fast.ranking.mixing import Mixing, fit_weights, mixed_without_own
 from zest_fast.ranking.trees import Tree, predict_trees
 
@@ -75,8 +75,10 @@ def fit_base(rows: Rows, views: Sequence[View], features: Sequence[str], penalti
     index = rows.of(views)
     prior = has_prior(rows.values[index])
     known, new = (
-        fit_ridge(rows.design[chosen], rows.positions[chosen], rows.weights[chosen], features=features, penalty=penalty)
-        for chosen, penalty in zip((index[prior], index[~prior]), penalties, strict=True)
+        fit_ridge(rows.design[chosen], rows.positions[chosen], rows.weights[chosen], features=names, penalty=penalty)
+        for chosen, penalty, names in zip(
+            (index[prior], index[~prior]), penalties, (features, for_new_layers(features)), strict=True
+        )
     )
     return LinearBase(known, new)
 

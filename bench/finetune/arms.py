@@ -35,6 +35,7 @@ class Orders:
 
 CHOOSERS: dict[str, Callable[[Orders, int, int], tuple[str, ...]]] = {
     "ZEST": lambda orders, count, seed: orders.by["ZEST"][:count],
+    "ZEST probed": lambda orders, count, seed: orders.by["ZEST probed"][:count],
     "contribution": lambda orders, count, seed: orders.by["contribution"][:count],
     "RGN": lambda orders, count, seed: orders.by["RGN"][:count],
     "Spectrum": lambda orders, count, seed: orders.by["Spectrum"][:count],
@@ -48,6 +49,7 @@ NAMES = (
     "head only",
     "full",
     *(f"{chooser}@{count}" for chooser in ("contribution", "ZEST") for count in (3, 5, 10)),
+    "ZEST probed@5",
     *(f"{chooser}@5" for chooser in ("random", "RGN", "Spectrum", "last", "largest", "middle")),
     f"LoRA r{RANK}",
     *(f"LoRA+ZEST@{count}" for count in (3, 5, 10)),

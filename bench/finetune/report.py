@@ -19,6 +19,7 @@ LEGEND = (
     "on the validation split from one grid; 64 steps, SmolLM2 32."
 )
 RIVALS = (
+    "ZEST probed@5",
     "head only",
     "full",
     "LoRA r8",

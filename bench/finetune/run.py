@@ -10,7 +10,8 @@ steps on the same batches of the split "train" (AdamW, linear decay, no weight d
 the one of RATES with the least loss on the split "score" after the first seed; the head's rate is the same in every arm
 but "head only", which has it from RATES too. Then every seed is trained at that rate, and the split "test" is looked at
 once for each; the curves are those of the last seed. ZEST ranks the profile of one batch of the seed's training samples
-with a Ranker that was fitted without that family of data sets. "contribution" ranks by the records of the sweep, which
+with a Ranker that was fitted without that family of data sets; "ZEST probed" mixes in a probe of its first 1,024
+training samples, at 5 % of a sweep. "contribution" ranks by the records of the sweep, which
 are losses on "score": what a ranking could reach at best. Random layers are drawn twice for each seed. Seconds and peak
 bytes of a step are relative to full fine-tuning in the same rounds.
 """
@@ -45,6 +46,8 @@ from bench.measure import (
 from bench.spectra import load_spectra
 from zest_fast.foundation.replacing import replacing
 from zest_fast.planning.counted_memory import peak_bytes
+from zest_fast.probing.collecting import SAMPLES
+from zest_fast.probing.probe import probe
 from zest_fast.profiling.loss import call_model
 from zest_fast.profiling.profile import profile
 from zest_fast.ranking.ranker import Ranker
@@ -175,6 +178,11 @@ class Pair:
         rows = self._order(seed)[:PROFILED]
         table = profile(self.model, (rows_of(inputs, rows), targets[rows]))
         by = {"ZEST": rank(table, by=self._ranker), "RGN": rank(table, by="rgn")}
+        if "ZEST probed@5" in self._left():
+            more = self._order(seed)[:SAMPLES]
+            body = [name for name in table.names if not table.info[name]["head"]]
+            found = probe(self.model, [(rows_of(inputs, more), targets[more])], layers=body, progress=False)
+            by["ZEST probed"] = rank(table, by=self._ranker, probe=found)
         orders = {name: ranking.top(len(table) - 1) for name, ranking in by.items()}
         body = [name for name in table.names if not table.info[name]["head"]]
         orders["Spectrum"] = self._by_spectrum(body)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -37,7 +39,11 @@ def model():
 
 def orders():
     best_first = {"ZEST": LAYERS, "contribution": LAYERS[::-1], "RGN": LAYERS[::2] + LAYERS[1::2], "Spectrum": LAYERS}
-    best_first |= {"largest": LAYERS[1:] + LAYERS[:1], "middle": LAYERS[4:] + LAYERS[:4]}
+    best_first |= {
+        "ZEST probed": LAYERS[2:] + LAYERS[:2],
+        "largest": LAYERS[1:] + LAYERS[:1],
+        "middle": LAYERS[4:] + LAYERS[:4],
+    }
     return Orders(best_first, LAYERS)
 
 
@@ -50,6 +56,7 @@ def test_arms_train_what_they_are_called_after(model):
     assert found["head only"] == [Arm("head only", ())] and found["full"] == [Arm("full", None)]
     assert found["ZEST@3"][0].layers == LAYERS[:3] and found["contribution@3"][0].layers == LAYERS[:-4:-1]
     assert found["last@5"][0].layers == LAYERS[-5:]
+    assert found["ZEST probed@5"][0].layers == LAYERS[2:7]
     assert found["largest@5"][0].layers == LAYERS[1:6] and found["middle@5"][0].layers == LAYERS[4:9]
     first, second = found["random@5"]
     assert first.layers != second.layers and len({*first.layers}) == 5
@@ -80,6 +87,10 @@ class FirstLayersFirst:
 
     def predict(self, profile):
         return -torch.arange(float(len(profile))).double().numpy()
+
+    def assess(self, profile, probe=None):
+        assert probe is None or set(probe.names) == set(LAYERS)
+        return SimpleNamespace(scores=self.predict(profile), intervals=np.full((len(profile), 2), np.nan))
 
 
 @pytest.fixture

@@ -68,17 +68,19 @@ def test_a_layer_that_was_spoilt_gains_most() -> None:
         model = copy.deepcopy(good)
         with torch.no_grad():
             model.get_submodule(name).weight.mul_(-1.0)
-        found = zest_fast.probe(model, [samples()], budget=0.3, progress=False)
+        found = zest_fast.probe(model, [samples(2000)], budget=0.6, progress=False)
         assert found.top(1) == (name,)
         assert found.gains.max() > 2 * found.errors[found.gains.argmax()]
-        inputs, targets = samples()
+        inputs, targets = samples(2000)
         shuffled = targets[torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))]
-        noise = zest_fast.probe(model, [(inputs, shuffled)], budget=0.3, progress=False)
+        noise = zest_fast.probe(model, [(inputs, shuffled)], budget=0.6, progress=False)
         assert noise.gains.max() < 0.25 * found.gains.max()
 
 
-def seen_of(model: nn.Module, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Any, list[Any], nn.Module]:
-    """A probe, what it observed of each layer, and a copy of the model with the head that it fitted."""
+def seen_of(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, count: int, **options: Any
+) -> tuple[Any, list[Any], nn.Module]:
+    """A probe of so many samples, what it observed of each layer, and a copy of the model with the head it fitted."""
     jobs: list[Any] = []
     observed: list[Any] = []
     fitted: list[nn.Module] = []
@@ -92,16 +94,17 @@ def seen_of(model: nn.Module, monkeypatch: pytest.MonkeyPatch, **options: Any) -
         def _observe(self, group: Any, bar: Any) -> list[Any]:
             fitted.append(copy.deepcopy(self._model))
             observed.extend(observe(self, group, bar))
-            return observed
+            return list(observed)
 
-    monkeypatch.setattr(probing, "_Probing", Seen)
-    zest_fast.probe(model, [samples()], progress=False, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(probing, "_Probing", Seen)
+        zest_fast.probe(model, [samples(count)], progress=False, **options)
     return jobs[0], observed, fitted[0].requires_grad_(True)
 
 
 def test_slopes_and_curvature_are_those_of_plain_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ways from class-sorted batches of each half, slopes of each batch of eight; Gauss-Newton within its noise."""
-    job, observed, copied = seen_of(trained(50), monkeypatch, layers=["0", "5"], budget=1.0)
+    job, observed, copied = seen_of(trained(50), monkeypatch, 3000, layers=["0", "5"], budget=1.0)
     inputs, targets = job._probed.inputs, job._probed.targets
     halves = torch.arange(len(targets)).chunk(2)
     for name, found in zip(("0", "5"), observed, strict=True):
@@ -131,14 +134,14 @@ def test_slopes_and_curvature_are_those_of_plain_autograd(monkeypatch: pytest.Mo
         middle = jacobian - (chances[:, :, None] * jacobian).sum(1, keepdim=True)
         exact = torch.einsum("nc,nca,ncb->ab", chances, middle, middle) / len(inputs)
         drawn = (found.curved.T @ found.curved / len(found.curved)).float()
-        assert float((drawn - exact).norm() / exact.norm()) < 0.35  # 45 batches of drawn labels
+        assert float((drawn - exact).norm() / exact.norm()) < 0.4  # some 190 batches of drawn labels
 
 
 def test_gains_are_those_of_real_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer at a time by Adam on one half, scored on the other; at a rate where a quadratic says enough."""
     model = trained(50)
-    job, _, copied = seen_of(model, monkeypatch, budget=1.0)
-    found = zest_fast.probe(model, [samples()], budget=1.0, progress=False)
+    job, _, copied = seen_of(model, monkeypatch, 3000, budget=1.0)
+    found = zest_fast.probe(model, [samples(3000)], budget=1.0, progress=False)
     inputs, targets = job._probed.inputs, job._probed.targets
     halves = torch.arange(len(targets)).chunk(2)
     gains = []
@@ -162,7 +165,7 @@ def test_gains_are_those_of_real_training(monkeypatch: pytest.MonkeyPatch) -> No
         gains.append(np.mean(saved_losses))
     predicted = found.by_rate[0.3][0]
     assert np.argsort(predicted).tolist() == np.argsort(gains).tolist()
-    assert predicted == pytest.approx(gains, rel=0.5)
+    assert predicted.max() == pytest.approx(max(gains), rel=0.25)
 
 
 def test_steps_in_a_quadratic() -> None:
@@ -209,8 +212,8 @@ def test_weights_come_in_groups_where_memory_is_short(monkeypatch: pytest.Monkey
 
 def test_where_passes_cost_too_much_there_are_fewer_directions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budgets, "MEMORY", bytes_of(24 * 24, 4))
-    found = zest_fast.probe(trained(50), [samples()], budget=0.5, progress=False)
-    assert found.settings["directions"] < 8 and np.isfinite(found.gains).all()
+    found = zest_fast.probe(trained(50), [samples()], budget=0.2, progress=False)
+    assert (found.settings["directions"], found.settings["passes"]) == (2, 2) and np.isfinite(found.gains).all()
 
 
 @pytest.mark.parametrize("failure", [None, ValueError("of the loss"), KeyboardInterrupt()])
@@ -347,10 +350,10 @@ def test_a_loss_that_rises_in_every_probe_is_said() -> None:
 
 def test_sizes_keep_to_budget_and_samples() -> None:
     for count in (80, 100, 256, 1024, 5000):
-        for budget in (0.1, 0.3, 1.0):
+        for budget in (0.05, 0.3, 1.0):
             for fits_head in (True, False):
                 sizes = sizes_for(count, budget, [10_000_000] * 30, fits_head=fits_head)
                 assert sizes.head + sizes.probed <= count and sizes.probed % (2 * BATCH) == 0
                 assert sizes.units <= budget * sweep_units() * 30
-                assert sizes.probed >= 48 and (sizes.head > 0) == fits_head
+                assert sizes.probed >= 32 and (sizes.head > 0) == fits_head
                 assert sorted(sum(sizes.groups, ())) == list(range(30))

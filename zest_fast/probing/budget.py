@@ -25,6 +25,7 @@ _PASSES = 3.0 + 5.0  # forward and backward for directions; forward and two time
 _TRAINED = 2.5  # forward, and backward of the activations above the layer and of the one weight
 _SCORED_BY_A_SWEEP = 1500
 _LEAST, _LEAST_FOR_HEAD = 48, 16
+_LEAST_PAID = 32  # what the budget must pay for: a model of one layer has little
 _ENOUGH = 256
 
 
@@ -96,8 +97,8 @@ def sizes_for(samples: int, budget: float, numels: Sequence[int], *, fits_head: 
             return Sizes(head, probed, directions, sizes.groups)
         found.append(Sizes(head, probed, directions, sizes.groups))
     most = max(found, key=lambda sizes: sizes.probed)
-    if most.probed < _LEAST:
-        least = Sizes(head, _LEAST, most.directions, most.groups).units / (sweep_units() * len(numels))
+    if most.probed < _LEAST_PAID:
+        least = Sizes(head, _LEAST_PAID, most.directions, most.groups).units / (sweep_units() * len(numels))
         raise ValueError(
             f"budget={budget:g} of a sweep is too small for one probe of these {len(numels)} layers; at least "
             f"{least:.2g} is needed"

@@ -26,6 +26,7 @@ __all__ = [
     "merge_delta",
     "optimizer_in_backward",
     "plan",
+    "plan_probe",
     "plan_profile",
     "planned_peak",
     "probe",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from zest_fast.planning.choose import Choice, choose
     from zest_fast.planning.plan import plan, plan_profile, planned_peak
     from zest_fast.planning.report import Plan
+    from zest_fast.probing.plan import plan_probe
     from zest_fast.probing.probe import probe
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.profiling.profile import profile
@@ -81,6 +83,7 @@ else:
         "plan": "zest_fast.planning.plan",
         "plan_profile": "zest_fast.planning.plan",
         "planned_peak": "zest_fast.planning.plan",
+        "plan_probe": "zest_fast.probing.plan",
         "probe": "zest_fast.probing.probe",
         "profile": "zest_fast.profiling.profile",
         "rank": "zest_fast.ranking.ranking",

@@ -48,6 +48,7 @@ def plan(
     checkpoint: Annotated[str | None, typer.Option(help="above-cut: recompute the blocks above the cut.")] = None,
     frozen: Annotated[str | None, typer.Option(help="int8 or nf4: quantise what is frozen.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Plan the pass of `zest-fast profile` instead.")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="Plan the passes of `zest_fast.probe` instead.")] = False,
     table: Annotated[bool, typer.Option("--table", help="Other lowest blocks and batch sizes beside it.")] = False,
     max_memory: Annotated[
         str | None, typer.Option(help="24GB, 16GiB ...: show of that table what fits, and fail if nothing does.")
@@ -69,6 +70,10 @@ def plan(
                 from zest_fast.planning.plan import plan_profile
 
                 found = plan_profile(source, batch_size=batch_size, dtype=dtype, **sizes)
+            elif probe:
+                from zest_fast.probing.plan import plan_probe
+
+                found = plan_probe(source, dtype=dtype, **sizes)
             else:
                 from zest_fast.planning.plan import plan as plan_step
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +14,6 @@ from zest_fast.sweeping.inputs import rows_of
 from zest_fast.sweeping.volatile_state import preserved
 
 _DAMPING = 1e-3  # of the root mean square over all entries: those that hardly ever have a gradient hardly move
-
-
-@dataclass(frozen=True)
-class Directions:
-    """Of one weight, from one half of the samples."""
-
-    ways: Tensor
-    """float32 [directions, entries]: gradient / root mean square, about -1 to 1 each: what a rate is multiplied by."""
-    gram: Tensor
-    """float64 [directions, directions]: gradient of a direction's batch along each way."""
 
 
 @contextmanager
@@ -40,31 +29,35 @@ def trainable(weights: Sequence[nn.Parameter]) -> Iterator[None]:
             weight.requires_grad_(False)
 
 
-def directions_of(
-    model: nn.Module, weights: Sequence[nn.Parameter], samples: Samples, count: int, classes: Tensor | None
-) -> list[Directions]:
-    """`count` directions for each weight. Nothing of it stays in the model.
+def find_directions(
+    model: nn.Module, weights: Sequence[nn.Parameter], samples: Samples, classes: Tensor | None, ways: Sequence[Tensor]
+) -> list[Tensor]:
+    """Fill `ways`, float32 [directions, entries] for each weight: gradient over root mean square, about -1 to 1 each,
+    what a rate is multiplied by. Nothing of it stays in the model.
 
     classes: int64 [samples]: a batch holds samples of as few classes as possible, so that directions differ and
     training can go further in one than in the other, as a loss whose residuals change does. None = batches at random.
+
+    Returns, for each weight, float64 [directions, directions]: the gradient of a direction's batch along each way.
     """
     order = torch.arange(len(samples)) if classes is None else torch.argsort(classes.cpu(), stable=True)
-    gradients = [torch.zeros(count, weight.numel(), dtype=torch.float32, device=weight.device) for weight in weights]
     with trainable(weights):
-        for place, rows in enumerate(order.tensor_split(count)):
+        for place, rows in enumerate(order.tensor_split(len(ways[0]))):
             with preserved(model):
                 loss = samples.loss(call_model(model, rows_of(samples.inputs, rows)), rows)
                 found = torch.autograd.grad(loss, list(weights), allow_unused=True)
-            for held, gradient in zip(gradients, found, strict=True):
-                if gradient is not None:
-                    held[place] = gradient.detach().flatten()
+            for held, gradient in zip(ways, found, strict=True):
+                held[place] = 0.0 if gradient is None else gradient.detach().flatten()
             del loss, found
-    return [_of_one(held) for held in gradients]
+    return [_scaled(held) for held in ways]
 
 
-def _of_one(gradients: Tensor) -> Directions:
+def _scaled(gradients: Tensor) -> Tensor:
     """gradients: [directions, entries], which become the ways."""
-    rms = gradients.square().mean(0).sqrt_()
-    rms += _DAMPING * rms.square().mean().sqrt() + torch.finfo(torch.float32).tiny
-    ways = gradients / rms
-    return Directions(ways, (gradients @ ways.T).double().cpu())
+    root = gradients.square().mean(0).sqrt_()
+    root += _DAMPING * root.square().mean().sqrt() + torch.finfo(torch.float32).tiny
+    root.sqrt_()
+    gradients /= root
+    gram = (gradients @ gradients.T).double().cpu()
+    gradients /= root
+    return gram

@@ -17,7 +17,7 @@ from zest_fast.finetuning.trainable_layers import chosen_layers
 from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.foundation.nearest import some
 from zest_fast.probing.budget import BATCH, PENDING, Sizes, sizes_for, sweep_units
-from zest_fast.probing.directions import directions_of, trainable
+from zest_fast.probing.directions import find_directions, trainable
 from zest_fast.probing.quadratic import saved, trained
 from zest_fast.probing.samples import Samples, samples_of
 from zest_fast.profiling.borrowing.model_state import ModelState
@@ -35,6 +35,7 @@ from zest_fast.sweeping.volatile_state import in_eval_mode, preserved
 
 RATES = (0.1, 0.18, 0.3, 0.55, 1.0, 1.8, 3.0)
 """Of the default recipe's learning rate: families of models want other ones, and a user's model has none yet."""
+_FEW = 128  # samples
 
 
 def probe(
@@ -164,6 +165,8 @@ class _Probing:
                 for row, observed in zip(group, self._observe(group, bar), strict=True):
                     gains[:, row], errors[:, row] = self._search(self._weights[row], observed)
         place = _cautious(gains)
+        if self._sizes.probed < _FEW:
+            notes = [*notes, f"only {self._sizes.probed} samples were probed; more samples or a larger budget say more"]
         return Probe(
             names=tuple(names),
             scores=evidence(gains[place], errors[place]),
@@ -187,16 +190,15 @@ class _Probing:
         """Of the weights of a group."""
         weights = [self._weights[row] for row in group]
         halves = torch.arange(len(self._probed)).chunk(2)
+        count = self._sizes.directions
+        ways = [torch.zeros(2 * count, w.numel(), dtype=torch.float32, device=w.device) for w in weights]
         of_halves = []
-        for rows in halves:
+        for rows, own in zip(halves, (slice(count), slice(count, None)), strict=True):
             self._let_through()
             half = self._probed.of(rows)
-            of_halves.append(
-                directions_of(self._model, weights, half, self._sizes.directions, half.class_numbers(self._model))
-            )
-        ways = [torch.cat([one.ways, other.ways]) for one, other in zip(*of_halves, strict=True)]
-        grams = [(one.gram, other.gram) for one, other in zip(*of_halves, strict=True)]
-        del of_halves
+            classes = half.class_numbers(self._model)
+            of_halves.append(find_directions(self._model, weights, half, classes, [way[own] for way in ways]))
+        grams = list(zip(*of_halves, strict=True))
         slopes, curved = self._along(weights, ways, bar)
         return [_Observed(*of_weight) for of_weight in zip(slopes, curved, grams, strict=True)]
 

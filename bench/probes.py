@@ -88,7 +88,10 @@ def measure(pair: str, *, seed: int, budget: float, samples: int) -> dict[str, A
         "settings": dict(found.settings),
         "notes": list(found.notes),
         "rate": found.rate,
-        "by_rate": {f"{rate:g}": values.tolist() for rate, values in found.by_rate.items()},
+        "by_rate": {
+            f"{rate:g}": [[float(f"{value:.5g}") for value in row] for row in values]
+            for rate, values in found.by_rate.items()
+        },
         "layers": {
             name: [float(score), float(gain), float(error)]
             for name, score, gain, error in zip(found.names, found.scores, found.gains, found.errors, strict=True)

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 def bert() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=60, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_labels=3
+        vocab_size=60, hidden_size=192, intermediate_size=768, num_hidden_layers=1, num_attention_heads=4, num_labels=3
     )
     return transformers.BertForSequenceClassification(config).eval()
 
@@ -24,7 +24,7 @@ def bert() -> nn.Module:
 def llama() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=60, hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=60, hidden_size=192, intermediate_size=768, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=4, tie_word_embeddings=False,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config).eval()
@@ -35,11 +35,11 @@ def llama() -> nn.Module:
 def test_the_planned_peak_is_that_of_a_probe(build, memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole, and where the weights come in groups."""
     monkeypatch.setattr(budgets, "MEMORY", memory)
-    model, tokens = build(), torch.randint(60, (96, 16))
-    labels = torch.arange(96) % 3 if build is bert else tokens
+    model, tokens = build(), torch.randint(60, (64, 16))
+    labels = torch.arange(64) % 3 if build is bert else tokens
     batches = [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}]
     counted = peak_bytes(lambda: zest_fast.probe(model, batches, budget=0.5, progress=False))
-    planned = zest_fast.plan_probe(model, budget=0.5, samples=96, sequence_length=16, dtype=None)
+    planned = zest_fast.plan_probe(model, budget=0.5, samples=64, sequence_length=16, dtype=None)
     beside_weights = planned.peak_bytes - planned.breakdown["weights"]
     copied = sum(4 * parameter.numel() for parameter in model.parameters())  # as a profile does of small models
     assert 0.94 * beside_weights < counted < 1.06 * beside_weights + copied

@@ -56,21 +56,24 @@ def main() -> None:
         print(f"{pair}: {words}", flush=True)
 
 
-def measure(pair: str, *, seed: int, budget: float, samples: int) -> dict[str, Any]:
-    """One pair's probe, ready for JSON."""
+def measure(pair: str, *, seed: int, budget: float, samples: int, shuffled: bool = False) -> dict[str, Any]:
+    """One pair's probe, ready for JSON. shuffled: with its labels in another order, for a control."""
     model_name, dataset_name = pair.split("/")
     model, splits = load_pair(model_name, dataset_name)
     records = load_records()
     swept = set(records.layer[(records.model == model_name) & (records.dataset == dataset_name)])
     inputs, targets = splits["train"]
     rows = draw(len(targets), min(samples, len(targets)), seed)
+    labels = targets[rows]
+    if shuffled:
+        labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(MATMUL_PRECISION.get(MODELS[model_name].family, "highest"))
     try:
         began = time.perf_counter()
         found = probe(
             model,
-            [(rows_of(inputs, rows), targets[rows])],
+            [(rows_of(inputs, rows), labels)],
             layers=sorted(swept),
             budget=budget,
             seed=seed,

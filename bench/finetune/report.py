@@ -13,8 +13,11 @@ from bench.markdown import markdown_table
 LEGEND = (
     "Accuracy on the test split in percent, mean over the seeds ± its standard error over them; every seed is in the "
     "JSON. *contribution@n*: the layers that a sweep of this very pair found best, which no prediction can know. "
-    "*ZEST@n*: the Ranker's, fitted without that family of data sets. *random@5*: two draws a seed. *Last columns*: "
-    "means over the pairs; a step's time and peak memory (beyond weights and batch) relative to full fine-tuning in "
+    "*ZEST@n*: the Ranker's, fitted without that family of data sets; *ZEST probed@5*: with a probe of 1,024 training "
+    "samples mixed in. *largest@5*: by number of parameters; *middle@5*: nearest to the middle of the depth; "
+    "*random@5*: two draws a seed. Where an arm has no figure for a pair, its means are over the others. "
+    "*Last columns*: means over the pairs; a step's time and peak memory (beyond weights and batch) relative to full "
+    "fine-tuning in "
     "the same rounds. All arms: same start (the head fitted on its own split), same batches, the learning rate chosen "
     "on the validation split from one grid; 64 steps, SmolLM2 32."
 )

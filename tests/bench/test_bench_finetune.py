@@ -17,7 +17,8 @@ from bench.finetune import run as finetune
 from bench.finetune.arms import NAMES, Arm, Orders, Trained, arms
 
 ONE_OF_EACH = (
-    "head only", "full", "contribution@5", "ZEST@3", "ZEST@5", "ZEST probed@5", "random@5", "last@5", "LoRA r8", "LoRA+ZEST@3"
+    "head only", "full", "contribution@5", "ZEST@3", "ZEST@5", "ZEST probed@5", "random@5", "last@5", "LoRA r8",
+    "LoRA+ZEST@3",
 )  # fmt: skip
 """A run of every arm takes minutes."""
 LAYERS = tuple(f"body.{2 * place}" for place in range(12))

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pyarrow
 import torch
 from pyarrow import parquet
@@ -56,11 +57,23 @@ def main() -> None:
         print(f"{pair}: {words}", flush=True)
 
 
-def measure(pair: str, *, seed: int, budget: float, samples: int, shuffled: bool = False) -> dict[str, Any]:
-    """One pair's probe, ready for JSON. shuffled: with its labels in another order, for a control."""
+def measure(
+    pair: str,
+    *,
+    seed: int,
+    budget: float,
+    samples: int,
+    shuffled: bool = False,
+    records: pandas.DataFrame | None = None,
+) -> dict[str, Any]:
+    """One pair's probe, ready for JSON.
+
+    shuffled: with its labels in another order, for a control. records: of the sweep, whose layers are probed; None =
+    those that ship.
+    """
     model_name, dataset_name = pair.split("/")
     model, splits = load_pair(model_name, dataset_name)
-    records = load_records()
+    records = load_records() if records is None else records
     swept = set(records.layer[(records.model == model_name) & (records.dataset == dataset_name)])
     inputs, targets = splits["train"]
     rows = draw(len(targets), min(samples, len(targets)), seed)

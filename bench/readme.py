@@ -24,6 +24,7 @@ from bench.llama7b.report import llama7b_text
 from bench.markdown import markdown_table
 from bench.measure import RESULTS, ROOT
 from bench.memory_table.report import memory_text
+from bench.probe_blind import blind_text
 from bench.probe_controls import controls_text
 from bench.probe_share import share_text
 
@@ -252,6 +253,7 @@ BLOCKS: dict[str, tuple[dict[str, str], Callable[..., str]]] = {
     "memory": (_PROFILE, memory_table),
     "kernels": ({"kernels.json": "python -m bench.kernels"}, kernels_table),
     "sweep_speed": ({"sweep_speed.json": "python -m bench.sweeps --speed"}, sweep_speed_table),
+    "probe_blind": ({"probe_blind.json": "python -m bench.probe_blind"}, blind_text),
     "probe_controls": ({"probe_controls.json": "python -m bench.probe_controls"}, controls_text),
     "probe_share": ({"probe_share.json": "python -m bench.probe_share"}, share_text),
     "ranking": ({"layerbench.json": "python -m bench.layerbench evaluate"}, layerbench_report.layerbench_text),

@@ -188,8 +188,9 @@ class Pair:
         orders["Spectrum"] = self._by_spectrum(body)
         orders["contribution"] = self._contributions()
         orders["largest"] = tuple(sorted(body, key=lambda name: -table.info[name]["numel"]))
-        orders["middle"] = tuple(sorted(body, key=lambda name: abs(table.info[name]["depth"] - 0.5)))
-        return Orders(orders, tuple(sorted(body, key=lambda name: table.info[name]["depth"])))
+        used = tuple(sorted(body, key=lambda name: table.info[name]["depth"]))
+        orders["middle"] = tuple(sorted(used, key=lambda name: abs(used.index(name) - (len(used) - 1) / 2)))
+        return Orders(orders, used)
 
     @cached_property
     def _ranker(self) -> Ranker:

@@ -180,6 +180,8 @@ def test_the_head_is_in_no_order(small, tmp_path):
     found = pair._orders(0)
     assert found.used == LAYERS and all(set(order) == set(LAYERS) for order in found.by.values())
     assert found.by["contribution"] == LAYERS
+    assert set(found.by["middle"][:4]) == set(LAYERS[4:8]) and set(found.by["middle"][-2:]) == {LAYERS[0], LAYERS[-1]}
+    assert found.by["largest"] == LAYERS  # all of one size: the first
 
 
 def test_the_test_of_the_first_seed_is_that_of_a_run_of_its_own(small, tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def find_directions(
 
 def _scaled(gradients: Tensor) -> Tensor:
     """gradients: [directions, entries], which become the ways."""
-    root = gradients.square().mean(0).sqrt_()
+    root = torch.linalg.vector_norm(gradients, dim=0).div_(len(gradients) ** 0.5)  # their squares would be a copy
     root += _DAMPING * root.square().mean().sqrt() + torch.finfo(torch.float32).tiny
     root.sqrt_()
     gradients /= root

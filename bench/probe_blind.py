@@ -1,6 +1,7 @@
 """The Ranker and the probe that ship, on pairs that neither has seen: `python -m bench.probe_blind --records NEW`.
 
-NEW: a Parquet file of what `python -m bench.sweeps --out FOLDER --pairs MODEL/DATASET` swept after both were fixed, consolidated.
+NEW: a Parquet file of what `python -m bench.sweeps --out FOLDER --pairs MODEL/DATASET` swept after both were fixed,
+consolidated.
 Pairs that the shipped records hold are refused: they are not blind.
 """
 

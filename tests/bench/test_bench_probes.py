@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import zest_fast
-from bench import probe_controls, probes
+from bench import probe_blind, probe_controls, probes
 from bench.probe_share import share_text
 from bench.probes import add
 from zest_fast import load_records, sweeps_of
@@ -95,3 +95,21 @@ def test_a_share_of_time_is_of_the_whole_sweep():
     row["seconds"] = {"probe": {"median": 3.0}, "sweep": {"median": 5.0}}  # of a twelfth of it
     text = share_text({"settings": {"share_of_a_seed": 4}, "results": [row]})
     assert "| toy/digits | 2 | 3.0 | 60 | 5.0% |" in text
+
+
+def test_what_is_blind_is_judged_without_its_outcomes():
+    """The ranking that knows the gains is perfect, whoever gives it; pairs that ship are refused."""
+    records = load_records()
+    rows = records[(records.model == "splade-tiny") & (records.dataset == "trec")]
+    gains = -rows[rows.head_state == "fresh"].groupby("layer").loss.mean()
+    line = {"layers": {name: [gain, gain, 0.1] for name, gain in gains.items()}, "rate": 1.0, "start": 1.0}
+
+    class Blind:
+        def predict(self, profile, probe=None):
+            assert not {"loss", "accuracy", "head_loss"} & set(profile.columns)
+            return -profile.numel.to_numpy() if probe is None else probe.of(tuple(profile.layer))
+
+    found = probe_blind.judged(rows, line, Blind())
+    assert found["tau"]["probe"] == found["tau"]["probed"] == 1.0 and found["top_5"]["probe"] == 1.0
+    assert found["tau"]["ranker"] == pytest.approx(-found["tau"]["numel"]) and found["layers"] == len(gains)
+    assert "| x | the probe alone | 1.00 | 1.00 |" in probe_blind.blind_text({"results": [{"pair": "x", **found}]})

@@ -14,6 +14,8 @@ ROWS: dict[str, tuple[str, str, str]] = {
     "ZEST@5": ("**five layers by ZEST**", "zest@5, lean", "zest@5, nf4, above-cut"),
     "full": ("all layers", "full", ""),
     "LoRA r8": ("LoRA r8 on every layer", "lora r8", "qlora r8, checkpointed"),
+    "largest@5": ("the five largest layers", "", ""),
+    "middle@5": ("five layers in the middle", "", ""),
     "random@5": ("five layers at random", "", ""),
     "last@5": ("the last five layers", "", ""),
     "head only": ("the head only", "", ""),
@@ -35,7 +37,12 @@ def landing_text(finetuned: dict, planned: dict) -> str:
     methods = {row["method"]: row for row in planned["results"] if (row["model"], row["dtype"]) == (SHAPE, DTYPE)}
     rows = []
     for arm, (words, method, packed) in ROWS.items():
-        accuracy, _, time, memory = means([pair["arms"][arm] for pair in pairs])
+        trained = [pair["arms"][arm] for pair in pairs if arm in pair["arms"]]
+        if not trained:
+            continue
+        accuracy, _, time, memory = means(trained)
+        if len(trained) < len(pairs):
+            accuracy = f"({len(trained)} pairs)"  # a mean over others than the rest of the column
         lead = "" if arm == "ZEST@5" else _lead(above(pairs, arm))
         peaks = [f"{methods[name]['peak_bytes'] / GIB:.2f}" if name else "" for name in (method, packed)]
         rows.append([words, accuracy, lead, time, memory, *peaks])

@@ -15,7 +15,7 @@ LEGEND = (
     "JSON. *contribution@n*: the layers that a sweep of this very pair found best, which no prediction can know. "
     "*ZEST@n*: the Ranker's, fitted without that family of data sets; *ZEST probed@5*: with a probe of 1,024 training "
     "samples mixed in. *largest@5*: by number of parameters; *middle@5*: nearest to the middle of the depth; "
-    "*random@5*: two draws a seed. Where an arm has no figure for a pair, its means are over the others. "
+    "*random@5*: two draws a seed. Where an arm has no figure for a pair, its costs are means over the others. "
     "*Last columns*: means over the pairs; a step's time and peak memory (beyond weights and batch) relative to full "
     "fine-tuning in "
     "the same rounds. All arms: same start (the head fitted on its own split), same batches, the learning rate chosen "
@@ -117,7 +117,11 @@ def finetune_table(document: dict) -> str:
     rows = []
     for name in dict.fromkeys(name for pair in pairs for name in pair["arms"]):
         arms = [pair["arms"].get(name) for pair in pairs]
-        rows.append([name, *(_accuracy(arm) if arm else "–" for arm in arms), *means([arm for arm in arms if arm])])
+        there = [arm for arm in arms if arm]
+        accuracy, *costs = means(there)
+        if len(there) < len(pairs):
+            accuracy = f"({len(there)} pairs)"  # a mean over others than the rest of the column
+        rows.append([name, *(_accuracy(arm) if arm else "–" for arm in arms), accuracy, *costs])
     return markdown_table(head, rows)
 
 

@@ -22,7 +22,7 @@ from bench.markdown import markdown_table
 from bench.measure import RESULTS, write_result
 from bench.probes import BUDGET, SAMPLES, measure
 from zest_fast import Probe, Ranker, load_records
-from zest_fast.ranking.ranking import shipped_ranker
+from zest_fast.ranking.shipped import shipped_ranker
 
 NAMES = {
     "probed": "the Ranker with a probe",

@@ -177,14 +177,13 @@ class Pair:
         inputs, targets = self.splits["train"]
         rows = self._order(seed)[:PROFILED]
         table = profile(self.model, (rows_of(inputs, rows), targets[rows]))
+        body = [name for name in table.names if not table.info[name]["head"]]
         by = {"ZEST": rank(table, by=self._ranker), "RGN": rank(table, by="rgn")}
         if "ZEST probed@5" in self._left():
             more = self._order(seed)[:SAMPLES]
-            body = [name for name in table.names if not table.info[name]["head"]]
             found = probe(self.model, [(rows_of(inputs, more), targets[more])], layers=body, progress=False)
             by["ZEST probed"] = rank(table, by=self._ranker, probe=found)
         orders = {name: ranking.top(len(table) - 1) for name, ranking in by.items()}
-        body = [name for name in table.names if not table.info[name]["head"]]
         orders["Spectrum"] = self._by_spectrum(body)
         orders["contribution"] = self._contributions()
         orders["largest"] = tuple(sorted(body, key=lambda name: -table.info[name]["numel"]))

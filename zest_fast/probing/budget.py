@@ -8,7 +8,7 @@ for all layers at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zest_fast.sweeping.recipe import Recipe
 
@@ -91,16 +91,20 @@ def sizes_for(samples: int, budget: float, numels: Sequence[int], *, fits_head: 
     allowed = budget * sweep_units() * len(numels)
     found = []
     for directions in DIRECTIONS:
-        sizes = Sizes(head, 1, directions, groups_of(numels, directions))
-        probed = min(samples - head, int(allowed / sizes.units)) // (2 * BATCH) * 2 * BATCH
-        if probed >= min(_ENOUGH, (samples - head) // (2 * BATCH) * 2 * BATCH):
-            return Sizes(head, probed, directions, sizes.groups)
-        found.append(Sizes(head, probed, directions, sizes.groups))
+        one = Sizes(head, 1, directions, groups_of(numels, directions))
+        found.append(replace(one, probed=_in_batches(min(samples - head, int(allowed / one.units)))))
+        if found[-1].probed >= min(_ENOUGH, _in_batches(samples - head)):
+            return found[-1]
     most = max(found, key=lambda sizes: sizes.probed)
     if most.probed < _LEAST_PAID:
-        least = Sizes(head, _LEAST_PAID, most.directions, most.groups).units / (sweep_units() * len(numels))
+        least = replace(most, probed=_LEAST_PAID).units / (sweep_units() * len(numels))
         raise ValueError(
             f"budget={budget:g} of a sweep is too small for one probe of these {len(numels)} layers; at least "
             f"{least:.2g} is needed"
         )
     return most
+
+
+def _in_batches(samples: int) -> int:
+    """The most of them that make two halves of whole batches."""
+    return samples // (2 * BATCH) * 2 * BATCH

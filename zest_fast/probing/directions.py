@@ -29,6 +29,15 @@ def trainable(weights: Sequence[nn.Parameter]) -> Iterator[None]:
             weight.requires_grad_(False)
 
 
+def flat_gradients(loss: Tensor, weights: Sequence[nn.Parameter], *, retain_graph: bool = False) -> list[Tensor]:
+    """Of each weight, float32 [entries]; zeros where the loss does not depend on it."""
+    found = torch.autograd.grad(loss, list(weights), allow_unused=True, retain_graph=retain_graph)
+    return [
+        (torch.zeros_like(weight) if gradient is None else gradient).flatten().float()
+        for weight, gradient in zip(weights, found, strict=True)
+    ]
+
+
 def find_directions(
     model: nn.Module, weights: Sequence[nn.Parameter], samples: Samples, classes: Tensor | None, ways: Sequence[Tensor]
 ) -> list[Tensor]:
@@ -45,9 +54,9 @@ def find_directions(
         for place, rows in enumerate(order.tensor_split(len(ways[0]))):
             with preserved(model):
                 loss = samples.loss(call_model(model, rows_of(samples.inputs, rows)), rows)
-                found = torch.autograd.grad(loss, list(weights), allow_unused=True)
+                found = flat_gradients(loss, weights)
             for held, gradient in zip(ways, found, strict=True):
-                held[place] = 0.0 if gradient is None else gradient.detach().flatten()
+                held[place] = gradient
             del loss, found
     return [_scaled(held) for held in ways]
 

@@ -18,6 +18,7 @@ from zest_fast.planning.skeletons import named_model
 from zest_fast.planning.step import Step, hold
 from zest_fast.probing.budget import BATCH, PENDING, Sizes, sizes_for
 from zest_fast.probing.collecting import SAMPLES
+from zest_fast.probing.directions import flat_gradients, trainable
 from zest_fast.profiling.heads import find_head, is_language_model
 from zest_fast.profiling.layers import find_layers, select_layers
 from zest_fast.profiling.loss import loss_of
@@ -84,7 +85,7 @@ def plan_probe(
     return again(setting)
 
 
-def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """By layer, in the order of `probe`; the model has fake tensors."""
     return {
         layer.name: layer.weight.parameter for layer in select_layers(find_layers(dict(model.named_modules())), None)
@@ -108,13 +109,11 @@ def _dry_pass(
         group = max(sizes.groups, key=lambda rows: sum(parameters[row].numel() for row in rows))
         trained = [parameters[row] for row in group]
         model.requires_grad_(False)
-        for weight in trained:
-            weight.requires_grad_(True)
         ledger = Ledger()
         hold(ledger, model, batch, {})
         ledger.watch(model, layout.head)
         compute_loss = loss_of(model, batch, None, None)
-        with ledger:
+        with trainable(trained), ledger:
             ledger.enter("forward")
             ledger.start()
             ways = [torch.empty(2 * sizes.directions, w.numel(), dtype=torch.float32, device="cpu") for w in trained]
@@ -122,10 +121,10 @@ def _dry_pass(
             for _ in range(PENDING):
                 loss = compute_loss()
                 for place in range(1 + drawn):
-                    found = torch.autograd.grad(loss, trained, allow_unused=True, retain_graph=place < drawn)
-                    for held, weight, gradient in zip(pending, trained, found, strict=True):
-                        held.append((torch.zeros_like(weight) if gradient is None else gradient).flatten().float())
-                    del found
+                    found = flat_gradients(loss, trained, retain_graph=place < drawn)
+                    for held, gradient in zip(pending, found, strict=True):
+                        held.append(gradient)
+                    del found, gradient
                 del loss
             for held, way in zip(pending, ways, strict=True):
                 torch.stack(held) @ way.T

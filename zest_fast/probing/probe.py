@@ -17,7 +17,7 @@ from zest_fast.finetuning.trainable_layers import chosen_layers
 from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.foundation.nearest import some
 from zest_fast.probing.budget import BATCH, PENDING, Sizes, sizes_for, sweep_units
-from zest_fast.probing.directions import find_directions, trainable
+from zest_fast.probing.directions import find_directions, flat_gradients, trainable
 from zest_fast.probing.quadratic import saved, trained
 from zest_fast.probing.samples import Samples, samples_of
 from zest_fast.profiling.borrowing.model_state import ModelState
@@ -64,7 +64,7 @@ def probe(
 
     The model runs in eval mode and is afterwards as it was, bit for bit, also after an error or Ctrl-C.
 
-    Memory: a pass that differentiates weights, in groups whose directions and gradients take at most 1 GiB (88 bytes an
+    Memory: a pass that differentiates weights, in groups whose directions and gradients take at most 1 GiB (84 bytes an
     entry of a weight; a larger weight is a group of its own). Each group costs its passes anew: where that leaves too
     few samples, there are four, two or one direction in place of eight.
 
@@ -236,12 +236,10 @@ class _Probing:
                         )
                     every = [loss, *([_drawn_loss(output, generator)] if drawn else [])]
                     for place, one in enumerate(every):
-                        found = torch.autograd.grad(
-                            one, weights, allow_unused=True, retain_graph=place + 1 < len(every)
-                        )
-                        for held, weight, gradient in zip(pending, weights, found, strict=True):
-                            held.append((torch.zeros_like(weight) if gradient is None else gradient).flatten().float())
-                        del found
+                        found = flat_gradients(one, weights, retain_graph=place + 1 < len(every))
+                        for held, gradient in zip(pending, found, strict=True):
+                            held.append(gradient)
+                        del found, gradient
                     del output, loss, every
                 if number % PENDING == 0 or number == len(batches):
                     read()
@@ -261,17 +259,17 @@ class _Probing:
         halves = torch.arange(len(observed.slopes)).chunk(2)
         if not (torch.isfinite(observed.slopes).all() and torch.isfinite(observed.curved).all()):
             return gains, errors
-        for place, factor in enumerate(RATES):
-            found = []
-            for half, gram in enumerate(observed.grams):
-                own = slice(half * len(gram), (half + 1) * len(gram))
-                slopes, curved = observed.slopes[:, own], observed.curved[:, own]
-                train, score = halves[half], halves[1 - half]
-                # Of training, the gradient is what may be luck; of its curvature the more samples tell the better.
-                shares = trained(slopes[train], _mean_square(curved), gram, factor * rate, recipe, batch=BATCH)
-                found.append(saved(slopes[score], _mean_square(curved[score]), shares))
-            gains[place] = np.mean([gain for gain, _ in found])
-            errors[place] = np.sqrt(np.mean([error**2 for _, error in found]) / len(found))
+        found = np.empty((2, len(RATES), 2))  # of each half that trains: gains and errors
+        for half, gram in enumerate(observed.grams):
+            own = slice(half * len(gram), (half + 1) * len(gram))
+            slopes, curved = observed.slopes[:, own], observed.curved[:, own]
+            train, score = slopes[halves[half]], slopes[halves[1 - half]]
+            # Of training, the gradient is what may be luck; of its curvature the more samples tell the better.
+            curvature, scored_curvature = _mean_square(curved), _mean_square(curved[halves[1 - half]])
+            for place, factor in enumerate(RATES):
+                shares = trained(train, curvature, gram, factor * rate, recipe, batch=BATCH)
+                found[half, place] = saved(score, scored_curvature, shares)
+        gains, errors = found[..., 0].mean(0), np.sqrt((found[..., 1] ** 2).mean(0) / len(found))
         return gains, errors
 
     def _let_through(self) -> None:
@@ -295,7 +293,7 @@ class _Observed:
 def _drawn_loss(output: Any, generator: torch.Generator) -> Tensor:
     """Whose gradient has the Gauss-Newton matrix of a sample as its second moment: of labels that the model draws.
 
-    Kunstner, Hennig & Balles, "Limitations of the empirical Fisher approximation", 2019, equation 8.
+    Kunstner, Hennig & Balles, "Limitations of the empirical Fisher approximation", 2019.
     """
     logits = logits_of(output)
     labels = torch.multinomial(logits.detach().double().softmax(-1).cpu(), 1, generator=generator)[:, 0]

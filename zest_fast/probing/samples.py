@@ -15,7 +15,6 @@ from zest_fast.profiling.loss import logits_of, loss_of, own_loss
 from zest_fast.sweeping.inputs import Inputs, count, rows_of, take
 
 _TARGETS = "targets"
-_OWN_CHUNK = 8  # a model that computes its loss by itself gives one for a pass: so many samples each
 
 
 @dataclass(frozen=True)
@@ -34,25 +33,14 @@ class Samples:
         targets = take(self.targets, rows) if self.targets is not None else None
         return Samples(rows_of(self.inputs, rows), targets, self.loss_fn)
 
-    @property
-    def is_plain_classification(self) -> bool:
-        """Whether the loss is the cross-entropy of class numbers, [samples]."""
-        return self.loss_fn is None and self.targets is not None and _are_classes(self.targets)
-
     def class_numbers(self, model: nn.Module) -> Tensor | None:
         """int64 [samples], where it is class numbers that the loss is of."""
-        if self.is_plain_classification:
+        if self.loss_fn is None and self.targets is not None and _are_classes(self.targets):
             return self.targets
         if self.loss_fn is None and isinstance(self.inputs, Mapping) and is_classifier(unwrap(model)):
             labels = self.inputs.get("labels")
             return labels if labels is not None and _are_classes(labels) else None
         return None
-
-    # An Objective (zest_fast.sweeping.objectives) of all of them
-
-    @property
-    def chunk(self) -> int:
-        return 64 if self.is_plain_classification else _OWN_CHUNK
 
     def loss(self, output: Any, rows: Tensor) -> Tensor:
         """The mean loss of these samples."""
@@ -62,23 +50,6 @@ class Samples:
         targets = take(self.targets, rows)
         criterion = self.loss_fn or nn.functional.cross_entropy
         return criterion(logits_of(output), targets)
-
-    def evaluate(self, outputs: Iterable[tuple[Tensor, Any]]) -> dict[str, Any]:
-        """losses: of each sample, or where only a mean is to be had of chunks; samples: how many each is of."""
-        losses: list[float] = []
-        samples: list[int] = []
-        for rows, output in outputs:
-            if self.is_plain_classification:
-                assert self.targets is not None
-                each = nn.functional.cross_entropy(
-                    logits_of(output).double(), take(self.targets, rows), reduction="none"
-                )
-                losses += each.tolist()
-                samples += [1] * len(rows)
-            else:
-                losses.append(float(self.loss(output, rows)))
-                samples.append(len(rows))
-        return {"losses": losses, "samples": samples}
 
 
 def samples_of(model: nn.Module, batches: Any, loss_fn: Callable[[Any, Any], Tensor] | None) -> Samples:

@@ -27,9 +27,9 @@ from bench.data import MODELS, load_pair
 from bench.sweeps import MATMUL_PRECISION
 from zest_fast.finetuning.digests import hash_tensors
 from zest_fast.foundation.replacing import replacing
+from zest_fast.prefix.inputs import Inputs, rows_of
 from zest_fast.profiling.layers import find_layers
 from zest_fast.sweeping.head import classifier_of, features_of, fit_head
-from zest_fast.sweeping.inputs import Inputs, rows_of
 from zest_fast.sweeping.objectives import Classification
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.tables import load_records, sweeps_of

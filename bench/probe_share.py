@@ -20,8 +20,8 @@ from bench.data import load_pair
 from bench.markdown import markdown_table
 from bench.measure import RESULTS, interleave, median, ratio, write_result
 from bench.probes import BUDGET, SAMPLES
+from zest_fast.prefix.inputs import rows_of
 from zest_fast.probing.probe import probe
-from zest_fast.sweeping.inputs import rows_of
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.sweep import sweep
 from zest_fast.sweeping.trials import draw

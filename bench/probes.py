@@ -25,8 +25,8 @@ from bench.data import MODELS, load_pair
 from bench.sweeps import MATMUL_PRECISION
 from zest_fast import load_records, probe, sweeps_of
 from zest_fast.foundation.replacing import replacing
+from zest_fast.prefix.inputs import rows_of
 from zest_fast.ranking.probed import PROBED
-from zest_fast.sweeping.inputs import rows_of
 from zest_fast.sweeping.trials import draw
 
 SAMPLES = 1024

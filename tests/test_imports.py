@@ -21,6 +21,7 @@ ROOMS = (
     "profiling",
     "ranking",
     "lean",
+    "prefix",
     "finetuning",
     "planning",
     "sweeping",

@@ -46,6 +46,7 @@ from bench.measure import (
 from bench.spectra import load_spectra
 from zest_fast.foundation.replacing import replacing
 from zest_fast.planning.counted_memory import peak_bytes
+from zest_fast.prefix.inputs import logits_of, rows_of
 from zest_fast.probing.collecting import SAMPLES
 from zest_fast.probing.probe import probe
 from zest_fast.profiling.loss import call_model
@@ -53,9 +54,8 @@ from zest_fast.profiling.profile import profile
 from zest_fast.ranking.ranker import Ranker
 from zest_fast.ranking.ranking import rank
 from zest_fast.sweeping.head import choose_strength, classifier_of, features_of, fit_head
-from zest_fast.sweeping.inputs import logits_of, rows_of
 from zest_fast.sweeping.objectives import Classification
-from zest_fast.sweeping.prefix_cache import PrefixCache
+from zest_fast.sweeping.reused_prefix import ReusedPrefix
 from zest_fast.sweeping.tables import load_records, sweeps_of
 from zest_fast.sweeping.trials import evaluate, set_head
 
@@ -295,7 +295,7 @@ class Pair:
         inputs, targets = self.splits[split]
         targets = targets[:samples]
         inputs = rows_of(inputs, torch.arange(len(targets)))
-        score = evaluate(PrefixCache(model, inputs, limit=0, folder=Path()), Classification(targets))
+        score = evaluate(ReusedPrefix(model, inputs, limit=0, folder=Path()), Classification(targets))
         return score["loss"], score["accuracy"]
 
     # Results

@@ -37,15 +37,15 @@ from bench.layerbench.control_contestants import INPUTS, LABELS, PATH
 from bench.layerbench.protocol import HEAD_STATES, OUTCOMES
 from bench.sweeps import MATMUL_PRECISION
 from zest_fast.foundation.replacing import replacing
+from zest_fast.prefix.inputs import Inputs, rows_of
+from zest_fast.prefix.volatile_state import preserved
 from zest_fast.profiling.profile import profile
 from zest_fast.sweeping.head import classifier_of
-from zest_fast.sweeping.inputs import Inputs, rows_of
 from zest_fast.sweeping.objectives import Classification
-from zest_fast.sweeping.prefix_cache import PrefixCache
 from zest_fast.sweeping.recipe import Recipe
+from zest_fast.sweeping.reused_prefix import ReusedPrefix
 from zest_fast.sweeping.tables import SHIPPED, load_records, sweeps_of
 from zest_fast.sweeping.trials import draw, evaluate, set_head
-from zest_fast.sweeping.volatile_state import preserved
 
 SEED = 0
 """Of the sweeps' seeds the one whose batch is replaced; it seeds the shuffle and the noise, too."""
@@ -176,7 +176,7 @@ def described(path: Path) -> list[dict[str, Any]]:
 
 def _checked_loss(model: nn.Module, split: tuple[Inputs, Tensor], swept: pandas.DataFrame) -> list[float]:
     inputs, targets = split
-    found = evaluate(PrefixCache(model, inputs, limit=0, folder=Path()), Classification(targets))["loss"]
+    found = evaluate(ReusedPrefix(model, inputs, limit=0, folder=Path()), Classification(targets))["loss"]
     recorded = float(swept.head_loss.iloc[0])
     if abs(found - recorded) > SAME_HEAD * recorded:
         raise ValueError(f"the head of seed {SEED} has a loss of {found}, in the records {recorded}")

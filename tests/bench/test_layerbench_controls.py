@@ -14,11 +14,11 @@ pytest.importorskip("sklearn", reason="contestants stand beside the controls: pi
 from bench import data
 from bench.layerbench import controls
 from bench.layerbench.control_contestants import INPUTS, LABELS, control_profiles
+from zest_fast.prefix.volatile_state import preserved
 from zest_fast.profiling.profile import profile
 from zest_fast.sweeping.sweep import sweep
 from zest_fast.sweeping.tables import consolidate, load_records, sweeps_of
 from zest_fast.sweeping.trials import draw, set_head
-from zest_fast.sweeping.volatile_state import preserved
 
 
 @pytest.fixture

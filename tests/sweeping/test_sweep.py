@@ -17,16 +17,16 @@ from torch import nn
 import zest_fast
 from zest_fast import profile
 from zest_fast.finetuning.selective_backward import SelectiveBackward
+from zest_fast.prefix.boundaries import trace_calls
+from zest_fast.prefix.inputs import rows_of, take
 from zest_fast.profiling.loss import call_model
 from zest_fast.profiling.metrics import ALL_METRIC_NAMES, METRIC_NAMES
 from zest_fast.sweeping import sweep as sweep_module
 from zest_fast.sweeping import trials as trials_module
-from zest_fast.sweeping.boundaries import trace_calls
 from zest_fast.sweeping.head import choose_strength, fit_head
-from zest_fast.sweeping.inputs import rows_of, take
-from zest_fast.sweeping.prefix_cache import PrefixCache, find_boundary
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.records import read_records
+from zest_fast.sweeping.reused_prefix import ReusedPrefix, find_boundary
 from zest_fast.sweeping.sweep import sweep
 from zest_fast.sweeping.trials import Trials, draw
 
@@ -78,7 +78,7 @@ def test_a_cache_finds_any_boundary_from_any_other(tmp_path) -> None:
     model.eval()
     inputs = splits["train"][0]
     trace = trace_calls(model, inputs[:5])
-    cache = PrefixCache(model, inputs, limit=1 << 20, folder=tmp_path, batch_size=7)
+    cache = ReusedPrefix(model, inputs, limit=1 << 20, folder=tmp_path, batch_size=7)
     rows = torch.tensor([30, 2, 17])
     with torch.no_grad():
         expected = model(inputs)[rows]

@@ -66,9 +66,9 @@ from small_models import assert_same, snapshot
 from sweeping_models import RECIPE, child
 from torch import nn
 
-from zest_fast.sweeping.boundaries import trace_calls
-from zest_fast.sweeping.inputs import rows_of
-from zest_fast.sweeping.prefix_cache import PrefixCache, find_boundary
+from zest_fast.prefix.boundaries import trace_calls
+from zest_fast.prefix.inputs import rows_of
+from zest_fast.sweeping.reused_prefix import ReusedPrefix, find_boundary
 from zest_fast.sweeping.sweep import sweep
 from zest_fast.sweeping.trials import draw
 
@@ -227,7 +227,7 @@ def test_a_way_that_one_sample_takes_is_noticed_when_it_does(make, split, tmp_pa
     [(LooksBack, "not kept"), (LooksBackForgivingly, "not kept"), (LooksBackByBranch, "not kept"), (Overwrites, "NaN")],
 )
 def test_an_output_that_was_not_kept_shows_in_the_batch_that_needs_it(make, found, split, tmp_path, monkeypatch):
-    monkeypatch.setattr(PrefixCache, "check", lambda *_: None)  # as in a batch that is not among those compared
+    monkeypatch.setattr(ReusedPrefix, "check", lambda *_: None)  # as in a batch that is not among those compared
     said = compare(make, with_one_large_row(split), tmp_path)
     assert any("'fourth'" in message and found in message for message in said)
 
@@ -327,7 +327,7 @@ def test_dimensions_of_samples_are_told_from_others_of_the_same_size(tmp_path) -
     boundary = find_boundary(model, trace, place, (model.top.weight, *model.head.parameters()), inputs[:5], 1 << 20)
     assert [call.name for call in boundary.live] == ["rnn"]
     assert [leaf.dim for leaf in boundary.live[0].output] == [1, 1]
-    cache = PrefixCache(model, inputs, limit=1 << 20, folder=tmp_path, batch_size=7)
+    cache = ReusedPrefix(model, inputs, limit=1 << 20, folder=tmp_path, batch_size=7)
     cache.advance(boundary)
     rows = torch.tensor([30, 2, 17])
     torch.testing.assert_close(cache.run(rows), model(rows_of(inputs, rows)), rtol=0, atol=1e-6)

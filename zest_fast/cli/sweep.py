@@ -29,7 +29,7 @@ from zest_fast.cli.options import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from zest_fast.sweeping.inputs import Inputs
+    from zest_fast.prefix.inputs import Inputs
     from zest_fast.sweeping.recipe import Recipe
 
 EVERYTHING = 1 << 30  # samples in a batch: texts of one batch are padded alike
@@ -128,7 +128,7 @@ def _splits(inputs: Inputs, targets: Tensor, head_share: float, score_share: flo
     """The samples come shuffled by the seed: the first ones warm the head, the last ones score."""
     import torch
 
-    from zest_fast.sweeping.inputs import rows_of
+    from zest_fast.prefix.inputs import rows_of
 
     head, score = round(head_share * len(targets)), round(score_share * len(targets))
     train = len(targets) - head - score

@@ -1,1 +1,1 @@
-"""A step of each layer alone, to see what it gains."""
+"""A sweep in a quadratic model of the loss, for all layers at once."""

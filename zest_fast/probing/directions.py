@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from zest_fast.prefix.inputs import rows_of
+from zest_fast.prefix.volatile_state import preserved
 from zest_fast.probing.samples import Samples
 from zest_fast.profiling.loss import call_model
-from zest_fast.sweeping.inputs import rows_of
-from zest_fast.sweeping.volatile_state import preserved
 
 _DAMPING = 1e-3  # of the root mean square over all entries: those that hardly ever have a gradient hardly move
 

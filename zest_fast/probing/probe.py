@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from zest_fast.finetuning.trainable_layers import chosen_layers
 from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.foundation.nearest import some
+from zest_fast.prefix.inputs import logits_of, rows_of
+from zest_fast.prefix.volatile_state import in_eval_mode, preserved
 from zest_fast.probing.budget import BATCH, PENDING, Sizes, sizes_for, sweep_units
 from zest_fast.probing.directions import find_directions, flat_gradients, trainable
 from zest_fast.probing.quadratic import saved, trained
@@ -27,11 +29,9 @@ from zest_fast.profiling.loss import call_model
 from zest_fast.profiling.profile import profile
 from zest_fast.ranking.probed import Probe, evidence
 from zest_fast.sweeping.head import choose_strength, features_of, fit_head
-from zest_fast.sweeping.inputs import logits_of, rows_of
 from zest_fast.sweeping.progress import Progress
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.trials import saved_parameters, set_head
-from zest_fast.sweeping.volatile_state import in_eval_mode, preserved
 
 RATES = (0.1, 0.18, 0.3, 0.55, 1.0, 1.8, 3.0)
 """Of the default recipe's learning rate: families of models want other ones, and a user's model has none yet."""

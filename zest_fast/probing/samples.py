@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from zest_fast.foundation.nearest import some
+from zest_fast.prefix.inputs import Inputs, count, rows_of, take
 from zest_fast.profiling.heads import is_classifier, unwrap
 from zest_fast.profiling.loss import logits_of, loss_of, own_loss
-from zest_fast.sweeping.inputs import Inputs, count, rows_of, take
 
 _TARGETS = "targets"
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from zest_fast.prefix.inputs import Inputs, batches, count, logits_of, rows_of
 from zest_fast.profiling.heads import find_head
 from zest_fast.profiling.loss import call_model
-from zest_fast.sweeping.inputs import Inputs, batches, count, logits_of, rows_of
 
 
 def classifier_of(model: nn.Module) -> tuple[str, nn.Linear]:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from zest_fast.sweeping.inputs import logits_of
+from zest_fast.prefix.inputs import logits_of
 
 
 class Objective(Protocol):

@@ -17,22 +17,22 @@ from torch import Tensor, nn
 
 from zest_fast.finetuning.digests import hash_tensors
 from zest_fast.foundation.version import __version__
+from zest_fast.prefix.inputs import Inputs, rows_of
+from zest_fast.prefix.volatile_state import in_eval_mode, preserved
 from zest_fast.profiling.borrowing.model_state import ModelState
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
 from zest_fast.profiling.metrics import ALL_METRIC_NAMES
 from zest_fast.profiling.profile import profile
 from zest_fast.sweeping.head import choose_strength, classifier_of, features_of, fit_head
-from zest_fast.sweeping.inputs import Inputs, rows_of
 from zest_fast.sweeping.local_workers import local_pool
 from zest_fast.sweeping.objectives import Classification
-from zest_fast.sweeping.prefix_cache import PrefixCache
 from zest_fast.sweeping.progress import Progress
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.records import RecordFile
+from zest_fast.sweeping.reused_prefix import ReusedPrefix
 from zest_fast.sweeping.tables import records_to_frame
 from zest_fast.sweeping.trial_order import plan
 from zest_fast.sweeping.trials import Trial, Trials, draw, evaluate, saved_parameters, set_head
-from zest_fast.sweeping.volatile_state import in_eval_mode, preserved
 from zest_fast.sweeping.workers import distribute
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class _Sweep:
         kept = {"weight": _encode(weight), "bias": _encode(bias)}
         set_head(self._head, *_head_of(kept))
         score_inputs, score_targets = self._splits["score"]
-        score = evaluate(PrefixCache(self._model, score_inputs, limit=0, folder=Path()), Classification(score_targets))
+        score = evaluate(ReusedPrefix(self._model, score_inputs, limit=0, folder=Path()), Classification(score_targets))
         seconds = time.perf_counter() - began
         self._records.append({"record": "head", "seed": seed, **kept, **score, "seconds": round(seconds, 3)})
 

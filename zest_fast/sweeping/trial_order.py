@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from zest_fast.finetuning.trainable_layers import chosen_layers
+from zest_fast.prefix.boundaries import PROBED, Boundary, Call, Trace, anything_before, trace_calls, what_prevents
+from zest_fast.prefix.inputs import Inputs, count, rows_of
 from zest_fast.profiling.layers import Layer
-from zest_fast.sweeping.boundaries import PROBED, Boundary, Call, Trace, anything_before, trace_calls, what_prevents
-from zest_fast.sweeping.inputs import Inputs, count, rows_of
-from zest_fast.sweeping.prefix_cache import find_boundary
+from zest_fast.sweeping.reused_prefix import find_boundary
 from zest_fast.sweeping.trials import LayerTask
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from zest_fast.finetuning.trainable_layers import Part
-from zest_fast.sweeping.boundaries import Boundary, Call, NotReusable
-from zest_fast.sweeping.inputs import Inputs, batches
+from zest_fast.prefix.boundaries import Boundary, Call, NotReusable
+from zest_fast.prefix.inputs import Inputs, batches
+from zest_fast.prefix.volatile_state import preserved
 from zest_fast.sweeping.objectives import Objective
-from zest_fast.sweeping.prefix_cache import PrefixCache
 from zest_fast.sweeping.recipe import Recipe
-from zest_fast.sweeping.volatile_state import preserved
+from zest_fast.sweeping.reused_prefix import ReusedPrefix
 
 
 class Trial(NamedTuple):
@@ -61,7 +61,7 @@ class Trials:
     limit: int
     """Bytes a sample that are kept in memory; beyond, on disk in `folder`."""
     folder: Path
-    _caches: tuple[PrefixCache, PrefixCache] | None = field(default=None, init=False)
+    _caches: tuple[ReusedPrefix, ReusedPrefix] | None = field(default=None, init=False)
     _blamed: set[Call] = field(default_factory=set, init=False)
     """Calls that were not as the traced ones: no pass skips them."""
     _checked: set[str] = field(default_factory=set, init=False)
@@ -104,7 +104,9 @@ class Trials:
             return False
         return not self._blamed or self._blamed.isdisjoint(boundary.trace.expected(boundary.skipped, boundary.skipped))
 
-    def _measure(self, trial: Trial, train: PrefixCache, score: PrefixCache, *, check: bool = False) -> dict[str, Any]:
+    def _measure(
+        self, trial: Trial, train: ReusedPrefix, score: ReusedPrefix, *, check: bool = False
+    ) -> dict[str, Any]:
         part = self.tasks[trial.layer].part
         set_head(self.head, *self.heads[trial.seed])
         with saved_parameters(part.parameters), preserved(self.model, trial.seed):
@@ -115,22 +117,22 @@ class Trials:
                     score.check(chunks[trial.seed % len(chunks)])
             return evaluate(score, self.score[1])
 
-    def _caches_at(self, boundary: Boundary) -> tuple[PrefixCache, PrefixCache]:
+    def _caches_at(self, boundary: Boundary) -> tuple[ReusedPrefix, ReusedPrefix]:
         if self._caches is None:
             self._caches = self._new_caches()
         for cache in self._caches:
             cache.advance(boundary)
         return self._caches
 
-    def _new_caches(self) -> tuple[PrefixCache, PrefixCache]:
+    def _new_caches(self) -> tuple[ReusedPrefix, ReusedPrefix]:
         """That have not moved from the input."""
         train, score = (
-            PrefixCache(self.model, inputs, limit=self.limit, folder=self.folder, batch_size=objective.chunk)
+            ReusedPrefix(self.model, inputs, limit=self.limit, folder=self.folder, batch_size=objective.chunk)
             for inputs, objective in (self.train, self.score)
         )
         return train, score
 
-    def _train(self, part: Part, seed: int, cache: PrefixCache, check: bool = False) -> None:
+    def _train(self, part: Part, seed: int, cache: ReusedPrefix, check: bool = False) -> None:
         recipe, objective = self.recipe, self.train[1]
         rms = float(part.parameters[0].detach().double().square().mean().sqrt())
         head = list(self.head.parameters())
@@ -161,7 +163,7 @@ class Trials:
 
 
 @torch.no_grad()
-def evaluate(cache: PrefixCache, objective: Objective) -> dict[str, Any]:
+def evaluate(cache: ReusedPrefix, objective: Objective) -> dict[str, Any]:
     """What the objective records of the model as it is, over all samples of the cache."""
     return objective.evaluate((rows, cache.run(rows)) for rows in batches(len(cache), objective.chunk))
 

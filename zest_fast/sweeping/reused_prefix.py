@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import tempfile
@@ -17,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from zest_fast.profiling.loss import call_model
-from zest_fast.sweeping.boundaries import (
+from zest_fast.prefix.boundaries import (
     Boundary,
     Call,
     NotReusable,
@@ -30,43 +28,15 @@ from zest_fast.sweeping.boundaries import (
     rounding,
     rows_in,
 )
-from zest_fast.sweeping.inputs import Inputs, batches, compared_of, count, rows_of
-from zest_fast.sweeping.volatile_state import VolatileState, preserved
+from zest_fast.prefix.inputs import Inputs, batches, compared_of, count, rows_of
+from zest_fast.prefix.placeholders import Reached, Unkept, filled
+from zest_fast.prefix.volatile_state import VolatileState, preserved
+from zest_fast.profiling.loss import call_model
 
 TOLERANCE = 1e-5  # of the largest logit of a class, on the same samples: all but rounding is the same
 # Other samples than the traced ones, and another number of them, so that nothing taken from the trace goes unnoticed.
 _VERIFIED, _OTHERS = (1, 2, 3, 4), (4, 0, 1, 2)
 _CHANGES = (0.25, 1.0)  # of the RMS of a weight, in a random direction
-
-
-_LOOKS = {
-    "__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__", "item", "tolist", "numpy",
-    "is_nonzero", "equal", "allclose", "nonzero", "unique", "masked_select",
-}  # fmt: skip
-_SHAPES = {
-    "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones",
-    "new_full", "new_empty", "new_tensor",
-}  # fmt: skip
-"""Functions that take no more than the shape, the type and the device from it."""
-
-
-class Unkept(Tensor):
-    """NaN in the place of an output that does not matter; what is computed from it is one too, whatever its value is.
-
-    Raises NotReusable where Python looks at a value.
-    """
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in _LOOKS:
-            raise NotReusable("the way of the pass depends on an output that was not kept")
-        result = super().__torch_function__(func, types, args, kwargs or {})
-        return result.as_subclass(Tensor) if name in _SHAPES else result
-
-
-class _Reached(BaseException):
-    """Ends a pass that has yielded all it was run for; no model catches it by accident."""
 
 
 def find_boundary(
@@ -124,7 +94,7 @@ def _gives_the_same(model: nn.Module, boundary: Boundary, trained: Sequence[nn.P
             return tree_map(_copy, kept[call])
         if value is None:  # what other samples would have given
             return tree_map(lambda leaf: leaf.flip(0) if isinstance(leaf, Tensor) and leaf.dim() else leaf, kept[call])
-        return tree_map(lambda leaf: _filled(leaf, samples, value, boundary.writable), call.output)
+        return tree_map(lambda leaf: filled(leaf, samples, value, boundary.writable), call.output)
 
     state = VolatileState(model)
 
@@ -202,21 +172,7 @@ def _copy(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
-def _filled(leaf: Any, samples: int, value: float, writable: bool) -> Any:
-    """In the place of an output that does not matter; it takes no memory unless the model writes into it."""
-    if not isinstance(leaf, Rows):
-        if isinstance(leaf, Tensor):
-            if not leaf.is_floating_point():
-                return leaf.clone()
-            filled = torch.full_like(leaf, value)
-            return filled.as_subclass(Unkept) if math.isnan(value) else filled
-        return leaf
-    one = torch.full((1,), value, dtype=leaf.dtype, device=leaf.device)
-    filled = leaf.empty(samples).fill_(value) if writable else one.expand(leaf.shape_of(samples))
-    return filled.as_subclass(Unkept) if math.isnan(value) else filled
-
-
-class PrefixCache:
+class ReusedPrefix:
     """Runs a model over samples of one set of inputs from a boundary on, and moves the boundary up.
 
     inputs: of all samples. limit: bytes that may be kept in memory for each sample; beyond, all is memory-mapped from
@@ -307,7 +263,7 @@ class PrefixCache:
         def leaf(known: Any) -> Any:
             if call not in self._kept:
                 # Verified not to matter; should it matter to other samples, they show a NaN.
-                return _filled(known, len(rows), torch.nan, self._boundary.writable)  # type: ignore[union-attr]
+                return filled(known, len(rows), torch.nan, self._boundary.writable)  # type: ignore[union-attr]
             return known.take(next(kept), rows) if isinstance(known, Rows) else _copy(known)
 
         return tree_map(leaf, call.output)
@@ -334,13 +290,13 @@ class PrefixCache:
             visit(call, rows, fresh[call], [value for known, value in pairs if isinstance(known, Rows)])
             waiting.discard(call)
             if not waiting:
-                raise _Reached
+                raise Reached
             return output
 
         try:
             with intercepted(boundary.trace, skipped, handle, watched=fresh):
                 call_model(self._model, rows_of(self._inputs, rows))
-        except _Reached:
+        except Reached:
             return
         raise NotReusable("the forward pass took another way than the traced one")
 

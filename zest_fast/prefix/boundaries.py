@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from zest_fast.prefix.inputs import Inputs, count, rows_of
+from zest_fast.prefix.volatile_state import VolatileState, generators
 from zest_fast.profiling.loss import call_model
-from zest_fast.sweeping.inputs import Inputs, count, rows_of
-from zest_fast.sweeping.volatile_state import VolatileState, generators
 
 PROBED = 5
 """Samples that are run to find out what can be reused."""

@@ -10,6 +10,7 @@ __all__ = [
     "DeltaSwitch",
     "LayerProfile",
     "Plan",
+    "PrefixCache",
     "Probe",
     "Ranker",
     "Ranking",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from zest_fast.planning.choose import Choice, choose
     from zest_fast.planning.plan import plan, plan_profile, planned_peak
     from zest_fast.planning.report import Plan
+    from zest_fast.prefix.cache import PrefixCache
     from zest_fast.probing.plan import plan_probe
     from zest_fast.probing.probe import probe
     from zest_fast.profiling.layer_profile import LayerProfile
@@ -66,6 +68,7 @@ else:
         "DeltaSwitch": "zest_fast.finetuning.delta_use",
         "LayerProfile": "zest_fast.profiling.layer_profile",
         "Plan": "zest_fast.planning.report",
+        "PrefixCache": "zest_fast.prefix.cache",
         "Probe": "zest_fast.ranking.probed",
         "Ranker": "zest_fast.ranking.ranker",
         "Ranking": "zest_fast.ranking.ranking",

@@ -31,6 +31,7 @@ from zest_fast.finetuning.walking import compiled_modules, modules_of, upwards
 from zest_fast.foundation.nearest import some
 from zest_fast.foundation.torch_private import current_task, forward_hooks, innermost_transform
 from zest_fast.lean.frozen_norms import end_calls
+from zest_fast.prefix.cache import PrefixCache
 from zest_fast.profiling.profile import is_being_profiled
 
 
@@ -54,13 +55,17 @@ class Cut:
         chosen: Mapping[str, nn.Parameter],
         buffers: MovingBuffers,
         on_compiled: Callable[[frozenset[int]], None] = lambda modules: None,
+        cache: PrefixCache | None = None,
     ) -> None:
         """chosen: what has to train, by name; a pass in which one does not require a gradient is refused.
 
         buffers: sees what each pass moves.
 
         on_compiled: is told the ids of the modules in compiled code, before it first runs.
+
+        cache: gives passes what is computed below the cut.
         """
+        self._cache = cache
         self._model, self._buffers = model, buffers
         self._compiled: frozenset[int] = frozenset()
         self._on_compiled = on_compiled
@@ -110,7 +115,14 @@ class Cut:
         self._running.add(thread)
         try:
             with non_reentrant(self._model), unmarked():
-                output = forward(*args, **keywords)
+                if self._cache is None or not self._cache.serves(self._model):
+                    output = forward(*args, **keywords)
+                elif learns or not own:
+                    output = forward(*args, **keywords)
+                    if own:
+                        self._cache.fill(args, keywords)
+                else:
+                    output = self._cache.run(forward, args, keywords)
         except BaseException as error:
             if not isinstance(error, Exception):
                 end_calls(self._model)  # hooks do not see a KeyboardInterrupt

@@ -46,6 +46,21 @@ class Base:
         return state.hexdigest()
 
 
+def digest_of_modules(model: nn.Module, names: Iterable[str]) -> str:
+    """One digest of all parameters and buffers of these modules, computed ones among them; UNHASHED where one cannot be
+    read."""
+    modules = {name: model.get_submodule(name) for name in names}
+    tensors = {
+        f"{name}.{key}": tensor
+        for name, module in modules.items()
+        for key, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
+    found = digests(tensors)
+    if UNHASHED in found.values():
+        return UNHASHED
+    return hashlib.blake2b("\n".join(f"{n}|{d}" for n, d in sorted(found.items())).encode(), digest_size=16).hexdigest()
+
+
 def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """Digests of tensors, on as many threads as there are cores (hashlib lets go of the interpreter).
 

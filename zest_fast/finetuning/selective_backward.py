@@ -7,6 +7,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from zest_fast.finetuning.cut import Cut, remove_copied_cut
 from zest_fast.finetuning.delta_files import Delta, check_tensors, read_delta, write_delta
-from zest_fast.finetuning.digests import Base, digests, saved_buffers
+from zest_fast.finetuning.digests import Base, digest_of_modules, digests, saved_buffers
 from zest_fast.finetuning.moving_buffers import MovingBuffers
 from zest_fast.finetuning.optimizer_check import check_optimizer
 from zest_fast.finetuning.quantised_models import UnpackedLayers
@@ -35,6 +36,7 @@ from zest_fast.foundation.options import Checkpoint, Frozen
 from zest_fast.foundation.removable import Removable
 from zest_fast.lean.apply import apply_lean
 from zest_fast.lean.frozen_norms import keep_frozen_norms_in_eval
+from zest_fast.prefix.cache import PrefixCache
 
 
 class SelectiveBackward(Removable):
@@ -70,6 +72,7 @@ class SelectiveBackward(Removable):
             good: `.remove()` unpacks, into the memory of the plain model, and does not bring back what was lost; a
             delta fits a model that is wrapped in the same way. While wrapped, state_dict() has `packed` and `scale` for
             `weight`.
+        cache: a PrefixCache = what is frozen below the cut computes each sample once and reads it from disk afterwards.
 
     Attributes:
         model: the one that was given.
@@ -105,6 +108,7 @@ class SelectiveBackward(Removable):
         checkpoint: Checkpoint | None = None,
         lean: bool = True,
         frozen: Frozen | None = None,
+        cache: PrefixCache | None = None,
     ) -> None:
         if checkpoint not in (None, "above-cut"):
             raise ValueError(f"checkpoint must be None or 'above-cut', not {checkpoint!r}")
@@ -113,7 +117,10 @@ class SelectiveBackward(Removable):
         self._head = head_layers(model, head)
         if not self._layers and not self._head:
             raise ValueError("nothing would train: layers is empty and there is no head; choose layers or pass head=")
+        if cache is not None and not isinstance(cache, PrefixCache):
+            raise TypeError(f"cache must be a PrefixCache or None, not {type(cache).__name__}")
         self.model = model
+        self._cache = cache
         self._quantised = None if frozen is None else QuantisedWeights(model, frozen, self._chosen_ids())
         self._found = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._removed = False
@@ -165,7 +172,10 @@ class SelectiveBackward(Removable):
             self._handles.append(AboveCut(self.model))
         self._handles.append(InputGradients(self.model))
         self._buffers = MovingBuffers(self.model)
-        self._cut = Cut(self.model, self._chosen(), self._buffers, self._leave_compiled_code)
+        if self._cache is not None:
+            self._cache.attach(self.model, self._chosen, partial(digest_of_modules, self.model))
+            self._handles.append(self._cache)
+        self._cut = Cut(self.model, self._chosen(), self._buffers, self._leave_compiled_code, self._cache)
         self._handles.append(self._cut)
         mark_wrapped(self.model)
 
@@ -209,6 +219,7 @@ class SelectiveBackward(Removable):
             skipped_parameters=sum(counts[key] for key in skipped),
             lean=str(self._lean) if self._lean is not None else "",
             frozen=str(self._quantised or ""),
+            cache=str(self._cache or ""),
             foreign=0 if optimizer is None else self._check_optimizer(optimizer),
             rounding="" if optimizer is None else self._rounding(optimizer),
         )

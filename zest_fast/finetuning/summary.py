@@ -11,7 +11,7 @@ class Summary:
 
     cut: the lowest layer that trains. tied: the chosen layer or head whose weight the cut shares; "" if the cut itself
     was chosen. lean: what keeps less for the backward pass, and what stays plain and why; "" without lean saving.
-    frozen: what is kept quantised; "" if nothing is.
+    frozen: what is kept quantised; "" if nothing is. cache: what a PrefixCache holds and has done; "" without one.
     skipped_parameters: of the modules that ran without a graph in the first forward pass; 0 before.
     foreign: parameters of something else in the optimizer that was checked.
     rounding: which weights in bfloat16 or float16 the steps of that optimizer cannot move; "" if they can.
@@ -25,6 +25,7 @@ class Summary:
     tied: str = ""
     lean: str = ""
     frozen: str = ""
+    cache: str = ""
     skipped_parameters: int = 0
     foreign: int = 0
     rounding: str = ""
@@ -45,6 +46,8 @@ class Summary:
         lines += [f"  {line}" for line in self.lean.splitlines()]
         if self.frozen:
             lines.append(f"  frozen    {self.frozen}")
+        if self.cache:
+            lines.append(f"  cache     {self.cache}")
         if self.skipped_parameters:
             share = self.skipped_parameters / self.total_parameters
             lines.append(f"  skipped   {self.skipped_parameters:,} parameters below ({share:.2%}) ran without a graph")

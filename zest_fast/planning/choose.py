@@ -10,11 +10,11 @@ from typing import Any, get_args
 
 from torch import nn
 
+from zest_fast.foundation.byte_counts import memory_bytes
 from zest_fast.foundation.nearest import nearest
 from zest_fast.foundation.options import Checkpoint, Frozen, Preference
 from zest_fast.planning.batches import stand_in_batch
 from zest_fast.planning.plan import planned_peak
-from zest_fast.planning.settings import memory_bytes
 from zest_fast.planning.step_costs import StepCosts, costs_of_ranking, measured_costs
 from zest_fast.ranking.ranking import Ranking
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from zest_fast.foundation.byte_counts import memory_bytes
 from zest_fast.foundation.nearest import some
 from zest_fast.foundation.text_table import text_table
 from zest_fast.planning.blocks import GROUPS, Layout
 from zest_fast.planning.ledger import KINDS, Allocation
-from zest_fast.planning.settings import Setting, dtype_name, memory_bytes
+from zest_fast.planning.settings import Setting, dtype_name
 from zest_fast.planning.step import Step
 
 if TYPE_CHECKING:

@@ -32,8 +32,8 @@ _TRACED = (0, 1, 2)
 # rounding. Then other numbers of samples in another order: a dimension of samples is one that changes with them.
 _REPLACED = ((0, 1, 2), (0, 3, 2), (3, 1, 2), (0, 1, 3))
 _REORDERED = (2, 0)
-_DEPENDS, _DRAWS, _WRITES = "depends on the other samples of its batch", "draws random numbers", "writes buffers"
-_TELLING = {_DEPENDS, _DRAWS, _WRITES}
+DEPENDS, DRAWS, _WRITES = "depends on the other samples of its batch", "draws random numbers", "writes buffers"
+_TELLING = {DEPENDS, DRAWS, _WRITES}
 
 
 class NotReusable(Exception):
@@ -245,9 +245,7 @@ def trace_calls(model: nn.Module, inputs: Inputs) -> Trace:
 
 
 @contextmanager
-def _around_calls(
-    modules: Iterable[nn.Module], around: Callable[[nn.Module, Callable[[], Any]], Any]
-) -> Iterator[None]:
+def around_calls(modules: Iterable[nn.Module], around: Callable[[nn.Module, Callable[[], Any]], Any]) -> Iterator[None]:
     """Inside, `around(module, run)` gives the outputs of these modules; `run()` would compute one.
 
     `forward` is set on the instances: no hook can keep a module from running, and hooks turn off torch's fast paths.
@@ -275,7 +273,7 @@ def _around_calls(
                 module.__dict__["forward"] = before
 
 
-def _run_by_python(model: nn.Module) -> dict[nn.Module, str]:
+def run_by_python(model: nn.Module) -> dict[nn.Module, str]:
     """The modules whose `forward` is called as such, not those inside compiled or scripted ones, and their names."""
     compiled = {
         inner
@@ -290,7 +288,7 @@ def _run_by_python(model: nn.Module) -> dict[nn.Module, str]:
 class _Tracer:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._modules = _run_by_python(model)
+        self._modules = run_by_python(model)
         self._root = Call(model, "", None, 0.0)
         self._seconds = 0.0
         self._dims: dict[Call, list[int | None]] = {}
@@ -311,12 +309,12 @@ class _Tracer:
             finally:
                 stack.pop()
             if generators() != before:
-                call.reason = _DRAWS
+                call.reason = DRAWS
             call.output = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
-            call.reason = call.reason or _why_not_kept(output)
+            call.reason = call.reason or why_not_kept(output)
             return output
 
-        with _around_calls(self._modules, around):
+        with around_calls(self._modules, around):
             forward()
         self._seconds = time.perf_counter() - began
         if len(outermost.children) == 1 and outermost.children[0].module is self._model:
@@ -359,12 +357,12 @@ class _Tracer:
             if call is not None:
                 call.irregular |= done.get(call, 0) != len(call.children)
                 if not call.reason and reordered:
-                    self._dims[call], call.reason = _dims_of(call.output, output, len(_TRACED), len(rows))
+                    self._dims[call], call.reason = dims_of(call.output, output, len(_TRACED), len(rows))
                 if not call.reason and call in self._dims:
                     call.reason = self._why_not_same(call, output, here, there, reordered)
             return output
 
-        with _around_calls(self._modules, around):
+        with around_calls(self._modules, around):
             forward(torch.tensor(rows))
 
     def _why_not_same(self, call: Call, output: Any, here: list[int], there: list[int], reordered: bool) -> str:
@@ -386,10 +384,10 @@ class _Tracer:
             if dim is not None:
                 if not reordered and value.shape != expected.shape:
                     return "has another shape for other samples"
-                value = _samples(value, dim, len(_REORDERED) if reordered else len(_TRACED), here)
-                expected = _samples(expected, dim, len(_TRACED), there)
+                value = samples_along(value, dim, len(_REORDERED) if reordered else len(_TRACED), here)
+                expected = samples_along(expected, dim, len(_TRACED), there)
             if not close(value, expected, tolerance):
-                return _DEPENDS
+                return DEPENDS
         return ""
 
     def finish(self) -> Trace:
@@ -406,13 +404,13 @@ class _Tracer:
                     return leaf
                 shape = list(leaf.shape)
                 shape[dim] //= len(_TRACED)
-                return Rows(tuple(shape), dim, _order_of(leaf), leaf.dtype, leaf.device)
+                return Rows(tuple(shape), dim, order_of(leaf), leaf.dtype, leaf.device)
 
             call.output = tree_map(known, call.output)
         return Trace(self._root, self._seconds, self._modules)
 
 
-def _why_not_kept(output: Any) -> str:
+def why_not_kept(output: Any) -> str:
     leaves = tree_leaves(output)
     for leaf in leaves:
         if isinstance(leaf, Tensor):
@@ -423,7 +421,7 @@ def _why_not_kept(output: Any) -> str:
     return "" if any(isinstance(leaf, Tensor) for leaf in leaves) else "holds no tensor"
 
 
-def _dims_of(known: Any, found: Any, traced: int, samples: int) -> tuple[list[int | None], str]:
+def dims_of(known: Any, found: Any, traced: int, samples: int) -> tuple[list[int | None], str]:
     """For each tensor the dimension that grows with the samples, None where none does; or why it cannot be told."""
     ours, theirs = tensors(known), tensors(found)
     if len(ours) != len(theirs):
@@ -441,13 +439,13 @@ def _dims_of(known: Any, found: Any, traced: int, samples: int) -> tuple[list[in
     return dims, ""
 
 
-def _samples(value: Tensor, dim: int, samples: int, chosen: list[int]) -> Tensor:
+def samples_along(value: Tensor, dim: int, samples: int, chosen: list[int]) -> Tensor:
     return value.unflatten(dim, (samples, value.shape[dim] // samples)).index_select(
         dim, torch.tensor(chosen, device=value.device)
     )
 
 
-def _order_of(leaf: Tensor) -> tuple[int, ...]:
+def order_of(leaf: Tensor) -> tuple[int, ...]:
     natural = tuple(range(leaf.dim()))
     if leaf.is_contiguous():
         return natural
@@ -475,7 +473,7 @@ def boundaries_before(trace: Trace, call: Call, forward: Callable[[], Any]) -> I
     """
     seen = -1
     for place in reversed(call.path()):
-        skipped = tuple(_finished_before(place))
+        skipped = tuple(finished_before(place))
         if skipped and len(skipped) != seen:
             seen = len(skipped)
             live = _live(trace, skipped, forward)
@@ -505,7 +503,7 @@ def what_prevents(call: Call) -> str:
     return ""
 
 
-def _finished_before(place: Call) -> Iterator[Call]:
+def finished_before(place: Call) -> Iterator[Call]:
     for step in place.path():
         if step.parent is not None:
             if step.parent.irregular:  # which of its calls come before is not known
@@ -603,7 +601,7 @@ def intercepted(
             if opened:
                 inside = False
 
-    with _around_calls(trace.modules, around):
+    with around_calls(trace.modules, around):
         yield
     if failure is not None:  # the model has caught it
         raise failure

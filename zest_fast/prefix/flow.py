@@ -1,0 +1,188 @@
+"""Where the frozen part of a training pass ends, and which outputs of its calls the rest still needs.
+
+Sweeps find that with a graph through the whole model and some twenty passes over a few samples (boundaries.py). Of a
+model that hardly fits once neither is possible. Here the pass runs to the first module that trains, and the values are
+followed: what a finished call returned, and what code outside of such calls made of it, is needed if its memory is
+still held when that module is entered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from zest_fast.foundation.nearest import some
+from zest_fast.foundation.torch_private import StorageWeakRef
+from zest_fast.prefix.boundaries import (
+    DRAWS,
+    Call,
+    NotReusable,
+    Trace,
+    around_calls,
+    finished_before,
+    intercepted,
+    run_by_python,
+    tensors,
+    why_not_kept,
+)
+from zest_fast.prefix.placeholders import Reached
+from zest_fast.prefix.volatile_state import generators
+
+Run = Callable[[Call, Callable[[], Any]], Any]
+"""How a call below the cut runs: `forward()`, or in eval mode."""
+
+
+def first_trained_call(
+    model: nn.Module, run: Callable[[], Any], trained: Collection[int], undisturbed: Run
+) -> tuple[Trace, Call]:
+    """Runs up to the first call that a trained parameter takes part in; that call, and all before it.
+
+    run: calls `model.forward`. trained: ids of parameters. undisturbed: runs what nothing in trains. A module whose
+    parent uses its weight without calling it (nn.MultiheadAttention.out_proj) counts where the parent runs.
+
+    Raises NotReusable where nothing runs before, or what does draws random numbers or needs a gradient.
+    """
+    modules = run_by_python(model)
+    owners = {m for m in modules if any(id(p) in trained for p in m._parameters.values())}
+    holders = {m for m in modules if any(id(p) in trained for p in m.parameters())}
+    stack = [Call(model, "", None, 0.0)]  # of the outermost, whose only child is the model's own
+    found: list[Call] = []
+
+    def around(module: nn.Module, forward: Callable[[], Any]) -> Any:
+        parent = stack[-1]
+        call = Call(module, modules[module], parent if len(stack) > 1 else None, 0.0)
+        parent.children.append(call)
+        if module in owners:
+            found.append(call)
+            raise Reached
+        stack.append(call)
+        drawn = generators()
+        try:
+            output = forward() if module in holders else undisturbed(call, forward)
+        finally:
+            stack.pop()
+        call.reason = DRAWS if generators() != drawn else why_not_kept(output)
+        if module in holders:
+            found.append(call)
+            raise Reached
+        if any(tensor.requires_grad for tensor in tensors(output)):
+            raise NotReusable(f"the output of {call.name!r} requires a gradient though nothing in it trains")
+        return output
+
+    with around_calls(modules, around), contextlib.suppress(Reached):
+        run()
+    if not found:
+        raise NotReusable("no module that trains was called")
+    trace = Trace(stack[0].children[0], 0.0, modules)
+    drawing = [call.name for call in before(found[0]) if call.reason == DRAWS]
+    if drawing:
+        raise Drawn(
+            f"{some(map(repr, _innermost(drawing)))} below the cut "
+            f"{'draws' if len(_innermost(drawing)) == 1 else 'draw'} random numbers (dropout in train mode?), so that "
+            "the same sample gives other activations each time"
+        )
+    if not any(finished_before(found[0])):
+        raise NotReusable(f"nothing that could be kept runs before {found[0].name or 'the model'!r}, which trains")
+    return trace, found[0]
+
+
+class Drawn(NotReusable):
+    """Random numbers are drawn below the cut."""
+
+
+def before(place: Call) -> Iterable[Call]:
+    """All calls that were entered before this one, but for those that it is in."""
+    path = set(place.path())
+    todo = [path_call for path_call in place.path() if path_call.parent is None]
+    while todo:
+        call = todo.pop()
+        if call is place:
+            return
+        if call not in path:
+            yield call
+        todo += reversed(call.children)
+
+
+def _innermost(names: list[str]) -> list[str]:
+    return [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
+
+
+def needed(trace: Trace, place: Call, run: Callable[[], Any], undisturbed: Run) -> tuple[Call, ...]:
+    """The calls finished before `place` whose outputs, or what was made of them, are still held when it is entered.
+
+    That is every call that matters to the rest, and some that do not: a variable that nobody reads again holds its
+    value, too.
+    """
+    skipped = tuple(finished_before(place))
+    flow = _Flow()
+
+    def handle(call: Call, forward: Callable[[], Any]) -> Any:
+        if call is place:
+            raise Reached
+        flow.paused = True
+        try:
+            output = undisturbed(call, forward)
+        finally:
+            flow.paused = False
+        flow.add(output, {call})
+        return output
+
+    try:
+        with intercepted(trace, skipped, handle, watched=[place]), flow:
+            run()
+    except Reached:
+        held = flow.held()
+        return tuple(call for call in skipped if call in held)
+    raise NotReusable("the forward pass took another way than the traced one")
+
+
+class _Flow(TorchFunctionMode):
+    """Notes for the memory of every tensor from which calls its values come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paused = False
+        self._origins: dict[int, tuple[StorageWeakRef, set[Call]]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if not self.paused:
+            origins: set[Call] = set()
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor):
+                    origins |= self._of(leaf)
+            if origins:
+                self.add(output, origins)
+                if writes(func, kwargs):
+                    self.add((args[:1], (kwargs or {}).get("out")), origins)
+        return output
+
+    def add(self, values: Any, origins: set[Call]) -> None:
+        for tensor in tensors(values):
+            storage = tensor.untyped_storage()
+            known = self._origins.get(storage._cdata)
+            if known is None or known[0].expired():
+                known = StorageWeakRef(storage), set()
+                self._origins[storage._cdata] = known
+            known[1].update(origins)
+
+    def _of(self, tensor: Tensor) -> set[Call]:
+        try:
+            known = self._origins.get(tensor.untyped_storage()._cdata)
+        except (RuntimeError, NotImplementedError):  # of a kind without a storage
+            return set()
+        return known[1] if known is not None and not known[0].expired() else set()
+
+    def held(self) -> set[Call]:
+        return {call for reference, calls in self._origins.values() if not reference.expired() for call in calls}
+
+
+def writes(func: Any, kwargs: Any) -> bool:
+    """Whether a function writes into its first argument or one that is called `out`."""
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or bool((kwargs or {}).get("out"))

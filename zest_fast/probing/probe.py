@@ -157,14 +157,13 @@ class _Probing:
 
     def run(self, notes: list[str], progress: bool) -> Probe:
         names = [layer.name for layer in self._layers]
-        found = np.full((len(RATES), 4, len(names)), np.nan)
+        gains, errors = np.full((2, len(RATES), len(names)), np.nan)
         batches = self._sizes.probed // BATCH
         with Progress(f"probe of {len(names)} layers", batches * len(self._sizes.groups), progress) as bar:
             bar.plan([1.0] * batches * len(self._sizes.groups))
             for group in self._sizes.groups:
                 for row, observed in zip(group, self._observe(group, bar), strict=True):
-                    found[..., row] = self._search(self._weights[row], observed)
-        gains, errors = found[:, 0], found[:, 1]
+                    gains[:, row], errors[:, row] = self._search(self._weights[row], observed)
         place = _cautious(gains)
         if self._sizes.probed < _FEW:
             notes = [*notes, f"only {self._sizes.probed} samples were probed; more samples or a larger budget say more"]
@@ -176,7 +175,7 @@ class _Probing:
             rate=RATES[place],
             start=self._start,
             cost=self._sizes.units / (sweep_units() * len(names)),
-            by_rate=dict(zip(RATES, found, strict=True)),
+            by_rate={rate: np.stack([gains[i], errors[i]]) for i, rate in enumerate(RATES)},
             settings={
                 "head_samples": self._sizes.head,
                 "probed_samples": self._sizes.probed,
@@ -252,19 +251,15 @@ class _Probing:
             return along, [(rows - rows.mean(0)) * BATCH**0.5 for rows in along]
         return along, [torch.stack(rows) for rows in curved]
 
-    def _search(self, weight: nn.Parameter, observed: _Observed) -> np.ndarray:
-        """Gains, their errors, and the gains of either half of the observations alone, float64 [rates, 4].
-
-        Each half of the samples trains and the other scores. Two gains that share no sample need a half of each: what
-        A trains and B scores is to first order what B trains and A scores.
-        """
+    def _search(self, weight: nn.Parameter, observed: _Observed) -> tuple[np.ndarray, np.ndarray]:
+        """Gains and their errors at RATES: each half trains and the other scores."""
         recipe = Recipe()
         rate = recipe.layer_lr(float(weight.detach().double().square().mean().sqrt()))
-        if not (torch.isfinite(observed.slopes).all() and torch.isfinite(observed.curved).all()):
-            return np.full((len(RATES), 4), np.nan)
+        gains, errors = np.full((2, len(RATES)), np.nan)
         halves = torch.arange(len(observed.slopes)).chunk(2)
+        if not (torch.isfinite(observed.slopes).all() and torch.isfinite(observed.curved).all()):
+            return gains, errors
         found = np.empty((2, len(RATES), 2))  # of each half that trains: gains and errors
-        apart = np.empty((2, len(RATES), 2))  # gains of each half that trains, by first and second quarters
         for half, gram in enumerate(observed.grams):
             own = slice(half * len(gram), (half + 1) * len(gram))
             slopes, curved = observed.slopes[:, own], observed.curved[:, own]
@@ -274,11 +269,8 @@ class _Probing:
             for place, factor in enumerate(RATES):
                 shares = trained(train, curvature, gram, factor * rate, recipe, batch=BATCH)
                 found[half, place] = saved(score, scored_curvature, shares)
-                for quarter, (some_train, some_score) in enumerate(zip(train.chunk(2), score.chunk(2), strict=True)):
-                    shares = trained(some_train, curvature, gram, factor * rate, recipe, batch=BATCH)
-                    apart[half, place, quarter] = saved(some_score, scored_curvature, shares)[0]
         gains, errors = found[..., 0].mean(0), np.sqrt((found[..., 1] ** 2).mean(0) / len(found))
-        return np.column_stack([gains, errors, apart.mean(0)])
+        return gains, errors
 
     def _let_through(self) -> None:
         """Ctrl-C, where the model is as it was but for the head and what requires gradients, put back at the end."""

@@ -642,3 +642,60 @@ class TwoForOne(nn.Module):
         windows = self.stem(x).view(-1, 2, 6)
         windows = self.top(self.inner(windows).relu()).relu()
         return self.head(windows.view(-1, 4, 6).mean(1))
+
+
+REUSED = {
+    "batch norm without running statistics": (lambda: Chain(nn.BatchNorm1d(6, track_running_stats=False)), VECTORS),
+    "batch norm in train mode": (lambda: Chain(StubbornBatchNorm(6)), VECTORS),
+    "minus the mean of the batch": (lambda: Chain(BatchMean()), VECTORS),
+    "by the size of the batch": (lambda: Chain(BatchSize()), VECTORS),
+    "by the largest of the batch": (lambda: Chain(BatchMaximum()), VECTORS),
+    "attention between samples": (lambda: Chain(BatchAttention()), VECTORS),
+    "minus the neighbour": (lambda: Chain(Contrastive()), VECTORS),
+    "minus the first row": (lambda: Chain(FirstRow()), VECTORS),
+    "rows sorted": (Sorted, VECTORS),
+    "experts": (lambda: Chain(Routed(), Routed()), VECTORS),
+    "experts of tokens": (TokenMixture, SEQUENCES),
+    "tied layers": (TiedLayers, VECTORS),
+    "dropout that is always on": (lambda: Chain(AlwaysDrops()), VECTORS),
+    "Python's chance": (lambda: Chain(ScalesByPythonsChance()), VECTORS),
+    "GRU, two layers, sequence first": (lambda: Recurrent(nn.GRU, num_layers=2), SEQUENCES),
+    "LSTM, two layers": (lambda: Recurrent(nn.LSTM, num_layers=2, batch_first=True), SEQUENCES),
+    "LSTM, bidirectional": (
+        lambda: Recurrent(nn.LSTM, bidirectional=True, batch_first=True, state=True), SEQUENCES,
+    ),
+    "LSTM, bidirectional, two layers, sequence first": (
+        lambda: Recurrent(nn.LSTM, bidirectional=True, num_layers=2, state=True), SEQUENCES,
+    ),
+    "encoder layer, sequence first": (lambda: SequenceFirst(nn.TransformerEncoderLayer(6, 2, 8)), SEQUENCES),
+    "linear layers, sequence first": (
+        lambda: SequenceFirst(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))), SEQUENCES,
+    ),
+    "encoder": (Encoder, TOKENS),
+    "encoder, norm first": (lambda: Encoder(norm_first=True, nested=False), TOKENS),
+    "encoder, norm first, masked": (lambda: Encoder(norm_first=True, masked=True, nested=False), TOKENS),
+    "encoder, masked": (lambda: Encoder(masked=True, nested=False), TOKENS),
+    "encoder and decoder": (Translator, TOKENS),
+    "convolutions": (Images, IMAGES),
+    "ViT with relative positions": (Patches, IMAGES),
+    "a view of a permuted output": (ViewsWhatItPermuted, SEQUENCES),
+    "nested outputs": (NestedOutputs, VECTORS),
+    "windows": (TwoForOne, SEQUENCES),
+    "bytes": (Bytes, VECTORS),
+}  # fmt: skip
+
+RECOMPUTED = {
+    "branches": (Branch, VECTORS),
+    "early exit": (EarlyExit, VECTORS),
+    "by the direction of the weight": (lambda: UsesLayer(by_direction), VECTORS),
+    "by its cosine": (lambda: UsesLayer(by_cosine), VECTORS),
+    "by its signs": (lambda: UsesLayer(by_sign), VECTORS),
+    "by a weight of zeros": (lambda: UsesLayer(by_plain_product, zero=True), VECTORS),
+    "by the bias": (lambda: UsesLayer(by_bias), VECTORS),
+    "by the head": (lambda: UsesLayer(by_head), VECTORS),
+    "a gradient without a value": (lambda: UsesLayer(by_gradient_alone), VECTORS),
+    "beside a class at minus infinity": (MaskedClass, VECTORS),
+    "beside a huge logit": (HugeLogit, VECTORS),
+    "an attribute that a later module reads": (SideChannel, VECTORS),
+    "a moving average": (lambda: Chain(CountsItsPasses()), VECTORS),
+}

@@ -108,21 +108,22 @@ class Cut:
             self._warn_of_inputs_that_train()
         thread = get_ident()
         learns = own and self._learning and self._learner is None
-        if learns:  # an earlier pass may have raised
-            self._order.clear()
-            self._met.clear()
-            self._learner, self._below = thread, True
+        cache = self._cache if own and self._cache is not None and self._cache.serves(self._model) else None
         self._running.add(thread)
         try:
             with non_reentrant(self._model), unmarked():
-                if self._cache is None or not self._cache.serves(self._model):
+                if cache is not None and learns:
+                    cache.fill(args, keywords)  # before the pass that is learned from, whose calls are noted
+                if learns:  # an earlier pass may have raised
+                    self._order.clear()
+                    self._met.clear()
+                    self._learner, self._below = thread, True
+                if cache is None:
                     output = forward(*args, **keywords)
-                elif learns or not own:
-                    output = forward(*args, **keywords)
-                    if own:
-                        self._cache.fill(args, keywords)
+                elif learns:
+                    output = cache.run_whole(forward, args, keywords)
                 else:
-                    output = self._cache.run(forward, args, keywords)
+                    output = cache.run(forward, args, keywords)
         except BaseException as error:
             if not isinstance(error, Exception):
                 end_calls(self._model)  # hooks do not see a KeyboardInterrupt

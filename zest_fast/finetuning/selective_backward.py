@@ -173,7 +173,7 @@ class SelectiveBackward(Removable):
         self._handles.append(InputGradients(self.model))
         self._buffers = MovingBuffers(self.model)
         if self._cache is not None:
-            self._cache.attach(self.model, self._chosen, partial(digest_of_modules, self.model))
+            self._cache.attach(self.model, partial(digest_of_modules, self.model))
             self._handles.append(self._cache)
         self._cut = Cut(self.model, self._chosen(), self._buffers, self._leave_compiled_code, self._cache)
         self._handles.append(self._cut)

@@ -143,9 +143,8 @@ class ActivationFiles:
         return found
 
     def close(self) -> None:
-        """Let go of the files. A second call does nothing."""
+        """Let go of the files: nothing can be read or written any more. A second call does nothing."""
         self._closer()
-        self._places.clear()
 
     def _begin(self) -> None:
         path = self._folder / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{uuid.uuid4().hex[:8]}{_SUFFIX}"

@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from zest_fast.foundation.byte_counts import memory_bytes
+from zest_fast.foundation.documents import json_hash
 from zest_fast.foundation.nearest import some
 from zest_fast.foundation.version import __version__
 from zest_fast.prefix.activation_files import ActivationFiles, differences
@@ -43,7 +44,7 @@ from zest_fast.prefix.boundaries import (
 from zest_fast.prefix.flow import Drawn, first_trained_call, needed
 from zest_fast.prefix.placeholders import Reached, Unkept, filled
 from zest_fast.prefix.sample_keys import Samples
-from zest_fast.prefix.volatile_state import preserved
+from zest_fast.prefix.volatile_state import VolatileState, preserved
 from zest_fast.profiling.heads import unwrap
 
 FORMAT = 1
@@ -137,17 +138,17 @@ class PrefixCache:
     def attach(
         self,
         model: nn.Module,
-        trained: Callable[[], Mapping[str, nn.Parameter]],
         digest: Callable[[Iterable[str]], str],
     ) -> None:
         """Serve this model until `remove()`.
 
-        trained: what trains, by name. digest: of the parameters and buffers of modules, by name; "" where some cannot
-        be read. Raises RuntimeError where it serves another one.
+        digest: of the parameters and buffers of modules, by name; "" where some cannot be read. Raises RuntimeError
+        where it serves another one.
         """
         if self._attached is not None:
             raise RuntimeError("this PrefixCache serves another model: make one for each SelectiveBackward")
-        self._attached = _Attached(model, trained, digest)
+        self._attached = _Attached(model, digest)
+        self._layouts.clear()
         self._found = None
 
     def serves(self, model: nn.Module) -> bool:
@@ -159,7 +160,6 @@ class PrefixCache:
         for layout in self._layouts.values():
             if isinstance(layout, _Layout):
                 layout.files.close()
-        self._layouts.clear()
         self._attached = None
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
@@ -182,7 +182,7 @@ class PrefixCache:
             self._busy.release()
 
     def fill(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        """Keep the activations of these arguments, whose pass has run without the cache. Raises as `run`."""
+        """Keep the activations of these arguments, whose pass then runs whole. Raises as `run`."""
         samples = Samples.of(args, keywords)
         if isinstance(samples, Samples) and self._busy.acquire(blocking=False):
             try:
@@ -190,6 +190,16 @@ class PrefixCache:
                     self._activations(self._layout(samples), samples)
             finally:
                 self._busy.release()
+
+    def run_whole(self, forward: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """The pass without the cache, what is below the cut in eval mode where that is asked for."""
+        samples = Samples.of(args, keywords) if self.eval_prefix else ""
+        layout = None if isinstance(samples, str) else self._layouts.get(self._state(samples))
+        if not isinstance(layout, _Layout):
+            return forward(*args, **keywords)
+        assert self._attached is not None
+        with intercepted(layout.boundary.trace, layout.boundary.skipped, self._undisturbed):
+            return self._attached.model.forward(*args, **keywords)
 
     def _plainly(self, why: str, forward: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         if not self.plain[why]:
@@ -203,7 +213,7 @@ class PrefixCache:
         layout = self._layout(samples)
         kept = self._activations(layout, samples)
         self._passes += 1
-        if self._passes % _CHECKED == 0:
+        if self._passes % _CHECKED == 0 or layout.waits_for(samples):
             self._compare(layout, samples, kept)
         with intercepted(layout.boundary.trace, layout.boundary.skipped, partial(_replay, layout.boundary, kept)):
             output = model.forward(*samples.args, **samples.keywords)
@@ -219,6 +229,8 @@ class PrefixCache:
         missing = [row for row, digest in enumerate(digests) if not layout.read(digest, row, kept)]
         self._seconds[1] += time.perf_counter() - began
         self.read += samples.count - len(missing)
+        if layout.is_inherited and len(missing) < samples.count:
+            self._hold_against_the_model(layout, samples, kept, missing)
         if missing:
             began = time.perf_counter()
             whole = len(missing) == samples.count
@@ -239,6 +251,22 @@ class PrefixCache:
                         self._say_full(layout)
                         break
         return kept
+
+    def _hold_against_the_model(
+        self, layout: _Layout, samples: Samples, kept: dict[Call, list[Tensor]], missing: list[int]
+    ) -> None:
+        """Once, of what was written before: weights and classes are in the key, the code of a model is not."""
+        rows = torch.tensor([row for row in range(samples.count) if row not in missing])
+        found = self._compute(layout.boundary, samples.take(rows), layout.boundary.live)
+        for call, stores in kept.items():
+            for known, store, value in zip(rows_in(call.output), stores, _with_rows(call, found[call]), strict=True):
+                if not close(known.take(store, rows), value, rounding(value.dtype)):
+                    raise RuntimeError(
+                        f"prefix cache: {os.fspath(self.folder)!r} holds activations for these weights that are not "
+                        f"what {call.name!r} computes: the code of the model has changed, or kernels do; name "
+                        "another folder"
+                    )
+        layout.is_inherited = False
 
     def _notice(self, digests: Iterable[bytes]) -> None:
         if self.samples is None or self._stopped:
@@ -261,14 +289,7 @@ class PrefixCache:
     # What is learned of a shape of samples
 
     def _layout(self, samples: Samples) -> _Layout:
-        assert self._attached is not None
-        state = (
-            samples.shared,
-            samples.count == 1,
-            _numerics(samples),
-            tuple(module.training for module in self._attached.model.modules()),
-            _versions(self._attached.model),
-        )
+        state = self._state(samples)
         known = self._layouts.get(state) or self._layouts.get((samples.shared, False, *state[2:]))
         if known is None:
             try:
@@ -287,17 +308,28 @@ class PrefixCache:
             raise NotReusable(known)
         return known
 
+    def _state(self, samples: Samples) -> tuple[Any, ...]:
+        """What a layout is of: shapes, whether there is one sample, numerics, modes and weights."""
+        assert self._attached is not None
+        model = self._attached.model
+        modes = tuple(module.training for module in model.modules())
+        return samples.shared, samples.count == 1, _numerics(samples), modes, _versions(model)
+
     @torch.no_grad()
     def _learn(self, samples: Samples) -> _Layout:
         assert self._attached is not None
         model = self._attached.model
-        trained = {id(parameter) for parameter in self._attached.trained().values()}
+        trained = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
         def run() -> Any:
             return model.forward(*samples.args, **samples.keywords)
 
         with preserved(model), torch.enable_grad():  # as the pass that it stands for
+            state = VolatileState(model)
             trace, place = first_trained_call(model, run, trained, self._undisturbed)
+            if written := state.changed_buffers():
+                where = some(name for name, buffer in model.named_buffers() if id(buffer) in written)
+                raise NotReusable(f"what runs below {place.name!r}, which trains, writes buffers ({where})")
         with preserved(model):
             skipped = self._know_outputs(Boundary(trace, 0.0, (), ()), place, samples)
             names = tuple(call.name for call in skipped)
@@ -307,34 +339,37 @@ class PrefixCache:
                 held = needed(trace, place, run, self._undisturbed)
                 boundary = Boundary(trace, 0.0, skipped, tuple(call for call in skipped if call in held))
             kept = self._compute(boundary, samples, boundary.live)
+            if not boundary.bytes_per_sample:
+                raise NotReusable("nothing that is computed below the cut matters above it")
             boundary = self._fewest(boundary, samples, {call: _with_rows(call, kept[call]) for call in boundary.live})
         self._found = names, tuple(skipped.index(call) for call in boundary.live)
-        layout = _Layout(boundary, self._files(boundary, place, samples))
+        files = self._files(boundary, place, samples)
+        layout = _Layout(boundary, files, samples, is_inherited=len(files) > 0)
         self._tell(layout, samples)
         return layout
 
     def _know_outputs(self, boundary: Boundary, place: Call, samples: Samples) -> tuple[Call, ...]:
         """The calls below the cut that can be left out, each with what is known of its output."""
-        half = torch.arange(max(1, samples.count // 2)).flip(0)
+        half = torch.arange(max(1, samples.count // 2))
         known: dict[Call, Any] = {}
         while True:
             skipped = tuple(finished_before(place))
             new = tuple(call for call in skipped if call not in known)
             if not new:
                 break
-            found = self._compute(replace(boundary, skipped=skipped), samples, new)
-            other = (
-                self._compute(replace(boundary, skipped=skipped), samples.take(half), new)
-                if samples.count > 1
-                else found
-            )
+            boundary = replace(boundary, skipped=skipped)
+            found = self._compute(boundary, samples, new)
+            if samples.count == 1:
+                known |= {call: tree_map(lambda leaf: _rows(leaf, 0, 1), found[call]) for call in new}
+                continue
+            fewer = self._compute(boundary, samples.take(half.flip(0)), new)
+            replaced = self._compute(boundary, samples.take(torch.arange(samples.count) % len(half)), new)
             for call in new:
-                known[call], call.reason = _known(found[call], other[call], samples.count, half)
+                known[call], call.reason = _known(found[call], fewer[call], replaced[call], samples.count, len(half))
         if not skipped:
             why = what_prevents(place) or next((call.reason for call in known if call.reason == DEPENDS), "")
-            raise NotReusable(
-                f"nothing that could be kept runs before {place.name!r}, which trains" + (why and f": {why}")
-            )
+            what = f"nothing that could be kept runs before {place.name!r}, which trains"
+            raise NotReusable(f"{what}: {why}" if why else what)
         for call in skipped:
             call.output = known[call]
         return skipped
@@ -408,17 +443,25 @@ class PrefixCache:
     def _same(
         self, boundary: Boundary, samples: Samples, kept: dict[Call, list[Tensor]], expected: list[Tensor]
     ) -> bool:
+        other = samples.take(torch.arange(samples.count).flip(0))
         try:
-            return not self._difference(boundary, samples, kept, expected)
+            return not self._difference(boundary, samples, kept, expected, other)
         except Exception:  # what a model says to placeholders in the wrong places
             return False
 
     def _difference(
-        self, boundary: Boundary, samples: Samples, kept: dict[Call, list[Tensor]], expected: list[Tensor]
+        self,
+        boundary: Boundary,
+        samples: Samples,
+        kept: dict[Call, list[Tensor]],
+        expected: list[Tensor],
+        other: Samples,
     ) -> str:
         assert self._attached is not None
         model = self._attached.model
         with preserved(model), torch.no_grad():
+            with preserved(model):
+                model.forward(*other.args, **other.keywords)  # what modules remember is of other samples now
             copies = {call: [tensor.clone() for tensor in stores] for call, stores in kept.items()}
             with intercepted(boundary.trace, boundary.skipped, partial(_replay, boundary, copies)):
                 found = _outcome(model.forward(*samples.args, **samples.keywords))
@@ -432,7 +475,14 @@ class PrefixCache:
         return ""
 
     def _compare(self, layout: _Layout, samples: Samples, kept: dict[Call, list[Tensor]]) -> None:
-        difference = self._difference(layout.boundary, samples, kept, self._full(layout.boundary, samples))
+        expected = self._full(layout.boundary, samples)
+        difference = self._difference(layout.boundary, samples, kept, expected, layout.first)
+        if difference and layout.waits_for(samples):
+            raise ValueError(
+                f"prefix cache: the outputs of a second sample {difference} beside those of the full pass: a module "
+                "above the cut reads what one below it has left somewhere; leave the cache out, or choose higher layers"
+            )
+        layout.proved |= layout.waits_for(samples)
         if difference:
             raise RuntimeError(
                 f"prefix cache: the outputs of a batch {difference} beside those of the full pass: something below the "
@@ -456,6 +506,7 @@ class PrefixCache:
             "base": base,
             "cut": place.name,
             "calls": names,
+            "modules": json_hash([_made_of(model.get_submodule(name)) for name in names]),
             "kept": [
                 [call.name, *([list(k.shape), k.dim, list(k.order), str(k.dtype)] for k in rows_in(call.output))]
                 for call in boundary.live
@@ -527,22 +578,32 @@ class PrefixCache:
         vars(self).update(state, _busy=threading.Lock())
 
 
-_OF_A_RUN = ("base", "cut", "numerics", "mode", "torch")
+_OF_A_RUN = ("base", "cut", "numerics", "mode", "modules", "torch")
 
 
 @dataclass(frozen=True)
 class _Attached:
     model: nn.Module
-    trained: Callable[[], Mapping[str, nn.Parameter]]
     digest: Callable[[Iterable[str]], str]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Layout:
     """Of samples of one shape: where the pass is taken up, and the files."""
 
     boundary: Boundary
     files: ActivationFiles
+    first: Samples
+    """Those that it was learned from."""
+    is_inherited: bool = False
+    """Whether there are records of another run, which have not been held against the model yet."""
+    proved: bool = False
+    """Of a single sample: whether another one has been compared since."""
+
+    def waits_for(self, samples: Samples) -> bool:
+        """Whether this is the second sample, which shows what modules have kept from the first."""
+        single = self.first.count == samples.count == 1
+        return single and not self.proved and samples.digests() != self.first.digests()
 
     def read(self, digest: bytes, row: int, kept: dict[Call, list[Tensor]]) -> bool:
         """Whether the activations of this sample are there; then they are in row `row` of `kept`."""
@@ -577,18 +638,24 @@ def _sample(known: Rows, store: Tensor, row: int) -> Tensor:
     return store.narrow(known.dim, row * each, each)
 
 
-def _known(output: Any, other: Any, count: int, half: Tensor) -> tuple[Any, str]:
-    """An output with Rows for its tensors, or why it cannot be kept; other: of the samples `half`, the same for one."""
-    if count == 1:
-        return tree_map(lambda leaf: _rows(leaf, 0, 1) if isinstance(leaf, Tensor) and leaf.dim() else leaf, output), ""
-    dims, reason = dims_of(output, other, count, len(half))
+def _known(output: Any, fewer: Any, replaced: Any, count: int, half: int) -> tuple[Any, str]:
+    """An output of `count` samples with Rows for its tensors, or why it cannot be kept.
+
+    fewer: of the first `half` of the samples, the last of them first. replaced: of these twice, so that the first half
+    has other samples beside it: the same kernels run, and more than their rounding comes from those.
+    """
+    dims, reason = dims_of(output, fewer, count, half)
     if reason:
         return None, reason
-    for ours, theirs, dim in zip(tensors(output), tensors(other), dims, strict=True):
+    first = list(range(half))
+    for ours, less, other, dim in zip(tensors(output), tensors(fewer), tensors(replaced), dims, strict=True):
+        if other.shape != ours.shape:
+            return None, DEPENDS
         if dim is not None:
-            ours = samples_along(ours, dim, count, half.tolist())
-            theirs = samples_along(theirs, dim, len(half), list(range(len(half))))
-        if not close(theirs, ours, 10 * rounding(ours.dtype)):
+            ours, other = (samples_along(tensor, dim, count, first) for tensor in (ours, other))
+            less = samples_along(less, dim, half, first[::-1])
+        exact = rounding(ours.dtype)
+        if not (close(other, ours, exact / 8) and close(less, ours, 10 * exact)):
             return None, DEPENDS
     of = iter(dims)
 
@@ -600,7 +667,9 @@ def _known(output: Any, other: Any, count: int, half: Tensor) -> tuple[Any, str]
     return tree_map(known, output), ""
 
 
-def _rows(leaf: Tensor, dim: int, count: int) -> Rows:
+def _rows(leaf: Any, dim: int, count: int) -> Any:
+    if not isinstance(leaf, Tensor) or not leaf.dim():
+        return leaf
     shape = list(leaf.shape)
     shape[dim] //= count
     return Rows(tuple(shape), dim, order_of(leaf), leaf.dtype, leaf.device)
@@ -647,6 +716,11 @@ def _outcome(output: Any) -> list[Tensor]:
             else []
         )
     return [leaf for leaf in leaves if isinstance(leaf, Unkept) or leaf.is_floating_point()]
+
+
+def _made_of(module: nn.Module) -> list[str]:
+    """Classes and their settings."""
+    return [f"{type(m).__module__}.{type(m).__qualname__}({m.extra_repr()})" for m in module.modules()]
 
 
 def _versions(model: nn.Module) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ still held when that module is entered.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,12 +38,12 @@ Run = Callable[[Call, Callable[[], Any]], Any]
 
 
 def first_trained_call(
-    model: nn.Module, run: Callable[[], Any], trained: Collection[int], undisturbed: Run
+    model: nn.Module, run: Callable[[], Any], trained: Mapping[int, str], undisturbed: Run
 ) -> tuple[Trace, Call]:
     """Runs up to the first call that a trained parameter takes part in; that call, and all before it.
 
-    run: calls `model.forward`. trained: ids of parameters. undisturbed: runs what nothing in trains. A module whose
-    parent uses its weight without calling it (nn.MultiheadAttention.out_proj) counts where the parent runs.
+    run: calls `model.forward`. trained: id of each parameter -> its name. undisturbed: runs what nothing in trains.
+    Where a parent uses the weight of a module without calling it (nn.MultiheadAttention.out_proj), its call counts.
 
     Raises NotReusable where nothing runs before, or what does draws random numbers or needs a gradient.
     """
@@ -67,14 +67,20 @@ def first_trained_call(
         finally:
             stack.pop()
         call.reason = DRAWS if generators() != drawn else why_not_kept(output)
-        if module in holders:
+        if module in holders:  # whose weights nobody was seen to read, as of scripted code
             found.append(call)
             raise Reached
         if any(tensor.requires_grad for tensor in tensors(output)):
             raise NotReusable(f"the output of {call.name!r} requires a gradient though nothing in it trains")
         return output
 
-    with around_calls(modules, around), contextlib.suppress(Reached):
+    def read(name: str, function: str) -> None:
+        if len(stack) > 2 and stack[-1].module in holders:
+            found.append(stack[-1])
+            raise Reached
+        raise NotReusable(f"{name!r} trains, and its values are read ({function}) before its layer is called")
+
+    with around_calls(modules, around), contextlib.suppress(Reached), _Reads(trained, read):
         run()
     if not found:
         raise NotReusable("no module that trains was called")
@@ -89,6 +95,28 @@ def first_trained_call(
     if not any(finished_before(found[0])):
         raise NotReusable(f"nothing that could be kept runs before {found[0].name or 'the model'!r}, which trains")
     return trace, found[0]
+
+
+_DESCRIBES = {
+    "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_cuda", "is_meta", "is_sparse",
+    "names", "is_quantized", "is_nested", "grad", "grad_fn", "size", "dim", "numel", "stride", "is_contiguous",
+    "element_size", "is_floating_point", "is_complex", "data_ptr", "storage_offset", "type", "get_device",
+}  # fmt: skip
+
+
+class _Reads(TorchFunctionMode):
+    """Tells when a value that trains is read, with a gradient or without one (its sign, say)."""
+
+    def __init__(self, trained: Mapping[int, str], told: Callable[[str, str], None]) -> None:
+        super().__init__()
+        self._trained, self._told = trained, told
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(getattr(getattr(func, "__self__", None), "__name__", None) or getattr(func, "__name__", ""))
+        for leaf in tree_leaves((args, kwargs)) if name not in _DESCRIBES else ():
+            if id(leaf) in self._trained:
+                self._told(self._trained[id(leaf)], name)
+        return func(*args, **(kwargs or {}))
 
 
 class Drawn(NotReusable):

@@ -245,6 +245,18 @@ def test_finetune_trains_the_chosen_layers_and_saves_them(run, tmp_path):
     assert found["seconds_per_step"] > 0 and found["peak_memory_bytes"] > 2**20
 
 
+def test_finetune_keeps_what_lies_below_the_cut(run, tmp_path):
+    words = ("finetune", "bert", "films.jsonl", "--layers", "bert.encoder.layer.1.output.dense", "--epochs", 3)
+    words = (*words, "--cache", tmp_path / "cache", *saving(tmp_path))
+    found = document(run(*words, "--json"))
+    assert found["cache"].startswith("6 samples") and "16 computed, 50 read" in found["cache"]  # six texts, repeated
+    again = run(*words)
+    assert "0 computed, 66 read" in again.stdout.replace("\n", " ")
+    assert "texts are padded to" in again.stderr and "GB for 22 samples in" in again.stderr
+    refused(run(*words, "--cache-limit", "much"), "limit='much' is no size")
+    refused(run("finetune", "bert", "films.jsonl", "--cache-limit", "1GB"), "pass both")
+
+
 def test_finetune_probes_before_it_ranks(run, home, tmp_path):
     save_jsonl(home / "more.jsonl", TEXTS * 16, LABELS * 16)
     words = ("finetune", "bert", "more.jsonl", "--top", 2, "--steps", 1, *saving(tmp_path), "--json")

@@ -12,6 +12,7 @@ import torch
 from small_models import llama
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
+from zest_fast import PrefixCache
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.integrations.trainer import DELTA, ZestCallback, prepare
 
@@ -81,6 +82,28 @@ def test_prepare_chooses_on_the_first_batch_and_disturbs_nothing(tmp_path):
     before = copy_of(model)
     trainer.train()
     assert changed(before, model) == set(tuned.trainable_names)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_prefix_cache_changes_nothing_but_the_passes_below_the_cut(tmp_path, mixed, checkpointing):
+    found = []
+    arguments = {"max_steps": 8, "gradient_checkpointing": checkpointing, "bf16": mixed}
+    for cache in (None, PrefixCache(tmp_path / "cache")):
+        model = llama()
+        model.config.use_cache = False
+        callback = ZestCallback(["model.layers.2.self_attn.o_proj"], cache=cache)
+        trainer = trainer_of(model, texts(), tmp_path, callbacks=[callback], arguments=arguments)
+        calls = []
+        model.model.layers[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        trainer.train()
+        found.append((copy_of(model), [row["loss"] for row in trainer.state.log_history if "loss" in row], len(calls)))
+    # Trainer shuffles: a sample has other companions in the next epoch, beside which kernels round otherwise.
+    layer = "model.layers.2.self_attn.o_proj.weight"
+    torch.testing.assert_close(found[1][0][layer], found[0][0][layer], rtol=0, atol=2e-2 if mixed else 1e-4)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-3)
+    assert cache.samples == 8 and (cache.computed, cache.read) == (8, 24)
+    assert found[0][2] == 8
 
 
 def test_a_checkpoint_holds_the_delta(tmp_path):

@@ -113,6 +113,15 @@ def finetune(
     ] = None,
     checkpoint: Annotated[str | None, typer.Option(help="above-cut: recompute activations in backward.")] = None,
     frozen: Annotated[str | None, typer.Option(help="int8 or nf4: keep frozen Linear layers quantised.")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder: layers below the lowest that trains compute each sample once, in eval mode, and what they "
+            "compute is read from there in further epochs.",
+            show_default=False,
+        ),
+    ] = None,
+    cache_limit: Annotated[str, typer.Option(help="What that folder may take: 50GB, 20GiB.")] = "50GB",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps; counts before --epochs.")] = None,
     lr: Annotated[float, typer.Option(min=0.0, help="Learning rate of AdamW.")] = 1e-4,
@@ -133,9 +142,11 @@ def finetune(
         raise ValueError(f"--{unused.pop()} chooses among ranked layers, and --layers names them: leave one out")
     if by is not None and probe is not None:
         raise ValueError("--probe is mixed in by the Ranker that ships, and --by ranks by a metric: leave one out")
+    if cache is None and "cache_limit" in typed(ctx):
+        raise ValueError("--cache-limit is about --cache, which names the folder: pass both")
     share = share_of("--probe", probe)
     with work(model, data) as console:
-        job = opened_job(ctx, console)
+        job = opened_job(ctx, console, same_length=cache is not None)
         from zest_fast.cli.finetuning import finetune_job
 
         document = finetune_job(
@@ -149,6 +160,8 @@ def finetune(
             max_memory=max_memory,
             checkpoint=cast(Any, checkpoint),
             frozen=cast(Any, frozen),
+            cache=cache,
+            cache_limit=cache_limit,
             epochs=epochs,
             steps=steps,
             lr=lr,

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from zest_fast import SelectiveBackward, choose, profile, rank
+from zest_fast import PrefixCache, SelectiveBackward, choose, profile, rank
 from zest_fast import probe as run_probe
 from zest_fast.cli import show
 from zest_fast.cli.interrupts import listening
@@ -20,6 +20,7 @@ from zest_fast.cli.options import split_names
 from zest_fast.cli.saving import save_somewhere
 from zest_fast.cli.training import evaluate, train
 from zest_fast.foundation.options import Checkpoint, Frozen, Preference
+from zest_fast.foundation.text_table import printable
 from zest_fast.probing.collecting import collect
 from zest_fast.profiling.heads import find_head, is_language_model
 
@@ -36,6 +37,8 @@ def finetune_job(
     max_memory: str | None,
     checkpoint: Checkpoint | None,
     frozen: Frozen | None,
+    cache: Path | None,
+    cache_limit: str,
     epochs: int,
     steps: int | None,
     lr: float,
@@ -49,6 +52,7 @@ def finetune_job(
     probe: the share of a sweep's cost that a probe may take, to be mixed into that ranking; None = no probe.
     head: "auto", "none", or the names of modules, separated by commas.
     prefer, max_memory, checkpoint, frozen: as for `choose` and SelectiveBackward.
+    cache, cache_limit: folder and limit of a PrefixCache; None = no cache.
     written: the parameters of the command line, for the notes on those without effect.
     """
     ranking, explanation = None, None
@@ -76,7 +80,11 @@ def finetune_job(
     elif max_memory is not None or prefer != "score":
         raise ValueError("--max-memory and --prefer choose among ranked layers, and --layers names them: leave one out")
     chosen_head = _head(job, head, layers)
-    with SelectiveBackward(job.model, layers, head=chosen_head, checkpoint=checkpoint, frozen=frozen) as tuned:
+    kept = None
+    if cache is not None:
+        kept = PrefixCache(cache, limit=cache_limit, samples=_samples(job), eval_prefix=True)
+    options: dict[str, Any] = {"checkpoint": checkpoint, "frozen": frozen, "cache": kept}
+    with SelectiveBackward(job.model, layers, head=chosen_head, **options) as tuned:
         show.notes(console, job, written)  # once nothing is refused any more: an error is one line
         parameters = list(tuned.parameters())
         before = _score(job)
@@ -84,6 +92,12 @@ def finetune_job(
         recipe = {"optimizer": "AdamW", "lr": lr, "planned_steps": total_steps}
         losses: list[float] = []
         with listening() as interrupts, _progress(console, total_steps) as report:
+
+            def told(step: int, loss: float) -> None:
+                if step == 1 and kept is not None:
+                    console.print(f"note: cache: {printable(kept.forecast)}", highlight=False, markup=False)
+                report(step, loss)
+
             try:
                 training = train(
                     job.model,
@@ -93,7 +107,7 @@ def finetune_job(
                     steps=steps,
                     lr=lr,
                     device=job.device,
-                    report=report,
+                    report=told,
                     losses=losses,
                     stop=lambda: interrupts.happened,
                 )
@@ -131,6 +145,7 @@ def finetune_job(
         "after": after,
         "seconds_per_step": training.seconds_per_step,
         "peak_memory_bytes": training.peak_memory,
+        "cache": None if kept is None else str(kept),
         "device": str(job.device),
         "delta": str(saved),
         "not_saved": None if not_there is None else f"{out} could not be written ({_reason(not_there)})",
@@ -195,6 +210,14 @@ def _rounds_length(job: Job) -> int:
         return len(job.loaders.train)
     except TypeError:
         raise ValueError("the data have no length (an IterableDataset): say how long to train with --steps") from None
+
+
+def _samples(job: Job) -> int | None:
+    """In an epoch; None where the data do not say."""
+    try:
+        return len(job.loaders.train.dataset)  # type: ignore[arg-type]
+    except (AttributeError, TypeError):
+        return None
 
 
 def _score(job: Job) -> dict[str, Any] | None:

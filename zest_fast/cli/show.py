@@ -139,6 +139,8 @@ def finetuning_table(report: Mapping[str, Any]) -> None:
     }
     if report["choice"] is not None:
         rows["layers"] = report["choice"]
+    if report["cache"] is not None:
+        rows["cache"] = report["cache"]
     for label, value in rows.items():
         table.add_row(label, cell(value))
     results().print(table)

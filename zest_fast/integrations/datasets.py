@@ -90,12 +90,14 @@ def make_loaders(
     label_column: str | None = None,
     max_length: int | None = None,
     image_size: int | None = None,
+    same_length: bool = False,
 ) -> Loaders:
     """Batches of `data` for the model, shuffled and split by `seed`; DataLoaders of the user pass through as they are.
 
     label_column: the classes of a table of texts; None = texts alone, for a causal LM (labels are the input_ids,
         padding -100).
     max_length: tokens kept of a text; None = what the tokenizer and the model's positions allow.
+    same_length: pad every text to the tokens of the longest, so that a sample is the same in every batch.
     image_size: pixels of both sides of an image, then scaled to 0..1 and normalised with ImageNet's mean and deviation;
         None = the model's image processor, or 224 where it has none.
     """
@@ -109,7 +111,9 @@ def make_loaders(
         collate = _image_collate(loaded, image_size)
     else:
         texts = _texts(data, text_column)
-        collate = _text_collate(loaded, max_length, labelled=label_column is not None)
+        length = _longest_of(texts, loaded, max_length) if same_length else None
+        collate = _text_collate(loaded, max_length, length, labelled=label_column is not None)
+        notes += [f"texts are padded to {length} tokens, as many as the longest has"] if same_length else []
         labels = [IGNORED] * len(texts)
         if label_column is not None:
             labels = encode_labels(data.column(label_column), loaded.class_names)
@@ -257,7 +261,8 @@ def _split(examples: list[Any], share: float, seed: int) -> tuple[Subset[Any], S
 Collate = Callable[[list[tuple[Any, int]]], Any]
 
 
-def _text_collate(loaded: LoadedModel, max_length: int | None, *, labelled: bool) -> Collate:
+def _text_collate(loaded: LoadedModel, max_length: int | None, length: int | None = None, *, labelled: bool) -> Collate:
+    """length: to pad to; None = to the longest of each batch."""
     tokenizer = loaded.processor
     if tokenizer is None or not callable(getattr(tokenizer, "tokenize", None)):
         raise ValueError(
@@ -269,11 +274,13 @@ def _text_collate(loaded: LoadedModel, max_length: int | None, *, labelled: bool
     longest = _longest(loaded)
     if max_length is not None and max_length > longest:
         raise ValueError(f"max length {max_length}: {loaded.source!r} takes {longest} tokens at most")
-    limit = max_length or longest
+    padding: dict[str, Any] = {"padding": True, "truncation": True, "max_length": max_length or longest}
+    if length is not None:
+        padding |= {"padding": "max_length", "max_length": length}
 
     def collate(examples: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
         texts, labels = zip(*examples, strict=True)
-        encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        encoded = tokenizer(list(texts), return_tensors="pt", **padding)
         if encoded["input_ids"].max() >= vocabulary:
             unknown = tokenizer.convert_ids_to_tokens(int(encoded["input_ids"].max()))
             raise ValueError(
@@ -287,6 +294,14 @@ def _text_collate(loaded: LoadedModel, max_length: int | None, *, labelled: bool
         return batch
 
     return collate
+
+
+def _longest_of(texts: Sequence[str], loaded: LoadedModel, max_length: int | None) -> int:
+    """Tokens of the longest of these texts, as far as they are taken."""
+    if loaded.processor is None or not texts:
+        return max_length or 1
+    limit = min(max_length or _longest(loaded), _longest(loaded))
+    return max(len(ids) for ids in loaded.processor(list(texts), truncation=True, max_length=limit)["input_ids"])
 
 
 def _longest(loaded: LoadedModel) -> int:

@@ -7,6 +7,7 @@ freezes later, at the beginning of training, leaves the optimizer with the old o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import operator
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from transformers import Trainer, TrainerCallback
 
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.finetuning.trainable_layers import layer_names
+from zest_fast.prefix.cache import PrefixCache
 from zest_fast.probing.budget import TooFewSamples
 from zest_fast.probing.collecting import collect
 from zest_fast.probing.probe import probe as run_probe
@@ -40,7 +42,8 @@ class ZestCallback(TrainerCallback):
         n: how many layers of a Ranking.
         head: as in SelectiveBackward.
         save_delta: write what trained as zest_delta.safetensors into every checkpoint folder, beside Trainer's files.
-        **options: others of SelectiveBackward.
+        **options: others of SelectiveBackward. Of a `cache` the samples of an epoch are known here; a collator that
+            pads to the longest of a batch makes other samples in every epoch: give it padding="max_length".
 
     Attributes:
         tuned: the SelectiveBackward once a Trainer has taken the callback; `tuned.remove()` gives the model back.
@@ -79,13 +82,19 @@ class ZestCallback(TrainerCallback):
         self.tuned = tuned
         _log.info("%s", tuned.summary())
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, train_dataloader: Any = None, **_: Any
+    ) -> None:
         """The optimizer is there: does it hold what trains, and nothing else?"""
         if self.tuned is None:
             raise RuntimeError(
                 "ZestCallback was added after the Trainer was made, which may be too late to freeze: pass it in "
                 "Trainer(callbacks=[...]), or call zest_fast.integrations.trainer.prepare(trainer, layers) instead"
             )
+        cache = self.options.get("cache")
+        if isinstance(cache, PrefixCache) and cache.samples is None:
+            with contextlib.suppress(TypeError, AttributeError):  # data without a length
+                cache.samples = len(train_dataloader.dataset) or None
         self.tuned.summary(optimizer)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -98,6 +107,8 @@ class ZestCallback(TrainerCallback):
             _log.warning("%s", error)
         else:
             _log.info("%s", found)
+        if self.options.get("cache") is not None:
+            _log.info("prefix cache: %s", self.options["cache"])
         if self.tuned.frozen_format:
             _log.warning(
                 "the model's frozen weights are packed in %s, which from_pretrained does not read: call tuned.remove() "

@@ -188,6 +188,7 @@ class PrefixCache:
             try:
                 with contextlib.suppress(NotReusable):  # said by the pass that comes next
                     self._activations(self._layout(samples), samples)
+                    _log.info("prefix cache: %s", self.forecast)
             finally:
                 self._busy.release()
 
@@ -345,7 +346,6 @@ class PrefixCache:
         self._found = names, tuple(skipped.index(call) for call in boundary.live)
         files = self._files(boundary, place, samples)
         layout = _Layout(boundary, files, samples, is_inherited=len(files) > 0)
-        self._tell(layout, samples)
         return layout
 
     def _know_outputs(self, boundary: Boundary, place: Call, samples: Samples) -> tuple[Call, ...]:
@@ -536,11 +536,24 @@ class PrefixCache:
             self._bases[state] = self._attached.digest(names)
         return self._bases[state]
 
-    def _tell(self, layout: _Layout, samples: Samples) -> None:
+    @property
+    def forecast(self) -> str:
+        """What it takes and saves, once the first batch is through; "" before."""
+        layout = next((layout for layout in self._layouts.values() if isinstance(layout, _Layout)), None)
+        if layout is None:
+            return ""
         each = layout.boundary.bytes_per_sample
-        known = f", {len(layout.files):,} samples are there" if len(layout.files) else ""
-        total = f", {each * self.samples / 1e9:.3g} GB for {self.samples:,} samples" if self.samples else ""
-        _log.info("prefix cache: %s bytes a sample%s in %s%s", f"{each:,}", total, self.folder, known)
+        text = f"{each:,} bytes a sample"
+        if self.samples is not None:
+            text += f", {each * self.samples / 1e9:.3g} GB for {self.samples:,} samples"
+        text += f" in {os.fspath(self.folder)!r}"
+        if self.kept > self.computed:
+            text += f", where {self.kept - self.computed:,} are already"
+        if self.computed:
+            each_takes = self._seconds[0] / self.computed
+            whole = f", {each_takes * self.samples:.3g} s an epoch" if self.samples is not None else ""
+            text += f"; computing one takes {1e3 * each_takes:.3g} ms{whole}, which further epochs save"
+        return text
 
     @property
     def kept(self) -> int:

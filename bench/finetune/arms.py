@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zest_fast.finetuning.selective_backward import SelectiveBackward
+from zest_fast.prefix.cache import PrefixCache
 
 RANK = 8  # of LoRA, as in the paper
 
@@ -101,14 +102,14 @@ def _is_plain(module: nn.Conv2d) -> bool:
 class Trained:
     """A copy of the model in which an arm trains: `.model`, and `.parameters` by name, the head's among them."""
 
-    def __init__(self, model: nn.Module, head: str, arm: Arm) -> None:
+    def __init__(self, model: nn.Module, head: str, arm: Arm, cache: PrefixCache | None = None) -> None:
         self.model = copy.deepcopy(model)
         if arm.lora:
             self._adapt(head, arm)
         elif arm.layers is None:
             self.model.requires_grad_(True)
         else:
-            SelectiveBackward(self.model, arm.layers, head=head)
+            SelectiveBackward(self.model, arm.layers, head=head, cache=cache)
         self.parameters: dict[str, Tensor] = {
             name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
         }

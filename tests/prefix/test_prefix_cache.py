@@ -631,7 +631,7 @@ def test_what_changes_from_pass_to_pass_is_found_by_the_comparison(tmp_path, mon
             self.passes += 1
             return super().forward(x) * (1 + (self.passes > 20))
 
-    monkeypatch.setattr("zest_fast.prefix.cache._CHECKED", 4)
+    monkeypatch.setattr("zest_fast.prefix.cached_passes._CHECKED", 4)
     model, cache = Chain(Ages()), PrefixCache(tmp_path)
     (x, _), *_ = batches_of(VECTORS)
     with (

@@ -31,7 +31,7 @@ from zest_fast.finetuning.walking import compiled_modules, modules_of, upwards
 from zest_fast.foundation.nearest import some
 from zest_fast.foundation.torch_private import current_task, forward_hooks, innermost_transform
 from zest_fast.lean.frozen_norms import end_calls
-from zest_fast.prefix.cache import PrefixCache
+from zest_fast.prefix.cached_passes import CachedPasses
 from zest_fast.profiling.profile import is_being_profiled
 
 
@@ -55,7 +55,7 @@ class Cut:
         chosen: Mapping[str, nn.Parameter],
         buffers: MovingBuffers,
         on_compiled: Callable[[frozenset[int]], None] = lambda modules: None,
-        cache: PrefixCache | None = None,
+        cache: CachedPasses | None = None,
     ) -> None:
         """chosen: what has to train, by name; a pass in which one does not require a gradient is refused.
 

@@ -37,6 +37,7 @@ from zest_fast.foundation.removable import Removable
 from zest_fast.lean.apply import apply_lean
 from zest_fast.lean.frozen_norms import keep_frozen_norms_in_eval
 from zest_fast.prefix.cache import PrefixCache
+from zest_fast.prefix.cached_passes import CachedPasses
 
 
 class SelectiveBackward(Removable):
@@ -172,10 +173,11 @@ class SelectiveBackward(Removable):
             self._handles.append(AboveCut(self.model))
         self._handles.append(InputGradients(self.model))
         self._buffers = MovingBuffers(self.model)
+        passes = None
         if self._cache is not None:
-            self._cache.attach(self.model, partial(digest_of_modules, self.model))
-            self._handles.append(self._cache)
-        self._cut = Cut(self.model, self._chosen(), self._buffers, self._leave_compiled_code, self._cache)
+            passes = CachedPasses(self._cache, self.model, partial(digest_of_modules, self.model))
+            self._handles.append(passes)
+        self._cut = Cut(self.model, self._chosen(), self._buffers, self._leave_compiled_code, passes)
         self._handles.append(self._cut)
         mark_wrapped(self.model)
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -246,7 +247,7 @@ def trace_calls(model: nn.Module, inputs: Inputs) -> Trace:
 
 @contextmanager
 def around_calls(modules: Iterable[nn.Module], around: Callable[[nn.Module, Callable[[], Any]], Any]) -> Iterator[None]:
-    """Inside, `around(module, run)` gives the outputs of these modules; `run()` would compute one.
+    """Inside, in this thread, `around(module, run)` gives the outputs of these modules; `run()` would compute one.
 
     `forward` is set on the instances: no hook can keep a module from running, and hooks turn off torch's fast paths.
     """
@@ -255,11 +256,14 @@ def around_calls(modules: Iterable[nn.Module], around: Callable[[nn.Module, Call
         original = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if get_ident() != thread:
+                return original(*args, **kwargs)
             return around(module, lambda: original(*args, **kwargs))
 
         forward.__wrapped__ = original  # type: ignore[attr-defined]  # for those that ask for its signature
         return forward
 
+    thread = get_ident()
     own = [(module, module.__dict__.get("forward")) for module in modules]
     try:
         for module, _ in own:

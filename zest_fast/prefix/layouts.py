@@ -1,0 +1,163 @@
+"""What is learned of the first samples of a shape: where their passes end below the cut, and what has to be kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from zest_fast.foundation.nearest import some
+from zest_fast.prefix.boundaries import (
+    DEPENDS,
+    Boundary,
+    Call,
+    NotReusable,
+    Rows,
+    close,
+    dims_of,
+    finished_before,
+    order_of,
+    rounding,
+    rows_in,
+    samples_along,
+    tensors,
+    what_prevents,
+)
+from zest_fast.prefix.flow import first_trained_call, needed
+from zest_fast.prefix.passes import Kept, Passes, with_rows
+from zest_fast.prefix.sample_keys import Samples
+from zest_fast.prefix.volatile_state import VolatileState, preserved
+
+_SMALL = 64
+"""A call with less than this part of what is kept is not worth a pass to find out whether it is needed."""
+
+
+class Learner:
+    """Of one model; shapes that are met later mostly need what the first one needed."""
+
+    def __init__(self, passes: Passes) -> None:
+        self._passes = passes
+        self._found: tuple[tuple[str, ...], tuple[int, ...]] | None = None  # skipped calls, live ones of them
+
+    @torch.no_grad()
+    def learn(self, samples: Samples) -> tuple[Boundary, str]:
+        """The place to take passes up from, and the name of the first module that trains.
+
+        Raises NotReusable where nothing can be kept.
+        """
+        passes, model = self._passes, self._passes.model
+        trained = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        with preserved(model), torch.enable_grad():  # as the pass that it stands for
+            state = VolatileState(model)
+            trace, place = first_trained_call(model, lambda: passes.run(samples), trained, passes.undisturbed)
+            if written := state.changed_buffers():
+                where = some(name for name, buffer in model.named_buffers() if id(buffer) in written)
+                raise NotReusable(f"what runs below {place.name!r}, which trains, writes buffers ({where})")
+        with preserved(model):
+            skipped = self._know_outputs(Boundary(trace, 0.0, (), ()), place, samples)
+            names = tuple(call.name for call in skipped)
+            if self._found is not None and self._found[0] == names:
+                live = tuple(skipped[number] for number in self._found[1])
+            else:
+                held = needed(trace, place, lambda: passes.run(samples), passes.undisturbed)
+                live = tuple(call for call in skipped if call in held)
+            boundary = Boundary(trace, 0.0, skipped, live)
+            if not boundary.bytes_per_sample:
+                raise NotReusable("nothing that is computed below the cut matters above it")
+            found = passes.to_cut(boundary, samples, live)
+            boundary = self._fewest(boundary, samples, {call: with_rows(call, found[call]) for call in live})
+        self._found = names, tuple(skipped.index(call) for call in boundary.live)
+        return boundary, place.name
+
+    def _know_outputs(self, boundary: Boundary, place: Call, samples: Samples) -> tuple[Call, ...]:
+        """The calls below the cut that can be left out, each with what is known of its output."""
+        half = torch.arange(max(1, samples.count // 2))
+        known: dict[Call, Any] = {}
+        while True:  # calls inside those whose output cannot be kept come next
+            skipped = tuple(finished_before(place))
+            new = tuple(call for call in skipped if call not in known)
+            if not new:
+                break
+            boundary = replace(boundary, skipped=skipped)
+            found = self._passes.to_cut(boundary, samples, new)
+            if samples.count == 1:
+                known |= {call: tree_map(lambda leaf: _rows(leaf, 0, 1), found[call]) for call in new}
+                continue
+            fewer = self._passes.to_cut(boundary, samples.take(half.flip(0)), new)
+            twice = samples.take(torch.arange(samples.count) % len(half))
+            replaced = self._passes.to_cut(boundary, twice, new)
+            for call in new:
+                known[call], call.reason = _known(found[call], fewer[call], replaced[call], samples.count, len(half))
+        if not skipped:
+            why = what_prevents(place) or next((call.reason for call in known if call.reason == DEPENDS), "")
+            what = f"nothing that could be kept runs before {place.name!r}, which trains"
+            raise NotReusable(f"{what}: {why}" if why else what)
+        for call in skipped:
+            call.output = known[call]
+        return skipped
+
+    def _fewest(self, boundary: Boundary, samples: Samples, kept: Kept) -> Boundary:
+        """The boundary without live calls that do not matter: a variable that nobody reads again holds its value."""
+        expected = self._passes.outcome(boundary, samples)
+        if not self._gives(boundary, samples, kept, expected):
+            boundary = replace(boundary, writable=True)
+            if not self._gives(boundary, samples, kept, expected):
+                raise NotReusable("a pass from the cut on does not give the output of the full one")
+        for call in sorted(boundary.live, key=_bytes, reverse=True):
+            if _bytes(call) * _SMALL < boundary.bytes_per_sample:
+                break
+            fewer = replace(boundary, live=tuple(other for other in boundary.live if other is not call))
+            if self._gives(fewer, samples, kept, expected):
+                boundary = fewer
+        return boundary
+
+    def _gives(self, boundary: Boundary, samples: Samples, kept: Kept, expected: list[Tensor]) -> bool:
+        other = samples.take(torch.arange(samples.count).flip(0))
+        try:
+            return not self._passes.difference(boundary, samples, kept, expected, other)
+        except Exception:  # what a model says to placeholders in the wrong places
+            return False
+
+
+def _known(output: Any, fewer: Any, replaced: Any, count: int, half: int) -> tuple[Any, str]:
+    """An output of `count` samples with Rows for its tensors, or why it cannot be kept.
+
+    fewer: of the first `half` of the samples, the last of them first. replaced: of these twice, so that the first half
+    has other samples beside it: the same kernels run, and more than their rounding comes from those.
+    """
+    dims, reason = dims_of(output, fewer, count, half)
+    if reason:
+        return None, reason
+    first = list(range(half))
+    for ours, less, other, dim in zip(tensors(output), tensors(fewer), tensors(replaced), dims, strict=True):
+        if other.shape != ours.shape:
+            return None, DEPENDS
+        if dim is not None:
+            ours, other = (samples_along(tensor, dim, count, first) for tensor in (ours, other))
+            less = samples_along(less, dim, half, first[::-1])
+        exact = rounding(ours.dtype)
+        if not (close(other, ours, exact / 8) and close(less, ours, 10 * exact)):
+            return None, DEPENDS
+    of = iter(dims)
+
+    def known(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or (dim := next(of)) is None:
+            return leaf
+        return _rows(leaf, dim, count)
+
+    return tree_map(known, output), ""
+
+
+def _rows(leaf: Any, dim: int, count: int) -> Any:
+    if not isinstance(leaf, Tensor) or not leaf.dim():
+        return leaf
+    shape = list(leaf.shape)
+    shape[dim] //= count
+    return Rows(tuple(shape), dim, order_of(leaf), leaf.dtype, leaf.device)
+
+
+def _bytes(call: Call) -> int:
+    return sum(known.bytes_per_sample for known in rows_in(call.output))

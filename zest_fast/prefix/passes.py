@@ -1,0 +1,153 @@
+"""Passes of a model that start at the cut, that end there, and the full ones that they are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from zest_fast.prefix.boundaries import (
+    Boundary,
+    Call,
+    NotReusable,
+    Rows,
+    close,
+    intercepted,
+    rounding,
+    tensors,
+)
+from zest_fast.prefix.placeholders import Reached, Unkept, filled
+from zest_fast.prefix.sample_keys import Samples
+from zest_fast.prefix.volatile_state import preserved
+
+Kept = Mapping[Call, list[Tensor]]
+"""Of each live call its tensors with a part for each sample, in the order of `rows_in`."""
+
+
+class Passes:
+    """Of one model. eval_prefix: what is below the cut runs in eval mode."""
+
+    def __init__(self, model: nn.Module, *, eval_prefix: bool) -> None:
+        self.model, self._eval_prefix = model, eval_prefix
+
+    def run(self, samples: Samples) -> Any:
+        """As it is."""
+        return self.model.forward(*samples.args, **samples.keywords)
+
+    def undisturbed(self, call: Call, forward: Callable[[], Any]) -> Any:
+        """A call below the cut."""
+        if not self._eval_prefix:
+            return forward()
+        modes = [(module, module.training) for module in call.module.modules()]
+        try:
+            for module, _ in modes:
+                module.training = False
+            return forward()
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def whole(self, boundary: Boundary, samples: Samples) -> Any:
+        """With all calls below the cut, undisturbed."""
+        with intercepted(boundary.trace, boundary.skipped, self.undisturbed):
+            return self.run(samples)
+
+    def from_cut(self, boundary: Boundary, samples: Samples, kept: Kept) -> Any:
+        """Without them: live calls give what is kept, to which the model may write; the others placeholders."""
+        with intercepted(boundary.trace, boundary.skipped, partial(_replay, boundary, kept, samples.count)):
+            return self.run(samples)
+
+    def to_cut(self, boundary: Boundary, samples: Samples, wanted: tuple[Call, ...]) -> dict[Call, Any]:
+        """The outputs of these calls, copied as they are returned, by a pass that ends at the last of them.
+
+        Raises NotReusable where one is not as it is known to be, or needs a gradient, or the pass takes another way.
+        """
+        found: dict[Call, Any] = {}
+        waiting = set(wanted)
+
+        def handle(call: Call, forward: Callable[[], Any]) -> Any:
+            output = self.undisturbed(call, forward)
+            if call in waiting:
+                if call.output is not None and (difference := call.fits(output, samples.count)):
+                    raise NotReusable(f"the output of {call.name!r} {difference}", call)
+                if any(tensor.requires_grad for tensor in tensors(output)):
+                    raise NotReusable(f"the output of {call.name!r} requires a gradient")
+                found[call] = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
+                waiting.discard(call)
+                if not waiting:
+                    raise Reached
+            return output
+
+        if not waiting:
+            return found
+        try:
+            with intercepted(boundary.trace, boundary.skipped, handle):
+                self.run(samples)
+        except Reached:
+            return found
+        raise NotReusable("the forward pass took another way than the traced one")
+
+    def outcome(self, boundary: Boundary, samples: Samples) -> list[Tensor]:
+        """By which passes are compared: what a whole one returns."""
+        with preserved(self.model), torch.no_grad():
+            found = floats_of(self.whole(boundary, samples))
+        if not found:
+            raise NotReusable("the model returns no tensors by which two passes could be compared")
+        return found
+
+    def difference(
+        self, boundary: Boundary, samples: Samples, kept: Kept, expected: list[Tensor], other: Samples
+    ) -> str:
+        """Of a pass from the cut to what a whole one has given, in words; "" where there is none but rounding.
+
+        other: samples that run before, so that what modules remember is of those.
+        """
+        with preserved(self.model), torch.no_grad():
+            with preserved(self.model):
+                self.run(other)
+            copies = {call: [tensor.clone() for tensor in stores] for call, stores in kept.items()}
+            found = floats_of(self.from_cut(boundary, samples, copies))
+        if len(found) != len(expected):
+            return "have another structure"
+        for ours, theirs in zip(found, expected, strict=True):
+            if isinstance(ours, Unkept):
+                return "depend on what was not kept"
+            if not close(ours, theirs, rounding(theirs.dtype)):
+                return f"are up to {float((ours.double() - theirs.double()).abs().nan_to_num().max()):.2g} off"
+        return ""
+
+
+def floats_of(output: Any) -> list[Tensor]:
+    """Every tensor of floats that a model returns, be it in an object of a class of its own."""
+    leaves = tensors(output) or [leaf for leaf in getattr(output, "__dict__", {}).values() if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves if isinstance(leaf, Unkept) or leaf.is_floating_point()]
+
+
+def with_rows(call: Call, output: Any) -> list[Tensor]:
+    """Of an output, the tensors with a part for each sample."""
+    pairs = zip(tree_leaves(call.output), tree_leaves(output), strict=True)
+    return [value for known, value in pairs if isinstance(known, Rows)]
+
+
+def part_of(known: Rows, store: Tensor, row: int) -> Tensor:
+    """That of one sample."""
+    each = known.shape[known.dim]
+    return store.narrow(known.dim, row * each, each)
+
+
+def _replay(boundary: Boundary, kept: Kept, count: int, call: Call, _: Callable[[], Any]) -> Any:
+    is_live = call in boundary.live
+    stores = iter(kept[call] if is_live else ())
+
+    def leaf(known: Any) -> Any:
+        if not is_live:
+            return filled(known, count, torch.nan, boundary.writable)
+        if isinstance(known, Rows):
+            return next(stores)
+        return known.clone() if isinstance(known, Tensor) else known
+
+    return tree_map(leaf, call.output)

@@ -22,6 +22,7 @@ ROOMS = (
     "ranking",
     "lean",
     "finetuning",
+    "streaming",
     "planning",
     "sweeping",
     "probing",

@@ -121,10 +121,20 @@ class Pages:
         if start < stop:
             self._memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise copies_refused()
+
     def used_by_rows(self) -> None:
         """No read-ahead beyond a row that is looked up."""
         start = self._start // mmap.PAGESIZE * mmap.PAGESIZE
         self._memory.madvise(mmap.MADV_RANDOM, start, self._stop - start)
+
+
+def copies_refused() -> TypeError:
+    return TypeError(
+        "a model whose weights are read from disk as they are used cannot be copied or pickled: call "
+        "zest_fast.open_streamed again, and load the delta that SelectiveBackward.save wrote"
+    )
 
 
 def pages_of(parameter: Tensor | None) -> Pages | None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from zest_fast.finetuning.quantised_weights import QuantisedLinear
 from zest_fast.foundation.torch_private import current_task, forward_mode_is_on, transforms_are_active
-from zest_fast.streaming.mapped_files import Pages
+from zest_fast.streaming.mapped_files import Pages, copies_refused
 
 
 class Reading:
@@ -178,10 +178,3 @@ def refuse_moves(dtype: torch.dtype, fn: Callable[[Tensor], Tensor]) -> None:
             f"weights that are read from disk as they are used stay in the dtype of the file, {dtype}, and "
             f"{after.dtype} was asked for; save the model in that dtype and open it again"
         )
-
-
-def copies_refused() -> TypeError:
-    return TypeError(
-        "a model whose weights are read from disk as they are used cannot be copied or pickled: call "
-        "zest_fast.open_streamed again, and load the delta that SelectiveBackward.save wrote"
-    )

@@ -85,9 +85,9 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         folder.chmod(0o777 & ~_umask())
         os.rename(folder, target)
     except OSError as error:
-        if error.filename is None or str(error.filename).startswith(str(folder)):
-            error.filename, error.filename2 = os.fspath(path), None
-        raise
+        if error.errno is None or not str(error.filename or folder).startswith(str(folder)):
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error  # which the user knows
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

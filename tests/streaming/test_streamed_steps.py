@@ -294,10 +294,10 @@ def test_the_next_layer_is_asked_for_and_in_backward_the_previous(folder, monkey
     loss = model(**tokens()).loss
     assert asked[:2] == [first, "model.layers.0.self_attn.k_proj"]
     last = "model.layers.3.mlp.down_proj"
-    assert asked[-1] == last
+    assert asked[-2:] == [last, "lm_head"] and len(asked) == len(set(asked)) == 27  # layers and the head, once
     asked.clear()
     loss.backward()
-    assert asked[:2] == [last, "model.layers.3.mlp.up_proj"]
+    assert asked[:2] == [last, "model.layers.3.mlp.up_proj"] and len(asked) == len(set(asked))
     assert not any(name.startswith(("model.layers.0", "model.layers.1")) for name in asked)  # below the cut
     assert "model.layers.2.mlp.down_proj" in asked
     tuned.remove()

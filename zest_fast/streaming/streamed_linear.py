@@ -22,19 +22,30 @@ class Reading:
     """Which weight is used after which, so that the next one is read while this one multiplies.
 
     others: pages of what is mapped and no streamed layer (embeddings, the head): dropped when the next layer runs.
+    last: those of them that are used after the last layer.
     """
 
-    def __init__(self, others: Iterable[Pages] = ()) -> None:
-        self._others = tuple(others)
+    def __init__(self, others: Iterable[Pages] = (), last: Iterable[Pages] = ()) -> None:
+        self._others, self._last = tuple(others), tuple(last)
         self._thread = threading.local()
+        self._knows_the_order = False
+        self.passes = 0
 
     def begin(self) -> None:
+        """Of a forward pass."""
         self._thread.last = None
+        self.passes += 1
 
     def end(self) -> None:
+        self._knows_the_order = self._thread.last is not None
         self._thread.last = None
         for pages in self._others:
             pages.drop()
+
+    def ask_for_the_last(self) -> None:
+        if self._knows_the_order:
+            for pages in self._last:
+                pages.will_need()
 
     def goes_to(self, turn: Turn) -> None:
         """A layer runs; the order is that of the latest forward pass, which what backward recomputes is none of."""
@@ -52,26 +63,32 @@ class Turn:
 
     def __init__(self, reading: Reading, pages: Iterable[Pages]) -> None:
         self._reading, self._pages = reading, tuple(pages)
+        self._asked_in: int | None = None  # the pass
         self.next: Turn | None = None
         self.previous: Turn | None = None
 
     def forward(self) -> None:
         self._reading.goes_to(self)
-        self._ask_for(self.next)
+        self.ask()
+        if self.next is not None:
+            self.next.ask()
+        else:
+            self._reading.ask_for_the_last()
 
     def backward(self) -> None:
-        self._ask_for(self.previous)
+        self.ask()
+        if self.previous is not None:
+            self.previous.ask()
 
-    def _ask_for(self, other: Turn | None) -> None:
-        self.will_need()
-        if other is not None:
-            other.will_need()
-
-    def will_need(self) -> None:
-        for pages in self._pages:
-            pages.will_need()
+    def ask(self) -> None:
+        """Once for each use: that takes a millisecond for 100 MB, also where all of it has been read."""
+        if self._asked_in != self._reading.passes:
+            self._asked_in = self._reading.passes
+            for pages in self._pages:
+                pages.will_need()
 
     def end(self) -> None:
+        self._asked_in = None
         for pages in self._pages:
             pages.drop()
 

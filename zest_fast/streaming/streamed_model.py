@@ -34,10 +34,12 @@ def stream_weights(model: nn.Module, mapped: Collection[int]) -> None:
     layers = _layers(model, mapped)
     streamed = {id(pages) for every in layers.values() for pages in every}
     others = {id(pages): pages for p in model.parameters() if id(p) in mapped and (pages := pages_of(p)) is not None}
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and (pages := others.get(id(pages_of(module.weight)))) is not None:
+    others = {key: pages for key, pages in others.items() if key not in streamed}
+    whole = {id(pages_of(module.weight)) for module in model.modules() if isinstance(module, nn.Linear)}
+    for key, pages in others.items():
+        if key not in whole:  # an embedding, and not tied to the head
             pages.used_by_rows()
-    reading = Reading(pages for key, pages in others.items() if key not in streamed)
+    reading = Reading(others.values(), (pages for key, pages in others.items() if key in whole))
     for module, own in layers.items():
         module.__class__ = StreamedQuantisedLinear if isinstance(module, QuantisedLinear) else StreamedLinear
         vars(module)["turn"] = Turn(reading, own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 
 import pytest
 import torch
@@ -107,6 +108,16 @@ def test_a_mapping_outlives_its_file(path):
     gc.collect()
     parameter.pages.drop()
     assert torch.equal(parameter, tensors()["wide"])
+
+
+def test_a_file_may_be_larger_than_the_memory(tmp_path):
+    """Private and writable mappings are counted against the memory, unless they are told not to."""
+    count = 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    text = json.dumps({"a": {"dtype": "U8", "shape": [count], "data_offsets": [0, count]}}).encode()
+    path = tmp_path / "sparse.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + count)
+    assert MappedFile(path).parameter("a")[-1] == 0
 
 
 def header(**entry):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zest_fast.finetuning.quantised_formats import FORMATS
 from zest_fast.foundation.documents import Json, Keys, ListOf, MapOf, Number, Text, parse_json, shown, whole_file
 from zest_fast.foundation.nearest import nearest
 from zest_fast.streaming.mapped_files import DTYPES, MappedFile
@@ -32,7 +33,7 @@ _SPECIFICATION = Keys(
     {
         "format": Text(among=(FORMAT,)),
         "version": Number(1, VERSION, integer=True),
-        "frozen": Text(among=("int8", "nf4")),
+        "frozen": Text(among=tuple(FORMATS)),
         "files": MapOf(Number(0, 2**60, integer=True), most=_MANY),
         "source": Keys({"folder": Text(), "files": MapOf(Number(0, 2**60, integer=True), most=_MANY)}),
         "layers": MapOf(_PLACE, most=_MANY),

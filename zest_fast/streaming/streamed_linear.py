@@ -37,8 +37,11 @@ class Reading:
         self.passes += 1
 
     def end(self) -> None:
-        self._knows_the_order = self._thread.last is not None
+        self._knows_the_order = getattr(self._thread, "last", None) is not None
         self._thread.last = None
+        self.drop_others()
+
+    def drop_others(self) -> None:
         for pages in self._others:
             pages.drop()
 
@@ -49,8 +52,7 @@ class Reading:
 
     def goes_to(self, turn: Turn) -> None:
         """A layer runs; the order is that of the latest forward pass, which what backward recomputes is none of."""
-        for pages in self._others:
-            pages.drop()
+        self.drop_others()
         if current_task() == -1:
             last = getattr(self._thread, "last", None)
             if last is not None and last is not turn:
@@ -76,6 +78,7 @@ class Turn:
             self._reading.ask_for_the_last()
 
     def backward(self) -> None:
+        self._reading.drop_others()
         self.ask()
         if self.previous is not None:
             self.previous.ask()

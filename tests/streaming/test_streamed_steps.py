@@ -245,14 +245,18 @@ def test_several_threads_run_a_streamed_model(folder, frozen, tmp_path):
 # What is resident
 
 
-@pytest.mark.parametrize("lean", [True, False])
-def test_about_two_layers_are_resident(frozen, lean, tmp_path, monkeypatch):
-    """Sampled where most is: when a layer has been used and not yet dropped. Huge pages go over its ends."""
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """50 MiB, so that a layer is larger than what a huge page goes over its ends."""
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4000}
-    folder = save_llama(tmp_path / "wide", size="40MB", **sizes)
-    model = opened(folder, frozen, tmp_path)
-    if frozen is not None:
-        folder = tmp_path / f"packed-{frozen}"
+    return save_llama(tmp_path_factory.mktemp("wide") / "plain", size="40MB", **sizes)
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_about_two_layers_are_resident(wide, frozen, lean, monkeypatch):
+    """Sampled where most is: when a layer has been used and not yet dropped. Huge pages go over its ends."""
+    model = opened(wide, frozen, wide.parent)
+    folder = wide if frozen is None else wide.parent / f"packed-{frozen}"
     mapped = sum(parameter.nbytes for parameter in model.parameters() if pages_of(parameter))
     largest = max(sum(p.nbytes for p in m.parameters()) for m in model.modules() if hasattr(m, "turn"))
     room = 2 * (2 << 20)

@@ -23,6 +23,7 @@ ROOMS = (
     "lean",
     "prefix",
     "finetuning",
+    "streaming",
     "planning",
     "sweeping",
     "probing",

@@ -25,7 +25,9 @@ __all__ = [
     "kernels",
     "load_records",
     "merge_delta",
+    "open_streamed",
     "optimizer_in_backward",
+    "pack",
     "plan",
     "plan_probe",
     "plan_profile",
@@ -57,6 +59,8 @@ if TYPE_CHECKING:
     from zest_fast.ranking.probed import Probe
     from zest_fast.ranking.ranker import Ranker
     from zest_fast.ranking.ranking import Ranking, rank
+    from zest_fast.streaming.opening import open_streamed
+    from zest_fast.streaming.packing import pack
     from zest_fast.sweeping.recipe import Recipe
     from zest_fast.sweeping.sweep import sweep
     from zest_fast.sweeping.tables import consolidate, load_records, sweeps_of
@@ -82,7 +86,9 @@ else:
         "consolidate": "zest_fast.sweeping.tables",
         "load_records": "zest_fast.sweeping.tables",
         "merge_delta": "zest_fast.finetuning.delta_use",
+        "open_streamed": "zest_fast.streaming.opening",
         "optimizer_in_backward": "zest_fast.lean.optimizer",
+        "pack": "zest_fast.streaming.packing",
         "plan": "zest_fast.planning.plan",
         "plan_profile": "zest_fast.planning.plan",
         "planned_peak": "zest_fast.planning.plan",
@@ -100,6 +106,7 @@ else:
         "ranking",
         "lean",
         "finetuning",
+        "streaming",
         "planning",
         "sweeping",
         "probing",

@@ -18,7 +18,7 @@ from small_models import Mlp
 
 from zest_fast.finetuning.delta_use import merge_delta
 from zest_fast.finetuning.selective_backward import SelectiveBackward
-from zest_fast.foundation.replacing import replacing
+from zest_fast.foundation.replacing import new_folder, replacing
 
 
 def mode_of(path):
@@ -179,3 +179,42 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "made"
+    for error in (ValueError("no"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full")):
+        with pytest.raises(type(error)) as caught, new_folder(path) as temporary:
+            (temporary / "inside").write_text("half")
+            assert not path.exists() and temporary.parent == tmp_path
+            raise error
+        assert list(tmp_path.iterdir()) == []
+    assert caught.value.filename == str(path) and caught.value.errno == errno.ENOSPC
+    with new_folder(path) as temporary:
+        (temporary / "inside").write_text("whole")
+    assert [file.read_text() for file in path.iterdir()] == ["whole"] and list(tmp_path.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o777 & ~_umask()
+    for there, error in ((path, FileExistsError), (tmp_path / "no" / "made", FileNotFoundError)):
+        with pytest.raises(error, match="made"), new_folder(there):
+            raise AssertionError("nothing is to be written")
+
+
+def test_what_a_killed_writer_of_a_folder_left_is_removed(tmp_path):
+    code = (
+        "import os, sys\n"
+        "from zest_fast.foundation.replacing import new_folder\n"
+        "with new_folder(sys.argv[1]) as temporary:\n"
+        "    (temporary / 'inside').write_text('half')\n"
+        "    os._exit(9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "made")]).returncode == 9
+    assert len(list(tmp_path.iterdir())) == 1
+    with new_folder(tmp_path / "made"):
+        pass
+    assert list(tmp_path.iterdir()) == [tmp_path / "made"]
+
+
+def _umask():
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

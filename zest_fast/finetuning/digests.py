@@ -14,6 +14,7 @@ from torch import nn
 from zest_fast.finetuning.sharding import is_sharded, whole
 from zest_fast.foundation.torch_private import FakeTensor
 
+_AT_ONCE = 1 << 23  # bytes of a mapped weight that are resident while it is hashed
 UNHASHED = ""  # the digest of what is not there to be read
 
 
@@ -103,7 +104,14 @@ def add_tensor(state: Any, tensor: torch.Tensor, name: str = "") -> None:
     """
     state.update(f"{name}{tensor.dtype}|{tuple(tensor.shape)}|".encode())
     if tensor.numel():
-        state.update(_plain_bytes(tensor))
+        contents, pages = _plain_bytes(tensor), getattr(tensor, "pages", None)
+        if pages is None:
+            state.update(contents)
+            return
+        pages.will_need()  # of a weight that stays on disk: read ahead, and given back as it is hashed
+        for start in range(0, len(contents), _AT_ONCE):
+            state.update(contents[start : start + _AT_ONCE])
+            pages.drop()
 
 
 def _plain_bytes(tensor: torch.Tensor) -> memoryview:

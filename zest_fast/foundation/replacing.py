@@ -41,7 +41,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     check_regular(path, to="replace it by")
     _remove_leftovers(target)
     # A folder, because safetensors writes to a temporary of its own beside the one that it is given.
-    folder = target.with_name(f"{_prefix(target)}{os.getpid()}-{_started(os.getpid())}.{secrets.token_hex(4)}.tmp")
+    folder = _temporary(target)
     temporary = folder / "new.tmp"
     try:
         folder.mkdir(mode=0o700)
@@ -58,6 +58,36 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise
         what = "no space left for it; what was there is as it was"
         raise OSError(errno.ENOSPC, what, os.fspath(path)) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a folder beside `path` to write into; it gets the name `path` only when the block ends well.
+
+    An exception or a full disk leaves nothing. What writers that were killed left is removed first. Files are to be
+    on disk (fsync) when the block ends. Errors of the operating system name `path`.
+    Raises FileExistsError where `path` is there already, FileNotFoundError without the folder around it.
+    """
+    target = Path(os.path.abspath(path))
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, "it is there already; name a new folder", os.fspath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"cannot write {os.fspath(path)!r}: there is no folder {str(target.parent)!r}; create it"
+        )
+    _remove_leftovers(target)
+    folder = _temporary(target)
+    try:
+        folder.mkdir(mode=0o700)
+        yield folder
+        folder.chmod(0o777 & ~_umask())
+        os.rename(folder, target)
+    except OSError as error:
+        if error.errno is None or not str(error.filename or folder).startswith(str(folder)):
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error  # which the user knows
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -86,6 +116,17 @@ def _create(temporary: Path, target: Path) -> int:
         return there
     finally:
         os.close(descriptor)
+
+
+def _temporary(target: Path) -> Path:
+    """A folder beside it that does not exist yet."""
+    return target.with_name(f"{_prefix(target)}{os.getpid()}-{_started(os.getpid())}.{secrets.token_hex(4)}.tmp")
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _prefix(target: Path) -> str:

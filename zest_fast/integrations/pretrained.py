@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
+from zest_fast.foundation.hub_kernels import refuse_kernels
 from zest_fast.foundation.nearest import nearest, some
 from zest_fast.integrations.quiet import quiet_transformers
 from zest_fast.integrations.references import is_reference, load_function, nearest_path
-from zest_fast.planning.skeletons import refuse_kernels
 
 # task -> (its Auto class, how the architectures of a checkpoint for it are called)
 _AUTO_CLASSES = {

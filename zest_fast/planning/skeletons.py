@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zest_fast.foundation.hub_kernels import refuse_kernels
 from zest_fast.foundation.nearest import nearest
 
 # What `plan` knows by name, and how it differs from the defaults of the configuration's class (which are LLaMA-7B and
@@ -116,19 +117,6 @@ def _config(source: Any) -> Any:
         ) from error
     refuse_kernels(str(source), config)
     return config
-
-
-def refuse_kernels(source: str, config: Any) -> None:
-    """ValueError where a configuration names a repository of kernels, whose code transformers would fetch and run."""
-    for part in (config, *(value for value in vars(config).values() if hasattr(value, "model_type"))):
-        for key in ("_attn_implementation", "_attn_implementation_internal", "attn_implementation"):
-            value = getattr(part, key, None)
-            names = list(value.values()) if isinstance(value, dict) else [value]
-            if wanted := next((name for name in names if isinstance(name, str) and "/" in name), None):
-                raise ValueError(
-                    f"model {source!r}: its configuration asks for the kernels of {wanted!r} as attention, code that "
-                    "would be fetched and run; this is never done here: take attn_implementation out of its config.json"
-                )
 
 
 def _from_config(config: Any) -> nn.Module:

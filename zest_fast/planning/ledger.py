@@ -96,9 +96,9 @@ class Ledger(TorchDispatchMode):
         self.phase = phase
         self._modules.kind = "optimizer" if phase in ("before", "update") else "activations"
 
-    def hold(self, tensor: Tensor, kind: str, name: str, packed: int | None = None) -> None:
-        """Enter a tensor that is there before the step. packed: its bytes if it is kept quantised, and unpacked for as
-        long as an operator computes with it.
+    def hold(self, tensor: Tensor, kind: str, name: str, packed: int | None = None, used: int | None = None) -> None:
+        """Enter a tensor that is there before the step. packed: its bytes if it is kept in another way (quantised, on
+        disk). used: those that come on top for as long as an operator computes with it; None = those of the tensor.
         """
         module = name.rpartition(".")[0]
         key = storage_key(tensor.untyped_storage())
@@ -106,7 +106,7 @@ class Ledger(TorchDispatchMode):
             return
         self._enter(tensor, kind, module, "", packed)
         if packed is not None:
-            self._packed[key] = _rounded(tensor.untyped_storage().nbytes())
+            self._packed[key] = _rounded(tensor.untyped_storage().nbytes() if used is None else used)
 
     def relabel(self, tensor: Tensor, kind: str, name: str) -> None:
         """What an operator made turned out to be something else: a gradient, say."""
@@ -209,7 +209,7 @@ class Ledger(TorchDispatchMode):
                     "weights",
                     self._open[key].module,
                     self.phase,
-                    "dequantise",
+                    "unpack",
                     tuple(tensor.shape),
                     tensor.dtype,
                 )

@@ -31,6 +31,7 @@ def plan(
     lean: bool = True,
     checkpoint: Checkpoint | None = None,
     frozen: Frozen | None = None,
+    stream: bool = False,
     head: str | Iterable[str] | None = "auto",
     device: PlannedDevice | None = None,
 ) -> Plan:
@@ -55,6 +56,8 @@ def plan(
             transformers.
         frozen: "int8" or "nf4" = frozen Linear layers but the head are kept quantised and unpacked one at a time, by
             formula: 1 byte a weight and 4 a row, or 0.5625 bytes a weight.
+        stream: frozen weights from 1 MiB on are on disk, as `open_streamed` has them: one layer's is resident while it
+            multiplies. On a CPU only.
         head: as for SelectiveBackward.
         device: that the step is to run on. "cuda" = tensors alone. "cpu" = also the copies on which oneDNN runs
             convolutions and recurrent layers, up to 37 % more. None = "cpu" for a module whose weights are on the CPU,
@@ -88,7 +91,8 @@ def plan(
         checkpoint=checkpoint,
         frozen=frozen,
         head=head,
-        device=_device(model_or_config) if device is None else device,
+        device=("cpu" if stream else _device(model_or_config)) if device is None else device,
+        stream=stream,
     )
     name, skeleton = named_model(model_or_config)
     return plan_setting(name, skeleton, setting, _notes(skeleton))

@@ -30,7 +30,8 @@ class Setting:
 
     layers: names, "all", or None = what requires a gradient now. dtype: None = as the model is. accumulating: gradients
     of an earlier batch are there when the step begins. device: "cuda", or "cpu", where oneDNN's copies count too.
-    trained_float32: what trains is kept in float32 under autocast.
+    trained_float32: what trains is kept in float32 under autocast. stream: frozen weights are read from disk as they
+    are used, as `open_streamed` has them.
     """
 
     layers: tuple[str, ...] | str | None
@@ -46,6 +47,7 @@ class Setting:
     accumulating: bool = False
     device: PlannedDevice = "cuda"
     trained_float32: bool = False
+    stream: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "sequence_length", "image_size"):
@@ -59,6 +61,10 @@ class Setting:
             raise ValueError(f"frozen={self.frozen!r} is unknown; None, 'int8' or 'nf4' is needed")
         if self.frozen is not None and self.layers == "all":
             raise ValueError(f"frozen={self.frozen!r} with layers='all': nothing is frozen; leave one of them out")
+        if self.stream and self.layers == "all":
+            raise ValueError("stream=True with layers='all': nothing is frozen that could stay on disk; leave it out")
+        if self.stream and self.device != "cpu":
+            raise ValueError("stream=True with device='cuda': weights stay on disk on a CPU only; pass device='cpu'")
 
     @property
     def optimizer_name(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from zest_fast.planning.optimizers import build_optimizer, is_in_backward
 from zest_fast.planning.settings import DTYPES, Setting, packed_bytes
 from zest_fast.profiling.heads import unwrap
 from zest_fast.profiling.loss import loss_of
+from zest_fast.streaming.opening import SMALL
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def dry_step(
             if not parameters:
                 raise ValueError("nothing would train: no parameter of the model requires a gradient")
             ledger = Ledger(on_cpu=setting.device == "cpu")
-            hold(ledger, model, example, _packed(model, layout, setting))
+            hold(ledger, model, example, _kept_otherwise(model, layout, setting))
             ledger.watch(model, layout.head)
             training = _Training(parameters, setting, ledger, {id(p): name for name, p in model.named_parameters()})
             compute_loss = loss_of(model, example, loss_fn, None)
@@ -124,22 +125,29 @@ def _train_in_float32(model: nn.Module) -> None:
                 module._parameters[name] = made.setdefault(id(p), nn.Parameter(fake(p.data, torch.float32)))
 
 
-def _packed(model: nn.Module, layout: Layout, setting: Setting) -> dict[int, int]:
-    """Bytes of the weights that SelectiveBackward keeps quantised, by id."""
-    if setting.frozen is None:
-        return {}
+def _kept_otherwise(model: nn.Module, layout: Layout, setting: Setting) -> dict[int, tuple[int, int | None]]:
+    """Of weights that are kept quantised or on disk, by id: resident bytes, and those that come on top in use."""
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    layers = frozen_linears(model, trained, layout.head, setting.frozen)
-    return {
-        id(module.weight): packed_bytes(module.weight.numel(), module.out_features, setting.frozen)
-        for module in layers.values()
-    }
+    kept: dict[int, tuple[int, int | None]] = {}
+    if setting.frozen is not None:
+        for module in frozen_linears(model, trained, layout.head, setting.frozen).values():
+            weight = module.weight
+            packed = packed_bytes(weight.numel(), module.out_features, setting.frozen)
+            streamed = setting.stream and packed >= SMALL
+            kept[id(weight)] = (0, packed + weight.nbytes) if streamed else (packed, None)
+    for other in model.modules() if setting.stream else ():
+        held = other._parameters.get("weight") if isinstance(other, nn.Linear | nn.Embedding) else None
+        if held is not None and id(held) not in (*trained, *kept) and held.nbytes >= SMALL:
+            kept[id(held)] = 0, None
+    return kept
 
 
-def hold(ledger: Ledger, model: nn.Module, batch: Any, packed: dict[int, int]) -> None:
-    """Enter what is there before the step: parameters, buffers, the batch."""
+def hold(
+    ledger: Ledger, model: nn.Module, batch: Any, kept: Mapping[int, tuple[int, int | None]] | None = None
+) -> None:
+    """Enter what is there before the step: parameters, buffers, the batch. kept: see `_kept_otherwise`."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        ledger.hold(tensor, "weights", name, packed.get(id(tensor)))
+        ledger.hold(tensor, "weights", name, *(kept or {}).get(id(tensor), (None, None)))
     for tensor in tree_leaves(batch):
         if isinstance(tensor, Tensor):
             ledger.hold(tensor, "activations", "")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 __all__ = [
     "Choice",
     "DeltaSwitch",
+    "Fit",
     "LayerProfile",
     "Plan",
     "PrefixCache",
@@ -22,6 +23,7 @@ __all__ = [
     "apply_lean",
     "choose",
     "consolidate",
+    "fit_memory",
     "kernels",
     "load_records",
     "merge_delta",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from zest_fast.planning.choose import Choice, choose
     from zest_fast.planning.plan import plan, plan_profile, planned_peak
     from zest_fast.planning.report import Plan
+    from zest_fast.planning.savings import Fit, fit_memory
     from zest_fast.prefix.cache import PrefixCache
     from zest_fast.probing.plan import plan_probe
     from zest_fast.probing.probe import probe
@@ -70,6 +73,7 @@ else:
     _HOMES = {
         "Choice": "zest_fast.planning.choose",
         "DeltaSwitch": "zest_fast.finetuning.delta_use",
+        "Fit": "zest_fast.planning.savings",
         "LayerProfile": "zest_fast.profiling.layer_profile",
         "Plan": "zest_fast.planning.report",
         "PrefixCache": "zest_fast.prefix.cache",
@@ -84,6 +88,7 @@ else:
         "apply_lean": "zest_fast.lean.apply",
         "choose": "zest_fast.planning.choose",
         "consolidate": "zest_fast.sweeping.tables",
+        "fit_memory": "zest_fast.planning.savings",
         "load_records": "zest_fast.sweeping.tables",
         "merge_delta": "zest_fast.finetuning.delta_use",
         "open_streamed": "zest_fast.streaming.opening",

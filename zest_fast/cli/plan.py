@@ -12,7 +12,7 @@ from rich.table import Table
 
 from zest_fast.cli import show
 from zest_fast.cli.app import app
-from zest_fast.cli.options import Json, split_names, work
+from zest_fast.cli.options import Json, split_names, typed, work
 
 if TYPE_CHECKING:
     from zest_fast.planning.report import Plan
@@ -25,6 +25,7 @@ LAYERS_HELP = (
 
 @app.command()
 def plan(
+    ctx: typer.Context,
     model: Annotated[
         str | None,
         typer.Argument(
@@ -47,6 +48,14 @@ def plan(
     lean: Annotated[bool, typer.Option(help="Save only what the gradient of inputs needs, above the cut.")] = True,
     checkpoint: Annotated[str | None, typer.Option(help="above-cut: recompute the blocks above the cut.")] = None,
     frozen: Annotated[str | None, typer.Option(help="int8 or nf4: quantise what is frozen.")] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Frozen weights stay on disk (open_streamed); on a CPU.")
+    ] = False,
+    fit: Annotated[
+        str | None,
+        typer.Option(help="3GB, 24GiB ...: of checkpointing, int8, nf4 and weights on disk the fastest way that fits."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, or cpu; by default what the model is for.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Plan the pass of `zest-fast profile` instead.")] = False,
     probe: Annotated[bool, typer.Option("--probe", help="Plan the passes of `zest_fast.probe` instead.")] = False,
     table: Annotated[bool, typer.Option("--table", help="Other lowest blocks and batch sizes beside it.")] = False,
@@ -59,10 +68,28 @@ def plan(
     if model is None and file is None:
         raise ValueError("pass a model, or --file with a configuration of a trainer")
     sizes: dict[str, Any] = {"sequence_length": sequence_length, "image_size": image_size}
+    said = {"lean", "checkpoint", "frozen", "stream", "file", "profile", "probe"} & typed(ctx)
+    if fit is not None and said:
+        raise ValueError(f"--fit chooses how memory is saved, and --{min(said)} says it: leave one out")
+    how = None
     with work(model or "") as console:
         with console.status("planning"):
             source = _source(model)
-            if file is not None:
+            if fit is not None:
+                from zest_fast.planning.savings import fit_memory
+
+                how = fit_memory(
+                    source,
+                    _layers(source, layers, lowest_block),
+                    fit,
+                    batch_size=batch_size,
+                    dtype=dtype,
+                    optimizer=optimizer,
+                    device=cast(Any, device),
+                    **sizes,
+                )
+                found = how.plan
+            elif file is not None:
                 from zest_fast.integrations.training_files import plan_training_file
 
                 found = plan_training_file(file, model=source, **sizes)
@@ -86,6 +113,8 @@ def plan(
                     lean=lean,
                     checkpoint=cast(Any, checkpoint),  # which is looked at there
                     frozen=cast(Any, frozen),
+                    stream=stream,
+                    device=cast(Any, device),
                     **sizes,
                 )
         rows = None
@@ -98,8 +127,10 @@ def plan(
 
                 rows = found.within(max_memory, progress=progress) if max_memory else found.table(progress=progress)
     if as_json:
-        show.json_document(_document(found, rows))
+        show.json_document(_document(found, rows) | ({} if how is None else {"fit": str(how), **vars(how.savings)}))
     else:
+        if how is not None:
+            show.results().print(str(how), highlight=False, markup=False)
         _print(found, rows)
 
 

@@ -102,6 +102,15 @@ def test_tied_weights_that_the_files_have_twice(tmp_path):
     assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight + 1)
 
 
+def test_in_inference_mode(folder):
+    with torch.inference_mode():
+        model = open_streamed(folder, train=LAYERS)
+        found = model(**tokens()).logits
+    assert torch.equal(found, resident(folder)(**tokens()).logits)
+    model(**tokens()).loss.backward()
+    assert model.get_submodule(LAYERS[0]).weight.grad.any()
+
+
 def test_building_leaves_torch_and_other_threads_alone(folder):
     register = torch.nn.Module.register_parameter
     with empty_models._parameters_on_meta():

@@ -9,12 +9,21 @@ import threading
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_model
 from streamed_models import LAYERS, mapped_bytes, resident, save_llama, save_shards, tokens
 
-from zest_fast import SelectiveBackward, adamw, open_streamed, optimizer_in_backward, pack
+from zest_fast import (
+    SelectiveBackward,
+    adamw,
+    apply_delta,
+    merge_delta,
+    open_streamed,
+    optimizer_in_backward,
+    pack,
+)
 from zest_fast.streaming import opening
 from zest_fast.streaming.mapped_files import Pages, pages_of
-from zest_fast.streaming.streamed_linear import StreamedLinear, StreamedQuantisedLinear, Turn
+from zest_fast.streaming.streamed_linear import StreamedLinear, StreamedQuantisedLinear, StreamedWeight
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "everything_is_large")]
 
@@ -131,6 +140,25 @@ def test_deltas_go_from_streamed_to_resident_and_back(folder, frozen, tmp_path):
         pytest.raises(ValueError, match=r"differ from those|has dtype"),
     ):
         tuned.load(path)
+
+
+def test_deltas_are_applied_and_merged(folder, frozen, tmp_path):
+    path, merged = tmp_path / "delta.safetensors", tmp_path / "merged.safetensors"
+    model = opened(folder, frozen, tmp_path)
+    with SelectiveBackward(model, LAYERS) as tuned:
+        for parameter in tuned.parameters():
+            parameter.data.add_(0.5)
+        tuned.save(path)
+        expected = model(**tokens()).logits
+    merge_delta(opened(folder, frozen, tmp_path), path, merged)
+    plain = resident(folder)
+    load_model(plain, merged)
+    assert torch.equal(plain(**tokens()).logits, expected)
+    if frozen is None:  # into weights that are mapped: these pages are private from then on
+        other = open_streamed(folder)
+        apply_delta(other, path)
+        for _ in range(2):
+            assert torch.equal(other(**tokens()).logits, expected)
 
 
 def test_buffers_are_those_that_transformers_computes(tmp_path):
@@ -258,20 +286,20 @@ def test_about_two_layers_are_resident(wide, frozen, lean, monkeypatch):
     model = opened(wide, frozen, wide.parent)
     folder = wide if frozen is None else wide.parent / f"packed-{frozen}"
     mapped = sum(parameter.nbytes for parameter in model.parameters() if pages_of(parameter))
-    largest = max(sum(p.nbytes for p in m.parameters()) for m in model.modules() if hasattr(m, "turn"))
+    largest = max(sum(p.nbytes for p in m.parameters()) for m in model.modules() if hasattr(m, "streamed"))
     room = 2 * (2 << 20)
     tuned = SelectiveBackward(model, LAYERS, lean=lean)  # plain, backward reads the head's weight, too
     samples, backward = [mapped_bytes(folder)], []
     assert samples[0] <= room  # of hashing nothing stays
 
-    end = Turn.end
+    drop = StreamedWeight.drop
 
-    def sampled(turn):
+    def sampled(weight):
         samples.append(mapped_bytes(folder))
         backward.append(torch._C._current_graph_task_id() != -1)
-        end(turn)
+        drop(weight)
 
-    monkeypatch.setattr(Turn, "end", sampled)
+    monkeypatch.setattr(StreamedWeight, "drop", sampled)
     loss = model(**tokens()).loss
     assert mapped_bytes(folder) <= room
     loss.backward()

@@ -82,8 +82,9 @@ def open_streamed(
     if packed is not None:
         FORMATS[packed.format].check()
     checkpoint = plain_checkpoint(folder) if packed is None else packed_checkpoint(folder, packed)
-    model = empty_model(folder)
-    _Opened(model, folder, checkpoint, packed).fill(train, head)
+    with torch.inference_mode(False):  # whose tensors cannot train, and do not say when they were written to
+        model = empty_model(folder)
+        _Opened(model, folder, checkpoint, packed).fill(train, head)
     return model
 
 

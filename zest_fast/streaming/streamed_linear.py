@@ -18,7 +18,7 @@ from zest_fast.foundation.torch_private import current_task, forward_mode_is_on,
 from zest_fast.streaming.mapped_files import Pages, copies_refused
 
 
-class Reading:
+class Prefetch:
     """Which weight is used after which, so that the next one is read while this one multiplies.
 
     others: pages of what is mapped and no streamed layer (embeddings, the head): dropped when the next layer runs.
@@ -45,53 +45,53 @@ class Reading:
         for pages in self._others:
             pages.drop()
 
-    def ask_for_the_last(self) -> None:
+    def prefetch_last(self) -> None:
         if self._knows_the_order:
             for pages in self._last:
                 pages.will_need()
 
-    def goes_to(self, turn: Turn) -> None:
+    def reaches(self, weight: StreamedWeight) -> None:
         """A layer runs; the order is that of the latest forward pass, which what backward recomputes is none of."""
         self.drop_others()
         if current_task() == -1:
             last = getattr(self._thread, "last", None)
-            if last is not None and last is not turn:
-                last.next, turn.previous = turn, last
-            self._thread.last = turn
+            if last is not None and last is not weight:
+                last.next, weight.previous = weight, last
+            self._thread.last = weight
 
 
-class Turn:
-    """The pages of one layer's weight, and whose turn it is before and after."""
+class StreamedWeight:
+    """The pages of one layer's weight, and which weights are used before and after it."""
 
-    def __init__(self, reading: Reading, pages: Iterable[Pages]) -> None:
-        self._reading, self._pages = reading, tuple(pages)
-        self._asked_in: int | None = None  # the pass
-        self.next: Turn | None = None
-        self.previous: Turn | None = None
+    def __init__(self, prefetch: Prefetch, pages: Iterable[Pages]) -> None:
+        self._prefetch, self._pages = prefetch, tuple(pages)
+        self._prefetched_in: int | None = None  # the pass
+        self.next: StreamedWeight | None = None
+        self.previous: StreamedWeight | None = None
 
-    def forward(self) -> None:
-        self._reading.goes_to(self)
-        self.ask()
+    def before_forward(self) -> None:
+        self._prefetch.reaches(self)
+        self.prefetch()
         if self.next is not None:
-            self.next.ask()
+            self.next.prefetch()
         else:
-            self._reading.ask_for_the_last()
+            self._prefetch.prefetch_last()
 
-    def backward(self) -> None:
-        self._reading.drop_others()
-        self.ask()
+    def before_backward(self) -> None:
+        self._prefetch.drop_others()
+        self.prefetch()
         if self.previous is not None:
-            self.previous.ask()
+            self.previous.prefetch()
 
-    def ask(self) -> None:
+    def prefetch(self) -> None:
         """Once for each use: that takes a millisecond for 100 MB, also where all of it has been read."""
-        if self._asked_in != self._reading.passes:
-            self._asked_in = self._reading.passes
+        if self._prefetched_in != self._prefetch.passes:
+            self._prefetched_in = self._prefetch.passes
             for pages in self._pages:
                 pages.will_need()
 
-    def end(self) -> None:
-        self._asked_in = None
+    def drop(self) -> None:
+        self._prefetched_in = None
         for pages in self._pages:
             pages.drop()
 
@@ -106,18 +106,18 @@ class StreamedLinear(nn.Module):
     bias: nn.Parameter | None
     in_features: int
     out_features: int
-    turn: Turn
+    streamed: StreamedWeight
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return F.linear(x, self.weight, self.bias)
-        self.turn.forward()
+        self.streamed.before_forward()
         try:
             if self.weight.requires_grad or transforms_are_active() or forward_mode_is_on():
                 return F.linear(x, self.weight, self.bias)  # which knows every kind of differentiation
-            return _MappedLinear.apply(x, self.bias, self.weight, self.turn)
+            return _MappedLinear.apply(x, self.bias, self.weight, self.streamed)
         finally:
-            self.turn.end()
+            self.streamed.drop()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -137,9 +137,9 @@ class _MappedLinear(torch.autograd.Function):
     """Keeps the mapped weight, as torch's own does, and drops its pages when it has multiplied by it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, turn: Turn) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, streamed: StreamedWeight) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.turn, ctx.dtype, ctx.bias_dtype = turn, x.dtype, None if bias is None else bias.dtype
+        ctx.streamed, ctx.dtype, ctx.bias_dtype = streamed, x.dtype, None if bias is None else bias.dtype
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -147,9 +147,9 @@ class _MappedLinear(torch.autograd.Function):
         (g,), (weight,) = grads, ctx.saved_tensors
         dx = db = None
         if ctx.needs_input_grad[0]:
-            ctx.turn.backward()
+            ctx.streamed.before_backward()
             dx = torch.matmul(g, weight.to(g.dtype)).to(ctx.dtype)
-            ctx.turn.end()
+            ctx.streamed.drop()
         if ctx.needs_input_grad[1]:
             db = g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias_dtype)
         return dx, db, None, None
@@ -158,20 +158,20 @@ class _MappedLinear(torch.autograd.Function):
 class StreamedQuantisedLinear(QuantisedLinear):
     """A QuantisedLinear whose packed weight is mapped: its pages are dropped as soon as it is unpacked."""
 
-    turn: Turn
+    streamed: StreamedWeight
 
     def unpack(self, packed: Tensor, scale: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return super().unpack(packed, scale)
         if current_task() != -1:
-            self.turn.backward()
+            self.streamed.before_backward()
         weight = super().unpack(packed, scale)
-        self.turn.end()
+        self.streamed.drop()
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
-            self.turn.forward()
+            self.streamed.before_forward()
         return super().forward(x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StreamedQuantisedLinear:

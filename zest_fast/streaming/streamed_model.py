@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from zest_fast.finetuning.quantised_weights import QuantisedLinear, head_name
 from zest_fast.streaming.mapped_files import Pages, pages_of
 from zest_fast.streaming.streamed_linear import (
-    Reading,
+    Prefetch,
     StreamedLinear,
     StreamedQuantisedLinear,
-    Turn,
+    StreamedWeight,
     refuse_moves,
 )
 
@@ -39,12 +39,12 @@ def stream_weights(model: nn.Module, mapped: Collection[int]) -> None:
     for key, pages in others.items():
         if key not in whole:  # an embedding, and not tied to the head
             pages.used_by_rows()
-    reading = Reading(others.values(), (pages for key, pages in others.items() if key in whole))
+    prefetch = Prefetch(others.values(), (pages for key, pages in others.items() if key in whole))
     for module, own in layers.items():
         module.__class__ = StreamedQuantisedLinear if isinstance(module, QuantisedLinear) else StreamedLinear
-        vars(module)["turn"] = Turn(reading, own)
-    model.register_forward_pre_hook(partial(_begin, reading))
-    model.register_forward_hook(partial(_end, reading), always_call=True)
+        vars(module)["streamed"] = StreamedWeight(prefetch, own)
+    model.register_forward_pre_hook(partial(_begin, prefetch))
+    model.register_forward_hook(partial(_end, prefetch), always_call=True)
     _refuse_moves_of(model)
 
 
@@ -80,11 +80,11 @@ def _refuse_moves_of(model: nn.Module) -> None:
     model._apply = apply  # type: ignore[method-assign]
 
 
-def _begin(reading: Reading, *_: Any) -> None:
+def _begin(prefetch: Prefetch, *_: Any) -> None:
     if not torch.compiler.is_compiling():
-        reading.begin()
+        prefetch.begin()
 
 
-def _end(reading: Reading, *_: Any) -> None:
+def _end(prefetch: Prefetch, *_: Any) -> None:
     if not torch.compiler.is_compiling():
-        reading.end()
+        prefetch.end()

@@ -2,6 +2,7 @@
 
     python -m bench.stream shape --model llama-7b --frozen nf4 --tokens 512 --folder /scratch
     python -m bench.stream shape --model llama-7b --frozen none --tokens 128 512 --folder /scratch --check
+    python -m bench.stream costs --folder /scratch    # of unpacking a weight and of reading it, in FLOPs of a product
 
 Weights are random, in bfloat16: memory and time do not depend on them. They are written into a folder of `--folder`
 once, piece by piece, and stay there. Each case runs in a process of its own: it opens the folder, wraps five layers, as
@@ -11,8 +12,9 @@ mapped pages for as long as they are resident; the page cache, which the system 
 in it. The largest parts of it, anonymous and of files, are sampled. `read_gib` is what the step read from the disk: the
 page cache may hold all of it, so the first step after a reboot, or with less memory, is another one than the second.
 
-`--check` compares the gradients of the layers that train with those of their blocks in float64, from the same inputs
-and the same gradients of outputs, block by block, in another process.
+`--check` compares the gradients of the layers that train with those of their blocks in float64, and with those in
+bfloat16 with all weights in memory, from the same inputs and the same gradients of outputs, block by block, in another
+process.
 """
 
 from __future__ import annotations
@@ -29,22 +31,27 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import zest_fast
-from bench.measure import RESULTS, ROOT, write_result
+from bench.measure import RESULTS, ROOT, interleave, ratio, write_result
 from bench.stream.random_folder import write_random
+from zest_fast.finetuning.quantised_formats import FORMATS
 from zest_fast.foundation.options import Checkpoint
 from zest_fast.lean.optimizer import adamw, optimizer_in_backward
 from zest_fast.planning.blocks import layout_of
+from zest_fast.streaming.mapped_files import MappedFile
 
 GIB = 2**30
 LAYERS = 5
+COSTED = (11008, 4096)
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-7b": {},
     "llama-13b": {
@@ -90,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.stream", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["shape"])
+    parser.add_argument("what", choices=["shape", "costs"])
     parser.add_argument("--model", choices=list(SHAPES), default="llama-7b")
     parser.add_argument("--frozen", choices=["none", "int8", "nf4"], default="nf4")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512])
@@ -112,6 +119,11 @@ def main() -> None:
         return
     if options.folder is None:
         parser.error("--folder is needed: the weights are written there")
+    if options.what == "costs":
+        torch.set_num_threads(options.threads)
+        options.folder.mkdir(parents=True, exist_ok=True)
+        write_result("stream_costs", {"shape": COSTED, "tokens": 512}, costs(options.folder), options.out)
+        return
     results = _Results(options.out)
     name, frozen = "tiny" if options.tiny else options.model, None if options.frozen == "none" else options.frozen
     checkpoint: Checkpoint | None = "above-cut" if options.checkpoint else None
@@ -225,7 +237,8 @@ def measure(case: Case) -> dict:
 
 
 def check(case: Case) -> dict:
-    """Relative errors of the trained layers' gradients, by layer, and the largest."""
+    """Relative errors of the trained layers' gradients, by layer, and the largest; whether they are those of the same
+    blocks with all weights in memory, bit for bit, whose errors come from bfloat16 alone."""
     torch.set_num_threads(case.threads)
     model: Any = zest_fast.open_streamed(case.folder, train=case.layers)
     tuned = zest_fast.SelectiveBackward(model, case.layers)
@@ -240,16 +253,24 @@ def check(case: Case) -> dict:
     for handle in handles:
         handle.remove()
     tuned.remove()
-    errors = {}
+    errors, same = {}, {}
     for number, block in blocks.items():
-        wanted = _in_float64(model, number, block, *seen[number], gradients[number])
+        wanted, resident = (
+            _resident(model, number, block, *seen[number], gradients[number], dtype)
+            for dtype in (torch.float64, torch.bfloat16)
+        )
         for name, gradient in wanted.items():
             found = block.get_submodule(name).weight.grad
             assert found is not None
             errors[f"model.layers.{number}.{name}"] = float((found.double() - gradient).norm() / gradient.norm())
+            same[f"model.layers.{number}.{name}"] = torch.equal(found, resident[name])
     if set(errors) != set(case.layers):
         raise RuntimeError(f"gradients of {sorted(errors)} were checked, and {sorted(case.layers)} train")
-    return {"largest_relative_error": max(errors.values()), "relative_errors": errors}
+    return {
+        "equal_to_resident": all(same.values()),
+        "largest_relative_error": max(errors.values()),
+        "relative_errors": errors,
+    }
 
 
 class _Watch:
@@ -269,29 +290,63 @@ def _trained(block: nn.Module) -> dict[str, nn.Parameter]:
     return {name.removesuffix(".weight"): p for name, p in block.named_parameters() if p.requires_grad}
 
 
-def _in_float64(
-    model: Any, number: int, block: nn.Module, args: tuple, keywords: dict, gradient: Tensor
+def _resident(
+    model: Any, number: int, block: nn.Module, args: tuple, keywords: dict, gradient: Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor]:
+    """Gradients of what trains in a block of plain modules, from the same input and the same gradient of its output."""
     with torch.device("meta"):
-        exact = type(block)(model.config, number)
-    for name, module in exact.named_modules():
+        plain = type(block)(model.config, number)
+    for name, module in plain.named_modules():
         if "weight" in module._parameters:
             weight: Any = block.get_submodule(name).weight
-            module._parameters["weight"] = nn.Parameter(weight.detach().double(), requires_grad=False)
+            module._parameters["weight"] = nn.Parameter(weight.detach().to(dtype, copy=True), requires_grad=False)
     trained = list(_trained(block))
     for name in trained:
-        exact.get_submodule(name).weight.requires_grad_(True)  # type: ignore[operator, union-attr]
-    output = exact.eval()(*_double(args), **_double(keywords))
-    (output[0] if isinstance(output, tuple) else output).backward(gradient.double())
-    return {name: exact.get_submodule(name).weight.grad for name in trained}  # type: ignore[misc, union-attr]
+        plain.get_submodule(name).weight.requires_grad_(True)  # type: ignore[operator, union-attr]
+    args, keywords = _in(dtype, args), _in(dtype, keywords)
+    output = plain.eval()(*args, **keywords)
+    (output[0] if isinstance(output, tuple) else output).backward(gradient.to(dtype))
+    return {name: plain.get_submodule(name).weight.grad for name in trained}  # type: ignore[misc, union-attr]
 
 
-def _double(value: Any) -> Any:
+def costs(folder: Path) -> list[dict[str, Any]]:
+    """What unpacking, and mapping and dropping, one weight costs: in FLOPs, two for each multiplication and addition, of
+    a product of matrices in bfloat16 that takes as long, interleaved."""
+    weight, x = torch.randn(COSTED).to(torch.bfloat16), torch.randn(512, COSTED[1]).to(torch.bfloat16)
+    path = folder / "weight.safetensors"
+    save_file({"weight": weight}, path)
+    mapped = MappedFile(path).parameter("weight")
+    packed = {name: FORMATS[name].pack(weight) for name in FORMATS}
+
+    def use_mapped() -> None:
+        nn.functional.linear(x, mapped)
+        mapped.pages.drop()  # type: ignore[attr-defined]
+
+    runs: dict[str, Any] = {"product": lambda: nn.functional.linear(x, weight), "product, mapped": use_mapped}
+    runs |= {
+        name: partial(FORMATS[name].unpack, *parts, weight.shape, torch.bfloat16) for name, parts in packed.items()
+    }
+    seconds = interleave(runs, 9, clock=time.process_time)
+    path.unlink()
+    flops = 2 * 512
+    found = [
+        {"what": f"unpack {name}", "flops": flops * (each := ratio(seconds, name, "product")).median, **each.as_dict()}
+        for name in FORMATS
+    ]
+    read = ratio(seconds, "product, mapped", "product")
+    found.append({"what": "map and drop", "flops": flops * (read.median - 1), **read.as_dict()})
+    for row in found:
+        print(f"{row['what']}: {row['flops']:.0f} FLOPs a weight", flush=True)
+    return found
+
+
+def _in(dtype: torch.dtype, value: Any) -> Any:
     from torch.utils._pytree import tree_map_only
 
-    return tree_map_only(
-        Tensor, lambda tensor: tensor.detach().double() if tensor.is_floating_point() else tensor.detach(), value
-    )
+    def converted(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+
+    return tree_map_only(Tensor, converted, value)
 
 
 def _batch(model: Any, tokens: int) -> dict[str, Tensor]:

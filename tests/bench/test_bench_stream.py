@@ -30,6 +30,7 @@ def test_each_case_is_measured_once_and_its_gradients_are_checked(tmp_path):
         assert len(set(row["layers"])) == 5 and row["cut"] in row["layers"]
         assert len(row["losses"]) == len(row["seconds"]) == len(row["read_gib"]) == 2
         assert 0 < row["largest_of_files_gib"] < row["peak_gib"]
+    assert packed["check"]["equal_to_resident"]
     assert packed["check"]["largest_relative_error"] < 10 * 2**-8  # some ten roundings of bfloat16 on the way
     assert "tiny int8 16 tokens" in said
     before = path.read_bytes()

@@ -13,6 +13,7 @@ from safetensors.torch import load_model
 from streamed_models import LAYERS, mapped_bytes, resident, save_llama, save_shards, tokens
 
 from zest_fast import (
+    PrefixCache,
     SelectiveBackward,
     adamw,
     apply_delta,
@@ -395,3 +396,30 @@ def test_small_weights_are_in_memory(folder, monkeypatch):
     model = open_streamed(folder, train=LAYERS)
     assert streamed_kinds(model) == set() and not any(pages_of(parameter) for parameter in model.parameters())
     assert torch.equal(copy.deepcopy(model)(**tokens()).logits, resident(folder)(**tokens()).logits)
+
+
+def test_with_a_prefix_cache_blocks_below_the_cut_are_read_in_the_first_epoch_only(folder, frozen, tmp_path):
+    model = opened(folder, frozen, tmp_path)
+    plain = opened(folder, frozen, tmp_path)
+    cache = PrefixCache(tmp_path / "cache")
+    below = [m for n, m in model.named_modules() if n.startswith("model.layers.0.") and hasattr(m, "streamed")]
+    assert len(below) == 7
+    found = []
+    for one, options in ((plain, {}), (model, {"cache": cache})):
+        tuned = SelectiveBackward(one, LAYERS, **options)
+        optimizer = torch.optim.SGD(tuned.parameters(), lr=0.1)
+        losses = []
+        for epoch in range(3):
+            if epoch == 1 and options:
+                for module in below:  # nobody looks for these any more
+                    module.streamed = None
+            for seed in (1, 2):
+                loss = one(**tokens(seed)).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+        found.append((losses, [parameter.detach().clone() for parameter in tuned.parameters()]))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+    assert cache.computed == 4 and cache.read == 8

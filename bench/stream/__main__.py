@@ -310,8 +310,8 @@ def _resident(
 
 
 def costs(folder: Path) -> list[dict[str, Any]]:
-    """What unpacking, and mapping and dropping, one weight costs: in FLOPs, two for each multiplication and addition, of
-    a product of matrices in bfloat16 that takes as long, interleaved."""
+    """What unpacking, and mapping and dropping, one weight costs: in FLOPs, two a multiplication and addition, of a
+    product of matrices in bfloat16 that takes as long, interleaved."""
     weight, x = torch.randn(COSTED).to(torch.bfloat16), torch.randn(512, COSTED[1]).to(torch.bfloat16)
     path = folder / "weight.safetensors"
     save_file({"weight": weight}, path)

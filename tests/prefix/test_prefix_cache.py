@@ -137,7 +137,7 @@ def test_training_is_that_without_the_cache_or_is_refused(name, tmp_path) -> Non
     assert cache.read == 2 * cache.computed or cache.plain
 
 
-@pytest.mark.parametrize("layer", ["self_attn.o_proj", "self_attn.k_proj", "mlp.down_proj"])
+@pytest.mark.parametrize("layer", ["self_attn.o_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj"])
 @pytest.mark.parametrize("options", [{}, {"checkpoint": "above-cut"}, {"lean": False}, {"frozen": "int8"}])
 @pytest.mark.parametrize("size", [1, 4])
 def test_llama_bit_for_bit(layer, options, size, tmp_path) -> None:

@@ -147,10 +147,11 @@ def needed(trace: Trace, place: Call, run: Callable[[], Any], undisturbed: Run) 
     value, too.
     """
     skipped = tuple(finished_before(place))
-    flow = _Flow()
+    flow, held = _Flow(), set[Call]()
 
     def handle(call: Call, forward: Callable[[], Any]) -> Any:
         if call is place:
+            held.update(flow.held())  # now: what stands in the middle of an expression goes with the exception
             raise Reached
         flow.paused = True
         try:
@@ -164,7 +165,6 @@ def needed(trace: Trace, place: Call, run: Callable[[], Any], undisturbed: Run) 
         with intercepted(trace, skipped, handle, watched=[place]), flow:
             run()
     except Reached:
-        held = flow.held()
         return tuple(call for call in skipped if call in held)
     raise NotReusable("the forward pass took another way than the traced one")
 

@@ -2,6 +2,7 @@
 
     python -m bench.stream shape --model llama-7b --frozen nf4 --tokens 512 --folder /scratch
     python -m bench.stream shape --model llama-7b --frozen none --tokens 128 512 --folder /scratch --check
+    python -m bench.stream compare --folder /scratch  # resident, streamed, cached, accelerate (compare.py)
     python -m bench.stream costs --folder /scratch    # of unpacking a weight and of reading it, in FLOPs of a product
 
 Weights are random, in bfloat16: memory and time do not depend on them. They are written into a folder of `--folder`
@@ -23,13 +24,9 @@ import argparse
 import gc
 import json
 import os
-import re
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -42,6 +39,8 @@ from torch import Tensor, nn
 
 import zest_fast
 from bench.measure import RESULTS, ROOT, interleave, ratio, write_result
+from bench.stream.compare import TOKENS, arm_alone, compare
+from bench.stream.measured import GIB, forget_peak, read_bytes, sampled, status
 from bench.stream.random_folder import write_random
 from zest_fast.finetuning.quantised_formats import FORMATS
 from zest_fast.foundation.options import Checkpoint
@@ -49,7 +48,6 @@ from zest_fast.lean.optimizer import adamw, optimizer_in_backward
 from zest_fast.planning.blocks import layout_of
 from zest_fast.streaming.mapped_files import MappedFile
 
-GIB = 2**30
 LAYERS = 5
 COSTED = (11008, 4096)
 SHAPES: dict[str, dict[str, Any]] = {
@@ -97,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.stream", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["shape", "costs"])
+    parser.add_argument("what", choices=["shape", "costs", "compare", "arm"])
     parser.add_argument("--model", choices=list(SHAPES), default="llama-7b")
     parser.add_argument("--frozen", choices=["none", "int8", "nf4"], default="nf4")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512])
@@ -112,6 +110,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the JSON, in place of bench/results")
     parser.add_argument("--case", help=argparse.SUPPRESS)  # how this starts itself
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.what == "arm":
+        print(json.dumps(arm_alone(options.case, options.folder, tiny=options.tiny)))
+        return
     if options.case:
         case = json.loads(options.case)
         case = Case(**{**case, "layers": tuple(case["layers"])})
@@ -119,9 +121,12 @@ def main() -> None:
         return
     if options.folder is None:
         parser.error("--folder is needed: the weights are written there")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.what == "compare":
+        rows = compare(options.folder, tiny=options.tiny)
+        write_result("stream_compared", {"dtype": "bfloat16", "batch": 1, "tokens": TOKENS}, rows, options.out)
+        return
     if options.what == "costs":
-        torch.set_num_threads(options.threads)
-        options.folder.mkdir(parents=True, exist_ok=True)
         write_result("stream_costs", {"shape": COSTED, "tokens": 512}, costs(options.folder), options.out)
         return
     results = _Results(options.out)
@@ -196,21 +201,21 @@ def measure(case: Case) -> dict:
     model.train()  # or transformers would not checkpoint
     tuned = zest_fast.SelectiveBackward(model, case.layers, checkpoint=case.checkpoint)
     gc.collect()
-    wrapping, peak_when_wrapped = time.perf_counter() - started - opening, _status("VmHWM")
-    peak_is_of_steps = _forget_peak()
+    wrapping, peak_when_wrapped = time.perf_counter() - started - opening, status("VmHWM")
+    peak_is_of_steps = forget_peak()
     optimizer = adamw(tuned.parameters(), lr=1e-4, fused=True)
     losses: list[float] = []
     seconds: list[float] = []
-    read = [_read_bytes()]
-    with _sampled("RssAnon", "RssFile") as largest, optimizer_in_backward(optimizer):
+    read = [read_bytes()]
+    with sampled("RssAnon", "RssFile") as largest, optimizer_in_backward(optimizer):
         for _ in range(case.steps):
             started = time.perf_counter()
             loss = model(**_batch(model, case.tokens)).loss
             loss.backward()
             losses.append(loss.item())
             seconds.append(time.perf_counter() - started)
-            read.append(_read_bytes())
-    peak = _status("VmHWM")
+            read.append(read_bytes())
+    peak = status("VmHWM")
     tuned.verify()
     return {
         "model": case.model,
@@ -224,7 +229,7 @@ def measure(case: Case) -> dict:
         "peak_when_wrapped_gib": peak_when_wrapped / GIB,
         "largest_anonymous_gib": largest["RssAnon"] / GIB,
         "largest_of_files_gib": largest["RssFile"] / GIB,
-        "resident_after_gib": _status("VmRSS") / GIB,
+        "resident_after_gib": status("VmRSS") / GIB,
         "seconds": seconds,
         "read_gib": [(after - before) / GIB for before, after in pairwise(read)],
         "opening_seconds": opening,
@@ -352,49 +357,6 @@ def _in(dtype: torch.dtype, value: Any) -> Any:
 def _batch(model: Any, tokens: int) -> dict[str, Tensor]:
     ids = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "labels": ids}
-
-
-@contextmanager
-def _sampled(*keys: str, every: float = 0.02) -> Iterator[dict[str, int]]:
-    """The largest values seen of these lines of /proc/self/status."""
-    largest, done = {key: _status(key) for key in keys}, threading.Event()
-
-    def sample() -> None:
-        while not done.wait(every):
-            for key in keys:
-                largest[key] = max(largest[key], _status(key))
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield largest
-    finally:
-        done.set()
-        thread.join()
-
-
-def _forget_peak() -> bool:
-    """Let VmHWM begin anew at what is resident now; False where that is not allowed."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-        return True
-    return False
-
-
-def _read_bytes() -> int:
-    """What this process has had read from disks."""
-    return _number("/proc/self/io", "read_bytes", "")
-
-
-def _status(key: str) -> int:
-    return _number("/proc/self/status", key, " kB") * 1024
-
-
-def _number(path: str, key: str, unit: str) -> int:
-    found = re.search(rf"^{key}:\s+(\d+){unit}$", Path(path).read_text(), re.MULTILINE)
-    if found is None:
-        raise RuntimeError(f"{path} has no {key}: this benchmark needs Linux")
-    return int(found[1])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from torch import nn
 
 from bench.finetune.arms import Arm, Trained
 from bench.finetune.run import FOLDER, Pair
+from bench.markdown import markdown_table
 from bench.measure import RESULTS, interleave, median, ratio, write_result
 from zest_fast import PrefixCache
 from zest_fast.profiling.layers import find_layers
@@ -149,6 +150,28 @@ class Measured(Pair):
 def _cut(model: nn.Module) -> str:
     """The first module with a parameter that trains."""
     return next(name for name, p in model.named_parameters() if p.requires_grad).rpartition(".")[0]
+
+
+def cache_text(document: dict) -> str:
+    """The table of docs/results.md: a row for each choice of layers of a pair."""
+    rows = []
+    for row in document["results"]:
+        for name, arm in row["arms"].items():
+            runs, accuracy = arm["run_seconds"], arm["accuracy"]
+            rows.append(
+                [
+                    f"{row['pair']}, {name}",
+                    arm["cut"].removeprefix("body."),
+                    *(f"{arm[key]['median']:.2f}" for key in ("to_plain", "to_full")),
+                    f"{runs['cached'] / runs['plain']:.2f}",
+                    f"{runs['cached'] / runs['full']:.2f}",
+                    f"{100 * accuracy['plain']:.1f}",
+                    f"{100 * accuracy['cached']:.1f}",
+                    f"{arm['bytes'] / row['samples'] / 1024:.0f}",
+                ]
+            )
+    head = ["pair, five layers", "cut", "a step, x without", "x full", "4 epochs, x without", "x full"]
+    return markdown_table([*head, "accuracy without", "with", "KiB a sample"], rows)
 
 
 if __name__ == "__main__":

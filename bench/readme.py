@@ -24,9 +24,11 @@ from bench.llama7b.report import llama7b_text
 from bench.markdown import markdown_table
 from bench.measure import RESULTS, ROOT
 from bench.memory_table.report import memory_text
+from bench.prefix_cache import cache_text
 from bench.probe_blind import blind_text
 from bench.probe_controls import controls_text
 from bench.probe_share import share_text
+from bench.stream.report import compared_text, stream_text
 
 MIB = 2**20
 KERNEL_SIZES = (4 * MIB, 256 * MIB)  # of the four sizes measured: cache-resident, and far beyond
@@ -239,6 +241,9 @@ LEGENDS = {
     "sweep_speed": "Processor seconds of a quarter of one seed. Naive loop: the same recipe and head, all else frozen, "
     "each pass from the input. Planning and the passes that fill the caches count; head and profiles do not. The "
     "range is that of the rounds.",
+    "prefix_cache": "Processor time of one thread. *A step* of a later epoch, interleaved with the same step without "
+    "the cache and with one of full fine-tuning. *4 epochs*: all steps of a run, the first epoch's computing and writing "
+    "among them; not interleaved. Both runs start from the same seed and see the same batches.",
     "kernels": "All threads. The read bandwidth is that of the fastest of three read-only torch passes over as many "
     "bytes in the same rounds. *Lean torch*: shared sums over cache-sized blocks; it and torch.compile lose digits on "
     "offset data, the kernels do not.",
@@ -262,6 +267,9 @@ BLOCKS: dict[str, tuple[dict[str, str], Callable[..., str]]] = {
     "lean": ({"lean.json": "python -m bench.lean"}, lean_text),
     "methods": (_METHODS, memory_text),
     "llama7b": ({"llama7b.json": "python -m bench.llama7b"}, llama7b_text),
+    "stream": ({"stream.json": "python -m bench.stream shape"}, stream_text),
+    "stream_compared": ({"stream_compared.json": "python -m bench.stream compare"}, compared_text),
+    "prefix_cache": ({"prefix_cache.json": "python -m bench.prefix_cache"}, cache_text),
     "demo": ({"demo.json": "zest-fast demo"}, demo_table),
     "demo_minilm": ({"demo_minilm.json": "zest-fast demo --task minilm"}, demo_table),
     "demo_smollm2": ({"demo_smollm2.json": "zest-fast demo --task smollm2"}, demo_table),

@@ -137,7 +137,7 @@ def main() -> None:
             continue
         folder, layers = _weights(options, name, frozen)
         case = Case(name, frozen, tokens, str(folder), layers, checkpoint, options.steps, options.threads)
-        row = _run(case)
+        row = _run(case) | {"planned_gib": _planned(options, name, case) / GIB}
         if options.check:
             row["check"] = _run(case, "--check")
         results.add(row)
@@ -183,6 +183,16 @@ def _weights(options: argparse.Namespace, name: str, frozen: str | None) -> tupl
         print(f"writing {folder}", flush=True)
         write_random(folder, config, frozen, layers)
     return folder, layers
+
+
+def _planned(options: argparse.Namespace, name: str, case: Case) -> int:
+    """Bytes of tensors, by a dry run."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(**(TINY if options.tiny else SHAPES[name]), use_cache=False)
+    how: dict[str, Any] = {"checkpoint": case.checkpoint, "frozen": case.frozen, "stream": True}
+    sizes = {"batch_size": 1, "sequence_length": case.tokens}
+    return zest_fast.plan(config, case.layers, optimizer="adamw-fused-in-backward", **sizes, **how).peak_bytes
 
 
 def _run(case: Case, *options: str) -> dict:

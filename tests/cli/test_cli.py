@@ -257,6 +257,34 @@ def test_finetune_keeps_what_lies_below_the_cut(run, tmp_path):
     refused(run("finetune", "bert", "films.jsonl", "--cache-limit", "1GB"), "pass both")
 
 
+def test_finetune_leaves_frozen_weights_on_disk(run, tmp_path):
+    layer = "model.layers.1.mlp.up_proj"
+    words = ("finetune", "llama", "films.jsonl", "--task", "causal-lm", "--layers", layer, "--steps", 3)
+    plain = document(run(*words, "--out", tmp_path / "plain.safetensors", "--json"))
+    streamed = run(*words, "--stream", "--out", tmp_path / "streamed.safetensors", "--json")
+    assert "frozen weights stay on disk" in streamed.stderr
+    assert document(streamed)["training_loss"] == plain["training_loss"]
+    ours, theirs = (load_file(tmp_path / f"{name}.safetensors") for name in ("streamed", "plain"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert run("pack", "llama", "--frozen", "int8", "--out", tmp_path / "packed").exit_code == 0
+    packed = document(run(*words[:1], tmp_path / "packed", *words[2:], "--stream", *saving(tmp_path), "--json"))
+    frozen = document(run(*words, "--frozen", "int8", *saving(tmp_path), "--json"))
+    assert packed["training_loss"] == frozen["training_loss"]
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("llama", "films.jsonl", "--task", "causal-lm", "--stream"), ["--stream needs --layers"]),
+        (("llama", "films.jsonl", "--stream", "--layers", "x", "--frozen", "int8"), ["pack the folder"]),
+        (("bert", "films.jsonl", "--label-column", "genre", "--stream", "--layers", "x"), []),
+        (("zest_cli_user:net", "zest_cli_user:batches", "--stream", "--layers", "x"), ["is no folder"]),
+    ],
+)
+def test_finetune_refuses_what_cannot_stay_on_disk(run, words, parts):
+    refused(run("finetune", *words), *parts)
+
+
 def test_finetune_probes_before_it_ranks(run, home, tmp_path):
     save_jsonl(home / "more.jsonl", TEXTS * 16, LABELS * 16)
     words = ("finetune", "bert", "more.jsonl", "--top", 2, "--steps", 1, *saving(tmp_path), "--json")

@@ -113,6 +113,13 @@ def finetune(
     ] = None,
     checkpoint: Annotated[str | None, typer.Option(help="above-cut: recompute activations in backward.")] = None,
     frozen: Annotated[str | None, typer.Option(help="int8 or nf4: keep frozen Linear layers quantised.")] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Frozen weights stay on disk: MODEL is a folder, plain or of zest-fast pack, --layers what trains.",
+        ),
+    ] = False,
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -144,14 +151,30 @@ def finetune(
         raise ValueError("--probe is mixed in by the Ranker that ships, and --by ranks by a metric: leave one out")
     if cache is None and "cache_limit" in typed(ctx):
         raise ValueError("--cache-limit is about --cache, which names the folder: pass both")
+    names = split_names(layers, "--layers")
+    if stream and names is None:
+        raise ValueError(
+            "--stream needs --layers: what trains is read into memory, and has to be known before; rank first, on a "
+            "machine that holds the model, or name layers of the upper half"
+        )
+    if stream and frozen is not None:
+        raise ValueError(
+            f"--frozen {frozen} packs weights in memory: pack the folder (zest-fast pack), and --stream it"
+        )
     share = share_of("--probe", probe)
     with work(model, data) as console:
-        job = opened_job(ctx, console, same_length=cache is not None)
+        more: dict[str, Any] = {"same_length": cache is not None}
+        if stream:
+            from zest_fast.integrations.pretrained import Streamed
+
+            chosen = None if head == "none" else head if head == "auto" else split_names(head, "--head")
+            more["streamed"] = Streamed(tuple(names or ()), chosen)
+        job = opened_job(ctx, console, **more)
         from zest_fast.cli.finetuning import finetune_job
 
         document = finetune_job(
             job,
-            layers=split_names(layers, "--layers"),
+            layers=names,
             head=head,
             by=by,
             probe=share,

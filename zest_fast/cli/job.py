@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from zest_fast.integrations.datasets import ImageFolder, Loaders, class_names, make_loaders, open_data
-from zest_fast.integrations.pretrained import LoadedModel, find_task, load_model
+from zest_fast.integrations.pretrained import LoadedModel, Streamed, find_task, load_model
 from zest_fast.integrations.references import is_reference
 from zest_fast.integrations.tables import Table
 from zest_fast.profiling.heads import find_head
@@ -44,9 +44,12 @@ def open_job(
     label_column: str | None,
     seed: int,
     device: str,
+    streamed: Streamed | None = None,
     **batching: Any,
 ) -> Job:
-    """`batching`: the remaining keywords of make_loaders. A fresh head is drawn from `seed`."""
+    """streamed: of a model whose frozen weights stay on disk. `batching`: the remaining keywords of make_loaders. A
+    fresh head is drawn from `seed`.
+    """
     torch.manual_seed(seed)
     opened = open_data(data)
     if task is None:
@@ -62,12 +65,12 @@ def open_job(
         names = class_names(opened.labels)
     elif isinstance(opened, Table) and label_column is not None:
         names = class_names(opened.column(label_column))
-    loaded = load_model(model, task=task, class_names=names)
+    loaded = load_model(model, task=task, class_names=names, streamed=streamed)
     _check_kind(opened, data, task)
     if names is not None and loaded.class_names is None:
         _check_outputs(loaded, len(names))
     loaders = make_loaders(opened, loaded, label_column=label_column, seed=seed, **batching)
-    target = pick_device(device)
+    target = pick_device("cpu" if streamed is not None and device == "auto" else device)
     loaded.model.to(target)
     return Job(loaded, loaders, target, _without_effect(opened, data, task, is_reference(model)))
 

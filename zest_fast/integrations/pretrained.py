@@ -19,6 +19,7 @@ from zest_fast.foundation.hub_kernels import refuse_kernels
 from zest_fast.foundation.nearest import nearest, some
 from zest_fast.integrations.quiet import quiet_transformers
 from zest_fast.integrations.references import is_reference, load_function, nearest_path
+from zest_fast.streaming.opening import open_streamed
 
 # task -> (its Auto class, how the architectures of a checkpoint for it are called)
 _AUTO_CLASSES = {
@@ -61,7 +62,13 @@ def find_task(source: str) -> str | None:
     return None
 
 
-def load_model(source: str, *, task: str | None = None, class_names: Sequence[str] | None = None) -> LoadedModel:
+def load_model(
+    source: str,
+    *,
+    task: str | None = None,
+    class_names: Sequence[str] | None = None,
+    streamed: Streamed | None = None,
+) -> LoadedModel:
     """Loads the model that `source` names.
 
     source: a hub id, a folder that `save_pretrained` wrote, or `module:function` whose function returns a
@@ -70,6 +77,7 @@ def load_model(source: str, *, task: str | None = None, class_names: Sequence[st
     class_names: the classes of the data. A head that the checkpoint has for them is kept: one that knows every class by
         name, or that has so many outputs where the classes are their numbers. Else a fresh one is drawn from torch's
         random state, and `.notes` says what was replaced and why. A multi-label head is refused.
+    streamed: its frozen weights stay on disk (`open_streamed`); a folder is needed, and a head that is kept.
 
     Code that comes with the weights is never run, and names in the folder's files that lead out of it are refused;
     links in it are followed, since the caches of the hub are made of them.
@@ -77,6 +85,8 @@ def load_model(source: str, *, task: str | None = None, class_names: Sequence[st
     """
     if task is not None and task not in TASKS:
         raise ValueError(f"task {task!r} is unknown; {nearest(task, TASKS)}")
+    if streamed is not None and not Path(source).is_dir():
+        raise ValueError(f"model {source!r} is no folder, whose weights could stay on disk: name the folder of a model")
     if is_reference(source):
         model = load_function(source)()
         if not isinstance(model, torch.nn.Module):
@@ -92,6 +102,8 @@ def load_model(source: str, *, task: str | None = None, class_names: Sequence[st
     head = _Head()
     if task != "causal-lm":
         head = _choose_head(source, config, class_names) if made_for == task else _new_head(class_names)
+    if streamed is not None:
+        return _open_streamed(source, task, made_for, head, streamed)
     if Path(source).is_dir():
         _check_weights(Path(source))
     model, missing, replaced = _from_pretrained(source, task, head.changes, config.num_labels)
@@ -106,6 +118,26 @@ def load_model(source: str, *, task: str | None = None, class_names: Sequence[st
         )
     fresh = tuple(sorted({*missing, *replaced}))
     return LoadedModel(model.eval(), source, task, _processor(source, task, model), head.names, fresh, tuple(notes))
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Of a model whose frozen weights stay on disk: what trains, as for `open_streamed`."""
+
+    layers: tuple[str, ...]
+    head: str | list[str] | None = "auto"
+
+
+def _open_streamed(source: str, task: str, made_for: str | None, head: _Head, streamed: Streamed) -> LoadedModel:
+    if head.changes or made_for != task:
+        why = "; ".join(head.notes) or f"it was saved for {made_for}, not for {task}"
+        raise ValueError(
+            f"{source} needs another head, which would be drawn at random ({why}): load it once, give it that head, and "
+            "save it before its weights can stay on disk"
+        )
+    model: Any = open_streamed(source, train=streamed.layers, head=streamed.head)
+    notes = (*head.notes, "frozen weights stay on disk and are read as they are used")
+    return LoadedModel(model, source, task, _processor(source, task, model), head.names, (), notes)
 
 
 @dataclass(frozen=True)

@@ -132,8 +132,8 @@ def _open_streamed(source: str, task: str, made_for: str | None, head: _Head, st
     if head.changes or made_for != task:
         why = "; ".join(head.notes) or f"it was saved for {made_for}, not for {task}"
         raise ValueError(
-            f"{source} needs another head, which would be drawn at random ({why}): load it once, give it that head, and "
-            "save it before its weights can stay on disk"
+            f"{source} needs another head, which would be drawn at random ({why}): load it once, give it that head and "
+            "save it; then its weights can stay on disk"
         )
     model: Any = open_streamed(source, train=streamed.layers, head=streamed.head)
     notes = (*head.notes, "frozen weights stay on disk and are read as they are used")

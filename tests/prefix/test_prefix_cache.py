@@ -623,16 +623,15 @@ def test_nothing_below_the_cut(tmp_path) -> None:
         trained(make_chain, ["first"], batches_of(VECTORS), PrefixCache(tmp_path))
 
 
-def test_what_changes_from_pass_to_pass_is_found_by_the_comparison(tmp_path, monkeypatch) -> None:
+def test_what_changes_from_pass_to_pass_is_found_by_the_comparison(tmp_path) -> None:
+    passes = []  # where nobody looks
+
     class Ages(nn.GELU):
-        passes = 0
-
         def forward(self, x):
-            self.passes += 1
-            return super().forward(x) * (1 + (self.passes > 20))
+            passes.append(1)
+            return super().forward(x) * (1 + (len(passes) > 20))
 
-    monkeypatch.setattr("zest_fast.prefix.cached_passes._CHECKED", 4)
-    model, cache = Chain(Ages()), PrefixCache(tmp_path)
+    model, cache = Chain(Ages()).eval(), PrefixCache(tmp_path)
     (x, _), *_ = batches_of(VECTORS)
     with (
         SelectiveBackward(model, ["third"], cache=cache),
@@ -640,6 +639,19 @@ def test_what_changes_from_pass_to_pass_is_found_by_the_comparison(tmp_path, mon
     ):
         for _ in range(100):
             model(x)
+    assert not sum(path.stat().st_size for path in files_in(tmp_path))  # no other run reads it
+
+
+def test_counters_below_the_cut_are_refused(tmp_path) -> None:
+    class Counts(nn.GELU):
+        passes = 0
+
+        def forward(self, x):
+            self.passes += 1
+            return super().forward(x) * (1 + (self.passes > 20))
+
+    with pytest.raises(ValueError, match=re.escape("counts its passes (between.0.passes)")):
+        trained(lambda: Chain(Counts()), ["third"], batches_of(VECTORS), PrefixCache(tmp_path))
 
 
 def test_copies_and_pickles_of_a_wrapped_model_run_without_it(tmp_path) -> None:

@@ -32,6 +32,7 @@ from zest_fast.foundation.nearest import some
 from zest_fast.foundation.torch_private import current_task, forward_hooks, innermost_transform
 from zest_fast.lean.frozen_norms import end_calls
 from zest_fast.prefix.cached_passes import CachedPasses
+from zest_fast.prefix.flow import is_ours
 from zest_fast.profiling.profile import is_being_profiled
 
 
@@ -113,7 +114,7 @@ class Cut:
         try:
             with non_reentrant(self._model), unmarked():
                 if cache is not None and learns:
-                    cache.fill(args, keywords)  # before the pass that is learned from, whose calls are noted
+                    cache.fill(forward, args, keywords)  # before the pass that is learned from, whose calls are noted
                 if learns:  # an earlier pass may have raised
                     self._order.clear()
                     self._met.clear()
@@ -275,7 +276,7 @@ class Cut:
         return None
 
     def _warn_of_marks(self, name: str, module: nn.Module) -> None:
-        strangers = [hook for hook in forward_hooks(module).values() if not _is_ours(hook)]
+        strangers = [hook for hook in forward_hooks(module).values() if not is_ours(hook)]
         if self._warned_of_marks or any("make_inputs_require_grad" in _name_of(hook) for hook in strangers):
             return
         self._warned_of_marks = True
@@ -354,14 +355,7 @@ def _is_marked_by_hooks(module: nn.Module, args: tuple[Any, ...]) -> bool:
     """Whether leaves in its output require a gradient though nothing that it got or holds does."""
     if any(tensor.requires_grad for tensor in tensors_in(args)):
         return False
-    return not all(map(_is_ours, forward_hooks(module).values()))
-
-
-def _is_ours(code: Any) -> bool:
-    while isinstance(code, partial):
-        code = code.func
-    place = getattr(code, "__module__", None) or type(code).__module__
-    return str(place).startswith("zest_fast.")
+    return not all(map(is_ours, forward_hooks(module).values()))
 
 
 def _name_of(code: Any) -> str:

@@ -47,15 +47,15 @@ class Base:
         return state.hexdigest()
 
 
-def digest_of_modules(model: nn.Module, names: Iterable[str]) -> str:
+def digest_of_modules(model: nn.Module, whole: Iterable[str], own: Iterable[str] = ()) -> str:
     """One digest of all parameters and buffers of these modules, computed ones among them; UNHASHED where one cannot be
-    read."""
-    modules = {name: model.get_submodule(name) for name in names}
-    tensors = {
-        f"{name}.{key}": tensor
-        for name, module in modules.items()
-        for key, tensor in (*module.named_parameters(), *module.named_buffers())
-    }
+    read. own: modules of which what they hold themselves counts, as far as it is frozen."""
+    tensors: dict[str, torch.Tensor] = {}
+    for names, recurse in ((whole, True), (own, False)):
+        for name in names:
+            module = model.get_submodule(name)
+            held = (*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse))
+            tensors |= {f"{name}.{key}": tensor for key, tensor in held if recurse or not tensor.requires_grad}
     found = digests(tensors)
     if UNHASHED in found.values():
         return UNHASHED

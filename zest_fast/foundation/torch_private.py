@@ -70,6 +70,13 @@ def saved_tensors_are_moved() -> bool:
     return top is None or top(True) is not None
 
 
+def saved_tensors_hooks() -> Any:
+    """The innermost hooks on saved tensors that are active, else None: a region of non-reentrant checkpointing has its
+    own, and nothing public says that one is active."""
+    found = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if found is None else found[0]
+
+
 def inputs_of_checkpoint() -> tuple[bool, ...] | None:
     """Inside of reentrant checkpointing which of its inputs need a gradient, else None: nothing public says so.
 

@@ -34,19 +34,39 @@ _DESCRIPTION = "description.json"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class Room:
+    """What all files below a folder may take, and do; those of other processes are looked at now and then."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self._taken = self._since = 0
+        self._knows = False
+
+    def has(self, size: int) -> bool:
+        """Whether so many bytes more fit; they count as taken then."""
+        if not self._knows or self._since > self.limit // 64:
+            self._taken = sum(path.stat().st_size for path in self.folder.glob(f"*/*{_SUFFIX}"))
+            self._knows, self._since = True, 0
+        if self._taken + size > self.limit:
+            return False
+        self._taken += size
+        self._since += size
+        return True
+
+
 class ActivationFiles:
     """The records of one kind, in a subfolder that is named after what they depend on.
 
-    folder: of all kinds. limit: bytes that all of them may take; what does not fit is not kept. description: what the
-    records depend on, ready for JSON; another one is another subfolder, so that nothing is ever read that was written
-    for something else. size: bytes of a record's activations.
+    room: of all kinds; what does not fit is not kept. description: what the records depend on, ready for JSON; another
+    one is another subfolder, so that nothing is ever read that was written for something else. size: bytes of a
+    record's activations.
 
-    Raises OSError where the folder cannot be made.
+    Raises OSError where the folder cannot be made, but for a full disk, which a warning says.
     """
 
-    def __init__(self, folder: Path, limit: int, description: Mapping[str, Any], size: int) -> None:
-        self._all, self._limit, self._size = folder, limit, size
-        self._folder = folder / json_hash(description)[:32]
+    def __init__(self, room: Room, description: Mapping[str, Any], size: int) -> None:
+        self._room, self._size = room, size
+        self._folder = room.folder / json_hash(description)[:32]
         self._places: dict[bytes, tuple[int, int]] = {}  # of each sample: number of the file, offset
         self._files: list[int] = []
         self._paths: list[Path] = []
@@ -54,10 +74,15 @@ class ActivationFiles:
         self._end = 0  # of the own file
         self.full = ""
         """Why nothing is written any more; empty while it is."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        if not (self._folder / _DESCRIPTION).exists():
-            with replacing(self._folder / _DESCRIPTION) as temporary:
-                Path(temporary).write_text(json.dumps(dict(description), indent=1))
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if not (self._folder / _DESCRIPTION).exists():
+                with replacing(self._folder / _DESCRIPTION) as temporary:
+                    Path(temporary).write_text(json.dumps(dict(description), indent=1))
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            self._stop(error)
         self._closer = weakref.finalize(self, _close, self._files)
         for path in sorted(self._folder.glob(f"*{_SUFFIX}")):
             self._open(path)
@@ -86,12 +111,13 @@ class ActivationFiles:
         if place is None:
             return False
         number, offset = place
-        head = os.pread(self._files[number], _HEAD.size, offset)
-        count = _read_whole(self._files[number], into, offset + _HEAD.size)
-        if len(head) == _HEAD.size and count == self._size:
-            found, checksum = _HEAD.unpack(head)
-            if found == sample and checksum == _checksum(sample, into):
-                return True
+        with contextlib.suppress(OSError):  # a disk that cannot be read is as good as a damaged file
+            head = os.pread(self._files[number], _HEAD.size, offset)
+            count = _read_whole(self._files[number], into, offset + _HEAD.size)
+            if len(head) == _HEAD.size and count == self._size:
+                found, checksum = _HEAD.unpack(head)
+                if found == sample and checksum == _checksum(sample, into):
+                    return True
         del self._places[sample]
         warnings.warn(
             f"prefix cache: {os.fspath(self._paths[number])!r} is damaged at byte {offset:,}; that sample is computed "
@@ -110,32 +136,43 @@ class ActivationFiles:
             if self._own is None:
                 self._begin()
             assert self._own is not None
-            if self._taken + self._record > self._limit:
-                self.full = f"the limit of {self._limit:,} bytes is reached"
+            if not self._room.has(self._record):
+                self.full = f"the limit of {self._room.limit:,} bytes is reached"
                 return False
             head = _HEAD.pack(sample, _checksum(sample, contents))
             _write_whole(self._files[self._own], [memoryview(head), contents], self._end)
         except OSError as error:
-            self.full = f"{os.fspath(self._folder)!r} cannot be written ({error.strerror})"
             if self._own is not None:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._files[self._own], self._end)
-            what = "is full" if error.errno in _NO_ROOM else f"cannot be written ({error.strerror})"
-            warnings.warn(
-                f"prefix cache: {os.fspath(self._folder)!r} {what}; what is kept is used, the rest is computed in "
-                "every epoch",
-                stacklevel=2,
-            )
+            self._stop(error)
             return False
         self._places[sample] = self._own, self._end
         self._end += self._record
-        self._taken += self._record
         return True
+
+    def _stop(self, error: OSError) -> None:
+        """Keep nothing more."""
+        self.full = f"{os.fspath(self._folder)!r} cannot be written ({error.strerror})"
+        what = "is full" if error.errno in _NO_ROOM else f"cannot be written ({error.strerror})"
+        warnings.warn(
+            f"prefix cache: {os.fspath(self._folder)!r} {what}; what is kept is used, the rest is computed in every "
+            "epoch",
+            stacklevel=3,
+        )
+
+    def disown(self) -> None:
+        """Throw away what this process has written: it turned out to be wrong."""
+        if self._own is not None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._files[self._own], 0)
+            self._places = {sample: place for sample, place in self._places.items() if place[0] != self._own}
+            self._end = 0
 
     def others(self) -> list[Mapping[str, Any]]:
         """The descriptions of what else is in the folder."""
         found = []
-        for path in sorted(self._all.glob(f"*/{_DESCRIPTION}")):
+        for path in sorted(self._room.folder.glob(f"*/{_DESCRIPTION}")):
             if path.parent != self._folder:
                 with contextlib.suppress(OSError, ValueError):
                     document = parse_json(whole_file(path))
@@ -152,7 +189,6 @@ class ActivationFiles:
         self._own, self._end = len(self._files), 0
         self._files.append(descriptor)
         self._paths.append(path)
-        self._taken = sum(path.stat().st_size for path in self._all.glob(f"*/*{_SUFFIX}"))
 
     def _open(self, path: Path) -> None:
         try:

@@ -17,19 +17,25 @@ from torch import Tensor, nn
 
 from zest_fast.foundation.documents import json_hash
 from zest_fast.foundation.version import __version__
-from zest_fast.prefix.activation_files import ActivationFiles, differences
-from zest_fast.prefix.boundaries import Boundary, NotReusable, close, rounding, rows_in, tensors
+from zest_fast.prefix.activation_files import ActivationFiles, Room, differences
+from zest_fast.prefix.boundaries import Boundary, Call, NotReusable, close, rounding, rows_in, tensors
 from zest_fast.prefix.cache import PrefixCache
-from zest_fast.prefix.flow import Drawn
+from zest_fast.prefix.flow import Drawn, before, is_observed
 from zest_fast.prefix.layouts import Learner
-from zest_fast.prefix.passes import Kept, Passes, floats_of, part_of, with_rows
+from zest_fast.prefix.passes import Kept, Passes, floats_of, part_of, undone, with_rows
 from zest_fast.prefix.placeholders import Unkept
 from zest_fast.prefix.sample_keys import Samples
+from zest_fast.prefix.volatile_state import VolatileState
+from zest_fast.profiling.borrowing.kept_attributes import KeptAttributes
 from zest_fast.profiling.heads import unwrap
 
 FORMAT = 1
 _CHECKED = 64
 """One batch in so many is held against the full pass."""
+_LOOKED_AT = 1 << 16
+"""Entries of an output that are looked through for NaN: of a loss or the logits of a classifier."""
+_SHAPES = 64
+"""That are known at a time; each has files that are open."""
 _OF_A_RUN = ("base", "cut", "numerics", "mode", "modules", "torch")
 """Entries of a description that say what was another one, where a folder holds several."""
 
@@ -39,11 +45,11 @@ _log = logging.getLogger("zest_fast")
 class CachedPasses:
     """Of one model, until `remove()`.
 
-    digest: of the parameters and buffers of modules, by name; "" where some cannot be read. Raises RuntimeError where
-    the cache serves another model.
+    digest: of whole modules, by name, and of what others hold themselves; "" where some cannot be read. Raises
+    RuntimeError where the cache serves another model.
     """
 
-    def __init__(self, cache: PrefixCache, model: nn.Module, digest: Callable[[Iterable[str]], str]) -> None:
+    def __init__(self, cache: PrefixCache, model: nn.Module, digest: Callable[..., str]) -> None:
         self.is_removed = False
         if cache.passes is not None and not cache.passes.is_removed:
             raise RuntimeError("this PrefixCache serves another model: make one for each SelectiveBackward")
@@ -51,10 +57,12 @@ class CachedPasses:
         self._passes = Passes(model, eval_prefix=cache.eval_prefix)
         self._learner = Learner(self._passes)
         self._layouts: dict[Any, _Layout | str] = {}
-        self._bases: dict[Any, str] = {}
+        self._bases: list[tuple[_Weights, str]] = []
         self._distinct: set[bytes] = set()
         self._busy = threading.Lock()
-        self._count = 0
+        self._room = Room(cache.folder, cache.limit)
+        self._count = self._read = 0
+        self._warned_of_keys = False
         cache.passes, cache.stopped = self, ""
 
     def remove(self) -> None:
@@ -95,19 +103,24 @@ class CachedPasses:
             samples = Samples.of(args, keywords)
             if isinstance(samples, str):
                 return self._plainly(samples, forward, args, keywords)
+            state, attributes = VolatileState(self._model), KeptAttributes(self._model.modules())
             try:
-                return self._run(samples)
+                with self._passes.by(forward):
+                    return self._run(samples)
             except NotReusable as error:
+                state.restore()  # random numbers that were drawn, statistics that were taken
+                attributes.restore()
                 return self._plainly(str(error), forward, args, keywords)
         finally:
             self._busy.release()
 
-    def fill(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def fill(self, forward: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Keep the activations of these arguments, whose pass then runs whole. Raises as `run`."""
         samples = Samples.of(args, keywords)
         if isinstance(samples, Samples) and self._busy.acquire(blocking=False):
             try:
-                with contextlib.suppress(NotReusable):  # said by the pass that comes next
+                # What cannot be is said by the pass that comes next.
+                with contextlib.suppress(NotReusable), self._passes.by(forward), undone(self._model):
                     self._activations(self._layout(samples), samples)
                     _log.info("prefix cache: %s", self._cache.forecast)
             finally:
@@ -119,7 +132,8 @@ class CachedPasses:
         layout = None if isinstance(samples, str) else self._layouts.get(self._state(samples))
         if isinstance(samples, str) or not isinstance(layout, _Layout):
             return forward(*args, **keywords)
-        return self._passes.whole(layout.boundary, samples)
+        with self._passes.by(forward):
+            return self._passes.whole(layout.boundary, samples)
 
     def _plainly(self, why: str, forward: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         if not self._cache.plain[why]:
@@ -131,12 +145,26 @@ class CachedPasses:
         layout = self._layout(samples)
         kept = self._activations(layout, samples)
         self._count += 1
-        if self._count % _CHECKED == 0 or layout.waits_for(samples):
+        often = self._count & (self._count - 1) == 0  # the 1st, 2nd, 4th ... as well
+        if often or self._count % _CHECKED == 0 or layout.waits_for(samples):
             self._compare(layout, samples, kept)
         output = self._passes.from_cut(layout.boundary, samples, kept)
-        if any(isinstance(leaf, Unkept) for leaf in floats_of(output)):
+        found = floats_of(output)
+        if any(isinstance(leaf, Unkept) for leaf in found):
             raise NotReusable("the output depends on what was not kept")
+        if any(type(leaf) is Tensor and leaf.numel() <= _LOOKED_AT and bool(leaf.isnan().any()) for leaf in found):
+            self._compare(layout, samples, kept)  # NaN of its own, or of a placeholder that code hid from torch
+        self._warn_of_keys(output)
         return output
+
+    def _warn_of_keys(self, output: Any) -> None:
+        if getattr(output, "past_key_values", None) is not None and not self._warned_of_keys:
+            self._warned_of_keys = True
+            warnings.warn(
+                "prefix cache: past_key_values of the output lack the blocks below the cut, which did not run; train "
+                "with use_cache=False",
+                stacklevel=8,
+            )
 
     def _activations(self, layout: _Layout, samples: Samples) -> Kept:
         """Of every live call; read, or computed and written."""
@@ -146,11 +174,13 @@ class CachedPasses:
         missing = [row for row, digest in enumerate(digests) if not layout.read(digest, row, kept)]
         cache.seconds_reading += time.perf_counter() - began
         cache.read += samples.count - len(missing)
+        self._read += samples.count - len(missing)
         if layout.is_inherited and len(missing) < samples.count:
             self._hold_against_the_model(layout, samples, kept, missing)
         if missing:
             began = time.perf_counter()
-            self._compute(layout.boundary, samples, kept, missing)
+            with undone(self._model):  # the pass that follows counts
+                self._compute(layout.boundary, samples, kept, missing)
             cache.seconds_computing += time.perf_counter() - began
             cache.computed += len(missing)
             self._notice(digests[row] for row in missing)
@@ -163,11 +193,19 @@ class CachedPasses:
 
     def _compute(self, boundary: Boundary, samples: Samples, kept: Kept, missing: list[int]) -> None:
         """Put the activations of the missing samples into their rows."""
-        these = samples if len(missing) == samples.count else samples.take(torch.tensor(missing))
-        found = self._passes.to_cut(boundary, these, boundary.live)
+        part = None if len(missing) == samples.count else torch.tensor(missing)
+        rows = list(range(len(missing)))
+        try:
+            found = self._passes.to_cut(boundary, samples if part is None else samples.take(part), boundary.live)
+        except NotReusable:
+            raise
+        except Exception:
+            if part is None:  # the model's own
+                raise
+            found, rows = self._passes.to_cut(boundary, samples, boundary.live), missing  # no part of a batch runs
         for call, stores in kept.items():
             for known, store, value in zip(rows_in(call.output), stores, with_rows(call, found[call]), strict=True):
-                for place, row in enumerate(missing):
+                for place, row in zip(rows, missing, strict=True):
                     part_of(known, store, row).copy_(part_of(known, value, place))
 
     def _hold_against_the_model(self, layout: _Layout, samples: Samples, kept: Kept, missing: list[int]) -> None:
@@ -189,7 +227,7 @@ class CachedPasses:
         if cache.samples is None or cache.stopped:
             return
         self._distinct.update(digests)
-        if len(self._distinct) > cache.samples and not cache.read:
+        if len(self._distinct) > cache.samples and not self._read:
             cache.stopped = "the loader gives other samples in every epoch"
             warnings.warn(
                 f"prefix cache: {len(self._distinct):,} different samples came where an epoch has {cache.samples:,}, "
@@ -203,11 +241,12 @@ class CachedPasses:
         difference = self._passes.difference(layout.boundary, samples, kept, expected, layout.first)
         if difference and layout.waits_for(samples):
             raise ValueError(
-                f"prefix cache: the outputs of a second sample {difference} beside those of the full pass: a module "
+                f"prefix cache: the outputs of a second batch {difference} beside those of the full pass: a module "
                 "above the cut reads what one below it has left somewhere; leave the cache out, or choose higher layers"
             )
         layout.proved |= layout.waits_for(samples)
         if difference:
+            layout.files.disown()
             raise RuntimeError(
                 f"prefix cache: the outputs of a batch {difference} beside those of the full pass: something below the "
                 "cut changes between passes (weights, buffers, a counter). Steps since the last comparison may be "
@@ -218,19 +257,36 @@ class CachedPasses:
 
     def _layout(self, samples: Samples) -> _Layout:
         state = self._state(samples)
-        known = self._layouts.get(state) or self._layouts.get((samples.shared, False, *state[2:]))
+        key = state if state in self._layouts else (samples.shared, False, *state[2:])
+        known = self._layouts.pop(key, None)
+        if isinstance(known, _Layout) and not known.weights.are_same():
+            known.files.close()
+            known = None
         if known is None:
-            known = self._layouts[state] = self._learn(samples)
+            key = state
+            if samples.count > 1 and len(set(samples.digests())) == 1:
+                raise NotReusable("the samples of the batch are all the same, which shows nothing of others")
+            known = self._learn(samples)
+        self._layouts[key] = known  # the latest at the end
+        self._forget()
         if isinstance(known, str):
             raise NotReusable(known)
         return known
 
+    def _forget(self) -> None:
+        """Shapes that have not been met for long."""
+        while len(self._layouts) > _SHAPES:
+            oldest = self._layouts.pop(next(iter(self._layouts)))
+            if isinstance(oldest, _Layout):
+                oldest.files.close()
+
     def _learn(self, samples: Samples) -> _Layout | str:
         """Or why nothing of this shape can be kept. Raises ValueError where that is so of the first."""
         try:
-            boundary, cut = self._learner.learn(samples)
-            files = self._files(boundary, cut, samples)
-            return _Layout(boundary, files, samples, is_inherited=len(files) > 0)
+            boundary, place = self._learner.learn(samples)
+            weights = _Weights(self._model, boundary, place)
+            files = self._files(boundary, place.name, samples, weights)
+            return _Layout(boundary, files, samples, weights, is_inherited=len(files) > 0)
         except Drawn as error:
             raise ValueError(
                 f"prefix cache: {error}; pass PrefixCache(..., eval_prefix=True) to run what is below the cut in "
@@ -242,14 +298,15 @@ class CachedPasses:
             return str(error)
 
     def _state(self, samples: Samples) -> tuple[Any, ...]:
-        """What a layout is of: shapes, whether there is one sample, numerics, modes and weights."""
-        modes = tuple(module.training for module in self._model.modules())
-        return samples.shared, samples.count == 1, _numerics(samples), modes, _versions(self._model)
+        """What a layout is of: shapes, whether there is one sample, numerics, modes, hooks, and what trains."""
+        modules = tuple((module.training, is_observed(module)) for module in self._model.modules())
+        trained = tuple(parameter.requires_grad for parameter in self._model.parameters())
+        return samples.shared, samples.count == 1, _numerics(samples), modules, trained
 
-    def _files(self, boundary: Boundary, cut: str, samples: Samples) -> ActivationFiles:
+    def _files(self, boundary: Boundary, cut: str, samples: Samples, weights: _Weights) -> ActivationFiles:
         cache, model = self._cache, self._model
         names = [call.name for call in boundary.skipped]
-        base = self._base(names)
+        base = self._base(weights)
         if not base:
             raise NotReusable("weights below the cut cannot be read (offloaded, on the meta device): no key for them")
         modes = [m.training and not cache.eval_prefix for name in names for m in model.get_submodule(name).modules()]
@@ -271,7 +328,7 @@ class CachedPasses:
             "arguments": samples.shared,
             "single": samples.count == 1,
         }
-        files = ActivationFiles(cache.folder, cache.limit, description, boundary.bytes_per_sample)
+        files = ActivationFiles(self._room, description, boundary.bytes_per_sample)
         ours = {name: description[name] for name in _OF_A_RUN}
         others = [{name: other.get(name) for name in _OF_A_RUN} for other in files.others()]
         for theirs in others:
@@ -282,16 +339,49 @@ class CachedPasses:
                 )
         return files
 
-    def _base(self, names: list[str]) -> str:
+    def _base(self, weights: _Weights) -> str:
         """Digest of the weights below the cut as they are, which takes a second for each GB and core."""
-        state = (tuple(names), _versions(self._model))
-        if state not in self._bases:
-            self._bases[state] = self._digest(names)
-        return self._bases[state]
+        for known, base in self._bases:
+            if known.names == weights.names and known.are_same():
+                return base
+        self._bases = [(known, base) for known, base in self._bases if known.are_same()]
+        self._bases.append((weights, self._digest(*weights.names)))
+        return self._bases[-1][1]
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, as of the model with its wrapper, serves nothing."""
-        return {"_model": None, "is_removed": True}
+        return {"_model": None, "_layouts": {}, "is_removed": True}
+
+
+class _Weights:
+    """What is below the cut, as it was: parameters and buffers of what does not run, and what the code that does run
+    holds itself (a table of positions)."""
+
+    def __init__(self, model: nn.Module, boundary: Boundary, place: Call) -> None:
+        whole = [call.name for call in boundary.skipped]
+        inside = tuple(f"{name}." for name in whole)
+        calls = [*before(place), *(call for call in place.path() if call is not place)]
+        own = [c.name for c in calls if c.name not in whole and not f"{c.name}.".startswith(inside)]
+        self.names = tuple(dict.fromkeys(whole)), tuple(dict.fromkeys(own))
+        modules = [m for name in self.names[0] for m in model.get_submodule(name).modules()]
+        modules += [model.get_submodule(name) for name in self.names[1]]
+        self._slots = [
+            (held, name, tensor, _stamp(tensor))
+            for module in dict.fromkeys(modules)
+            for held in (module._parameters, module._buffers)
+            for name, tensor in held.items()
+            if tensor is not None and not tensor.requires_grad
+        ]
+
+    def are_same(self) -> bool:
+        """Whether nobody has written there or put something else in their place, as far as torch tells: what is written
+        through `.data` it does not. The tensors are held, so that no other one gets their address."""
+        return all(held.get(name) is tensor and _stamp(tensor) == stamp for held, name, tensor, stamp in self._slots)
+
+
+def _stamp(tensor: Tensor) -> tuple[Any, ...]:
+    address = tensor.data_ptr() if tensor.layout == torch.strided and not tensor.is_meta else 0
+    return 0 if tensor.is_inference() else tensor._version, address, tensor.dtype, tensor.shape
 
 
 @dataclass
@@ -302,15 +392,15 @@ class _Layout:
     files: ActivationFiles
     first: Samples
     """Those that it was learned from."""
+    weights: _Weights
     is_inherited: bool = False
     """Whether there are records of another run, which have not been held against the model yet."""
     proved: bool = False
-    """Of a single sample: whether another one has been compared since."""
+    """Whether another batch has been compared since."""
 
     def waits_for(self, samples: Samples) -> bool:
-        """Whether this is the second sample, which shows what modules have kept from the first."""
-        single = self.first.count == samples.count == 1
-        return single and not self.proved and samples.digests() != self.first.digests()
+        """Whether this is the second batch, which shows what modules have kept from the first."""
+        return not self.proved and samples.digests() != self.first.digests()
 
     def read(self, digest: bytes, row: int, kept: Kept) -> bool:
         """Whether the activations of this sample are there; then they are in row `row` of `kept`."""
@@ -341,11 +431,6 @@ class _Layout:
 def _made_of(module: nn.Module) -> list[str]:
     """Classes and their settings."""
     return [f"{type(m).__module__}.{type(m).__qualname__}({m.extra_repr()})" for m in module.modules()]
-
-
-def _versions(model: nn.Module) -> tuple[Any, ...]:
-    """Changes when somebody writes to what is frozen, or puts something else in its place."""
-    return tuple((id(p), p._version) for p in model.parameters() if not p.requires_grad and not p.is_inference())
 
 
 def _numerics(samples: Samples) -> str:

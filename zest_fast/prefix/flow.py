@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from zest_fast.foundation.nearest import some
-from zest_fast.foundation.torch_private import StorageWeakRef
+from zest_fast.foundation.torch_private import StorageWeakRef, forward_hooks, forward_pre_hooks, saved_tensors_hooks
 from zest_fast.prefix.boundaries import (
     DRAWS,
     Call,
@@ -30,7 +31,7 @@ from zest_fast.prefix.boundaries import (
     tensors,
     why_not_kept,
 )
-from zest_fast.prefix.placeholders import Reached
+from zest_fast.prefix.placeholders import Reached, writes
 from zest_fast.prefix.volatile_state import generators
 
 Run = Callable[[Call, Callable[[], Any]], Any]
@@ -50,23 +51,26 @@ def first_trained_call(
     modules = run_by_python(model)
     owners = {m for m in modules if any(id(p) in trained for p in m._parameters.values())}
     holders = {m for m in modules if any(id(p) in trained for p in m.parameters())}
+    observed = {m for m in modules if any(map(is_observed, m.modules()))}
     stack = [Call(model, "", None, 0.0)]  # of the outermost, whose only child is the model's own
     found: list[Call] = []
+    entered: dict[Call, tuple[Any, Any]] = {}  # saved-tensor hooks and generators of that moment
 
     def around(module: nn.Module, forward: Callable[[], Any]) -> Any:
         parent = stack[-1]
         call = Call(module, modules[module], parent if len(stack) > 1 else None, 0.0)
         parent.children.append(call)
+        entered[call] = saved_tensors_hooks(), generators()
         if module in owners:
             found.append(call)
             raise Reached
         stack.append(call)
-        drawn = generators()
         try:
             output = forward() if module in holders else undisturbed(call, forward)
         finally:
             stack.pop()
-        call.reason = DRAWS if generators() != drawn else why_not_kept(output)
+        drawn = generators() != entered[call][1]
+        call.reason = DRAWS if drawn else _OBSERVED if module in observed else why_not_kept(output)
         if module in holders:  # whose weights nobody was seen to read, as of scripted code
             found.append(call)
             raise Reached
@@ -84,17 +88,51 @@ def first_trained_call(
         run()
     if not found:
         raise NotReusable("no module that trains was called")
-    trace = Trace(stack[0].children[0], 0.0, modules)
-    drawing = [call.name for call in before(found[0]) if call.reason == DRAWS]
-    if drawing:
-        raise Drawn(
-            f"{some(map(repr, _innermost(drawing)))} below the cut "
-            f"{'draws' if len(_innermost(drawing)) == 1 else 'draw'} random numbers (dropout in train mode?), so that "
-            "the same sample gives other activations each time"
-        )
-    if not any(finished_before(found[0])):
-        raise NotReusable(f"nothing that could be kept runs before {found[0].name or 'the model'!r}, which trains")
-    return trace, found[0]
+    place = _before_checkpointing(found[0], {call: hooks for call, (hooks, _) in entered.items()})
+    root = stack[0].children[0]
+    _refuse_draws(place, entered[place][1] != entered[root][1])
+    if not any(finished_before(place)):
+        raise NotReusable(f"nothing that could be kept runs before {place.name or 'the model'!r}, which trains")
+    return Trace(root, 0.0, modules), place
+
+
+_OBSERVED = "has hooks that look at what runs inside"
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether somebody else has hooked it."""
+    hooks = forward_hooks(module), forward_pre_hooks(module)
+    return any(not is_ours(hook) for own in hooks if own for hook in own.values())
+
+
+def is_ours(code: Any) -> bool:
+    """Whether a hook is of this package."""
+    while isinstance(code, partial):
+        code = code.func
+    place = getattr(code, "__module__", None) or type(code).__module__
+    return str(place).startswith("zest_fast.")
+
+
+def _before_checkpointing(place: Call, hooks: Mapping[Call, Any]) -> Call:
+    """`place`, or the first call of the outermost region of checkpointing that it is in: what backward recomputes runs
+    as a whole, without anybody who would give it what is kept."""
+    for step in place.path():
+        if step.parent is not None and hooks[step] is not hooks[step.parent]:
+            return next(call for call in step.parent.children if hooks[call] is hooks[step])
+    return place
+
+
+def _refuse_draws(place: Call, are_drawn: bool) -> None:
+    names = _innermost([call.name for call in before(place) if call.reason == DRAWS])
+    what = ""
+    if names:
+        what = f"{some(map(repr, names))} below the cut {'draws' if len(names) == 1 else 'draw'} random numbers"
+        what += " (dropout in train mode?)"
+    elif are_drawn:
+        parents = some(repr(call.name) if call.name else "the model" for call in place.path()[:-1])
+        what = f"the code of {parents} draws random numbers below the cut, between the modules that it calls"
+    if what:
+        raise Drawn(f"{what}, so that the same sample gives other activations each time")
 
 
 _DESCRIBES = {
@@ -208,9 +246,3 @@ class _Flow(TorchFunctionMode):
 
     def held(self) -> set[Call]:
         return {call for reference, calls in self._origins.values() if not reference.expired() for call in calls}
-
-
-def writes(func: Any, kwargs: Any) -> bool:
-    """Whether a function writes into its first argument or one that is called `out`."""
-    name = getattr(func, "__name__", "")
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or bool((kwargs or {}).get("out"))

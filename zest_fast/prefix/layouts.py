@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
 
 from zest_fast.foundation.nearest import some
 from zest_fast.prefix.boundaries import (
@@ -27,9 +27,9 @@ from zest_fast.prefix.boundaries import (
     what_prevents,
 )
 from zest_fast.prefix.flow import first_trained_call, needed
-from zest_fast.prefix.passes import Kept, Passes, with_rows
+from zest_fast.prefix.passes import Kept, Passes, undone, with_rows
 from zest_fast.prefix.sample_keys import Samples
-from zest_fast.prefix.volatile_state import VolatileState, preserved
+from zest_fast.prefix.volatile_state import VolatileState
 
 _SMALL = 64
 """A call with less than this part of what is kept is not worth a pass to find out whether it is needed."""
@@ -43,20 +43,24 @@ class Learner:
         self._found: tuple[tuple[str, ...], tuple[int, ...]] | None = None  # skipped calls, live ones of them
 
     @torch.no_grad()
-    def learn(self, samples: Samples) -> tuple[Boundary, str]:
-        """The place to take passes up from, and the name of the first module that trains.
+    def learn(self, samples: Samples) -> tuple[Boundary, Call]:
+        """The place to take passes up from, and the call that comes there, of what trains or runs with it.
 
         Raises NotReusable where nothing can be kept.
         """
         passes, model = self._passes, self._passes.model
         trained = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        with preserved(model), torch.enable_grad():  # as the pass that it stands for
+        with undone(model), torch.enable_grad():  # as the pass that it stands for
             state = VolatileState(model)
             trace, place = first_trained_call(model, lambda: passes.run(samples), trained, passes.undisturbed)
-            if written := state.changed_buffers():
-                where = some(name for name, buffer in model.named_buffers() if id(buffer) in written)
+            if state.changed_buffers():
+                where = some(state.changed_names())
                 raise NotReusable(f"what runs below {place.name!r}, which trains, writes buffers ({where})")
-        with preserved(model):
+            before = _numbers(model)
+            first_trained_call(model, lambda: passes.run(samples), trained, passes.undisturbed)
+            if counting := sorted(name for name, value in _numbers(model).items() if before.get(name) != value):
+                raise NotReusable(f"what runs below {place.name!r}, which trains, counts its passes ({some(counting)})")
+        with undone(model):
             skipped = self._know_outputs(Boundary(trace, 0.0, (), ()), place, samples)
             names = tuple(call.name for call in skipped)
             if self._found is not None and self._found[0] == names:
@@ -68,9 +72,11 @@ class Learner:
             if not boundary.bytes_per_sample:
                 raise NotReusable("nothing that is computed below the cut matters above it")
             found = passes.to_cut(boundary, samples, live)
-            boundary = self._fewest(boundary, samples, {call: with_rows(call, found[call]) for call in live})
+            kept = {call: with_rows(call, found[call]) for call in live}
+            boundary = self._fewest(boundary, samples, kept)
+            self._check_gradients(boundary, samples, kept)
         self._found = names, tuple(skipped.index(call) for call in boundary.live)
-        return boundary, place.name
+        return boundary, place
 
     def _know_outputs(self, boundary: Boundary, place: Call, samples: Samples) -> tuple[Call, ...]:
         """The calls below the cut that can be left out, each with what is known of its output."""
@@ -86,9 +92,8 @@ class Learner:
             if samples.count == 1:
                 known |= {call: tree_map(lambda leaf: _rows(leaf, 0, 1), found[call]) for call in new}
                 continue
-            fewer = self._passes.to_cut(boundary, samples.take(half.flip(0)), new)
-            twice = samples.take(torch.arange(samples.count) % len(half))
-            replaced = self._passes.to_cut(boundary, twice, new)
+            fewer = self._part(boundary, samples.take(half.flip(0)), new)
+            replaced = self._part(boundary, samples.take(torch.arange(samples.count) % len(half)), new)
             for call in new:
                 known[call], call.reason = _known(found[call], fewer[call], replaced[call], samples.count, len(half))
         if not skipped:
@@ -98,6 +103,23 @@ class Learner:
         for call in skipped:
             call.output = known[call]
         return skipped
+
+    def _part(self, boundary: Boundary, samples: Samples, wanted: tuple[Call, ...]) -> dict[Call, Any]:
+        try:
+            return self._passes.to_cut(boundary, samples, wanted)
+        except NotReusable:
+            raise
+        except Exception as error:
+            raise NotReusable(
+                f"the model does not run on a part of a batch or with others in it ({type(error).__name__}: {error})"
+            ) from error
+
+    def _check_gradients(self, boundary: Boundary, samples: Samples, kept: Kept) -> None:
+        """What backward recomputes, say, does not show in outputs."""
+        ours = self._passes.gradients(boundary, samples, kept)
+        theirs = self._passes.gradients(boundary, samples, None)
+        if len(ours) != len(theirs) or not all(map(_same, ours, theirs)):
+            raise NotReusable("a pass from the cut on does not give the gradients of the full one")
 
     def _fewest(self, boundary: Boundary, samples: Samples, kept: Kept) -> Boundary:
         """The boundary without live calls that do not matter: a variable that nobody reads again holds its value."""
@@ -115,11 +137,21 @@ class Learner:
         return boundary
 
     def _gives(self, boundary: Boundary, samples: Samples, kept: Kept, expected: list[Tensor]) -> bool:
-        other = samples.take(torch.arange(samples.count).flip(0))
+        other = samples.take(torch.arange(max(1, samples.count // 2)))  # of which a mean is another one
         try:
             return not self._passes.difference(boundary, samples, kept, expected, other)
         except Exception:  # what a model says to placeholders in the wrong places
             return False
+
+
+def _numbers(model: nn.Module) -> dict[str, Any]:
+    """Plain values that modules hold: a counter is another one after every pass."""
+    return {
+        f"{name}.{key}" if name else key: value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if type(value) in (bool, int, float, str) and key != "training"
+    }
 
 
 def _known(output: Any, fewer: Any, replaced: Any, count: int, half: int) -> tuple[Any, str]:
@@ -131,6 +163,8 @@ def _known(output: Any, fewer: Any, replaced: Any, count: int, half: int) -> tup
     dims, reason = dims_of(output, fewer, count, half)
     if reason:
         return None, reason
+    if not all(_same_values(output, other) for other in (fewer, replaced)):
+        return None, "holds a value that changes with the samples"
     first = list(range(half))
     for ours, less, other, dim in zip(tensors(output), tensors(fewer), tensors(replaced), dims, strict=True):
         if other.shape != ours.shape:
@@ -139,7 +173,7 @@ def _known(output: Any, fewer: Any, replaced: Any, count: int, half: int) -> tup
             ours, other = (samples_along(tensor, dim, count, first) for tensor in (ours, other))
             less = samples_along(less, dim, half, first[::-1])
         exact = rounding(ours.dtype)
-        if not (close(other, ours, exact / 8) and close(less, ours, 10 * exact)):
+        if not (_near(other, ours, exact / 8) and close(less, ours, 10 * exact)):
             return None, DEPENDS
     of = iter(dims)
 
@@ -149,6 +183,34 @@ def _known(output: Any, fewer: Any, replaced: Any, count: int, half: int) -> tup
         return _rows(leaf, dim, count)
 
     return tree_map(known, output), ""
+
+
+def _near(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """`close`, but each entry of the last dimension on a scale of its own, down to a thousandth of the largest one: a
+    huge feature does not hide what the others do."""
+    if not close(found, expected, tolerance) or expected.dim() < 2 or not expected.is_floating_point():
+        return close(found, expected, tolerance)
+    sizes = expected.double().abs().nan_to_num(0.0, 0.0, 0.0).flatten(0, -2).amax(0)
+    scale = torch.maximum(sizes, 1e-3 * sizes.max())
+    apart = (found.double() - expected.double()).abs().nan_to_num(0.0, 0.0, 0.0)
+    return bool((apart <= tolerance * scale).all())
+
+
+def _same_values(output: Any, other: Any) -> bool:
+    """Whether two outputs are built alike and hold the same beside tensors."""
+    ours, structure = tree_flatten(output)
+    theirs, other_structure = tree_flatten(other)
+    if structure != other_structure:
+        return False
+    pairs = ((a, b) for a, b in zip(ours, theirs, strict=True) if not isinstance(a, Tensor))
+    return all(type(a) is type(b) and (a == b or (a != a and b != b)) for a, b in pairs)
+
+
+def _same(found: Tensor | None, expected: Tensor | None) -> bool:
+    """Of gradients."""
+    if found is None or expected is None:
+        return found is expected
+    return close(found, expected, 10 * rounding(expected.dtype))
 
 
 def _rows(leaf: Any, dim: int, count: int) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.prefix.boundaries import (
     Boundary,
     Call,
@@ -23,9 +25,21 @@ from zest_fast.prefix.boundaries import (
 from zest_fast.prefix.placeholders import Reached, Unkept, filled
 from zest_fast.prefix.sample_keys import Samples
 from zest_fast.prefix.volatile_state import preserved
+from zest_fast.profiling.borrowing.kept_attributes import KeptAttributes
 
 Kept = Mapping[Call, list[Tensor]]
 """Of each live call its tensors with a part for each sample, in the order of `rows_in`."""
+
+
+@contextmanager
+def undone(model: nn.Module) -> Iterator[None]:
+    """At the end buffers, generators and plain attributes (counters, lists that grow) are what they were."""
+    attributes = KeptAttributes(model.modules())
+    with preserved(model):
+        try:
+            yield
+        finally:
+            attributes.restore()
 
 
 class Passes:
@@ -33,6 +47,22 @@ class Passes:
 
     def __init__(self, model: nn.Module, *, eval_prefix: bool) -> None:
         self.model, self._eval_prefix = model, eval_prefix
+
+    @contextmanager
+    def by(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """Inside, `forward` is what runs: the model's own, without what others have put around it since, which has done
+        its part already."""
+        own = vars(self.model)
+        before = own.get("forward")
+        own["forward"] = forward
+        try:
+            yield
+        finally:
+            with HeldInterrupts():
+                if before is None:
+                    own.pop("forward", None)
+                else:
+                    own["forward"] = before
 
     def run(self, samples: Samples) -> Any:
         """As it is."""
@@ -48,8 +78,9 @@ class Passes:
                 module.training = False
             return forward()
         finally:
-            for module, training in modes:
-                module.training = training
+            with HeldInterrupts():
+                for module, training in modes:
+                    module.training = training
 
     def whole(self, boundary: Boundary, samples: Samples) -> Any:
         """With all calls below the cut, undisturbed."""
@@ -93,7 +124,7 @@ class Passes:
 
     def outcome(self, boundary: Boundary, samples: Samples) -> list[Tensor]:
         """By which passes are compared: what a whole one returns."""
-        with preserved(self.model), torch.no_grad():
+        with undone(self.model), torch.no_grad():
             found = floats_of(self.whole(boundary, samples))
         if not found:
             raise NotReusable("the model returns no tensors by which two passes could be compared")
@@ -106,7 +137,7 @@ class Passes:
 
         other: samples that run before, so that what modules remember is of those.
         """
-        with preserved(self.model), torch.no_grad():
+        with undone(self.model), torch.no_grad():
             with preserved(self.model):
                 self.run(other)
             copies = {call: [tensor.clone() for tensor in stores] for call, stores in kept.items()}
@@ -119,6 +150,27 @@ class Passes:
             if not close(ours, theirs, rounding(theirs.dtype)):
                 return f"are up to {float((ours.double() - theirs.double()).abs().nan_to_num().max()):.2g} off"
         return ""
+
+    def gradients(self, boundary: Boundary, samples: Samples, kept: Kept | None) -> list[Tensor | None]:
+        """Of what trains, by a pass from the cut, or a whole one; none where the output has no gradient."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with undone(self.model), torch.enable_grad():
+            if kept is None:
+                output = self.whole(boundary, samples)
+            else:
+                copies = {call: [tensor.clone() for tensor in stores] for call, stores in kept.items()}
+                output = self.from_cut(boundary, samples, copies)
+            loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+            found = [loss] if isinstance(loss, Tensor) else floats_of(output)
+            total = [t.float().mul(_weights(t)).sum() for t in found if t.requires_grad]
+            if not total:
+                return []
+            return list(torch.autograd.grad(torch.stack(total).sum(), trained, allow_unused=True))
+
+
+def _weights(tensor: Tensor) -> Tensor:
+    """So that no two entries count alike: sums of normalised values are constant."""
+    return torch.linspace(0.5, 1.5, tensor.numel(), device=tensor.device).view(tensor.shape)
 
 
 def floats_of(output: Any) -> list[Tensor]:

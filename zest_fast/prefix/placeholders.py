@@ -21,6 +21,13 @@ _SHAPES = {
 """Functions that take no more than the shape, the type and the device from it."""
 
 
+def writes(func: Any, kwargs: Any) -> bool:
+    """Whether a function writes into its first argument or one that is called `out`."""
+    name = getattr(func, "__name__", "")
+    in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    return in_place or (kwargs or {}).get("out") is not None
+
+
 class Unkept(Tensor):
     """NaN in the place of an output that does not matter; what is computed from it is one too, whatever its value is.
 
@@ -32,6 +39,8 @@ class Unkept(Tensor):
         name = getattr(func, "__name__", "")
         if name in _LOOKS:
             raise NotReusable("the way of the pass depends on an output that was not kept")
+        if writes(func, kwargs) and not isinstance((kwargs or {}).get("out", args[0] if args else None), cls):
+            raise NotReusable("an output that was not kept is written into another tensor")
         result = super().__torch_function__(func, types, args, kwargs or {})
         return result.as_subclass(Tensor) if name in _SHAPES else result
 

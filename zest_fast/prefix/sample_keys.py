@@ -31,11 +31,11 @@ class Samples:
     @classmethod
     def of(cls, args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Samples | str:
         """Or why they cannot be told apart."""
-        leaves = _leaves(args, keywords)
+        leaves, structure = _leaves(args, keywords)
         count = next((leaf.shape[0] for _, leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), None)
         if not count:
-            return "no argument is a tensor with a dimension of samples"
-        state = hashlib.blake2b(digest_size=DIGEST)
+            return "the batch is empty" if count == 0 else "no argument is a tensor with a dimension of samples"
+        state = hashlib.blake2b(structure.encode(), digest_size=DIGEST)
         for name, leaf in leaves:
             if isinstance(leaf, Tensor):
                 if leaf.requires_grad:
@@ -54,7 +54,7 @@ class Samples:
 
     def digests(self) -> list[bytes]:
         """Of each sample: the bytes of its rows in all arguments."""
-        rows = [leaf for _, leaf in _leaves(self.args, self.keywords) if self._has_rows(leaf)]
+        rows = [leaf for _, leaf in _leaves(self.args, self.keywords)[0] if self._has_rows(leaf)]
         dense = [_plain_bytes(leaf) for leaf in rows]
         found = []
         for row in range(self.count):
@@ -77,11 +77,11 @@ class Samples:
         return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.count
 
 
-def _leaves(args: tuple[Any, ...], keywords: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """All arguments but those of the loss, with where they are."""
+def _leaves(args: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[list[tuple[str, Any]], str]:
+    """All arguments but those of the loss, with where they are, and how they are nested."""
     counted = {name: value for name, value in keywords.items() if name not in _OF_THE_LOSS}
-    found, _ = tree_flatten_with_path((args, dict(sorted(counted.items()))))
-    return [("".join(map(str, path[1:])) or "0", leaf) for path, leaf in found]
+    found, structure = tree_flatten_with_path((args, dict(sorted(counted.items()))))
+    return [("".join(map(str, path[1:])) or "0", leaf) for path, leaf in found], str(structure)
 
 
 def _plain_bytes(tensor: Tensor) -> memoryview:

@@ -47,15 +47,14 @@ class Base:
         return state.hexdigest()
 
 
-def digest_of_modules(model: nn.Module, whole: Iterable[str], own: Iterable[str] = ()) -> str:
-    """One digest of all parameters and buffers of these modules, computed ones among them; UNHASHED where one cannot be
-    read. own: modules of which what they hold themselves counts, as far as it is frozen."""
-    tensors: dict[str, torch.Tensor] = {}
-    for names, recurse in ((whole, True), (own, False)):
-        for name in names:
-            module = model.get_submodule(name)
-            held = (*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse))
-            tensors |= {f"{name}.{key}": tensor for key, tensor in held if recurse or not tensor.requires_grad}
+def digest_of_modules(model: nn.Module, modules: Iterable[str], single: Iterable[str] = ()) -> str:
+    """One digest of all parameters and buffers of these modules, computed ones among them, and of single tensors;
+    UNHASHED where one cannot be read."""
+    held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    tensors = {name: held[name] for name in single}
+    for name in modules:
+        module = model.get_submodule(name)
+        tensors |= {f"{name}.{key}": t for key, t in (*module.named_parameters(), *module.named_buffers())}
     found = digests(tensors)
     if UNHASHED in found.values():
         return UNHASHED

@@ -45,8 +45,8 @@ _log = logging.getLogger("zest_fast")
 class CachedPasses:
     """Of one model, until `remove()`.
 
-    digest: of whole modules, by name, and of what others hold themselves; "" where some cannot be read. Raises
-    RuntimeError where the cache serves another model.
+    digest: of whole modules and of single tensors, by name; "" where some cannot be read. Raises RuntimeError where the
+    cache serves another model.
     """
 
     def __init__(self, cache: PrefixCache, model: nn.Module, digest: Callable[..., str]) -> None:
@@ -283,8 +283,8 @@ class CachedPasses:
     def _learn(self, samples: Samples) -> _Layout | str:
         """Or why nothing of this shape can be kept. Raises ValueError where that is so of the first."""
         try:
-            boundary, place = self._learner.learn(samples)
-            weights = _Weights(self._model, boundary, place)
+            boundary, place, read = self._learner.learn(samples)
+            weights = _Weights(self._model, boundary, place, read)
             files = self._files(boundary, place.name, samples, weights)
             return _Layout(boundary, files, samples, weights, is_inherited=len(files) > 0)
         except Drawn as error:
@@ -357,21 +357,30 @@ class _Weights:
     """What is below the cut, as it was: parameters and buffers of what does not run, and what the code that does run
     holds itself (a table of positions)."""
 
-    def __init__(self, model: nn.Module, boundary: Boundary, place: Call) -> None:
+    def __init__(self, model: nn.Module, boundary: Boundary, place: Call, read: frozenset[int]) -> None:
         whole = [call.name for call in boundary.skipped]
         inside = tuple(f"{name}." for name in whole)
         calls = [*before(place), *(call for call in place.path() if call is not place)]
         own = [c.name for c in calls if c.name not in whole and not f"{c.name}.".startswith(inside)]
-        self.names = tuple(dict.fromkeys(whole)), tuple(dict.fromkeys(own))
-        modules = [m for name in self.names[0] for m in model.get_submodule(name).modules()]
-        modules += [model.get_submodule(name) for name in self.names[1]]
+        modules = dict.fromkeys(m for name in whole for m in model.get_submodule(name).modules())
         self._slots = [
             (held, name, tensor, _stamp(tensor))
-            for module in dict.fromkeys(modules)
+            for module in modules
             for held in (module._parameters, module._buffers)
             for name, tensor in held.items()
-            if tensor is not None and not tensor.requires_grad
+            if tensor is not None
         ]
+        holders = [(path, model.get_submodule(path)) for path in dict.fromkeys(own)]
+        of_parents = [
+            (f"{path}.{name}" if path else name, (held, name, tensor, _stamp(tensor)))
+            for path, module in holders
+            for held in (module._parameters, module._buffers)
+            for name, tensor in held.items()
+            if tensor is not None and id(tensor) in read and not tensor.requires_grad
+        ]
+        self._slots += [slot for _, slot in of_parents]
+        self.names = tuple(dict.fromkeys(whole)), tuple(name for name, _ in of_parents)
+        """Of modules that do not run, and of tensors that their parents hold."""
 
     def are_same(self) -> bool:
         """Whether nobody has written there or put something else in their place, as far as torch tells: what is written

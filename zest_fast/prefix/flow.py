@@ -40,8 +40,9 @@ Run = Callable[[Call, Callable[[], Any]], Any]
 
 def first_trained_call(
     model: nn.Module, run: Callable[[], Any], trained: Mapping[int, str], undisturbed: Run
-) -> tuple[Trace, Call]:
-    """Runs up to the first call that a trained parameter takes part in; that call, and all before it.
+) -> tuple[Trace, Call, frozenset[int]]:
+    """Runs up to the first call that a trained parameter takes part in; that call, all before it, and the ids of the
+    tensors that are read until then.
 
     run: calls `model.forward`. trained: id of each parameter -> its name. undisturbed: runs what nothing in trains.
     Where a parent uses the weight of a module without calling it (nn.MultiheadAttention.out_proj), its call counts.
@@ -84,7 +85,8 @@ def first_trained_call(
             raise Reached
         raise NotReusable(f"{name!r} trains, and its values are read ({function}) before its layer is called")
 
-    with around_calls(modules, around), contextlib.suppress(Reached), _Reads(trained, read):
+    reads = _Reads(trained, read)
+    with around_calls(modules, around), contextlib.suppress(Reached), reads:
         run()
     if not found:
         raise NotReusable("no module that trains was called")
@@ -93,7 +95,7 @@ def first_trained_call(
     _refuse_draws(place, entered[place][1] != entered[root][1])
     if not any(finished_before(place)):
         raise NotReusable(f"nothing that could be kept runs before {place.name or 'the model'!r}, which trains")
-    return Trace(root, 0.0, modules), place
+    return Trace(root, 0.0, modules), place, frozenset(reads.ids)
 
 
 _OBSERVED = "has hooks that look at what runs inside"
@@ -143,15 +145,18 @@ _DESCRIBES = {
 
 
 class _Reads(TorchFunctionMode):
-    """Tells when a value that trains is read, with a gradient or without one (its sign, say)."""
+    """Tells when a value that trains is read, with a gradient or without one (its sign, say). ids: of all that is."""
 
     def __init__(self, trained: Mapping[int, str], told: Callable[[str, str], None]) -> None:
         super().__init__()
         self._trained, self._told = trained, told
+        self.ids: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(getattr(getattr(func, "__self__", None), "__name__", None) or getattr(func, "__name__", ""))
         for leaf in tree_leaves((args, kwargs)) if name not in _DESCRIBES else ():
+            if isinstance(leaf, Tensor):
+                self.ids.add(id(leaf))
             if id(leaf) in self._trained:
                 self._told(self._trained[id(leaf)], name)
         return func(*args, **(kwargs or {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from zest_fast.prefix.boundaries import (
     tensors,
     what_prevents,
 )
-from zest_fast.prefix.flow import first_trained_call, needed
+from zest_fast.prefix.flow import before, first_trained_call, needed
 from zest_fast.prefix.passes import Kept, Passes, undone, with_rows
 from zest_fast.prefix.sample_keys import Samples
 from zest_fast.prefix.volatile_state import VolatileState
@@ -43,8 +44,9 @@ class Learner:
         self._found: tuple[tuple[str, ...], tuple[int, ...]] | None = None  # skipped calls, live ones of them
 
     @torch.no_grad()
-    def learn(self, samples: Samples) -> tuple[Boundary, Call]:
-        """The place to take passes up from, and the call that comes there, of what trains or runs with it.
+    def learn(self, samples: Samples) -> tuple[Boundary, Call, frozenset[int]]:
+        """The place to take passes up from, the call that comes there, of what trains or runs with it, and the ids of
+        the tensors that are read before.
 
         Raises NotReusable where nothing can be kept.
         """
@@ -52,13 +54,14 @@ class Learner:
         trained = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
         with undone(model), torch.enable_grad():  # as the pass that it stands for
             state = VolatileState(model)
-            trace, place = first_trained_call(model, lambda: passes.run(samples), trained, passes.undisturbed)
+            trace, place, read = first_trained_call(model, lambda: passes.run(samples), trained, passes.undisturbed)
             if state.changed_buffers():
                 where = some(state.changed_names())
                 raise NotReusable(f"what runs below {place.name!r}, which trains, writes buffers ({where})")
-            before = _numbers(model)
+            below = {call.name for call in before(place)}
+            numbers = _numbers(model, below)
             first_trained_call(model, lambda: passes.run(samples), trained, passes.undisturbed)
-            if counting := sorted(name for name, value in _numbers(model).items() if before.get(name) != value):
+            if counting := sorted(n for n, value in _numbers(model, below).items() if numbers.get(n) != value):
                 raise NotReusable(f"what runs below {place.name!r}, which trains, counts its passes ({some(counting)})")
         with undone(model):
             skipped = self._know_outputs(Boundary(trace, 0.0, (), ()), place, samples)
@@ -76,7 +79,7 @@ class Learner:
             boundary = self._fewest(boundary, samples, kept)
             self._check_gradients(boundary, samples, kept)
         self._found = names, tuple(skipped.index(call) for call in boundary.live)
-        return boundary, place
+        return boundary, place, read
 
     def _know_outputs(self, boundary: Boundary, place: Call, samples: Samples) -> tuple[Call, ...]:
         """The calls below the cut that can be left out, each with what is known of its output."""
@@ -144,11 +147,12 @@ class Learner:
             return False
 
 
-def _numbers(model: nn.Module) -> dict[str, Any]:
-    """Plain values that modules hold: a counter is another one after every pass."""
+def _numbers(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
+    """Plain values that these modules hold: a counter is another one after every pass."""
     return {
         f"{name}.{key}" if name else key: value
         for name, module in model.named_modules()
+        if name in names
         for key, value in vars(module).items()
         if type(value) in (bool, int, float, str) and key != "training"
     }

@@ -135,7 +135,8 @@ class Passes:
     ) -> str:
         """Of a pass from the cut to what a whole one has given, in words; "" where there is none but rounding.
 
-        other: samples that run before, so that what modules remember is of those.
+        other: samples that run before, so that what modules remember is of those. Raises NotReusable where it takes
+        another way, or depends on what is not kept.
         """
         with undone(self.model), torch.no_grad():
             with preserved(self.model):
@@ -146,7 +147,7 @@ class Passes:
             return "have another structure"
         for ours, theirs in zip(found, expected, strict=True):
             if isinstance(ours, Unkept):
-                return "depend on what was not kept"
+                raise NotReusable("the output depends on what was not kept")
             if not close(ours, theirs, rounding(theirs.dtype)):
                 return f"are up to {float((ours.double() - theirs.double()).abs().nan_to_num().max()):.2g} off"
         return ""

@@ -55,10 +55,11 @@ class Fit:
 
     Examples:
         >>> import zest_fast
-        >>> layers = [f"model.layers.{block}.mlp.up_proj" for block in (16, 20, 24, 28, 31)]
-        >>> found = zest_fast.fit_memory("llama-7b", layers, "3GiB", batch_size=1, sequence_length=512, device="cpu")
-        >>> found.savings.stream, found.plan.peak_bytes < 3 * 2**30
-        (True, True)
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10))
+        >>> found = zest_fast.fit_memory(model, ["2"], "1GB", batch_size=4, image_size=8)
+        >>> found.cost, found.plan.peak_bytes < 10**9
+        (1.0, True)
     """
 
     savings: Savings
@@ -120,6 +121,13 @@ def fit_memory(
 
     Raises:
         ValueError: nothing fits; the message says what needs the least. And what `plan` refuses.
+
+    Examples:
+        >>> import zest_fast
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10))
+        >>> print(zest_fast.fit_memory(model, ["2"], "1GB", batch_size=4, image_size=8).savings)
+        nothing but lean saving
     """
     limit = memory_bytes(max_memory)
     names = layers if isinstance(layers, str) else tuple(layers)

@@ -29,7 +29,7 @@ class PrefixCache:
     last whole record, damaged ones are named and computed again, and several processes may share a folder. Nothing is
     deleted by itself: remove the folder when you are done.
 
-    Batches are compared with the full pass: the first of each shape, then one in 64.
+    Batches are compared with the full pass: the first two of each shape, then the 2nd, 4th, 8th ... and one in 64.
 
     Passes without gradients (validation), in compiled code and of several threads at once run as they would without it.
 

@@ -158,7 +158,9 @@ class CachedPasses:
         return output
 
     def _warn_of_keys(self, output: Any) -> None:
-        if getattr(output, "past_key_values", None) is not None and not self._warned_of_keys:
+        if self._warned_of_keys or not isinstance(output, dict):
+            return
+        if any(dict.get(output, name) is not None for name in ("past_key_values", "cache")):
             self._warned_of_keys = True
             warnings.warn(
                 "prefix cache: past_key_values of the output lack the blocks below the cut, which did not run; train "

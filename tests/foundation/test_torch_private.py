@@ -35,6 +35,24 @@ def test_current_task_is_known_in_backward_only() -> None:
     assert min(seen) >= 0 and len(set(seen)) == 2
 
 
+def test_regions_of_checkpointing_have_hooks_of_their_own() -> None:
+    seen: list[object] = [private.saved_tensors_hooks()]
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(private.saved_tensors_hooks())
+        return x.sin()
+
+    checkpoint(look, checkpoint(look, leaf(2), use_reentrant=False), use_reentrant=False)
+    assert seen[0] is None and None not in seen[1:] and len(set(seen)) == 3
+
+
+def test_modules_that_are_compiled_in_place_are_known() -> None:
+    module = nn.Linear(2, 2)
+    assert not private.is_compiled_in_place(module)
+    module.compile(backend="eager")
+    assert private.is_compiled_in_place(module)
+
+
 def test_current_node_is_the_one_that_runs() -> None:
     seen: list[object] = []
 

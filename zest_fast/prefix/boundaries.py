@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from zest_fast.foundation.interrupts import HeldInterrupts
+from zest_fast.foundation.torch_private import is_compiled_in_place
 from zest_fast.prefix.inputs import Inputs, count, rows_of
 from zest_fast.prefix.volatile_state import VolatileState, generators
 from zest_fast.profiling.loss import call_model
@@ -286,16 +287,11 @@ def run_by_python(model: nn.Module) -> dict[nn.Module, str]:
         for module in model.modules()
         if isinstance(module._modules.get("_orig_mod"), nn.Module)
         or isinstance(module, torch.jit.ScriptModule)
-        or _is_compiled_in_place(module)
+        or is_compiled_in_place(module)
         for inner in module.modules()
-        if inner is not module or isinstance(module, torch.jit.ScriptModule) or _is_compiled_in_place(module)
+        if inner is not module or isinstance(module, torch.jit.ScriptModule) or is_compiled_in_place(module)
     }
     return {module: name for name, module in model.named_modules() if module not in compiled}
-
-
-def _is_compiled_in_place(module: nn.Module) -> bool:
-    """By `module.compile()`."""
-    return getattr(module, "_compiled_call_impl", None) is not None
 
 
 class _Tracer:

@@ -18,7 +18,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from zest_fast.foundation.nearest import some
-from zest_fast.foundation.torch_private import StorageWeakRef, forward_hooks, forward_pre_hooks, saved_tensors_hooks
+from zest_fast.foundation.torch_private import (
+    StorageWeakRef,
+    forward_hooks,
+    forward_pre_hooks,
+    saved_tensors_hooks,
+    storage_key,
+)
 from zest_fast.prefix.boundaries import (
     DRAWS,
     Call,
@@ -236,15 +242,15 @@ class _Flow(TorchFunctionMode):
     def add(self, values: Any, origins: set[Call]) -> None:
         for tensor in tensors(values):
             storage = tensor.untyped_storage()
-            known = self._origins.get(storage._cdata)
+            known = self._origins.get(storage_key(storage))
             if known is None or known[0].expired():
                 known = StorageWeakRef(storage), set()
-                self._origins[storage._cdata] = known
+                self._origins[storage_key(storage)] = known
             known[1].update(origins)
 
     def _of(self, tensor: Tensor) -> set[Call]:
         try:
-            known = self._origins.get(tensor.untyped_storage()._cdata)
+            known = self._origins.get(storage_key(tensor.untyped_storage()))
         except (RuntimeError, NotImplementedError):  # of a kind without a storage
             return set()
         return known[1] if known is not None and not known[0].expired() else set()

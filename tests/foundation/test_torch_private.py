@@ -46,13 +46,6 @@ def test_regions_of_checkpointing_have_hooks_of_their_own() -> None:
     assert seen[0] is None and None not in seen[1:] and len(set(seen)) == 3
 
 
-def test_modules_that_are_compiled_in_place_are_known() -> None:
-    module = nn.Linear(2, 2)
-    assert not private.is_compiled_in_place(module)
-    module.compile(backend="eager")
-    assert private.is_compiled_in_place(module)
-
-
 def test_current_node_is_the_one_that_runs() -> None:
     seen: list[object] = []
 

@@ -70,11 +70,6 @@ def saved_tensors_are_moved() -> bool:
     return top is None or top(True) is not None
 
 
-def is_compiled_in_place(module: nn.Module) -> bool:
-    """Whether `module.compile()` has been called, which changes how it is called and nothing public."""
-    return getattr(module, "_compiled_call_impl", None) is not None
-
-
 def saved_tensors_hooks() -> Any:
     """The innermost hooks on saved tensors that are active, else None: a region of non-reentrant checkpointing has its
     own, and nothing public says that one is active."""

@@ -21,7 +21,7 @@ from zest_fast.planning.skeletons import named_model
 if TYPE_CHECKING:
     import pandas
 
-UNPACKING = {"int8": 690.0, "nf4": 430.0}
+UNPACKING = {"int8": 340.0, "nf4": 130.0}
 """FLOPs of a matrix product that take as long as unpacking one weight: `python -m bench.stream costs`, one thread."""
 READING = 150.0
 """The same for one byte from a disk of 2 GB/s. What the system still has in its cache costs next to nothing."""

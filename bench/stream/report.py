@@ -10,7 +10,8 @@ STREAM_LEGEND = (
     "kernels, and mapped pages for as long as they are resident; the page cache, which the system takes back, is not "
     "in it. *Planned*: tensors alone, by `zest_fast.plan(stream=True)`. *Read*: from the disk in that step; 0 where "
     "the page cache held the files. *As in memory*: gradients equal, bit for bit, those of the same blocks with all "
-    "weights in memory. Seconds of one thread on a shared machine, other jobs beside it: rough."
+    "weights in memory. The 70B took one step, in which AdamW's states arise: the plan counts them from the start. "
+    "Seconds of one thread on a shared machine, other jobs beside it: rough."
 )
 COMPARED_LEGEND = (
     "Steps interleaved in one process, files warm in the page cache, medians with the interval; peaks are those of a "

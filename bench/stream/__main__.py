@@ -125,10 +125,12 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.what == "compare":
         rows = compare(options.folder, tiny=options.tiny)
-        write_result("stream_compared", {"dtype": "bfloat16", "batch": 1, "tokens": TOKENS}, rows, options.out)
+        write_result(
+            "stream_compared", {"dtype": "bfloat16", "batch": 1, "tokens": TOKENS}, rows, options.out, "stream"
+        )
         return
     if options.what == "costs":
-        write_result("stream_costs", {"shape": COSTED, "tokens": 512}, costs(options.folder), options.out)
+        write_result("stream_costs", {"shape": COSTED, "tokens": 512}, costs(options.folder), options.out, "stream")
         return
     results = _Results(options.out)
     name, frozen = "tiny" if options.tiny else options.model, None if options.frozen == "none" else options.frozen

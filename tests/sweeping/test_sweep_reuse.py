@@ -138,7 +138,12 @@ def test_a_way_that_one_sample_takes_is_noticed_when_it_does(make, split, tmp_pa
 @pytest.mark.parametrize("split", ["train", "score"])
 @pytest.mark.parametrize(
     ("make", "found"),
-    [(LooksBack, "not kept"), (LooksBackForgivingly, "not kept"), (LooksBackByBranch, "not kept"), (Overwrites, "NaN")],
+    [
+        (LooksBack, "not kept"),
+        (LooksBackForgivingly, "not kept"),
+        (LooksBackByBranch, "not kept"),
+        (Overwrites, "written into another tensor"),
+    ],
 )
 def test_an_output_that_was_not_kept_shows_in_the_batch_that_needs_it(make, found, split, tmp_path, monkeypatch):
     monkeypatch.setattr(ReusedPrefix, "check", lambda *_: None)  # as in a batch that is not among those compared

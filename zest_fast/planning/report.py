@@ -40,7 +40,7 @@ class HeldTensor:
 
     def __str__(self) -> str:
         where = self.module or "the model"
-        what = f"{self.dtype} {list(self.shape)}, {_size(self.size)} ({self.kind})"
+        what = f"{self.dtype} {list(self.shape)}, {sized(self.size)} ({self.kind})"
         return f"{self.made_by} in {self.phase} of {where}: {what}"
 
 
@@ -101,6 +101,21 @@ class Plan:
     def fits(self) -> tuple[int, ...]:
         """Which of the cards with 8, 16, 24, 40 and 80 GB the step fits, with room for context and fragmentation."""
         return tuple(card for card in CARDS if fits(self.peak_bytes, card * _GIB))
+
+    def again(self, **changes: Any) -> Plan:
+        """The same plan with another setting; the model is not looked at anew.
+
+        Args:
+            **changes: attributes of `setting`, such as checkpoint, frozen or stream.
+
+        Returns:
+            A Plan.
+
+        Raises:
+            ValueError: a setting that cannot be, as of `plan`.
+        """
+        assert self._again is not None
+        return self._again(replace(self.setting, **changes))
 
     def table(
         self,
@@ -171,7 +186,7 @@ class Plan:
             words = ", ".join(f"{name} {closest[name]}" for name in _axes(table) if closest[name] is not None)
             raise ValueError(
                 f"max_memory={max_memory!r}: nothing of the {len(table)} settings fits. Closest comes {words} with "
-                f"{_size(int(closest['peak_bytes']))} of tensors, {_size(needed(int(closest['peak_bytes'])))} with the "
+                f"{sized(int(closest['peak_bytes']))} of tensors, {sized(needed(int(closest['peak_bytes'])))} with the "
                 "context of CUDA and fragmentation; try a smaller batch, shorter sequences, a higher lowest block, "
                 "checkpoint= or frozen='int8' or 'nf4'"
             )
@@ -221,7 +236,7 @@ class Plan:
     def __str__(self) -> str:
         lines = [
             f"{self.model}: {_what(self)}, {self.setting.size}, {self.setting.dtype or 'dtype as found'}",
-            f"peak {_size(self.peak_bytes)} of tensors{_place(self.setting)} (dry run); fits "
+            f"peak {sized(self.peak_bytes)} of tensors{_place(self.setting)} (dry run); fits "
             + (", ".join(f"{card} GB" for card in self.fits) or f"no card of up to {CARDS[-1]} GB"),
             f"  in {self.peak_phase}, set by {self.peak_tensor}",
             f"{self.flops / 1e12:.3g} TFLOP, {self.flops_by_phase.get('forward', 0) / 1e12:.3g} of them forward",
@@ -326,7 +341,8 @@ def _axes(table: pandas.DataFrame) -> list[str]:
     return [c for c in ("lowest_block", "dtype", "optimizer", "batch_size", "sequence_length") if c in table.columns]
 
 
-def _size(size: int) -> str:
+def sized(size: int) -> str:
+    """In GiB, MiB or KiB."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
         if size >= scale:
             return f"{size / scale:.2f} {unit}"

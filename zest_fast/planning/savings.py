@@ -15,7 +15,8 @@ from zest_fast.foundation.options import Checkpoint, Frozen, PlannedDevice
 from zest_fast.planning.blocks import layout_of
 from zest_fast.planning.optimizers import Build
 from zest_fast.planning.plan import plan
-from zest_fast.planning.report import Plan, needed
+from zest_fast.planning.report import Plan, needed, sized
+from zest_fast.planning.settings import DTYPES
 from zest_fast.planning.skeletons import named_model
 
 if TYPE_CHECKING:
@@ -133,17 +134,24 @@ def fit_memory(
     names = layers if isinstance(layers, str) else tuple(layers)
     if names == "all":
         raise ValueError("layers='all': nothing is frozen that could be kept smaller; name the layers that train")
-    sizes: dict[str, Any] = {"batch_size": batch_size, "sequence_length": sequence_length, "image_size": image_size}
-    sizes |= {"dtype": dtype, "optimizer": optimizer, "head": head}
-    plain = plan(model_or_config, names, **sizes, device=device)
+    plain = plan(
+        model_or_config,
+        names,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        image_size=image_size,
+        dtype=dtype,
+        optimizer=optimizer,
+        head=head,
+        device=device,
+    )
     where = plain.setting.device
     _, skeleton = named_model(model_or_config)
     weights = _FrozenWeights(skeleton, plain)
     rows = [(Savings(), plain, 1.0)]
     for savings in _ways(where):
         try:
-            options: dict[str, Any] = vars(savings)
-            planned = plan(model_or_config, names, **sizes, device=where, **options)
+            planned = plain.again(**vars(savings))
         except ValueError:  # no blocks to checkpoint, no Linear to pack: said by whoever asks for it by name
             continue
         rows.append((savings, planned, weights.cost(savings, planned) / weights.cost(Savings(), plain)))
@@ -154,10 +162,10 @@ def fit_memory(
         least = min(range(len(rows)), key=takes.__getitem__)
         raise ValueError(
             f"max_memory={max_memory!r}: no way to save memory makes a step of these layers fit; with {rows[least][0]} "
-            f"it needs {_size(takes[least])}. Choose fewer or higher layers, a smaller batch or a shorter sequence"
+            f"it needs {sized(takes[least])}. Choose fewer or higher layers, a smaller batch or a shorter sequence"
         )
     savings, planned, cost = rows[fitting]
-    lines = [f"{savings}: {_size(takes[fitting])} for a step, at {cost:.2f} of the cost of one that saves nothing"]
+    lines = [f"{savings}: {sized(takes[fitting])} for a step, at {cost:.2f} of the cost of one that saves nothing"]
     if savings.frozen:
         lines.append(f"  {savings.frozen} rounds frozen weights: results are others than without it")
     if savings.stream:
@@ -168,7 +176,7 @@ def fit_memory(
         next_one = min(range(fitting), key=takes.__getitem__)
         more, (better, _, price) = takes[next_one] - limit, rows[next_one]
         lines.append(
-            f"  {_size(more)} more would buy {better}, at {price:.2f}" + ("; the next GiB buys nothing" * (more > _GIB))
+            f"  {sized(more)} more would buy {better}, at {price:.2f}" + ("; the next GiB buys nothing" * (more > _GIB))
         )
     return Fit(savings, planned, cost, "\n".join(lines), tuple(rows))
 
@@ -197,7 +205,8 @@ class _FrozenWeights:
         sizes = {name: module.weight.numel() for name, module in linears.items()}
         self._all = sum(sizes.values())
         self._above = sum(size for name, size in sizes.items() if order[name] > cut)
-        self._bytes = {None: 4.0 if plain.setting.dtype == "float32" else 2.0, "int8": 1.0, "nf4": 0.5625}
+        weights, _ = DTYPES[plain.setting.dtype or "float32"]
+        self._bytes = {None: float(weights.itemsize), "int8": 1.0, "nf4": 0.5625}  # a weight, about as `packed_bytes`
 
     def cost(self, savings: Savings, planned: Plan) -> float:
         """In FLOPs: of the step, of unpacking and of reading, in forward, in backward and where it is recomputed."""
@@ -205,7 +214,3 @@ class _FrozenWeights:
         unpacked = UNPACKING[savings.frozen] * uses if savings.frozen else 0.0
         read = READING * self._bytes[savings.frozen] * uses if savings.stream else 0.0
         return planned.flops + unpacked + read
-
-
-def _size(count: int) -> str:
-    return f"{count / _GIB:.2f} GiB" if count >= _GIB // 10 else f"{count / 2**20:.2f} MiB"

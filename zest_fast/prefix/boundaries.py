@@ -12,7 +12,7 @@ that is not the same in all of them, or draws random numbers, or writes buffers,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import get_ident
@@ -58,6 +58,13 @@ class Rows:
     """Dimensions, the outermost in memory first: a model in channels_last stays fast, and a view can be taken."""
     dtype: torch.dtype
     device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor, dim: int, samples: int) -> Rows:
+        """Of a tensor of so many samples along `dim`."""
+        shape = list(tensor.shape)
+        shape[dim] //= samples
+        return cls(tuple(shape), dim, order_of(tensor), tensor.dtype, tensor.device)
 
     @property
     def bytes_per_sample(self) -> int:
@@ -134,7 +141,7 @@ class Call:
             elif isinstance(leaf, Tensor):
                 if not isinstance(value, Tensor) or not close(value, leaf, rounding(leaf.dtype)):
                     return "holds a tensor that is not the same for all samples"
-            elif not _equal(leaf, value):
+            elif not equal(leaf, value):
                 return f"holds {value!r} where it held {leaf!r}"
         return ""
 
@@ -219,6 +226,13 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     return torch.allclose(found.to(wide), expected.to(wide), rtol=0, atol=tolerance * scale, equal_nan=True)
 
 
+def same_gradient(found: Tensor | None, expected: Tensor | None) -> bool:
+    """Whether two gradients of one parameter are the same up to rounding, or neither is there."""
+    if found is None or expected is None:
+        return found is expected
+    return close(found, expected, 10 * rounding(expected.dtype))
+
+
 # The trace
 
 
@@ -266,10 +280,17 @@ def around_calls(modules: Iterable[nn.Module], around: Callable[[nn.Module, Call
         return forward
 
     thread = get_ident()
-    own = [(module, module.__dict__.get("forward")) for module in modules]
+    with forwards_replaced({module: wrapped(module) for module in modules}):
+        yield
+
+
+@contextmanager
+def forwards_replaced(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, these are what `forward` of the instances is."""
+    own = [(module, module.__dict__.get("forward")) for module in forwards]
     try:
-        for module, _ in own:
-            module.__dict__["forward"] = wrapped(module)
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
         yield
     finally:
         with HeldInterrupts():
@@ -382,7 +403,7 @@ class _Tracer:
         dims = iter(self._dims[call])
         for expected, value in zip(known, found, strict=True):
             if not isinstance(expected, Tensor):
-                if not _equal(expected, value):
+                if not equal(expected, value):
                     return "holds a value that changes with the samples"
                 continue
             if not isinstance(value, Tensor) or value.dtype != expected.dtype:
@@ -411,9 +432,7 @@ class _Tracer:
             def known(leaf: Any, dims: Iterator[int | None] = dims) -> Any:
                 if not isinstance(leaf, Tensor) or (dim := next(dims)) is None:
                     return leaf
-                shape = list(leaf.shape)
-                shape[dim] //= len(_TRACED)
-                return Rows(tuple(shape), dim, order_of(leaf), leaf.dtype, leaf.device)
+                return Rows.of(leaf, dim, len(_TRACED))
 
             call.output = tree_map(known, call.output)
         return Trace(self._root, self._seconds, self._modules)
@@ -464,7 +483,8 @@ def order_of(leaf: Tensor) -> tuple[int, ...]:
     return tuple(sorted(natural, key=lambda dim: -strides[dim]))
 
 
-def _equal(ours: Any, theirs: Any) -> bool:
+def equal(ours: Any, theirs: Any) -> bool:
+    """Of values that are no tensors; NaN equals NaN."""
     return type(ours) is type(theirs) and (ours == theirs or (ours != ours and theirs != theirs))
 
 

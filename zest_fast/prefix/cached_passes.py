@@ -20,13 +20,12 @@ from zest_fast.foundation.version import __version__
 from zest_fast.prefix.activation_files import ActivationFiles, Room, differences
 from zest_fast.prefix.boundaries import Boundary, Call, NotReusable, close, rounding, rows_in, tensors
 from zest_fast.prefix.cache import PrefixCache
-from zest_fast.prefix.flow import Drawn, before, is_observed
+from zest_fast.prefix.flow import Drawn, is_observed
+from zest_fast.prefix.flow import before as calls_before
 from zest_fast.prefix.layouts import Learner
-from zest_fast.prefix.passes import Kept, Passes, floats_of, part_of, undone, with_rows
+from zest_fast.prefix.passes import Before, Kept, Passes, floats_of, part_of, undone, with_rows
 from zest_fast.prefix.placeholders import Unkept
 from zest_fast.prefix.sample_keys import Samples
-from zest_fast.prefix.volatile_state import VolatileState
-from zest_fast.profiling.borrowing.kept_attributes import KeptAttributes
 from zest_fast.profiling.heads import unwrap
 
 FORMAT = 1
@@ -103,13 +102,12 @@ class CachedPasses:
             samples = Samples.of(args, keywords)
             if isinstance(samples, str):
                 return self._plainly(samples, forward, args, keywords)
-            state, attributes = VolatileState(self._model), KeptAttributes(self._model.modules())
+            before = Before(self._model)
             try:
                 with self._passes.by(forward):
                     return self._run(samples)
             except NotReusable as error:
-                state.restore()  # random numbers that were drawn, statistics that were taken
-                attributes.restore()
+                before.restore()  # random numbers that were drawn, statistics that were taken
                 return self._plainly(str(error), forward, args, keywords)
         finally:
             self._busy.release()
@@ -170,7 +168,7 @@ class CachedPasses:
 
     def _activations(self, layout: _Layout, samples: Samples) -> Kept:
         """Of every live call; read, or computed and written."""
-        cache, digests = self._cache, samples.digests()
+        cache, digests = self._cache, samples.digests
         kept = {call: [known.empty(samples.count) for known in rows_in(call.output)] for call in layout.boundary.live}
         began = time.perf_counter()
         missing = [row for row, digest in enumerate(digests) if not layout.read(digest, row, kept)]
@@ -241,12 +239,13 @@ class CachedPasses:
     def _compare(self, layout: _Layout, samples: Samples, kept: Kept) -> None:
         expected = self._passes.outcome(layout.boundary, samples)
         difference = self._passes.difference(layout.boundary, samples, kept, expected, layout.first)
-        if difference and layout.waits_for(samples):
+        is_second = layout.waits_for(samples)
+        if difference and is_second:
             raise ValueError(
                 f"prefix cache: the outputs of a second batch {difference} beside those of the full pass: a module "
                 "above the cut reads what one below it has left somewhere; leave the cache out, or choose higher layers"
             )
-        layout.proved |= layout.waits_for(samples)
+        layout.proved |= is_second
         if difference:
             layout.files.disown()
             raise RuntimeError(
@@ -266,7 +265,7 @@ class CachedPasses:
             known = None
         if known is None:
             key = state
-            if samples.count > 1 and len(set(samples.digests())) == 1:
+            if samples.count > 1 and len(set(samples.digests)) == 1:
                 raise NotReusable("the samples of the batch are all the same, which shows nothing of others")
             known = self._learn(samples)
         self._layouts[key] = known  # the latest at the end
@@ -362,7 +361,7 @@ class _Weights:
     def __init__(self, model: nn.Module, boundary: Boundary, place: Call, read: frozenset[int]) -> None:
         whole = [call.name for call in boundary.skipped]
         inside = tuple(f"{name}." for name in whole)
-        calls = [*before(place), *(call for call in place.path() if call is not place)]
+        calls = [*calls_before(place), *(call for call in place.path() if call is not place)]
         own = [c.name for c in calls if c.name not in whole and not f"{c.name}.".startswith(inside)]
         modules = dict.fromkeys(m for name in whole for m in model.get_submodule(name).modules())
         self._slots = [
@@ -411,7 +410,7 @@ class _Layout:
 
     def waits_for(self, samples: Samples) -> bool:
         """Whether this is the second batch, which shows what modules have kept from the first."""
-        return not self.proved and samples.digests() != self.first.digests()
+        return not self.proved and samples.digests != self.first.digests
 
     def read(self, digest: bytes, row: int, kept: Kept) -> bool:
         """Whether the activations of this sample are there; then they are in row `row` of `kept`."""

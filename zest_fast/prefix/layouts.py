@@ -19,10 +19,11 @@ from zest_fast.prefix.boundaries import (
     Rows,
     close,
     dims_of,
+    equal,
     finished_before,
-    order_of,
     rounding,
     rows_in,
+    same_gradient,
     samples_along,
     tensors,
     what_prevents,
@@ -93,7 +94,7 @@ class Learner:
             boundary = replace(boundary, skipped=skipped)
             found = self._passes.to_cut(boundary, samples, new)
             if samples.count == 1:
-                known |= {call: tree_map(lambda leaf: _rows(leaf, 0, 1), found[call]) for call in new}
+                known |= {call: tree_map(_of_one, found[call]) for call in new}
                 continue
             fewer = self._part(boundary, samples.take(half.flip(0)), new)
             replaced = self._part(boundary, samples.take(torch.arange(samples.count) % len(half)), new)
@@ -121,7 +122,7 @@ class Learner:
         """What backward recomputes, say, does not show in outputs."""
         ours = self._passes.gradients(boundary, samples, kept)
         theirs = self._passes.gradients(boundary, samples, None)
-        if len(ours) != len(theirs) or not all(map(_same, ours, theirs)):
+        if len(ours) != len(theirs) or not all(map(same_gradient, ours, theirs)):
             raise NotReusable("a pass from the cut on does not give the gradients of the full one")
 
     def _fewest(self, boundary: Boundary, samples: Samples, kept: Kept) -> Boundary:
@@ -184,7 +185,7 @@ def _known(output: Any, fewer: Any, replaced: Any, count: int, half: int) -> tup
     def known(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or (dim := next(of)) is None:
             return leaf
-        return _rows(leaf, dim, count)
+        return Rows.of(leaf, dim, count)
 
     return tree_map(known, output), ""
 
@@ -206,23 +207,12 @@ def _same_values(output: Any, other: Any) -> bool:
     theirs, other_structure = tree_flatten(other)
     if structure != other_structure:
         return False
-    pairs = ((a, b) for a, b in zip(ours, theirs, strict=True) if not isinstance(a, Tensor))
-    return all(type(a) is type(b) and (a == b or (a != a and b != b)) for a, b in pairs)
+    return all(equal(a, b) for a, b in zip(ours, theirs, strict=True) if not isinstance(a, Tensor))
 
 
-def _same(found: Tensor | None, expected: Tensor | None) -> bool:
-    """Of gradients."""
-    if found is None or expected is None:
-        return found is expected
-    return close(found, expected, 10 * rounding(expected.dtype))
-
-
-def _rows(leaf: Any, dim: int, count: int) -> Any:
-    if not isinstance(leaf, Tensor) or not leaf.dim():
-        return leaf
-    shape = list(leaf.shape)
-    shape[dim] //= count
-    return Rows(tuple(shape), dim, order_of(leaf), leaf.dtype, leaf.device)
+def _of_one(leaf: Any) -> Any:
+    """Of a single sample, in which nothing tells what grows with more."""
+    return Rows.of(leaf, 0, 1) if isinstance(leaf, Tensor) and leaf.dim() else leaf
 
 
 def _bytes(call: Call) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,28 +18,39 @@ from zest_fast.prefix.boundaries import (
     NotReusable,
     Rows,
     close,
+    forwards_replaced,
     intercepted,
     rounding,
     tensors,
 )
 from zest_fast.prefix.placeholders import Reached, Unkept, filled
 from zest_fast.prefix.sample_keys import Samples
-from zest_fast.prefix.volatile_state import preserved
+from zest_fast.prefix.volatile_state import VolatileState, preserved
 from zest_fast.profiling.borrowing.kept_attributes import KeptAttributes
 
 Kept = Mapping[Call, list[Tensor]]
 """Of each live call its tensors with a part for each sample, in the order of `rows_in`."""
 
 
+class Before:
+    """Buffers, generators and plain attributes (counters, lists that grow) as they are now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._state, self._attributes = VolatileState(model), KeptAttributes(model.modules())
+
+    def restore(self) -> None:
+        self._state.restore()
+        self._attributes.restore()
+
+
 @contextmanager
 def undone(model: nn.Module) -> Iterator[None]:
-    """At the end buffers, generators and plain attributes (counters, lists that grow) are what they were."""
-    attributes = KeptAttributes(model.modules())
-    with preserved(model):
-        try:
-            yield
-        finally:
-            attributes.restore()
+    """At the end all of that is what it was."""
+    before = Before(model)
+    try:
+        yield
+    finally:
+        before.restore()
 
 
 class Passes:
@@ -48,21 +59,10 @@ class Passes:
     def __init__(self, model: nn.Module, *, eval_prefix: bool) -> None:
         self.model, self._eval_prefix = model, eval_prefix
 
-    @contextmanager
-    def by(self, forward: Callable[..., Any]) -> Iterator[None]:
+    def by(self, forward: Callable[..., Any]) -> AbstractContextManager[None]:
         """Inside, `forward` is what runs: the model's own, without what others have put around it since, which has done
         its part already."""
-        own = vars(self.model)
-        before = own.get("forward")
-        own["forward"] = forward
-        try:
-            yield
-        finally:
-            with HeldInterrupts():
-                if before is None:
-                    own.pop("forward", None)
-                else:
-                    own["forward"] = before
+        return forwards_replaced({self.model: forward})
 
     def run(self, samples: Samples) -> Any:
         """As it is."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class Samples:
                 return f"{name!r} is a {type(leaf).__name__}"
         return cls(args, keywords, count, state.hexdigest())
 
+    @cached_property
     def digests(self) -> list[bytes]:
         """Of each sample: the bytes of its rows in all arguments."""
         rows = [leaf for _, leaf in _leaves(self.args, self.keywords)[0] if self._has_rows(leaf)]

@@ -16,7 +16,7 @@ class VolatileState:
     """Remembers buffers and generators of a model; `restore` puts them back, as often as it is called."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._names = {id(buffer): name for name, buffer in model.named_buffers()}
+        self._model = model
         # The dictionaries, because a model may replace buffers; clones, because it may write into them.
         self._registered = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
         buffers = {id(b): b for _, own in self._registered for b in own.values() if b is not None}
@@ -44,8 +44,13 @@ class VolatileState:
 
     def changed_names(self) -> list[str]:
         """Of those, as they were called."""
-        changed = self.changed_buffers()
-        return sorted(name for key, name in self._names.items() if key in changed)
+        changed, paths = self.changed_buffers(), {module: path for path, module in self._model.named_modules()}
+        return sorted(
+            f"{paths[module]}.{name}" if paths[module] else name
+            for module, buffers in self._registered
+            for name, buffer in buffers.items()
+            if id(buffer) in changed
+        )
 
 
 @contextmanager

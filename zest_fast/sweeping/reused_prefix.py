@@ -27,6 +27,7 @@ from zest_fast.prefix.boundaries import (
     intercepted,
     rounding,
     rows_in,
+    same_gradient,
 )
 from zest_fast.prefix.inputs import Inputs, batches, compared_of, count, rows_of
 from zest_fast.prefix.placeholders import Reached, Unkept, filled
@@ -123,7 +124,7 @@ def _gives_the_same(model: nn.Module, boundary: Boundary, trained: Sequence[nn.P
                 if (
                     isinstance(found, Unkept)
                     or not _same_logits(found, expected)
-                    or not all(map(_same_gradient, others_gradients, gradients))
+                    or not all(map(same_gradient, others_gradients, gradients))
                 ):
                     return False
     return True
@@ -139,12 +140,6 @@ def _same_logits(found: Tensor, expected: Tensor) -> bool:
     scale = torch.maximum(sizes, sizes.median())
     tolerance = scale * relative
     return bool((((found - expected).abs() <= tolerance) | (found == expected)).all())
-
-
-def _same_gradient(found: Tensor | None, expected: Tensor | None) -> bool:
-    if found is None or expected is None:
-        return found is expected
-    return close(found, expected, 10 * rounding(expected.dtype))
 
 
 @contextmanager

@@ -29,7 +29,8 @@ class PrefixCache:
     last whole record, damaged ones are named and computed again, and several processes may share a folder. Nothing is
     deleted by itself: remove the folder when you are done.
 
-    Batches are compared with the full pass: the first two of each shape, then the 2nd, 4th, 8th ... and one in 64.
+    The outputs of the first two batches of each shape, of the first that is read and of one in 64 are compared with
+    those of the full pass; of the 2nd, 4th, 8th ... that is read, two samples with what the layers below the cut give.
 
     Passes without gradients (validation), in compiled code and of several threads at once run as they would without it.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from zest_fast.foundation.documents import json_hash
 from zest_fast.foundation.version import __version__
 from zest_fast.prefix.activation_files import ActivationFiles, Room, differences
-from zest_fast.prefix.boundaries import Boundary, Call, NotReusable, close, rounding, rows_in, tensors
+from zest_fast.prefix.boundaries import Boundary, Call, NotReusable, Rows, close, rounding, rows_in, tensors
 from zest_fast.prefix.cache import PrefixCache
 from zest_fast.prefix.flow import Drawn, is_observed
 from zest_fast.prefix.flow import before as calls_before
@@ -30,9 +30,15 @@ from zest_fast.profiling.heads import unwrap
 
 FORMAT = 1
 _CHECKED = 64
-"""One batch in so many is held against the full pass."""
+"""One batch in so many is held against the full pass; in between, one sample of the 2nd, 4th, 8th ... that is read."""
+_CHANGES = (
+    "something below the cut changes between passes (weights, buffers, a counter), or depends on the other samples of a "
+    "batch. Steps since the last comparison may be wrong; train without the cache"
+)
 _LOOKED_AT = 1 << 16
 """Entries of an output that are looked through for NaN: of a loss or the logits of a classifier."""
+_LEARNED_FROM = 8
+"""Samples of the first batch."""
 _SHAPES = 64
 """That are known at a time; each has files that are open."""
 _OF_A_RUN = ("base", "cut", "numerics", "mode", "modules", "torch")
@@ -60,7 +66,7 @@ class CachedPasses:
         self._distinct: set[bytes] = set()
         self._busy = threading.Lock()
         self._room = Room(cache.folder, cache.limit)
-        self._count = self._read = 0
+        self._count = self._read = 0  # batches that were read whole; samples
         self._warned_of_keys = False
         cache.passes, cache.stopped = self, ""
 
@@ -119,7 +125,7 @@ class CachedPasses:
             try:
                 # What cannot be is said by the pass that comes next.
                 with contextlib.suppress(NotReusable), self._passes.by(forward), undone(self._model):
-                    self._activations(self._layout(samples), samples)
+                    self._known(samples)
                     _log.info("prefix cache: %s", self._cache.forecast)
             finally:
                 self._busy.release()
@@ -140,12 +146,7 @@ class CachedPasses:
         return forward(*args, **keywords)
 
     def _run(self, samples: Samples) -> Any:
-        layout = self._layout(samples)
-        kept = self._activations(layout, samples)
-        self._count += 1
-        often = self._count & (self._count - 1) == 0  # the 1st, 2nd, 4th ... as well
-        if often or self._count % _CHECKED == 0 or layout.waits_for(samples):
-            self._compare(layout, samples, kept)
+        layout, kept = self._known(samples)
         output = self._passes.from_cut(layout.boundary, samples, kept)
         found = floats_of(output)
         if any(isinstance(leaf, Unkept) for leaf in found):
@@ -154,6 +155,30 @@ class CachedPasses:
             self._compare(layout, samples, kept)  # NaN of its own, or of a placeholder that code hid from torch
         self._warn_of_keys(output)
         return output
+
+    def _known(self, samples: Samples) -> tuple[_Layout, Kept]:
+        layout = self._layout(samples)
+        try:
+            return layout, self._checked(layout, samples)
+        except (NotReusable, ValueError):
+            if layout.compared or layout.learned_from.count == samples.count:
+                raise
+        layout = self._learned_anew(layout, samples)  # what a few samples showed is not so of all of them
+        return layout, self._checked(layout, samples)
+
+    def _checked(self, layout: _Layout, samples: Samples) -> Kept:
+        """The activations, held against the model where it is time."""
+        computed = self._cache.computed
+        kept = self._activations(layout, samples)
+        if layout.waits_for(samples):
+            self._compare(layout, samples, kept)
+        elif self._cache.computed == computed:
+            self._count += 1
+            if self._count == 1 or self._count % _CHECKED == 0:
+                self._compare(layout, samples, kept)
+            elif self._count & (self._count - 1) == 0:
+                self._compare_some(layout, samples, kept)
+        return kept
 
     def _warn_of_keys(self, output: Any) -> None:
         if self._warned_of_keys or not isinstance(output, dict):
@@ -169,9 +194,8 @@ class CachedPasses:
     def _activations(self, layout: _Layout, samples: Samples) -> Kept:
         """Of every live call; read, or computed and written."""
         cache, digests = self._cache, samples.digests
-        kept = {call: [known.empty(samples.count) for known in rows_in(call.output)] for call in layout.boundary.live}
         began = time.perf_counter()
-        missing = [row for row, digest in enumerate(digests) if not layout.read(digest, row, kept)]
+        kept, missing = layout.read(digests)
         cache.seconds_reading += time.perf_counter() - began
         cache.read += samples.count - len(missing)
         self._read += samples.count - len(missing)
@@ -210,17 +234,35 @@ class CachedPasses:
 
     def _hold_against_the_model(self, layout: _Layout, samples: Samples, kept: Kept, missing: list[int]) -> None:
         """Once, of what was written before: weights and classes are in the key, the code of a model is not."""
-        rows = torch.tensor([row for row in range(samples.count) if row not in missing])
-        found = self._passes.to_cut(layout.boundary, samples.take(rows), layout.boundary.live)
+        rows = [row for row in range(samples.count) if row not in missing]
+        if call := self._differing(layout, samples, kept, rows):
+            raise RuntimeError(
+                f"prefix cache: {os.fspath(self._cache.folder)!r} holds activations for these weights that are not what "
+                f"{call!r} computes: the code of the model has changed, or kernels do; name another folder"
+            )
+        layout.is_inherited = False
+
+    def _compare_some(self, layout: _Layout, samples: Samples, kept: Kept) -> None:
+        """Of two samples (of one alone, shapes may collapse): other ones each time."""
+        rows = sorted({(self._count + place) % samples.count for place in (0, samples.count // 2)})
+        try:
+            with undone(self._model):
+                call = self._differing(layout, samples, kept, rows)
+        except Exception:  # a part of a batch does not run, or takes another way
+            return self._compare(layout, samples, kept)
+        if call:
+            layout.files.disown()
+            raise RuntimeError(f"prefix cache: what {call!r} gives is not what was kept: {_CHANGES}")
+
+    def _differing(self, layout: _Layout, samples: Samples, kept: Kept, rows: list[int]) -> str:
+        """The first call that does not give what is kept of these samples; "" where all do."""
+        part = torch.tensor(rows)
+        found = self._passes.to_cut(layout.boundary, samples.take(part), layout.boundary.live)
         for call, stores in kept.items():
             for known, store, value in zip(rows_in(call.output), stores, with_rows(call, found[call]), strict=True):
-                if not close(known.take(store, rows), value, rounding(value.dtype)):
-                    raise RuntimeError(
-                        f"prefix cache: {os.fspath(self._cache.folder)!r} holds activations for these weights that are "
-                        f"not what {call.name!r} computes: the code of the model has changed, or kernels do; name "
-                        "another folder"
-                    )
-        layout.is_inherited = False
+                if not close(known.take(store, part), value, rounding(value.dtype)):
+                    return call.name
+        return ""
 
     def _notice(self, digests: Iterable[bytes]) -> None:
         cache = self._cache
@@ -237,22 +279,21 @@ class CachedPasses:
             )
 
     def _compare(self, layout: _Layout, samples: Samples, kept: Kept) -> None:
+        """Outputs with those of the full pass."""
         expected = self._passes.outcome(layout.boundary, samples)
-        difference = self._passes.difference(layout.boundary, samples, kept, expected, layout.first)
-        is_second = layout.waits_for(samples)
-        if difference and is_second:
+        difference = self._passes.difference(layout.boundary, samples, kept, expected, layout.learned_from)
+        if difference and layout.waits_for(samples):
             raise ValueError(
-                f"prefix cache: the outputs of a second batch {difference} beside those of the full pass: a module "
-                "above the cut reads what one below it has left somewhere; leave the cache out, or choose higher layers"
+                f"prefix cache: the outputs of {'another' if layout.compared else 'the first'} batch {difference} beside "
+                "those of the full pass: a module above the cut reads what one below it has left somewhere; leave the "
+                "cache out, or choose higher layers"
             )
-        layout.proved |= is_second
         if difference:
             layout.files.disown()
             raise RuntimeError(
-                f"prefix cache: the outputs of a batch {difference} beside those of the full pass: something below the "
-                "cut changes between passes (weights, buffers, a counter). Steps since the last comparison may be "
-                "wrong; train without the cache"
+                f"prefix cache: the outputs of a batch {difference} beside those of the full pass: {_CHANGES}"
             )
+        layout.has_compared(samples)
 
     # What is known of samples of one shape
 
@@ -267,9 +308,19 @@ class CachedPasses:
             key = state
             if samples.count > 1 and len(set(samples.digests)) == 1:
                 raise NotReusable("the samples of the batch are all the same, which shows nothing of others")
-            known = self._learn(samples)
+            known = self._learn(samples.few(_LEARNED_FROM))
         self._layouts[key] = known  # the latest at the end
         self._forget()
+        if isinstance(known, str):
+            raise NotReusable(known)
+        return known
+
+    def _learned_anew(self, layout: _Layout, samples: Samples) -> _Layout:
+        """From all samples of the batch."""
+        layout.files.disown()
+        layout.files.close()
+        key = next(key for key, known in self._layouts.items() if known is layout)
+        self._layouts[key] = known = self._learn(samples)
         if isinstance(known, str):
             raise NotReusable(known)
         return known
@@ -400,32 +451,40 @@ class _Layout:
 
     boundary: Boundary
     files: ActivationFiles
-    first: Samples
-    """Those that it was learned from."""
+    learned_from: Samples
     weights: _Weights
     is_inherited: bool = False
     """Whether there are records of another run, which have not been held against the model yet."""
-    proved: bool = False
-    """Whether another batch has been compared since."""
+    compared: int = 0
+    """Different batches whose outputs were held against the full pass, up to two: the second shows what modules have
+    kept from the first."""
+    _latest: list[bytes] | None = None
 
     def waits_for(self, samples: Samples) -> bool:
-        """Whether this is the second batch, which shows what modules have kept from the first."""
-        return not self.proved and samples.digests != self.first.digests
+        return self.compared < 2 and samples.digests != self._latest
 
-    def read(self, digest: bytes, row: int, kept: Kept) -> bool:
-        """Whether the activations of this sample are there; then they are in row `row` of `kept`."""
-        if digest not in self.files:
-            return False
-        memory = torch.empty(self.boundary.bytes_per_sample, dtype=torch.uint8)
-        if not self.files.read(digest, memory.numpy().data):
-            return False
+    def has_compared(self, samples: Samples) -> None:
+        if self.waits_for(samples):
+            self.compared, self._latest = self.compared + 1, samples.digests
+
+    def read(self, digests: list[bytes]) -> tuple[Kept, list[int]]:
+        """The activations of these samples, and which rows are not there and hold anything."""
+        count = len(digests)
+        memory = torch.empty(count, self.boundary.bytes_per_sample, dtype=torch.uint8)
+        rows = memory.numpy()
+        missing = [
+            row
+            for row, digest in enumerate(digests)
+            if digest not in self.files or not self.files.read(digest, rows[row].data)
+        ]
+        kept: dict[Call, list[Tensor]] = {call: [] for call in self.boundary.live}
         offset = 0
-        for known, store in self._parts(kept):
-            part = memory[offset : offset + known.bytes_per_sample]
-            offset += known.bytes_per_sample
-            aligned = part if part.storage_offset() % known.dtype.itemsize == 0 else part.clone()
-            part_of(known, store, row).copy_(known.view(aligned.view(known.dtype), 1))
-        return True
+        for call in self.boundary.live:
+            for known in rows_in(call.output):
+                part = memory[:, offset : offset + known.bytes_per_sample].contiguous()
+                offset += known.bytes_per_sample
+                kept[call].append(_tensor(known, part.view(-1).view(known.dtype), count))
+        return kept, missing
 
     def write(self, digest: bytes, row: int, kept: Kept) -> bool:
         parts = [
@@ -436,6 +495,17 @@ class _Layout:
 
     def _parts(self, kept: Kept) -> list[tuple[Any, Tensor]]:
         return [pair for call in self.boundary.live for pair in zip(rows_in(call.output), kept[call], strict=True)]
+
+
+def _tensor(known: Rows, memory: Tensor, count: int) -> Tensor:
+    """Of what lies sample by sample in memory."""
+    memory = memory.to(known.device)
+    if known.order[0] == known.dim:
+        return known.view(memory, count)
+    store = known.empty(count)
+    for row, part in enumerate(memory.view(count, -1)):
+        part_of(known, store, row).copy_(known.view(part, 1))
+    return store
 
 
 def _made_of(module: nn.Module) -> list[str]:

@@ -75,6 +75,14 @@ class Samples:
 
         return Samples(tree_map(of, self.args), tree_map(of, dict(self.keywords)), len(rows), self.shared)
 
+    def few(self, count: int) -> Samples:
+        """So many of them at most, different ones first."""
+        if self.count <= count:
+            return self
+        different = {digest: row for row, digest in reversed(list(enumerate(self.digests)))}.values()
+        rows = [*sorted(different), *sorted(set(range(self.count)).difference(different))]
+        return self.take(torch.tensor(sorted(rows[:count])))
+
     def _has_rows(self, leaf: Any) -> bool:
         return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.count
 

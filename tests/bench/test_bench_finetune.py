@@ -128,6 +128,7 @@ def small(monkeypatch, model):
     return model
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped_and_ends_in_a_table(small, tmp_path, monkeypatch):
     trained = []
     train = finetune.Pair._trained

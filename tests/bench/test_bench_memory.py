@@ -26,6 +26,7 @@ def run(name, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_llama7b_measures_each_case_once_and_goes_on(tmp_path):
     said = run("llama7b", "finetune", "--tiny", "--tokens", 16, "--frozen", "int8", "--out", tmp_path)
     path = tmp_path / "llama7b.json"
@@ -47,6 +48,7 @@ def test_llama7b_measures_each_case_once_and_goes_on(tmp_path):
     torch.backends.cpu.get_cpu_capability() != "AVX512",
     reason="what oneDNN holds for MobileNetV2 is known of CPUs with AVX-512 alone; see docs/limits.md",
 )
+@pytest.mark.slow
 def test_memory_table_counts_what_it_plans(tmp_path):
     run("memory_table", "--quick", "--check", "--dtypes", "float32", "--out", tmp_path)
     document = json.loads((tmp_path / "memory_table.json").read_text())

@@ -18,6 +18,7 @@ def run(*arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_each_case_is_measured_once_and_its_gradients_are_checked(tmp_path):
     where = ("--folder", tmp_path / "weights", "--out", tmp_path)
     run("--frozen", "none", "--checkpoint", *where)

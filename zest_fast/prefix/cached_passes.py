@@ -30,10 +30,10 @@ from zest_fast.profiling.heads import unwrap
 
 FORMAT = 1
 _CHECKED = 64
-"""One batch in so many is held against the full pass; in between, one sample of the 2nd, 4th, 8th ... that is read."""
+"""One batch in so many is held against the full pass; in between, two samples of the 2nd, 4th, 8th ... that is read."""
 _CHANGES = (
-    "something below the cut changes between passes (weights, buffers, a counter), or depends on the other samples of a "
-    "batch. Steps since the last comparison may be wrong; train without the cache"
+    "something below the cut changes between passes (weights, buffers, a counter), or depends on the other samples of "
+    "a batch. Steps since the last comparison may be wrong; train without the cache"
 )
 _LOOKED_AT = 1 << 16
 """Entries of an output that are looked through for NaN: of a loss or the logits of a classifier."""
@@ -237,8 +237,8 @@ class CachedPasses:
         rows = [row for row in range(samples.count) if row not in missing]
         if call := self._differing(layout, samples, kept, rows):
             raise RuntimeError(
-                f"prefix cache: {os.fspath(self._cache.folder)!r} holds activations for these weights that are not what "
-                f"{call!r} computes: the code of the model has changed, or kernels do; name another folder"
+                f"prefix cache: {os.fspath(self._cache.folder)!r} holds activations for these weights that are not "
+                f"what {call!r} computes: the code of the model has changed, or kernels do; name another folder"
             )
         layout.is_inherited = False
 
@@ -283,10 +283,11 @@ class CachedPasses:
         expected = self._passes.outcome(layout.boundary, samples)
         difference = self._passes.difference(layout.boundary, samples, kept, expected, layout.learned_from)
         if difference and layout.waits_for(samples):
+            which = "another" if layout.compared else "the first"
             raise ValueError(
-                f"prefix cache: the outputs of {'another' if layout.compared else 'the first'} batch {difference} beside "
-                "those of the full pass: a module above the cut reads what one below it has left somewhere; leave the "
-                "cache out, or choose higher layers"
+                f"prefix cache: the outputs of {which} batch {difference} beside those of the full pass: "
+                "a module above the cut reads what one below it has left somewhere; leave the cache out, or choose "
+                "higher layers"
             )
         if difference:
             layout.files.disown()

@@ -100,10 +100,13 @@ def _is_plain(module: nn.Conv2d) -> bool:
 
 
 class Trained:
-    """A copy of the model in which an arm trains: `.model`, and `.parameters` by name, the head's among them."""
+    """A copy of the model, or itself, in which an arm trains: `.model`, and `.parameters` by name, the head's among
+    them."""
 
-    def __init__(self, model: nn.Module, head: str, arm: Arm, cache: PrefixCache | None = None) -> None:
-        self.model = copy.deepcopy(model)
+    def __init__(
+        self, model: nn.Module, head: str, arm: Arm, cache: PrefixCache | None = None, *, copied: bool = True
+    ) -> None:
+        self.model = copy.deepcopy(model) if copied else model
         if arm.lora:
             self._adapt(head, arm)
         elif arm.layers is None:

@@ -3,6 +3,7 @@
     python -m bench.stream shape --model llama-7b --frozen nf4 --tokens 512 --folder /scratch
     python -m bench.stream shape --model llama-7b --frozen none --tokens 128 512 --folder /scratch --check
     python -m bench.stream compare --folder /scratch  # resident, streamed, cached, accelerate (compare.py)
+    python -m bench.stream pair --folder /scratch     # a real model and data, from the same seeds (pair.py)
     python -m bench.stream costs --folder /scratch    # of unpacking a weight and of reading it, in FLOPs of a product
 
 Weights are random, in bfloat16: memory and time do not depend on them. They are written into a folder of `--folder`
@@ -39,8 +40,10 @@ from torch import Tensor, nn
 
 import zest_fast
 from bench.measure import RESULTS, ROOT, interleave, ratio, write_result
+from bench.prefix_cache import EPOCHS, RATE, ROUNDS, SAMPLES
 from bench.stream.compare import TOKENS, arm_alone, compare
 from bench.stream.measured import GIB, forget_peak, read_bytes, sampled, status
+from bench.stream.pair import PAIR, pair_rows
 from bench.stream.random_folder import write_random
 from zest_fast.finetuning.quantised_formats import FORMATS
 from zest_fast.foundation.options import Checkpoint
@@ -96,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.stream", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["shape", "costs", "compare", "arm"])
+    parser.add_argument("what", choices=["shape", "costs", "compare", "pair", "arm"])
     parser.add_argument("--model", choices=list(SHAPES), default="llama-7b")
     parser.add_argument("--frozen", choices=["none", "int8", "nf4"], default="nf4")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512])
@@ -128,6 +131,10 @@ def main() -> None:
         write_result(
             "stream_compared", {"dtype": "bfloat16", "batch": 1, "tokens": TOKENS}, rows, options.out, "stream"
         )
+        return
+    if options.what == "pair":
+        settings = {"pair": PAIR, "rate": RATE, "rounds": ROUNDS, "epochs": EPOCHS, "samples": SAMPLES["smollm2"]}
+        write_result("stream_pair", settings, pair_rows(options.folder), options.out, "stream")
         return
     if options.what == "costs":
         write_result("stream_costs", {"shape": COSTED, "tokens": 512}, costs(options.folder), options.out, "stream")

@@ -1,4 +1,4 @@
-"""The tables that docs/results.md shows of stream.json and stream_compared.json."""
+"""The tables that docs/results.md shows of stream.json, stream_compared.json and stream_pair.json."""
 
 from __future__ import annotations
 
@@ -60,3 +60,26 @@ def compared_text(document: dict) -> str:
         rows.append([row["arm"], f"{row['seconds']['median']:.2f}", times, f"{row['peak_gib']:.2f}"])
     table = markdown_table(["LLaMA, 1.1 B, bfloat16", "s", "x resident", "peak of the process, GiB"], rows)
     return f"{table}\n\n{COMPARED_LEGEND}"
+
+
+def pair_text(document: dict) -> str:
+    """A row for each choice of layers and arm."""
+    rows = []
+    for row in document["results"]:
+        times = [row["to_resident"], row["to_full"]]
+        rows.append(
+            [
+                f"{row['choice']}, {row['arm']}",
+                *(f"{to['median']:.2f} ({to['low']:.2f} to {to['high']:.2f})" for to in times),
+                f"{100 * row['accuracy']:.2f}",
+                f"{row['loss']:.6f}",
+                "yes" if row["equal_to_resident"] else "no",
+            ]
+        )
+    head = ["five layers", "a step, x resident", "x full", "accuracy, %", "loss", "weights as resident, to the bit"]
+    settings = document["settings"]
+    legend = (
+        f"{settings['pair']}: the same {settings['samples']} samples over {settings['epochs']} epochs from the same "
+        "seed, then steps interleaved, of one thread; *cached*: a step that reads its activations at the cut."
+    )
+    return f"{markdown_table(head, rows)}\n\n{legend}"

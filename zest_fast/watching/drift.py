@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -68,26 +68,48 @@ def ranking_drift(steps: Iterable[WatchedStep], by: str | Scorer | None, top: in
     if top < 1:
         raise ValueError(f"top must be at least 1, not {top}")
     numbers: list[int] = []
-    rows: list[tuple[float, float, float, float]] = []
+    rows: list[list[float]] = []
     first: dict[str, float] = {}
     before: dict[str, float] = {}
     name, most = str(by), top
     for step in steps:
-        ranking = rank(step.profile, by)
-        name = ranking.by
-        scores = {} if step.overflow else _scores(ranking)
+        name, scores = _ranked(step, by)
         numbers.append(step.step)
-        if len(set(scores.values())) < min(2, max(1, len(scores))):
-            rows.append((np.nan, np.nan, np.nan, np.nan))
+        if not scores:
+            rows.append([np.nan] * 4)
             continue
         if not first:
             first = before = scores
             most = min(top, len(first))
-        overlaps = (_overlap(one, scores, most) for one in (first, before))
-        rows.append((_tau(first, scores), _tau(before, scores), *overlaps))
+        taus = [_tau(one, scores) for one in (first, before)]
+        rows.append([*taus, *(_overlap(one, scores, most) for one in (first, before))])
         before = scores
     columns = np.array(rows, dtype=np.float64).reshape(len(rows), 4).T
     return RankingDrift(name, most, np.array(numbers, dtype=np.int64), *columns)
+
+
+def latest_drift(steps: Sequence[WatchedStep], by: str | Scorer | None, top: int) -> RankingDrift:
+    """The same of the first step that has a ranking and the last two, which is what `str` shows of it."""
+    places = [next((place for place in range(len(steps)) if _has_ranking(steps[place], by)), None)]
+    for place in reversed(range(len(steps))):
+        if len(places) == 3:
+            break
+        if _has_ranking(steps[place], by):
+            places.append(place)
+    chosen = sorted({place for place in places if place is not None})
+    return ranking_drift([steps[place] for place in chosen], by, top)
+
+
+def _has_ranking(step: WatchedStep, by: str | Scorer | None) -> bool:
+    return bool(_ranked(step, by)[1])
+
+
+def _ranked(step: WatchedStep, by: str | Scorer | None) -> tuple[str, dict[str, float]]:
+    """By what, and the scores; none where the step has no ranking."""
+    ranking = rank(step.profile, by)
+    scores = {} if step.overflow else _scores(ranking)
+    several = len(set(scores.values())) > 1 or len(scores) == 1
+    return ranking.by, scores if several else {}
 
 
 def _scores(ranking: Ranking) -> dict[str, float]:

@@ -34,6 +34,10 @@ class JsonlLog:
         self.path = Path(path)
         self._run = uuid.uuid4().hex[:12]
         self._elsewhere = list(known)
+        self._known: list[Layout] = []
+        self._layout: Layout | None = None  # of the header that this sink wrote last
+        self._last = (0, 0.0)  # step and seconds
+        self._end = 0
         self._file = -1
         self._open()
 
@@ -47,7 +51,7 @@ class JsonlLog:
         )
 
     def __call__(self, step: WatchedStep) -> None:
-        """Write one step. Raises OSError, the file as before, on a full disk; the next step may be tried all the same."""
+        """Write one step. Raises OSError on a full disk, the file as before; the next step is tried all the same."""
         if not self._is_as_it_was():
             self.close()
             self._open()
@@ -116,8 +120,7 @@ class JsonlLog:
             raise
         self._end = found.end
         self._known = [*self._elsewhere, *(segment.layout for segment in found.segments)]
-        self._layout: Layout | None = None
-        self._last = (0, 0.0)
+        self._layout, self._last = None, (0, 0.0)
 
     def _lock(self) -> None:
         try:

@@ -21,7 +21,7 @@ from zest_fast.foundation.documents import Flag, Keys, ListOf, MapOf, Number, Sp
 from zest_fast.foundation.nearest import some
 from zest_fast.foundation.text_table import printable
 from zest_fast.profiling.layer_profile import LayerProfile
-from zest_fast.profiling.profile_files import INFO, VALUE, plain_value, strict_number
+from zest_fast.profiling.profile_files import INFO, VALUE, NewerVersionError, plain_value, strict_number
 from zest_fast.watching.watched_step import WatchedStep
 
 FORMAT, VERSION = "zest_fast.watch", 1
@@ -226,6 +226,11 @@ def step_line(step: WatchedStep, layout: Layout) -> bytes:
     return _line({"record": "step", **document})
 
 
+def with_checksum(text: bytes) -> bytes:
+    """The line of a JSON object, ended."""
+    return text[:-1] + _mark(text[:-1]) + b"\n"
+
+
 def text_of_line(line: bytes) -> bytes | None:
     """The JSON of a line, without the line break, whose checksum matches; None of one that is torn or damaged."""
     text, mark = line[:-_CRC], line[-_CRC:]
@@ -238,7 +243,9 @@ def header_of(text: bytes) -> Segment:
     Keys({"record": Text(among=("header",)), "format": Text(among=(FORMAT,))}, others=True).check(document, "")
     version = document.get("version")
     if isinstance(version, int) and version > VERSION:
-        raise NewerLogError(f"its format has version {version}, this zest_fast reads up to {VERSION}: upgrade zest_fast")
+        raise NewerVersionError(
+            f"its format has version {version}, this zest_fast reads up to {VERSION}: upgrade zest_fast"
+        )
     _HEADER.check(document, "")
     if set(document["info"]) != set(document["names"]):
         raise ValueError("info: expected one entry for each of names and no other")
@@ -283,10 +290,6 @@ def _check_rows(document: Document, layout: Layout) -> None:
         raise ValueError("info: expected one entry for each layer and no other")
 
 
-class NewerLogError(ValueError):
-    """The log was written by a later zest_fast."""
-
-
 def is_step(text: bytes) -> bool:
     return text.startswith(b'{"record":"step"')
 
@@ -296,8 +299,7 @@ def _line(document: Document) -> bytes:
         written = json.dumps(document, allow_nan=False, default=plain_value, separators=(",", ":"))
     except (TypeError, ValueError) as error:
         raise ValueError(f"info, uncovered and notes must hold what strict JSON can: {error}") from error
-    text = written[:-1].encode()
-    return text + _mark(text) + b"\n"
+    return with_checksum(written.encode())
 
 
 def _mark(text: bytes) -> bytes:
@@ -372,5 +374,3 @@ def _histogram(found: Document) -> tuple[np.ndarray, np.ndarray]:
         np.array(counts if kind is np.int64 else [float(count) for count in counts], dtype=kind),
         np.array([float(edge) for edge in edges], dtype=np.float64),
     )
-
-

@@ -17,7 +17,17 @@ import numpy as np
 from zest_fast.foundation.nearest import nearest
 from zest_fast.foundation.replacing import replacing
 from zest_fast.foundation.text_table import shorten
-from zest_fast.profiling.heat_map import COLOURS, FRAME, GREY, INK, UNDEFINED, WIDTH, colour_ranks, figure_class, value_range
+from zest_fast.profiling.heat_map import (
+    COLOURS,
+    FRAME,
+    GREY,
+    INK,
+    UNDEFINED,
+    WIDTH,
+    colour_ranks,
+    figure_class,
+    value_range,
+)
 
 if TYPE_CHECKING:
     from zest_fast.watching.watch_log import WatchLog

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from zest_fast.foundation.documents import check_regular
-from zest_fast.watching.log_lines import BEGINNING, NewerLogError, Segment, header_of, is_step, step_of, text_of_line
+from zest_fast.profiling.profile_files import NewerVersionError
+from zest_fast.watching.log_lines import BEGINNING, Segment, header_of, is_step, step_of, text_of_line
 
 _MOST_LINE = 2**28  # bytes; a line of 100,000 layers and 15 metrics has a tenth of that
 _TAIL = 256  # bytes before the end that tell whether a file is still the one that was read
@@ -66,7 +67,7 @@ class LogReader:
             text = text_of_line(line[:-1])
             if text is None and not following and not self._is_foreign(line):
                 break  # the last line: its bytes reached the disk in another order
-            self._take(line[:-1], text)
+            self._take(line, text)
             self.end += len(line)
             self._tail = (self._tail + line)[-_TAIL:]
             line = following
@@ -100,8 +101,8 @@ class LogReader:
             elif self._keeps_steps:
                 segment = self.segments[-1]
                 segment.steps.append(step_of(text, segment.layout))
-        except NewerLogError as error:
-            raise NewerLogError(f"{str(self.path)!r}: {error}") from error
+        except NewerVersionError as error:
+            raise NewerVersionError(f"{str(self.path)!r}: {error}") from error
         except ValueError as error:
             raise ValueError(f"{place}: {error}; the file is no log that can be read") from error
         self._lines += 1

@@ -19,13 +19,13 @@ import numpy as np
 from zest_fast.foundation.documents import parse_json
 from zest_fast.foundation.parquet_files import read_parquet
 from zest_fast.foundation.replacing import replacing
+from zest_fast.profiling.profile_files import NewerVersionError
 from zest_fast.watching.jsonl_log import JsonlLog
 from zest_fast.watching.log_lines import (
     FORMAT,
     VERSION,
     Layout,
     LoggedStep,
-    NewerLogError,
     Segment,
     header_line,
     header_of,
@@ -114,8 +114,8 @@ def read_parquet_log(path: Path) -> list[Segment]:
     table = read_parquet(path, most_values=_MOST_VALUES)
     try:
         return _segments(table)
-    except NewerLogError as error:
-        raise NewerLogError(f"{str(path)!r}: {error}") from error
+    except NewerVersionError as error:
+        raise NewerVersionError(f"{str(path)!r}: {error}") from error
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"{str(path)!r} is no log of a watched run that can be read: {error}") from error
 
@@ -165,7 +165,7 @@ def _rows(step: LoggedStep, number: int, begun: Segment | None, schema: Any, met
     """A row for each layer; without layers one, so that the step is there."""
     import pyarrow
 
-    names = step.layout.names or [None]
+    names: list[str | None] = [*step.layout.names] or [None]
     rest = [None] * (len(names) - 1)
     of_the_step = [number, step.step, step.seconds, step.loss, step.overflow]
     columns: list[Any] = [[value] * len(names) for value in of_the_step]
@@ -192,7 +192,9 @@ def _segments(table: pyarrow.Table) -> list[Segment]:
         raise ValueError("it holds some other table")
     version = parse_json(metadata[_METADATA])["version"]
     if not isinstance(version, int) or version > VERSION:
-        raise NewerLogError(f"its format has version {version}, this zest_fast reads up to {VERSION}: upgrade zest_fast")
+        raise NewerVersionError(
+            f"its format has version {version}, this zest_fast reads up to {VERSION}: upgrade zest_fast"
+        )
     headers, documents, layers = (table.column(name).to_pylist() for name in (*_DOCUMENTS, "layer"))
     begins = [row for row, document in enumerate(documents) if document is not None]
     if table.num_rows and begins[:1] != [0]:
@@ -203,7 +205,7 @@ def _segments(table: pyarrow.Table) -> list[Segment]:
         if headers[row] is not None:
             segments.append(header_of(headers[row].encode()))
         layout = segments[-1].layout if segments else None
-        if layout is None or layers[row:end] != (layout.names or [None]):
+        if layout is None or layers[row:end] != (layout.names if layout.names else [None]):
             raise ValueError(f"row {row}: its layers are not those of its segment")
         values = np.empty((len(layout.names), len(layout.metrics)))
         for place, metric in enumerate(layout.metrics):

@@ -32,7 +32,7 @@ def sink_for(
     """What logs the steps of a watched run, and which part of them.
 
     The sink is called with each WatchedStep. Where it holds something open it has a `close()`: `watch` closes the sinks
-    that it made of names itself, others are yours to close. A file is opened here, so that one that cannot be written is
+    that it made of names itself, others are yours to close. A file is opened here: one that cannot be written is
     refused before training begins.
 
     A file that is there is continued, if it is the log of the same model and metrics; each start is a segment of it.

@@ -31,9 +31,9 @@ def load_watch(path: str | os.PathLike[str]) -> WatchLog:
     """Read the log of a watched run, also of one that is still training.
 
     Steps that a run logged before it was started again further back are left out: a start that begins at step s takes
-    the place of what earlier ones logged from s on, since those steps were made anew. (So a file that is used for a
-    second run from the beginning gives the second one.) `.notes` says how many; `.segments` has all of them. A last line
-    that is torn, as a killed process leaves it, is left out with a warning.
+    the place of what earlier ones logged from s on, since those steps were made anew. (Of two runs from the beginning
+    in one file, that is the second.) `.notes` says how many; `.segments` has all of them. A last line that is torn, as
+    a killed process leaves it, is left out with a warning.
 
     Args:
         path: what a sink wrote: .parquet, with its journal where there is one, else lines of JSON.
@@ -63,11 +63,20 @@ def load_watch(path: str | os.PathLike[str]) -> WatchLog:
         >>> log.column("snip").shape
         (2, 2)
     """
-    path = Path(path)
-    log, torn = _loaded(path)
-    if torn:
-        warnings.warn(f"{printable(repr(str(path)))}: {torn}", stacklevel=2)
+    log = read_log(path)
+    if log.is_torn:
+        warnings.warn(f"{printable(repr(str(log.path)))}: {log.notes[0]}", stacklevel=2)
     return log
+
+
+def read_log(path: str | os.PathLike[str]) -> WatchLog:
+    """The same without the warning."""
+    path = Path(path)
+    reader = LogReader(journal_of(path) if _is_parquet(path) else path)
+    if not _is_parquet(path) or reader.path.exists():
+        reader.poll()
+    segments = segments_of_parquet(path, reader) if _is_parquet(path) else reader.segments
+    return WatchLog(path, segments, torn=reader.torn)
 
 
 class WatchLog:
@@ -76,7 +85,7 @@ class WatchLog:
     Args:
         path: of the file.
         segments: what it holds, one for each start.
-        notes: what is to be said of the file.
+        torn: bytes of a last line that is not whole.
 
     Attributes:
         path: as above.
@@ -85,10 +94,11 @@ class WatchLog:
             number.
         layers: names of all layers that any step has, in order of first appearance.
         metrics: the same of metrics.
-        notes: as above, and how many steps were replaced.
+        is_torn: whether the last line was left out.
+        notes: that, and how many steps were replaced, in words.
 
     Raises:
-        ValueError: never by itself; `load_watch` reads files.
+        ValueError: not by this class; `load_watch` reads files, and says what is wrong with them.
 
     Examples:
         >>> import zest_fast
@@ -98,7 +108,7 @@ class WatchLog:
         (0, [], ())
     """
 
-    def __init__(self, path: str | os.PathLike[str], segments: Sequence[Segment], notes: Sequence[str] = ()) -> None:
+    def __init__(self, path: str | os.PathLike[str], segments: Sequence[Segment], torn: int = 0) -> None:
         self.path = Path(path)
         self.segments = tuple(segments)
         self._logged, replaced = _history(self.segments)
@@ -106,7 +116,9 @@ class WatchLog:
         layouts = list({id(step.layout): step.layout for step in self._logged}.values())
         self.layers = list(dict.fromkeys(name for layout in layouts for name in layout.names))
         self.metrics = list(dict.fromkeys(metric for layout in layouts for metric in layout.metrics))
-        self.notes = (*notes, *replaced)
+        self.is_torn = torn > 0
+        about_the_end = f"the last line is torn ({torn:,} bytes) and left out: its step was not written whole"
+        self.notes = (*([about_the_end] if torn else []), *replaced)
 
     def __len__(self) -> int:
         return len(self._logged)
@@ -228,17 +240,6 @@ class LogFollower:
         log = WatchLog(self.path, segments_of_parquet(self.path, self._journal if there else None))
         self._state = state
         return log
-
-
-def _loaded(path: Path) -> tuple[WatchLog, str]:
-    """The log, and what is to be said of a torn line."""
-    reader = LogReader(journal_of(path) if _is_parquet(path) else path)
-    if not _is_parquet(path) or reader.path.exists():
-        reader.poll()
-    torn = f"its last line is torn ({reader.torn:,} bytes) and left out: that step was not written whole"
-    notes = [torn] if reader.torn else []
-    segments = segments_of_parquet(path, reader) if _is_parquet(path) else reader.segments
-    return WatchLog(path, segments, notes), "".join(notes)
 
 
 def _is_parquet(path: Path) -> bool:

@@ -79,7 +79,7 @@ def assert_same_profile(found: LayerProfile, made: LayerProfile) -> None:
     assert found.names == made.names and found.metrics == made.metrics
     assert found.values.tobytes() == made.values.tobytes()  # to the bit, NaN and -0.0 as well
     assert found.info == made.info and found.uncovered == made.uncovered and found.backend == made.backend
-    assert found.loss == made.loss or math.isnan(found.loss) and math.isnan(made.loss)
+    assert found.loss == made.loss or (math.isnan(found.loss) and math.isnan(made.loss))
 
 
 def assert_same_step(found: WatchedStep, made: WatchedStep) -> None:

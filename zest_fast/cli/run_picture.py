@@ -22,47 +22,66 @@ if TYPE_CHECKING:
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 _UNDEFINED, _INFINITE = " ", "!"
 _NARROWEST, _WIDEST = 8, 60  # of a line of blocks
-_WITHOUT_ROWS = 9  # lines of the picture that are no layers: title, header, legend, drift, totals, room below
+_OTHER_COLUMNS = 44  # characters of last value, changes and what is between columns
+_AROUND_ROWS = 5  # lines of the table that are no rows, and one for the cursor
 _MOST_NOTES = 5
 
 
 def picture(
-    log: WatchLog, metric: str, layers: Sequence[str], console: Console, *, top: int, fits: bool, drift: str
+    log: WatchLog,
+    metric: str,
+    layers: Sequence[str],
+    console: Console,
+    *,
+    top: int,
+    fits: bool,
+    drift: str,
+    waiting: str = "",
 ) -> Group:
-    """layers: those that may be shown; the `top` largest are. fits: whether it has to fit into the terminal."""
+    """The last step, a row for each of the `top` largest of `layers`, and what is to be said in words.
+
+    fits: whether it has to fit into the terminal. waiting: for what, where the file is not there.
+    """
     last = log.logged[-1]
-    below = [Text(printable(line)) for line in (*_notes(last), *_of_the_run(log), drift)]
-    if fits:
-        top = max(1, min(top, console.height - _WITHOUT_ROWS - len(below)))
-    chosen = largest(log, metric, layers)[:top]
     columns = dict(zip(log.layers, log.column(metric).T, strict=True))
+    order = largest(log, metric, layers)
+    below = [_text(line, fits) for line in (*_notes(last), *_of_the_run(log), drift, waiting) if line]
+    above = _text(title(log), fits)
+    if fits:
+        words = Group(above, _legend(len(order)), *below)
+        top = max(1, min(top, console.height - _AROUND_ROWS - len(console.render_lines(words, pad=False))))
+    chosen = order[:top]
     blocks = _BLOCKS if "utf" in console.encoding else _ASCII
     longest = max(len(printable(name)) for name in chosen)
     names = min(longest, console.width // 3) if fits else longest
-    width = min(_WIDEST, max(_NARROWEST, console.width - names - 44))
+    width = min(_WIDEST, max(_NARROWEST, console.width - names - _OTHER_COLUMNS))
     clip: Any = "fold" if not fits else "ellipsis" if blocks is _BLOCKS else "crop"
     table = Table(
         Column("layer", overflow=clip, no_wrap=fits, max_width=names if fits else None),
-        Column(metric, no_wrap=True),
+        Column(metric, no_wrap=True, overflow="crop"),
         box=SIMPLE_HEAD,
-        title=cell(title(log)),
-        title_justify="left",
     )
-    for heading in ("last", "to the one before", "to the first"):
-        table.add_column(heading, justify="right", no_wrap=heading == "last")
+    for heading in ("last", "to before", "to first"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name in chosen:
         values = columns[name]
+        earlier = values[:-1][~np.isnan(values[:-1])]
+        before, first = (earlier[-1], earlier[0]) if len(earlier) else (math.nan, math.nan)
+        line_of_blocks = Text(sparkline(values, width, blocks))
         table.add_row(
-            cell(name),
-            Text(sparkline(values, width, blocks)),
-            _value(values[-1]),
-            change(values[-1], _defined_before(values)),
-            change(values[-1], _first_defined(values)),
+            cell(name), line_of_blocks, _value(values[-1]), change(values[-1], before), change(values[-1], first)
         )
-    rest = len(layers) - len(chosen)
-    legend = f"each line from its own lowest to its highest value; {_INFINITE} infinite, blank undefined"
-    hidden = f"; {rest} layers with smaller values are not shown" if rest else ""
-    return Group(table, Text(legend + hidden, style="dim"), *below)
+    return Group(above, table, _legend(len(order) - len(chosen)), *below)
+
+
+def _text(words: str, fits: bool) -> Text:
+    """Wrapped on a terminal, as it is in a file."""
+    return Text(printable(words)) if fits else Text(printable(words), no_wrap=True, overflow="ignore")
+
+
+def _legend(hidden: int) -> Text:
+    words = f"each line from its own lowest to its highest value; {_INFINITE} infinite, blank undefined"
+    return Text(words + (f"; {hidden} more with smaller values" if hidden else ""), style="dim")
 
 
 def title(log: WatchLog) -> str:
@@ -142,12 +161,9 @@ def sparkline(values: np.ndarray, width: int, blocks: str = _BLOCKS) -> str:
     one step stays visible.
     """
     finite = values[np.isfinite(values)]
-    if not len(finite):
-        low = high = middle = 0.0
-    else:
-        low, high, middle = float(finite.min()), float(finite.max()), float(np.median(finite))
-    parts = np.array_split(values, min(width, len(values)))
-    return "".join(_character(part, low, high, middle, blocks) for part in parts)
+    low, high, middle = (finite.min(), finite.max(), np.median(finite / 2) * 2) if len(finite) else (0.0, 0.0, 0.0)
+    parts = np.array_split(values, max(1, min(width, len(values))))
+    return "".join(_character(part, float(low), float(high), float(middle), blocks) for part in parts if len(part))
 
 
 def _character(part: np.ndarray, low: float, high: float, middle: float, blocks: str) -> str:
@@ -177,16 +193,6 @@ def change(now: float, then: float) -> str:
 
 def _value(value: float) -> str:
     return "undefined" if math.isnan(value) else f"{value:.4g}"
-
-
-def _first_defined(values: np.ndarray) -> float:
-    defined = values[:-1][~np.isnan(values[:-1])]
-    return float(defined[0]) if len(defined) else math.nan
-
-
-def _defined_before(values: np.ndarray) -> float:
-    defined = values[:-1][~np.isnan(values[:-1])]
-    return float(defined[-1]) if len(defined) else math.nan
 
 
 def _notes(step: LoggedStep) -> list[str]:

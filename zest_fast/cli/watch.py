@@ -107,13 +107,13 @@ class _View:
                 of_last[name] = getattr(drift, name)[-1] if len(drift.steps) else None
             show.json_document(document(log, metric, self.layers_of(log), of_last))
 
-    def picture(self, log: WatchLog, console: Console, *, fits: bool) -> RenderableType:
+    def picture(self, log: WatchLog, console: Console, *, fits: bool, waiting: str = "") -> RenderableType:
         from zest_fast.cli.run_picture import picture
 
         if not len(log) or not log.layers:
             return show.cell(f"{log.path}: no step of a layer yet")
-        metric, layers = self.metric_of(log), self.layers_of(log)
-        return picture(log, metric, layers, console, top=self._top, fits=fits, drift=str(self._drift(log)))
+        metric, layers, drift = self.metric_of(log), self.layers_of(log), str(self._drift(log))
+        return picture(log, metric, layers, console, top=self._top, fits=fits, drift=drift, waiting=waiting)
 
     def line(self, log: WatchLog, step: LoggedStep) -> str:
         from zest_fast.cli.run_picture import line
@@ -128,7 +128,6 @@ class _View:
 
 def _draw(follower: LogFollower, view: _View, interval: float) -> None:
     """On a terminal: the picture is drawn anew where the file or the size of the terminal has changed."""
-    from rich.console import Group
     from rich.live import Live
 
     console = show.results()
@@ -140,8 +139,8 @@ def _draw(follower: LogFollower, view: _View, interval: float) -> None:
             log = new or log
             state = (console.size, waiting, len(log) if log else None)
             if new is not None or state != drawn:
-                parts = [show.cell(waiting)] if waiting else []
-                live.update(Group(*([view.picture(log, console, fits=True)] if log else []), *parts), refresh=True)
+                whole = show.cell(waiting) if log is None else view.picture(log, console, fits=True, waiting=waiting)
+                live.update(whole, refresh=True)
                 drawn = state
             time.sleep(interval)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from zest_fast.foundation.documents import parse_json
+from zest_fast.foundation.documents import Keys, Number, parse_json
 from zest_fast.foundation.parquet_files import read_parquet
 from zest_fast.foundation.replacing import replacing
 from zest_fast.profiling.profile_files import NewerVersionError
@@ -24,6 +24,7 @@ from zest_fast.watching.jsonl_log import JsonlLog
 from zest_fast.watching.log_lines import (
     FORMAT,
     VERSION,
+    Document,
     Layout,
     LoggedStep,
     Segment,
@@ -190,20 +191,22 @@ def _segments(table: pyarrow.Table) -> list[Segment]:
     metadata = table.schema.metadata or {}
     if _METADATA not in metadata:
         raise ValueError("it holds some other table")
-    version = parse_json(metadata[_METADATA])["version"]
-    if not isinstance(version, int) or version > VERSION:
+    version = parse_json(metadata[_METADATA])
+    Keys({"version": Number(1, 10**6, integer=True)}, others=True).check(version, "")
+    if version["version"] > VERSION:
         raise NewerVersionError(
-            f"its format has version {version}, this zest_fast reads up to {VERSION}: upgrade zest_fast"
+            f"its format has version {version['version']}, this zest_fast reads up to {VERSION}: upgrade zest_fast"
         )
-    headers, documents, layers = (table.column(name).to_pylist() for name in (*_DOCUMENTS, "layer"))
+    headers, documents, layers = (_strings(table, name) for name in (*_DOCUMENTS, "layer"))
     begins = [row for row, document in enumerate(documents) if document is not None]
     if table.num_rows and begins[:1] != [0]:
         raise ValueError("its first row begins no step")
     columns: dict[str, np.ndarray] = {}
     segments: list[Segment] = []
     for row, end in zip(begins, [*begins[1:], table.num_rows], strict=True):
-        if headers[row] is not None:
-            segments.append(header_of(headers[row].encode()))
+        header, document = headers[row], documents[row]
+        if header is not None:
+            segments.append(header_of(header.encode()))
         layout = segments[-1].layout if segments else None
         if layout is None or layers[row:end] != (layout.names if layout.names else [None]):
             raise ValueError(f"row {row}: its layers are not those of its segment")
@@ -212,8 +215,24 @@ def _segments(table: pyarrow.Table) -> list[Segment]:
             if metric not in columns:
                 columns[metric] = _floats(table, metric)
             values[:, place] = columns[metric][row : row + len(layout.names)]
-        segments[-1].steps.append(logged_step(parse_json(documents[row]), layout, values))
+        segments[-1].steps.append(logged_step(_document(document), layout, values))
     return segments
+
+
+def _document(text: str | None) -> Document:
+    document = parse_json(text or "")
+    if not isinstance(document, dict):
+        raise ValueError("the document of a step is none")
+    return document
+
+
+def _strings(table: pyarrow.Table, name: str) -> list[str | None]:
+    from pyarrow import types
+
+    kind = table.schema.field(name).type
+    if not (types.is_string(kind) or types.is_large_string(kind)):
+        raise ValueError(f"column {name!r}: expected strings, found {kind}")
+    return list(table.column(name).to_pylist())
 
 
 def _floats(table: pyarrow.Table, metric: str) -> np.ndarray:

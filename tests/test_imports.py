@@ -40,18 +40,11 @@ FREE_OF_TORCH = (
     *(f"ranking/{path.name}" for path in sorted((PACKAGE / "ranking").glob("*.py"))),
     "sweeping/tables.py",
     "sweeping/records.py",
+    "watching/watched_step.py",
     *(
-        f"watching/{name}.py"
-        for name in (
-            "drift",
-            "jsonl_log",
-            "log_lines",
-            "log_picture",
-            "log_reader",
-            "parquet_log",
-            "watch_log",
-            "watched_step",
-        )
+        f"watching/logs/{path.name}"
+        for path in sorted((PACKAGE / "watching" / "logs").glob("*.py"))
+        if path.name != "trackers.py"
     ),
 )
 FORMER = {"finetuning/lean.py", "finetuning/lean_optimizer.py", "finetuning/plan.py"}  # old paths, nothing but imports

@@ -70,8 +70,8 @@ if TYPE_CHECKING:
     from zest_fast.sweeping.recipe import Recipe
     from zest_fast.sweeping.sweep import sweep
     from zest_fast.sweeping.tables import consolidate, load_records, sweeps_of
-    from zest_fast.watching.sinks import sink_for
-    from zest_fast.watching.watch_log import WatchLog, load_watch
+    from zest_fast.watching.logs.sinks import sink_for
+    from zest_fast.watching.logs.watch_log import WatchLog, load_watch
 
     __version__: str
 else:
@@ -87,7 +87,7 @@ else:
         "Ranking": "zest_fast.ranking.ranking",
         "Recipe": "zest_fast.sweeping.recipe",
         "SelectiveBackward": "zest_fast.finetuning.selective_backward",
-        "WatchLog": "zest_fast.watching.watch_log",
+        "WatchLog": "zest_fast.watching.logs.watch_log",
         "__version__": "zest_fast.foundation.version",
         "adamw": "zest_fast.lean.optimizer",
         "apply_delta": "zest_fast.finetuning.delta_use",
@@ -96,7 +96,7 @@ else:
         "consolidate": "zest_fast.sweeping.tables",
         "fit_memory": "zest_fast.planning.savings",
         "load_records": "zest_fast.sweeping.tables",
-        "load_watch": "zest_fast.watching.watch_log",
+        "load_watch": "zest_fast.watching.logs.watch_log",
         "merge_delta": "zest_fast.finetuning.delta_use",
         "open_streamed": "zest_fast.streaming.opening",
         "optimizer_in_backward": "zest_fast.lean.optimizer",
@@ -108,7 +108,7 @@ else:
         "probe": "zest_fast.probing.probe",
         "profile": "zest_fast.profiling.profile",
         "rank": "zest_fast.ranking.ranking",
-        "sink_for": "zest_fast.watching.sinks",
+        "sink_for": "zest_fast.watching.logs.sinks",
         "sweep": "zest_fast.sweeping.sweep",
         "sweeps_of": "zest_fast.sweeping.tables",
     }

@@ -469,7 +469,7 @@ def _read_table(path: Path) -> None:
 def _watched_log(name: str) -> bytes:
     from watched_runs import make_step
 
-    from zest_fast.watching.sinks import sink_for
+    from zest_fast.watching.logs.sinks import sink_for
 
     def save(path: Path) -> None:
         sink = sink_for(path)
@@ -489,7 +489,7 @@ def _watched_parquet() -> bytes:
 
 
 def _write_watched_lines(whole: list[Any], chance: np.random.Generator, path: Path) -> None:
-    from zest_fast.watching.log_lines import with_checksum
+    from zest_fast.watching.logs.lines import with_checksum
 
     lines = list(whole)
     kind, at = chance.integers(6), int(chance.integers(len(whole)))
@@ -505,8 +505,8 @@ def _write_watched_lines(whole: list[Any], chance: np.random.Generator, path: Pa
 
 
 def _read_watched(path: Path) -> None:
-    from zest_fast.watching.sinks import sink_for
-    from zest_fast.watching.watch_log import load_watch
+    from zest_fast.watching.logs.sinks import sink_for
+    from zest_fast.watching.logs.watch_log import load_watch
 
     log = load_watch(path)
     assert not any("\x1b" in text for text in (repr(log), repr(log.steps), *(repr(step.profile) for step in log.steps)))

@@ -21,9 +21,9 @@ import pytest
 from watched_runs import LAYERS, METRICS, assert_same_step, make_step
 
 from zest_fast import load_watch, rank, sink_for
-from zest_fast.watching.jsonl_log import JsonlLog
-from zest_fast.watching.log_lines import Layout, with_checksum
-from zest_fast.watching.log_reader import LogReader
+from zest_fast.watching.logs.jsonl_log import JsonlLog
+from zest_fast.watching.logs.lines import Layout, with_checksum
+from zest_fast.watching.logs.reader import LogReader
 
 
 def write(path: Path, steps) -> None:
@@ -253,7 +253,7 @@ def test_a_file_that_may_not_be_opened_is_named(tmp_path: Path, monkeypatch: pyt
     def refuse(path, *_):
         raise PermissionError(13, "Permission denied", os.fspath(path))
 
-    monkeypatch.setattr("zest_fast.watching.jsonl_log.os.open", refuse)
+    monkeypatch.setattr("zest_fast.watching.logs.jsonl_log.os.open", refuse)
     with pytest.raises(PermissionError, match=r"run\.jsonl"):
         sink_for(tmp_path / "run.jsonl")
 
@@ -294,8 +294,8 @@ def test_a_full_disk_that_keeps_half_a_line_is_mended_at_the_next_step(
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patched:
-        patched.setattr("zest_fast.watching.jsonl_log.write_fully", half)
-        patched.setattr("zest_fast.watching.jsonl_log.os.ftruncate", refuse)
+        patched.setattr("zest_fast.watching.logs.jsonl_log.write_fully", half)
+        patched.setattr("zest_fast.watching.logs.jsonl_log.os.ftruncate", refuse)
         with pytest.raises(OSError, match="No space left"):
             sink(make_step(10))
     sink(make_step(20))
@@ -368,7 +368,7 @@ KILLED = """
 import os, signal, sys
 from watched_runs import make_step
 from zest_fast import sink_for
-import zest_fast.watching.jsonl_log as home
+import zest_fast.watching.logs.jsonl_log as home
 sink = sink_for(sys.argv[1])
 sink(make_step(0))
 sink(make_step(10))

@@ -15,8 +15,8 @@ from pyarrow import parquet
 from watched_runs import LAYERS, METRICS, assert_same_step, make_step
 
 from zest_fast import load_watch, sink_for
-from zest_fast.watching import parquet_log
-from zest_fast.watching.parquet_log import ParquetLog
+from zest_fast.watching.logs import parquet_log
+from zest_fast.watching.logs.parquet_log import ParquetLog
 
 
 def write(path: Path, steps) -> None:

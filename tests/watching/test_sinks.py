@@ -10,9 +10,9 @@ import pytest
 from watched_runs import LAYERS, METRICS, make_step
 
 from zest_fast import load_watch, sink_for
-from zest_fast.watching.jsonl_log import JsonlLog
-from zest_fast.watching.log_lines import Layout
-from zest_fast.watching.parquet_log import ParquetLog
+from zest_fast.watching.logs.jsonl_log import JsonlLog
+from zest_fast.watching.logs.lines import Layout
+from zest_fast.watching.logs.parquet_log import ParquetLog
 
 
 def got(step=None, **selection):

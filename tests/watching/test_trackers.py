@@ -13,7 +13,7 @@ import pytest
 from watched_runs import LAYERS, make_step
 
 from zest_fast import sink_for
-from zest_fast.watching.trackers import TensorBoardLog, TrackioLog, WandbLog
+from zest_fast.watching.logs.trackers import TensorBoardLog, TrackioLog, WandbLog
 from zest_fast.watching.watched_step import WatchedStep
 
 

@@ -11,8 +11,8 @@ from scipy.stats import kendalltau
 from watched_runs import LAYERS, METRICS, make_step
 
 from zest_fast import WatchLog, load_watch, sink_for
-from zest_fast.watching.drift import latest_drift
-from zest_fast.watching.watch_log import LogFollower
+from zest_fast.watching.logs.drift import latest_drift
+from zest_fast.watching.logs.watch_log import LogFollower
 
 
 def logged(path: Path, *steps) -> WatchLog:

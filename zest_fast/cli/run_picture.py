@@ -16,8 +16,8 @@ from rich.text import Text
 from zest_fast.cli.show import cell, printable
 
 if TYPE_CHECKING:
-    from zest_fast.watching.log_lines import LoggedStep
-    from zest_fast.watching.watch_log import WatchLog
+    from zest_fast.watching.logs.lines import LoggedStep
+    from zest_fast.watching.logs.watch_log import WatchLog
 
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 _UNDEFINED, _INFINITE = " ", "!"

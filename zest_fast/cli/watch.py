@@ -17,9 +17,9 @@ from zest_fast.cli.options import Json, check_readable, compiled, typed
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from zest_fast.watching.drift import RankingDrift
-    from zest_fast.watching.log_lines import LoggedStep
-    from zest_fast.watching.watch_log import LogFollower, WatchLog
+    from zest_fast.watching.logs.drift import RankingDrift
+    from zest_fast.watching.logs.lines import LoggedStep
+    from zest_fast.watching.logs.watch_log import LogFollower, WatchLog
 
 _METRIC = "grad_norm"
 _TOP_OF_DRIFT = 5
@@ -47,7 +47,7 @@ def watch(
     as_json: Json = False,
 ) -> None:
     """Draw a watched run in the terminal, while it trains or afterwards."""
-    from zest_fast.watching.watch_log import LogFollower, read_log
+    from zest_fast.watching.logs.watch_log import LogFollower, read_log
 
     if as_json and follow:
         raise ValueError("--json prints one document and --follow goes on: leave one of them out")
@@ -63,7 +63,7 @@ def watch(
 
 def _check_log(path: Path) -> None:
     """ValueError where there is neither the file nor, of a Parquet file, its journal."""
-    from zest_fast.watching.parquet_log import journal_of
+    from zest_fast.watching.logs.parquet_log import journal_of
 
     if path.suffix.lower() != ".parquet" or not journal_of(path).exists():
         check_readable(path, "log")
@@ -121,7 +121,7 @@ class _View:
         return line(step, self.metric_of(log), self.layers_of(log))
 
     def _drift(self, log: WatchLog) -> RankingDrift:
-        from zest_fast.watching.drift import latest_drift
+        from zest_fast.watching.logs.drift import latest_drift
 
         return latest_drift(log.steps, self.metric_of(log), _TOP_OF_DRIFT)
 

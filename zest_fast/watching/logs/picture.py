@@ -30,7 +30,7 @@ from zest_fast.profiling.heat_map import (
 )
 
 if TYPE_CHECKING:
-    from zest_fast.watching.watch_log import WatchLog
+    from zest_fast.watching.logs.watch_log import WatchLog
 
 _ROW, _MOST_HEIGHT, _LABELS = 0.19, 24.0, 110  # inches of a row and of all of them; labels beside them
 _TICKS = 12

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from zest_fast.foundation.documents import check_regular
 from zest_fast.profiling.profile_files import NewerVersionError
-from zest_fast.watching.log_lines import BEGINNING, Segment, header_of, is_step, step_of, text_of_line
+from zest_fast.watching.logs.lines import BEGINNING, Segment, header_of, is_step, step_of, text_of_line
 
 _MOST_LINE = 2**28  # bytes; a line of 100,000 layers and 15 metrics has a tenth of that
 _TAIL = 256  # bytes before the end that tell whether a file is still the one that was read

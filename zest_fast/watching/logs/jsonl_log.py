@@ -12,8 +12,8 @@ from pathlib import Path
 
 from zest_fast.foundation.documents import check_regular
 from zest_fast.sweeping.records import write_fully
-from zest_fast.watching.log_lines import Layout, header_line, step_line
-from zest_fast.watching.log_reader import LogReader
+from zest_fast.watching.logs.lines import Layout, header_line, step_line
+from zest_fast.watching.logs.reader import LogReader
 from zest_fast.watching.watched_step import WatchedStep
 
 

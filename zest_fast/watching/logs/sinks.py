@@ -13,10 +13,10 @@ import numpy as np
 
 from zest_fast.foundation.nearest import nearest
 from zest_fast.profiling.layer_profile import LayerProfile
-from zest_fast.watching.jsonl_log import JsonlLog
-from zest_fast.watching.log_lines import Layout
-from zest_fast.watching.parquet_log import ParquetLog
-from zest_fast.watching.trackers import TensorBoardLog, TrackioLog, WandbLog
+from zest_fast.watching.logs.jsonl_log import JsonlLog
+from zest_fast.watching.logs.lines import Layout
+from zest_fast.watching.logs.parquet_log import ParquetLog
+from zest_fast.watching.logs.trackers import TensorBoardLog, TrackioLog, WandbLog
 from zest_fast.watching.watched_step import WatchedStep
 
 Sink = Callable[[WatchedStep], object]
@@ -67,7 +67,7 @@ def sink_for(
     sink = _opened(what)
     if layers is None and metrics is None:
         return sink
-    return _Part(sink, layers, metrics)
+    return FilteredSink(sink, layers, metrics)
 
 
 def _opened(what: Any) -> Sink:
@@ -94,7 +94,7 @@ def _named(name: str | bytes) -> Sink:
     return _FILES[ending](Path(name))
 
 
-class _Part:
+class FilteredSink:
     """Passes some layers and metrics on to a sink."""
 
     def __init__(self, sink: Sink, layers: RowSelection, metrics: Iterable[str] | None) -> None:

@@ -20,8 +20,8 @@ from zest_fast.foundation.documents import Keys, Number, parse_json
 from zest_fast.foundation.parquet_files import read_parquet
 from zest_fast.foundation.replacing import replacing
 from zest_fast.profiling.profile_files import NewerVersionError
-from zest_fast.watching.jsonl_log import JsonlLog
-from zest_fast.watching.log_lines import (
+from zest_fast.watching.logs.jsonl_log import JsonlLog
+from zest_fast.watching.logs.lines import (
     FORMAT,
     VERSION,
     Document,
@@ -32,7 +32,7 @@ from zest_fast.watching.log_lines import (
     header_of,
     logged_step,
 )
-from zest_fast.watching.log_reader import LogReader
+from zest_fast.watching.logs.reader import LogReader
 from zest_fast.watching.watched_step import WatchedStep
 
 if TYPE_CHECKING:

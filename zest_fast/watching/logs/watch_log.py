@@ -15,10 +15,10 @@ import numpy as np
 
 from zest_fast.foundation.nearest import nearest
 from zest_fast.foundation.text_table import number, printable, text_table
-from zest_fast.watching.drift import RankingDrift, ranking_drift
-from zest_fast.watching.log_lines import LoggedStep, Segment
-from zest_fast.watching.log_reader import LogReader
-from zest_fast.watching.parquet_log import journal_of, segments_of_parquet
+from zest_fast.watching.logs.drift import RankingDrift, ranking_drift
+from zest_fast.watching.logs.lines import LoggedStep, Segment
+from zest_fast.watching.logs.parquet_log import journal_of, segments_of_parquet
+from zest_fast.watching.logs.reader import LogReader
 from zest_fast.watching.watched_step import WatchedStep
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ class WatchLog:
             ImportError: matplotlib is not installed.
             ValueError: another ending, a metric that the log lacks, or no step.
         """
-        from zest_fast.watching.log_picture import draw
+        from zest_fast.watching.logs.picture import draw
 
         return draw(self, path, metric)
 

@@ -27,6 +27,7 @@ ROOMS = (
     "planning",
     "sweeping",
     "probing",
+    "watching",
     "integrations",
     "demo",
     "cli",
@@ -39,6 +40,12 @@ FREE_OF_TORCH = (
     *(f"ranking/{path.name}" for path in sorted((PACKAGE / "ranking").glob("*.py"))),
     "sweeping/tables.py",
     "sweeping/records.py",
+    "watching/watched_step.py",
+    *(
+        f"watching/logs/{path.name}"
+        for path in sorted((PACKAGE / "watching" / "logs").glob("*.py"))
+        if path.name != "trackers.py"
+    ),
 )
 FORMER = {"finetuning/lean.py", "finetuning/lean_optimizer.py", "finetuning/plan.py"}  # old paths, nothing but imports
 
@@ -87,7 +94,7 @@ def test_cpp_kernels_know_neither_torch_nor_python() -> None:
 
 
 HEAVY = ("torch", "transformers", "peft", "matplotlib", "pandas", "pyarrow", "lightgbm", "scipy", "bitsandbytes", "ray")
-READERS = ("LayerProfile", "Ranker", "Ranking", "Recipe", "__version__", "load_records", "rank")
+READERS = ("LayerProfile", "Ranker", "Ranking", "Recipe", "__version__", "load_records", "load_watch", "rank")
 
 
 def loaded_by(names: Iterable[str]) -> set[str]:

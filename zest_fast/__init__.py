@@ -17,6 +17,7 @@ __all__ = [
     "Ranking",
     "Recipe",
     "SelectiveBackward",
+    "WatchLog",
     "__version__",
     "adamw",
     "apply_delta",
@@ -26,6 +27,7 @@ __all__ = [
     "fit_memory",
     "kernels",
     "load_records",
+    "load_watch",
     "merge_delta",
     "open_streamed",
     "optimizer_in_backward",
@@ -37,6 +39,7 @@ __all__ = [
     "probe",
     "profile",
     "rank",
+    "sink_for",
     "sweep",
     "sweeps_of",
 ]
@@ -67,6 +70,8 @@ if TYPE_CHECKING:
     from zest_fast.sweeping.recipe import Recipe
     from zest_fast.sweeping.sweep import sweep
     from zest_fast.sweeping.tables import consolidate, load_records, sweeps_of
+    from zest_fast.watching.logs.sinks import sink_for
+    from zest_fast.watching.logs.watch_log import WatchLog, load_watch
 
     __version__: str
 else:
@@ -82,6 +87,7 @@ else:
         "Ranking": "zest_fast.ranking.ranking",
         "Recipe": "zest_fast.sweeping.recipe",
         "SelectiveBackward": "zest_fast.finetuning.selective_backward",
+        "WatchLog": "zest_fast.watching.logs.watch_log",
         "__version__": "zest_fast.foundation.version",
         "adamw": "zest_fast.lean.optimizer",
         "apply_delta": "zest_fast.finetuning.delta_use",
@@ -90,6 +96,7 @@ else:
         "consolidate": "zest_fast.sweeping.tables",
         "fit_memory": "zest_fast.planning.savings",
         "load_records": "zest_fast.sweeping.tables",
+        "load_watch": "zest_fast.watching.logs.watch_log",
         "merge_delta": "zest_fast.finetuning.delta_use",
         "open_streamed": "zest_fast.streaming.opening",
         "optimizer_in_backward": "zest_fast.lean.optimizer",
@@ -101,6 +108,7 @@ else:
         "probe": "zest_fast.probing.probe",
         "profile": "zest_fast.profiling.profile",
         "rank": "zest_fast.ranking.ranking",
+        "sink_for": "zest_fast.watching.logs.sinks",
         "sweep": "zest_fast.sweeping.sweep",
         "sweeps_of": "zest_fast.sweeping.tables",
     }
@@ -115,6 +123,7 @@ else:
         "planning",
         "sweeping",
         "probing",
+        "watching",
         "integrations",
     )
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas
 import pytest
 
-from zest_fast import LayerProfile, Ranker, load_records, rank
+from zest_fast import LayerProfile, Ranker, load_records, load_watch, rank, sink_for
 from zest_fast.sweeping.records import RecordFile, read_records
 from zest_fast.sweeping.tables import consolidate, sweeps_of
 
@@ -79,3 +79,25 @@ def test_a_table_of_before_takes_new_sweeps(tmp_path: Path) -> None:
     path = Path(shutil.copy(DATA / "records_v1.parquet", tmp_path / "records.parquet"))
     consolidate([DATA / "records_v1.jsonl"], path)  # the same pair: replaced, not doubled
     pandas.testing.assert_frame_equal(load_records(path), load_records(DATA / "records_v1.parquet"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["watch_v1.jsonl", "watch_v1.parquet"])
+def test_log_of_a_watched_run_is_read_and_continued(tmp_path: Path, name: str) -> None:
+    path = Path(shutil.copy(DATA / name, tmp_path / name))
+    sink_for(path).close()
+    assert path.read_bytes() == (DATA / name).read_bytes()
+    log = load_watch(path)
+    assert [step.step for step in log.steps] == [0, 10, 20] and len(log.segments) == 2 and len(log.notes) == 1
+    assert log.layers == ["blocks.0.q", "blocks.0.mlp", "blocks.1.q", "blocks.1.mlp", "head"]
+    last = log.steps[2]
+    assert last.profile["blocks.0.q"]["snip"] == 0.6979076750492467 and last.profile.loss == 1 / 21
+    assert last.notes == ("layer 'head' is dead",) and last.totals["noise_scale"] == math.inf and last.seconds == 2.0
+    assert last.profile.info["head"]["shape"] == [2, 3] and last.profile.uncovered == {"embed.weight": "an embedding"}
+    assert math.isnan(last.parts[1].loss) and last.parts[1].names == ["blocks.0.q", "blocks.0.mlp"]
+    assert last.histograms["blocks.0.q"]["weight"][0].tolist() == [1, 0, 5]
+    (overflow,) = [step for step in log.segments[0].steps if step.overflow]
+    assert overflow.values[0].tolist()[2] == math.inf and math.isnan(overflow.values[0][1])
+    sink = sink_for(path)
+    sink(last)
+    sink.close()
+    np.testing.assert_array_equal(load_watch(path).steps[2].profile.values, last.profile.values)

@@ -300,7 +300,9 @@ def _write_parquet(whole: bytes, chance: np.random.Generator, path: Path) -> Non
         return
     table = parquet.read_table(pyarrow.BufferReader(whole))
     metadata = dict(table.schema.metadata or {})
-    key = next((key for key in (b"zest_fast", b"zest_fast.records", b"pandas") if key in metadata), b"")
+    key = next(
+        (key for key in (b"zest_fast", b"zest_fast.records", b"zest_fast.watch", b"pandas") if key in metadata), b""
+    )
     if kind == 3 and key:
         metadata[key] = to_text(of_json(json.loads(metadata[key]), chance)).encode("utf-8", "surrogatepass")
     else:
@@ -464,6 +466,57 @@ def _read_table(path: Path) -> None:
     _anonymous(lambda: class_names(labels))
 
 
+def _watched_log(name: str) -> bytes:
+    from watched_runs import make_step
+
+    from zest_fast.watching.logs.sinks import sink_for
+
+    def save(path: Path) -> None:
+        sink = sink_for(path)
+        for step in (0, 10, 10, 20):
+            sink(make_step(step, full=True))
+        sink.close()
+
+    return _bytes_of(name, save)
+
+
+def _watched_lines() -> list[Any]:
+    return [json.loads(line) for line in _watched_log("w.jsonl").splitlines()]
+
+
+def _watched_parquet() -> bytes:
+    return _watched_log("w.parquet")
+
+
+def _write_watched_lines(whole: list[Any], chance: np.random.Generator, path: Path) -> None:
+    from zest_fast.watching.logs.lines import with_checksum
+
+    lines = list(whole)
+    kind, at = chance.integers(6), int(chance.integers(len(whole)))
+    if kind <= 3:
+        lines[at] = of_json({key: value for key, value in lines[at].items() if key != "crc"}, chance)
+    elif kind == 4:
+        lines[at] = lines[int(chance.integers(len(lines)))]
+    texts = [
+        to_text(line).encode("utf-8", "surrogatepass").replace(b'": ', b'":').replace(b', "', b',"') for line in lines
+    ]
+    data = b"".join(with_checksum(text) for text in texts)
+    path.write_bytes(of_bytes(data, chance) if kind == 5 else data)
+
+
+def _read_watched(path: Path) -> None:
+    from zest_fast.watching.logs.sinks import sink_for
+    from zest_fast.watching.logs.watch_log import load_watch
+
+    log = load_watch(path)
+    assert not any("\x1b" in text for text in (repr(log), repr(log.steps), *(repr(step.profile) for step in log.steps)))
+    log.to_pandas()
+    for metric in log.metrics[:2]:
+        log.column(metric)
+        str(log.drift(metric))
+    sink_for(path).close()
+
+
 def _write_bytes(whole: bytes, chance: np.random.Generator, path: Path) -> None:
     path.write_bytes(of_bytes(whole, chance))
 
@@ -474,6 +527,8 @@ FORMATS = {
     "profile-parquet": Format("p.parquet", _profile_parquet, _write_parquet, _read_profile),
     "records-parquet": Format("r.parquet", _records_parquet, _write_parquet, _read_records_parquet),
     "records-jsonl": Format("r.jsonl", _records_lines, _write_records_lines, _read_records_lines),
+    "watched-jsonl": Format("w.jsonl", _watched_lines, _write_watched_lines, _read_watched),
+    "watched-parquet": Format("w.parquet", _watched_parquet, _write_parquet, _read_watched),
     "trainer-yaml": Format("t.yaml", _trainer_files, _write_yaml, _read_yaml),
     "table-jsonl": Format("t.jsonl", _rows, _write_rows, _read_table),
     "table-csv": Format("t.csv", _csv, _write_bytes, _read_table),

@@ -24,7 +24,7 @@ _WIDTHS = {
 }  # of physical types in bytes: BOOLEAN, INT32, INT64, INT96, FLOAT, DOUBLE
 
 
-def read_parquet(path: str | os.PathLike[str]) -> pyarrow.Table:
+def read_parquet(path: str | os.PathLike[str], *, most_values: int = MOST_VALUES) -> pyarrow.Table:
     """The whole table. Raises FileNotFoundError, and ValueError that names the file for all else that is wrong with it.
 
     A file of a megabyte can unfold to gigabytes: what the metadata says is added up first, then the strings, of which
@@ -35,7 +35,7 @@ def read_parquet(path: str | os.PathLike[str]) -> pyarrow.Table:
         from pyarrow import parquet
 
         parquet.ParquetFile(path)  # says best what is wrong with a file that is torn
-        strings = _check_metadata(_footer(path))
+        strings = _check_metadata(_footer(path), most_values)
         _check_strings(parquet.ParquetFile(path, read_dictionary=strings) if strings else None)
         return parquet.read_table(path, partitioning=None)
     except _TooLarge as error:
@@ -144,7 +144,7 @@ class _Thrift:
         return (value >> 1) ^ -(value & 1)
 
 
-def _check_metadata(footer: dict[int, Any]) -> list[str]:
+def _check_metadata(footer: dict[int, Any], most_values: int) -> list[str]:
     """The columns of strings. Numbers are those of parquet.thrift."""
     leaves = [element for element in footer[2][1:] if not element.get(5)]  # of the schema, without children
     values = fixed = packed = 0
@@ -162,8 +162,8 @@ def _check_metadata(footer: dict[int, Any]) -> list[str]:
             values += max(column[5], group[3])
             fixed += column[5] * width
             packed += column[6]
-    if max(values, rows) > MOST_VALUES:
-        raise _TooLarge(f"holds {max(values, rows):,} values, and at most {MOST_VALUES:,} are read")
+    if max(values, rows) > most_values:
+        raise _TooLarge(f"holds {max(values, rows):,} values, and at most {most_values:,} are read")
     if max(fixed, packed) > MOST_UNFOLDED:
         raise _TooLarge(f"unfolds to {max(fixed, packed):,} bytes, and at most {MOST_UNFOLDED:,} are read")
     return sorted(

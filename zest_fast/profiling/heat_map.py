@@ -31,7 +31,7 @@ WIDTH, GAP, MAX_CELL, MIN_HEIGHT = 13.0, 0.35, 0.34, 0.19  # inches; a row must 
 
 def draw(profile: LayerProfile, path: str | os.PathLike[str], metrics: Sequence[str] | None = None) -> Path:
     """Draw `metrics` (None = all) of `profile` into `path`, whose suffix says the format; returns the path."""
-    figure_class = _figure_class()
+    make = figure_class()
     path = Path(path)
     metrics = list(profile.metrics if metrics is None else metrics)
     for metric in metrics:
@@ -41,7 +41,7 @@ def draw(profile: LayerProfile, path: str | os.PathLike[str], metrics: Sequence[
         raise ValueError("there is nothing to plot: the profile has no layer or no metric")
     if not path.suffix:
         raise ValueError(f"{str(path)!r} has no suffix that says the format, such as .png, .svg or .pdf")
-    figure = _figure(figure_class, profile, metrics)
+    figure = _figure(make, profile, metrics)
     with replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150, bbox_inches="tight", pad_inches=0.15)
     return path
@@ -78,7 +78,8 @@ def _label(place: str, places: Iterable[str]) -> str:
     return place
 
 
-def _figure_class() -> Any:
+def figure_class() -> Any:
+    """matplotlib's Figure. Raises ImportError that says how to get it."""
     try:
         from matplotlib.figure import Figure  # not pyplot: no window, no global state
     except ImportError as error:
@@ -86,7 +87,7 @@ def _figure_class() -> Any:
     return Figure
 
 
-def _figure(figure_class: Any, profile: LayerProfile, metrics: list[str]) -> Any:
+def _figure(make: Any, profile: LayerProfile, metrics: list[str]) -> Any:
     by_depth = sorted(profile.names, key=lambda name: profile.info[name].get("depth", profile.names.index(name)))
     groups = layer_types(by_depth)
     rows, columns = len(groups), max(map(len, groups.values()))
@@ -94,7 +95,7 @@ def _figure(figure_class: Any, profile: LayerProfile, metrics: list[str]) -> Any
     cell = min(MAX_CELL, (WIDTH / wide - GAP) / columns)
     panel = max(columns * cell, 1.9), rows * max(cell, MIN_HEIGHT)
     size = wide * (panel[0] + GAP) + 1.0, high * (panel[1] + 0.62) + 0.9
-    figure = figure_class(figsize=size, layout="constrained")
+    figure = make(figsize=size, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05, hspace=0.0, wspace=0.02)
     grid = figure.subplots(high, wide, squeeze=False)
     image = None
@@ -123,7 +124,7 @@ def _grid(panels: int, columns: int) -> tuple[int, int]:
 def _panel(
     axes: Any, profile: LayerProfile, metric: str, groups: dict[str, list[str]], labelled: bool, bottom: bool
 ) -> Any:
-    ranks = dict(zip(profile.names, _ranks(profile.column(metric)), strict=True))
+    ranks = dict(zip(profile.names, colour_ranks(profile.column(metric)), strict=True))
     columns = max(map(len, groups.values()))
     picture = np.ma.masked_all((len(groups), columns))
     for row, members in enumerate(groups.values()):
@@ -147,7 +148,7 @@ def _panel(
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.set_title(metric, loc="left", fontsize=10, fontweight="bold", color=INK, pad=14)
     at_corner = {"xy": (0, 1), "xycoords": "axes fraction", "xytext": (0, 4), "textcoords": "offset points"}
-    axes.annotate(_range(profile.column(metric)), **at_corner, fontsize=7.5, color=GREY)
+    axes.annotate(value_range(profile.column(metric)), **at_corner, fontsize=7.5, color=GREY)
     axes.set_yticks(
         range(len(groups)), [shorten(label, 30) for label in groups] if labelled else [], fontsize=8, color=INK
     )
@@ -177,7 +178,7 @@ def _cell(axes: Any, row: int, column: int, **style: Any) -> None:
     axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **style))
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
+def colour_ranks(values: np.ndarray) -> np.ndarray:
     """[layers] -> rank of each value in 0..1, equal values alike; NaN stays NaN."""
     ranks = np.full(len(values), np.nan)
     defined = ~np.isnan(values)
@@ -188,6 +189,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def _range(values: np.ndarray) -> str:
+def value_range(values: np.ndarray) -> str:
+    """The smallest and the largest value that is defined, in words."""
     defined = values[~np.isnan(values)]
     return f"{number(defined.min())} … {number(defined.max())}" if len(defined) else "undefined"

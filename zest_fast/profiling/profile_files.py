@@ -41,8 +41,9 @@ VERSION = 1
 METADATA_KEY = b"zest_fast"
 
 _MOST_LAYERS, _MOST_METRICS, _LARGEST = 1_000_000, 1_000, 2**53
-_VALUE = OneOf((Text(among=("NaN", "Infinity", "-Infinity")), Number(finite=False)))
-_INFO = Keys(
+VALUE = OneOf((Text(among=("NaN", "Infinity", "-Infinity")), Number(finite=False)))
+"""A float as `strict_number` writes it."""
+INFO = Keys(
     {},
     {
         "numel": Null(Number(0, _LARGEST)),
@@ -55,17 +56,18 @@ _INFO = Keys(
     },
     others=True,
 )
+"""What a row's `info` may hold."""
 _HEADER: dict[str, Specification] = {
     "format": Text(),
     "version": Number(1, VERSION, integer=True),
-    "loss": _VALUE,
+    "loss": VALUE,
     "backend": Text(),
     "uncovered": MapOf(Text(), most=_MOST_LAYERS),
     "metrics": ListOf(Text(), most=_MOST_METRICS, unique=True),
 }
-_LAYER = Keys({"name": Text(), "values": MapOf(_VALUE, most=_MOST_METRICS), "info": _INFO})
+_LAYER = Keys({"name": Text(), "values": MapOf(VALUE, most=_MOST_METRICS), "info": INFO})
 _JSON = Keys({**_HEADER, "layers": ListOf(_LAYER, most=_MOST_LAYERS)}, others=True)
-_PARQUET = Keys({**_HEADER, "info": MapOf(_INFO, most=_MOST_LAYERS)}, others=True)
+_PARQUET = Keys({**_HEADER, "info": MapOf(INFO, most=_MOST_LAYERS)}, others=True)
 
 
 def save_profile(profile: LayerProfile, path: str | os.PathLike[str]) -> Path:
@@ -106,7 +108,7 @@ def _header(profile: LayerProfile) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "loss": _strict(profile.loss),
+        "loss": strict_number(profile.loss),
         "backend": profile.backend,
         "uncovered": profile.uncovered,
         "metrics": profile.metrics,
@@ -129,7 +131,7 @@ def _write_json(profile: LayerProfile, path: Path) -> None:
     layers = [
         {
             "name": name,
-            "values": {metric: _strict(value) for metric, value in profile[name].items()},
+            "values": {metric: strict_number(value) for metric, value in profile[name].items()},
             "info": profile.info[name],
         }
         for name in profile
@@ -197,7 +199,8 @@ def _profile(header: dict[str, Any], names: list[str], values: np.ndarray, info:
     )
 
 
-def _strict(value: float) -> float | str:
+def strict_number(value: float) -> float | str:
+    """As strict JSON holds it; `float` reads it back."""
     if math.isfinite(value):
         return value  # json writes the shortest digits that read back to the same float64
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
@@ -205,12 +208,12 @@ def _strict(value: float) -> float | str:
 
 def _dumps(document: dict[str, Any], indent: int | None = None) -> str:
     try:
-        return json.dumps(document, allow_nan=False, indent=indent, default=_plain)
+        return json.dumps(document, allow_nan=False, indent=indent, default=plain_value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"info and uncovered must hold what strict JSON can: {error}") from error
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """NumPy scalars and arrays in `info` as plain numbers and lists."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()

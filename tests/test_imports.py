@@ -27,6 +27,7 @@ ROOMS = (
     "planning",
     "sweeping",
     "probing",
+    "watching",
     "integrations",
     "demo",
     "cli",

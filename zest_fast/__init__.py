@@ -17,6 +17,7 @@ __all__ = [
     "Ranking",
     "Recipe",
     "SelectiveBackward",
+    "WatchedStep",
     "__version__",
     "adamw",
     "apply_delta",
@@ -39,6 +40,7 @@ __all__ = [
     "rank",
     "sweep",
     "sweeps_of",
+    "watch",
 ]
 
 # The public names are imported at their first use: `zest-fast --help` and whoever only reads profiles and ranks layers
@@ -67,6 +69,8 @@ if TYPE_CHECKING:
     from zest_fast.sweeping.recipe import Recipe
     from zest_fast.sweeping.sweep import sweep
     from zest_fast.sweeping.tables import consolidate, load_records, sweeps_of
+    from zest_fast.watching.watch import watch
+    from zest_fast.watching.watched_step import WatchedStep
 
     __version__: str
 else:
@@ -82,6 +86,7 @@ else:
         "Ranking": "zest_fast.ranking.ranking",
         "Recipe": "zest_fast.sweeping.recipe",
         "SelectiveBackward": "zest_fast.finetuning.selective_backward",
+        "WatchedStep": "zest_fast.watching.watched_step",
         "__version__": "zest_fast.foundation.version",
         "adamw": "zest_fast.lean.optimizer",
         "apply_delta": "zest_fast.finetuning.delta_use",
@@ -103,6 +108,7 @@ else:
         "rank": "zest_fast.ranking.ranking",
         "sweep": "zest_fast.sweeping.sweep",
         "sweeps_of": "zest_fast.sweeping.tables",
+        "watch": "zest_fast.watching.watch",
     }
 
     _ROOMS = (
@@ -115,6 +121,7 @@ else:
         "planning",
         "sweeping",
         "probing",
+        "watching",
         "integrations",
     )
 

@@ -118,9 +118,14 @@ def profile(
     if torch.is_inference_mode_enabled():
         raise RuntimeError("profile needs gradients and cannot run inside torch.inference_mode(); leave it first")
     share = _share_of_batch(model)
-    model = _without_wrappers(model, closure)
+    if closure is not None and isinstance(model, _DATA_PARALLEL):
+        raise ValueError(
+            f"model is a {type(model).__name__}, whose forward waits for every gradient: let the closure call "
+            "model.module, and pass model.module"
+        )
+    model = without_wrappers(model)
     modules = dict(model.named_modules())
-    _require_usable(modules)
+    require_usable(modules)
     kernels.pick_backend(backend, _first_device(model))
     job = _Pass(model, modules, layers, names, backend)
     compute_loss = loss_of(model, batch, loss_fn, closure)
@@ -321,14 +326,12 @@ class _Pass:
         return reached
 
 
-def _without_wrappers(model: nn.Module, closure: Callable[[], Tensor] | None) -> nn.Module:
+_DATA_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
+def without_wrappers(model: nn.Module) -> nn.Module:
     """The module that torch.compile or data parallelism wraps: its layers and hooks are the real ones."""
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        if closure is not None:
-            raise ValueError(
-                f"model is a {type(model).__name__}, whose forward waits for every gradient: let the closure call "
-                "model.module, and pass model.module"
-            )
+    if isinstance(model, _DATA_PARALLEL):
         model = model.module
     original = getattr(model, "_orig_mod", None)
     return original if isinstance(original, nn.Module) else model
@@ -348,7 +351,7 @@ def _share_of_batch(model: nn.Module) -> str:
     )
 
 
-def _require_usable(modules: dict[str, nn.Module]) -> None:
+def require_usable(modules: dict[str, nn.Module]) -> None:
     """Raises an error that names the module or parameter that takes no hooks or can have no gradient."""
     for module_name, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):

@@ -10,6 +10,7 @@ __all__ = [
     "DeltaSwitch",
     "Fit",
     "LayerProfile",
+    "NoiseScale",
     "Plan",
     "PrefixCache",
     "Probe",
@@ -28,6 +29,7 @@ __all__ = [
     "kernels",
     "load_records",
     "merge_delta",
+    "noise_scale",
     "open_streamed",
     "optimizer_in_backward",
     "pack",
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from zest_fast.sweeping.recipe import Recipe
     from zest_fast.sweeping.sweep import sweep
     from zest_fast.sweeping.tables import consolidate, load_records, sweeps_of
+    from zest_fast.watching.noise_scale import NoiseScale, noise_scale
     from zest_fast.watching.watch import watch
     from zest_fast.watching.watched_step import WatchedStep
 
@@ -79,6 +82,7 @@ else:
         "DeltaSwitch": "zest_fast.finetuning.delta_use",
         "Fit": "zest_fast.planning.savings",
         "LayerProfile": "zest_fast.profiling.layer_profile",
+        "NoiseScale": "zest_fast.watching.noise_scale",
         "Plan": "zest_fast.planning.report",
         "PrefixCache": "zest_fast.prefix.cache",
         "Probe": "zest_fast.ranking.probed",
@@ -96,6 +100,7 @@ else:
         "fit_memory": "zest_fast.planning.savings",
         "load_records": "zest_fast.sweeping.tables",
         "merge_delta": "zest_fast.finetuning.delta_use",
+        "noise_scale": "zest_fast.watching.noise_scale",
         "open_streamed": "zest_fast.streaming.opening",
         "optimizer_in_backward": "zest_fast.lean.optimizer",
         "pack": "zest_fast.streaming.packing",

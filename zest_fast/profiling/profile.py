@@ -190,7 +190,7 @@ class _Pass:
             takes_part = self._watched.gradients or not self._backward
             trainable: list[Tensor] = [layer.weight.parameter for layer in self._chosen] if takes_part else []
             kept = self._state_around(trainable)
-            with torch.enable_grad(), _eager(), kept as state:
+            with torch.enable_grad(), eager(), kept as state:
                 self._state = state
                 try:
                     taps, loss = self._until_it_stands(compute_loss, state, routes)
@@ -300,7 +300,7 @@ class _Pass:
         """The passes beside the one, each from the state in which the model was handed over."""
         weights: list[Tensor] = [layer.weight.parameter for layer in reached]
         kept = self._state_around(weights)
-        with torch.enable_grad(), _eager(), kept as state:
+        with torch.enable_grad(), eager(), kept as state:
             request.measure(GradientPass(reached, self._embeddings, state))
 
     def _reached(self, taps: Taps, loss: Tensor) -> list[Layer] | None:
@@ -390,7 +390,7 @@ def _first_device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _eager() -> AbstractContextManager[Any]:
+def eager() -> AbstractContextManager[Any]:
     """Hooks do not fire in compiled code, so compiled models and functions run eagerly during a profile."""
     return torch.compiler.set_stance("force_eager") if compiler_is_loaded() else nullcontext()
 

@@ -316,18 +316,21 @@ class Taps(AbstractContextManager["Taps"]):
         self._in_final_backward = True
         self._roots = [r.grad_fn.register_prehook(self._note_the_task) for r in roots if r.grad_fn is not None]
 
-    def end_backward(self) -> None:
-        """That backward pass is over; ``as_it_is`` others may follow."""
+    def end_backward(self) -> bool:
+        """That backward pass is over; ``as_it_is`` others may follow. Whether it went through an output of a layer."""
         self._in_final_backward = False
         for handle in self._roots:
             handle.remove()
         self._roots = []
         self._task = None
+        arrived, self._arrived_at = self._arrived_at, set()
+        if not arrived:
+            return False
         self._passes += 1
-        for layer in self._arrived_at:
+        for layer in arrived:
             self._passes_with[layer] = self._passes_with.get(layer, 0) + 1
-        self._arrived_at.clear()
         self._calls.clear()  # uses in other passes are uses of other samples
+        return True
 
     def tell_what_was_missed(self) -> None:
         """Tells the observer which gradients of outputs were not there, and which were out of sight."""
@@ -345,7 +348,9 @@ class Taps(AbstractContextManager["Taps"]):
                 layer, "its output was overwritten in place, or a hook on its node may change its gradient"
             )
         for layer in self._out_of_the_graph - self._arrivals.keys():
-            self._missed.setdefault(layer, "its output is not part of the graph: neither it nor what precedes it trains")
+            self._missed.setdefault(
+                layer, "its output is not part of the graph: neither it nor what precedes it trains"
+            )
         for layer, made in self._taps_made.items():
             arrivals, passes = self._arrivals.get(layer, 0), self._passes_with.get(layer, 0)
             if layer in self._lost and arrivals < made:

@@ -1,7 +1,7 @@
 """Which outputs of layers belong to the step: those of calls through which its backward passes go.
 
-Between two steps a model is often called otherwise (validation, a forward that failed, a teacher). Outputs are therefore
-counted by call of the whole model, and a call counts once a gradient arrives at it.
+Between two steps a model is often called otherwise (validation, a forward that failed, a teacher). Outputs are
+therefore counted by call of the whole model, and a call counts once a gradient arrives at it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Where the gradients of a step are read: in ``.grad`` once the user's backward pass is over, and what is not there then
-by hooks on the weight.
+"""Where the gradients of a step are read: in ``.grad`` once the user's backward pass is over, and what is not there
+then by hooks on the weight.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zest_fast.foundation.torch_private import post_accumulate_hooks
+from zest_fast.foundation.torch_private import post_accumulate_hooks, run_first
 from zest_fast.profiling.layers import Weight
 
 Receive = Callable[[Weight, Tensor], None]
@@ -36,32 +36,41 @@ class AccumulatedGradients:
         self._running = False
         self._marks: dict[Weight, object] = {}
         self._read: dict[Weight, int] = {}  # by hooks in this backward pass, and the gradient that was there
+        self._handles: dict[Weight, Any] = {}
         self.in_parts: set[Weight] = set()
         """Weights whose gradient was freed before it was complete."""
 
-    def hook(self) -> list[Any]:
-        """Handles of the hooks."""
-        handles = []
+    def remove(self) -> None:
+        """Takes the hooks away."""
+        while self._handles:
+            self._handles.popitem()[1].remove()
+
+    def _hook(self) -> None:
+        """Where its user has hooks now, ours comes first."""
         for weight in self._weights:
-            if post_accumulate_hooks(weight.parameter):
-                handles.append(weight.parameter.register_post_accumulate_grad_hook(self._before_the_users(weight)))
-                hooks: Any = post_accumulate_hooks(weight.parameter)
-                hooks.move_to_end(handles[-1].id, last=False)
-        return handles
+            if weight not in self._handles and post_accumulate_hooks(weight.parameter):
+                handle = weight.parameter.register_post_accumulate_grad_hook(self._before_the_users(weight))
+                self._handles[weight] = handle
+                run_first(post_accumulate_hooks(weight.parameter), handle.id)
 
     def begin(self) -> None:
+        self._hook()
         self._running = True
         self._read.clear()
         self._marks = {weight: _mark(weight.parameter) for weight in self._weights}
 
-    def end(self) -> None:
+    def end(self) -> bool:
+        """Whether the backward pass added to any of the gradients."""
         self._running = False
+        added = bool(self._read)
         for weight in self._weights:
             if weight in self._read and not (self._averaged and weight.parameter.grad is not None):
                 continue
             if weight.parameter.grad is not None and _mark(weight.parameter) != self._marks[weight]:
+                added = True
                 self._receive(weight, weight.parameter.grad)
         self._marks.clear()
+        return added
 
     def read_what_is_there(self) -> None:
         """For a step without a backward pass: gradients that its user put there."""

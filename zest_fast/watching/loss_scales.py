@@ -31,7 +31,7 @@ class LossScales(AbstractContextManager["LossScales"]):
         self._scalers = [grad_scaler] if grad_scaler is not None else []
         self._updated = updated
         self._thread = threading.get_ident()
-        self._used: set[float] = set()
+        self._used: list[float] = []
 
     def __enter__(self) -> LossScales:
         with _lock:
@@ -49,21 +49,21 @@ class LossScales(AbstractContextManager["LossScales"]):
                 for name, original in _originals.items():
                     setattr(torch.amp.GradScaler, name, original)
 
-    @property
-    def are_used(self) -> bool:
-        """Whether a scaler took part in this step."""
-        return bool(self._scalers)
-
     def of_this_backward(self) -> float:
         """The factor that the loss of the backward pass that begins carries; NaN where two scalers differ."""
         scales = {float(scaler.get_scale()) for scaler in self._scalers} or {1.0}
-        self._used |= scales
-        return scales.pop() if len(scales) == 1 else float("nan")
+        self._used.append(scales.pop() if len(scales) == 1 else float("nan"))
+        return self._used[-1]
+
+    def forget_this_backward(self) -> None:
+        """It was that of another model."""
+        self._used.pop()
 
     @property
     def of_the_gradient(self) -> float:
         """The factor that the accumulated gradient carries; NaN where backward passes differ."""
-        return next(iter(self._used)) if len(self._used) == 1 else float("nan") if self._used else 1.0
+        used = set(self._used) or {1.0}
+        return used.pop() if len(used) == 1 else float("nan")
 
     def _scaled_by(self, scaler: Any) -> None:
         if threading.get_ident() == self._thread and not any(known is scaler for known in self._scalers):

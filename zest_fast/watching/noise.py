@@ -1,8 +1,8 @@
 """The gradient noise scale (McCandlish, Kaplan, Amodei et al. 2018, An Empirical Model of Large-Batch Training, A.1).
 
 B_simple = tr(Σ) / |G|², G being the gradient of the expected loss and Σ the covariance of the gradient of one sample.
-Both follow without bias from two batch sizes: |g|² is |G|² + tr(Σ)/B in the mean. Numerator and denominator are averaged
-apart, since the mean of ratios is not the ratio of means.
+Both follow without bias from two batch sizes: |g|² is |G|² + tr(Σ)/B in the mean. Numerator and denominator are
+averaged apart, since the mean of ratios is not the ratio of means.
 """
 
 from __future__ import annotations

@@ -111,7 +111,9 @@ class _Step:
         for i, layer in enumerate(self._layers):
             found, nonfinite = statistics.of(layer, scale)
             if layer not in self._replaced:
-                values[i] = [METRICS[name].value(found) for name in metrics] + [column[layer] for column in extra.values()]
+                values[i] = [METRICS[name].value(found) for name in metrics] + [
+                    column[layer] for column in extra.values()
+                ]
             info[layer.name] = row_info(
                 layer,
                 depth=self._depths[layer],
@@ -211,7 +213,8 @@ class _Step:
         if why:
             self._notes.append(f"noise_scale has nothing new of this step: {why}")
         totals["noise_scale"], totals["noise_scale_error"] = self._noise.scale(_ALL)
-        totals["batch_size"] = max(1.0, float(np.round(totals["noise_scale"])))
+        scale = totals["noise_scale"]
+        totals["batch_size"] = scale if math.isnan(scale) else max(1.0, float(np.round(scale)))
         found = {layer: self._noise.scale(layer.weight.layers[0].parameter_name) for layer in self._layers}
         return {
             "noise_scale": {layer: scale for layer, (scale, _) in found.items()},

@@ -75,7 +75,11 @@ class Target:
         now = {layer.name: layer.weight.parameter for layer in rows.layers}
         gone, new = [n for n in self._seen if n not in now], [n for n in now if n not in self._seen]
         other = [n for n in now if n in self._seen and self._seen[n] is not now[n]]
-        changes = ((gone, "not watched any more"), (new, "watched from this step on"), (other, "have other weights now"))
+        changes = (
+            (gone, "not watched any more"),
+            (new, "watched from this step on"),
+            (other, "have other weights now"),
+        )
         notes += [
             f"layers that {what if what.startswith('have') else f'are {what}'}: {some(names)} (gone, replaced, frozen "
             "or unfrozen since the last logged step)"

@@ -17,7 +17,7 @@ from zest_fast import kernels
 from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.foundation.options import Backend, MetricNames
 from zest_fast.foundation.removable import Removable
-from zest_fast.foundation.torch_private import current_task
+from zest_fast.foundation.torch_private import current_task, steps_around
 from zest_fast.profiling.engine import Watching
 from zest_fast.profiling.functions import forwards_of, hooks_of, may_write, referred
 from zest_fast.profiling.layers import LayerSelection
@@ -59,14 +59,15 @@ def watch(
     is not watched. At steps that are not logged a counter runs, and nothing else.
 
     Steps are counted by the optimizers of torch.optim that hold a watched weight; for others call `watched.step()`
-    after each of their steps. A step of several optimizers is one, which ends when all have stepped or the next backward
-    pass begins; optimizers that step inside of the backward pass end it there. A step that a GradScaler skips is logged,
-    marked as `overflow`, and logged again under the same number when it is tried again.
+    after each of their steps. A step of several optimizers is one, which ends when all have stepped or the next
+    backward pass begins; optimizers that step inside of the backward pass end it there. A step that a GradScaler skips
+    is logged, marked as `overflow`, and logged again under the same number when it is tried again.
 
-    By default nothing is put into the forward. `act_*` and `fisher` take hooks on the modules and hold each layer's input
-    and output until its gradient is there, as `profile` does; outputs count where a gradient comes back to their call of
-    the model, so validation in between does not. With gradient accumulation they are those of all micro-batches as one
-    batch. Nothing is run again: what one pass cannot see is NaN, and `.notes` and `.info[layer]["note"]` say why.
+    By default nothing is put into the forward. `act_*` and `fisher` take hooks on the modules and hold each layer's
+    input and output until its gradient is there, as `profile` does; outputs count where a gradient comes back to their
+    call of the model, so validation in between does not. With gradient accumulation they are those of all micro-batches
+    as one batch. The loss is the sum of those on which `backward()` was called, divided as the loop divided them.
+    Nothing is run again: what one pass cannot see is NaN, and `.notes` and `.profile.info[layer]["note"]` say why.
     Compiled modules have no such columns, and no code is compiled again for a watch where `model` is what
     `torch.compile` returned or compiled in place.
 
@@ -76,8 +77,8 @@ def watch(
         every: optimizer steps from one that is logged to the next; the first is logged.
         metrics: names as of `profile`; None = those of weights and gradients, "all" = all that one pass yields.
         layers: as of `profile`.
-        log: a function that gets each WatchedStep, or several. One that raises never stops the training: a warning names
-            it once, `.failures` counts, and the next step is tried again.
+        log: a function that gets each WatchedStep, or several. One that raises never stops the training: a warning
+            names it once, `.failures` counts, and the next step is tried again.
         frozen: also layers that do not train: their weights, outputs and, above the cut, fisher. No gradient of theirs
             exists in an ordinary backward pass.
         parts: also each micro-batch by itself, before its gradient is accumulated.
@@ -156,7 +157,8 @@ class Watch(Removable):
         self._routes = Routes()
         self._several: set[int] = set()
         self._round = Round()
-        self._holders: weakref.WeakKeyDictionary[torch.optim.Optimizer, bool] = weakref.WeakKeyDictionary()
+        self._holders: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._others: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._weights: set[int] = set()
         self._window: Window | None = None  # of the step that runs
         self._pending: Window | None = None  # closed, of a step that its optimizers have begun to take
@@ -217,8 +219,8 @@ class Watch(Removable):
             self._end_round()
         if self._backwards and not self.steps:
             warnings.warn(
-                f"zest_fast.watch saw {self._backwards} backward passes and no step of an optimizer of torch.optim that "
-                "holds a watched weight, so nothing was logged; call watched.step() after each step",
+                f"zest_fast.watch saw {self._backwards} backward passes and no step of an optimizer of torch.optim "
+                "that holds a watched weight, so nothing was logged; call watched.step() after each step",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -250,7 +252,9 @@ class Watch(Removable):
             )
             window = self._window
             if window is not None and window.taps is not None:
-                window.notes.append("act and fisher undefined: the forward began before the step without update was over")
+                window.notes.append(
+                    "act and fisher undefined: the forward began before the step without update was over"
+                )
         self._in_backward = True
         if window is not None:
             window.begin_backward(roots)
@@ -261,8 +265,8 @@ class Watch(Removable):
         self._round.backward_since = True
         self._backwards += 1
         if self._window is not None:
-            self._window.end_backward()
-            if not completed:
+            ours = self._window.end_backward()
+            if ours and not completed:
                 self._reopen("a backward pass of this step failed, and the step began anew")
         if self._stepped_in_backward:
             self._stepped_in_backward = False
@@ -273,6 +277,8 @@ class Watch(Removable):
     # The user's optimizers
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if steps_around(optimizer) > 1:  # the step of a class within that of a class derived from it
+            return
         self._late = False
         if not self._holds(optimizer):
             return
@@ -300,6 +306,8 @@ class Watch(Removable):
             running.updates.before(optimizer)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if steps_around(optimizer) > 1:
+            return
         if self._late or not self._holds(optimizer):
             self._late = False
             return
@@ -326,15 +334,19 @@ class Watch(Removable):
             self._end_round()
 
     def _holds(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether it has a watched weight; asked anew of each optimizer that was not seen before."""
+        """Whether it has a watched weight. One that has none may get some: in a step within the backward pass it may
+        show a part of its parameters only."""
         if not self._active:
             return False
-        known = self._holders.get(optimizer)
-        if known is None:
-            if not _shares(optimizer, self._weights):
-                self._weights |= self._target.weights_now()
-            known = self._holders[optimizer] = _shares(optimizer, self._weights)
-        return known
+        if optimizer in self._holders:
+            return True
+        if optimizer not in self._others and not _shares(optimizer, self._weights):
+            self._others.add(optimizer)  # the model is looked at again for each optimizer that is new
+            self._weights |= self._target.weights_now()
+        if _shares(optimizer, self._weights):
+            self._holders.add(optimizer)
+            return True
+        return False
 
     # Steps
 
@@ -344,6 +356,7 @@ class Watch(Removable):
         self._rows, notes = self._target.rows_again()
         self._notes += notes
         self._holders.clear()
+        self._others.clear()
         self._open(self._rows, step)
 
     def _open(self, rows: Rows, step: int = 0) -> None:

@@ -120,7 +120,7 @@ class Window:
         with HeldInterrupts():
             self.scales.__enter__()
             self._handles.append(_Exit(self.scales))
-            self._handles += self.gradients.hook()
+            self._handles.append(self.gradients)
             if self.asked.parts or self.asked.noise:
                 self._handles += self._part_gradients.hook()
             if self.taps is not None or self.asked.noise:
@@ -147,25 +147,30 @@ class Window:
         self.backwards += 1
         self._running = True
         if self.asked.parts or self.asked.noise:
-            part = Part(
-                WindowStatistics(OF_WEIGHTS, self.asked.backend), loss, scale, self.calls.samples_of_part()
-            )
+            part = Part(WindowStatistics(OF_WEIGHTS, self.asked.backend), loss, scale, self.calls.samples_of_part())
             self.parts.append(part)
             self._part_gradients.begin(part.statistics.weight_gradient)
         self.gradients.begin()
         if self.taps is not None:
             self.taps.begin_backward(roots)
 
-    def end_backward(self) -> None:
-        """It is over, and all that it accumulated is there."""
+    def end_backward(self) -> bool:
+        """It is over, and all that it accumulated is there. False where it was that of another model."""
         self._running = False
-        if self.taps is not None:
-            self.taps.end_backward()
+        arrived = self.taps is not None and self.taps.end_backward()
+        if arrived:
             self.statistics.end_pass()
         if self.parts:
             self._part_gradients.end()
             self.parts[-1].wrong.update(self._part_gradients.wrong)
-        self.gradients.end()
+        if self.gradients.end() or arrived:
+            return True
+        self.backwards -= 1
+        self.losses.pop()
+        self.scales.forget_this_backward()
+        if self.parts:
+            self.parts.pop()
+        return False
 
     def close(self) -> None:
         """The step is about to be taken: numbers are fetched, hooks go."""
@@ -217,5 +222,3 @@ class _Exit:
 
     def remove(self) -> None:
         self._context.__exit__(None, None, None)
-
-

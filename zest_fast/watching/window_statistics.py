@@ -1,4 +1,4 @@
-"""The statistics of one logged step: those of a profile's pass, but that nothing of them may end the user's training."""
+"""The statistics of one logged step: those of a profile's pass, but nothing of them may end the user's training."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@ import warnings
 
 import pytest
 import torch
-from training_loops import LOOPS, batches, loss_of, net
 from torch import nn
 from torch.optim import optimizer as global_hooks
+from training_loops import LOOPS, batches, loss_of, net
 from untouched import bits, changes, state_of
 
 import zest_fast
@@ -481,7 +481,8 @@ def test_compiled_code_is_left_alone(way):
         if watching:
             metrics = None if way == "passed without its wrapper" else "all"
             watched = model if way == "passed without its wrapper" else called
-            with zest_fast.watch(watched, every=2, metrics=metrics, log=log.append, updates=True):
+            others = {"updates": True, "noise": True, "parts": True, "samples": 8}
+            with zest_fast.watch(watched, every=2, metrics=metrics, log=log.append, **others):
                 train()
         else:
             train()
@@ -498,3 +499,161 @@ def test_compiled_code_is_left_alone(way):
             for name in profile.names:
                 assert math.isnan(profile[name]["fisher"]) == (name in compiled), name
                 assert ("compiled code sees no hooks" in profile.info[name]["note"]) == (name in compiled)
+
+
+def test_a_compiled_step_is_not_seen_and_that_is_said():
+    import torch._dynamo as dynamo
+
+    dynamo.reset()
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = torch.compile(lambda: optimizer.step(), backend="aot_eager")
+    with pytest.warns(RuntimeWarning) as said, zest_fast.watch(model, every=1) as watched:
+        for x, y in batches(4):
+            optimizer.zero_grad()
+            loss_of(model, x, y).backward()
+            step()
+    assert watched.steps == 0 and watched.last.step == 0
+    assert sum("compiled ones, call watched.step()" in str(one.message) for one in said) == 1
+    log = []
+    with zest_fast.watch(model, every=1, log=log.append) as watched:
+        for x, y in batches(4):
+            optimizer.zero_grad()
+            loss_of(model, x, y).backward()
+            step()
+            watched.step()
+    assert [one.step for one in log] == [0, 1, 2, 3]
+
+
+def test_calls_of_step_beside_an_optimizer_count_nothing():
+    model, log = net(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with zest_fast.watch(model, every=1, log=log.append) as watched:
+        for x, y in batches(3):
+            loss_of(model, x, y).backward()
+            optimizer.step()
+            watched.step()
+            optimizer.zero_grad()
+    assert watched.steps == 3 and [step.step for step in log] == [0, 1, 2]
+
+
+def test_a_run_that_is_taken_up_again_goes_on_counting():
+    model, log = net(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with zest_fast.watch(model, every=4, first_step=6, log=log.append) as watched:
+        for x, y in batches(7):
+            loss_of(model, x, y).backward()
+            optimizer.step()
+    assert watched.steps == 13 and [step.step for step in log] == [8, 12]
+
+
+def test_attacks_on_the_input_are_no_part_of_the_step():
+    model, (x, y) = net().eval(), batches(1)[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    reference = zest_fast.profile(model, (x, y))
+    with zest_fast.watch(model, every=1, metrics="all") as watched:
+        attacked = (10 * x).requires_grad_()
+        loss_of(model, attacked, y).backward(inputs=[attacked])
+        loss_of(model, x, y).backward()
+        optimizer.step()
+    for metric in reference.metrics:
+        assert watched.last.profile.column(metric) == pytest.approx(reference.column(metric), rel=1e-5), metric
+
+
+def test_gradients_of_zero_are_not_taken_for_cleared_ones():
+    model = net().eval()
+    nn.init.constant_(model[0].bias, -100.0)
+    model[5].requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    nn.init.zeros_(model[5].weight)
+    log = []
+    with zest_fast.watch(model, every=1, parts=True, log=log.append):
+        for _ in range(2):
+            for x, y in batches(3):
+                loss_of(model, x, y).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+    assert [len(step.parts) for step in log] == [3, 3] and not log[0].profile.column("grad_norm").any()
+
+
+def test_where_only_biases_train_frozen_layers_are_watched():
+    model, log = net().requires_grad_(False), []
+    biases = [p.requires_grad_() for name, p in model.named_parameters() if name.endswith("bias")]
+    optimizer = torch.optim.SGD(biases, lr=0.1)
+    with zest_fast.watch(model, every=1, frozen=True, metrics="all", log=log.append):
+        for x, y in batches(3):
+            for _ in range(2):
+                (loss_of(model, x, y) / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [step.step for step in log] == [0, 1, 2] and not log[0].notes
+    assert (log[0].profile.column("fisher") > 0).all()
+
+
+def test_sparse_gradients():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 2))
+    x = torch.arange(6).reshape(2, 3)
+    reference = zest_fast.profile(model, closure=lambda: model(x).square().mean(), layers=["0", "1"])
+    optimizers = [torch.optim.SparseAdam(model[0].parameters()), torch.optim.Adam(model[1].parameters())]
+    with zest_fast.watch(model, every=1, layers=["0", "1"], **EVERYTHING) as watched:
+        for part in x.split(1):
+            (model(part).square().mean() / 2).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert not watched.last.notes and watched.last.histograms["0"]["gradient"][0].sum() == 40
+    for metric in reference.metrics:
+        assert watched.last.profile.column(metric) == pytest.approx(reference.column(metric), rel=2e-5), metric
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_selective_backward_of_a_language_model(reentrant):
+    """Lean logits are computed when someone looks at them: the watch does not, and says so."""
+    from small_models import llama
+
+    ids = torch.arange(64).reshape(4, 16) % 40
+
+    def train(watching):
+        torch.manual_seed(0)
+        model = llama().train()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        tuned = zest_fast.SelectiveBackward(model, ["model.layers.1.mlp.up_proj"])
+        reference = zest_fast.profile(model, {"input_ids": ids, "labels": ids, "use_cache": False})
+        optimizer = torch.optim.AdamW(tuned.parameters(), lr=1e-3)
+        log = []
+
+        def steps():
+            for _ in range(2):
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        if watching:
+            with zest_fast.watch(model, every=1, frozen=True, log=log.append, **EVERYTHING):
+                steps()
+        else:
+            steps()
+        return [bits(p) for p in model.parameters()], log, reference
+
+    (alone, _, reference), (watched, log, _) = train(False), train(True)
+    assert watched == alone
+    profile = log[0].profile
+    assert "its output is a DeferredLogits" in profile.info["lm_head"]["note"]
+    above = profile.names[profile.names.index("model.layers.1.mlp.up_proj") :]
+    assert len(above) == 10 and profile["model.layers.1.mlp.up_proj"]["grad_norm"] > 0
+    for name in profile.names:
+        for metric in ("act_std", "act_mean", "fisher", "weight_std"):
+            known = name != "lm_head" and (metric != "fisher" or name in above)
+            if known or metric == "weight_std":
+                assert profile[name][metric] == pytest.approx(reference[name][metric], rel=2e-5), (name, metric)
+            else:
+                assert math.isnan(profile[name][metric]), (name, metric)
+
+
+def test_the_profile_of_a_step_is_ranked_and_saved_like_any_other(tmp_path):
+    _, watched = watched_run("plain", updates=True)
+    profile = watched.last.profile
+    assert set(zest_fast.rank(profile, by="update_ratio").names) == set(profile.names)
+    loaded = zest_fast.LayerProfile.load(profile.save(tmp_path / "step.json"))
+    assert loaded.to_pandas().equals(profile.to_pandas())

@@ -28,6 +28,7 @@ CALLED_BESIDE_THE_LOSS = {
     "langevin_samples",
     "distilled_data",
     "sharpness_aware_loss",
+    "backward_within_the_loss",
 }
 
 

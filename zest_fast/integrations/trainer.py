@@ -124,7 +124,7 @@ class ZestCallback(TrainerCallback):
 
 
 class WatchCallback(TrainerCallback):
-    """`zest_fast.watch` while a Trainer trains: `Trainer(model=model, callbacks=[WatchCallback(every=100, log=...)], ...)`.
+    """`zest_fast.watch` while a Trainer trains: `Trainer(model=model, callbacks=[WatchCallback(log=...)], ...)`.
 
     Gradient accumulation, mixed precision, clipping and evaluation in between are those of the Trainer, and nothing of
     its training changes by a bit. With several processes Trainer hands over the model without its wrapper, so that
@@ -149,7 +149,8 @@ class WatchCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Weights are where they will train, and nothing has run."""
         self.remove()  # of a training that ended in an exception, of which nobody tells a callback
-        self.watched = watch(model, self.every, log=self.log, **self.options)
+        options = {"first_step": state.global_step, **self.options}
+        self.watched = watch(model, self.every, log=self.log, **options)
         self.watched.__enter__()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -482,8 +482,11 @@ class Taps(AbstractContextManager["Taps"]):
                 self.with_other_weights[module] = self.with_other_weights.get(module, 0) + 1
             if not isinstance(output, Tensor) or output.dtype not in DTYPES:
                 return None
-            if is_transformed(output):
+            deferred = self._watched.as_it_is and not is_plain(output)  # it may be computed when it is looked at
+            if deferred or is_transformed(output):
                 why = "it ran inside of torch.func or forward-mode differentiation"
+                if deferred:
+                    why = f"its output is a {type(output).__name__}, no plain tensor"
                 for layer in observed:
                     self._observer.missed(layer, why, outputs=not recomputing)
                 return None

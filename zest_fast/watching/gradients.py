@@ -35,6 +35,7 @@ class AccumulatedGradients:
         self._averaged = averaged
         self._running = False
         self._marks: dict[Weight, object] = {}
+        self._left: dict[Weight, object] = {}  # by the last backward pass
         self._read: dict[Weight, int] = {}  # by hooks in this backward pass, and the gradient that was there
         self._handles: dict[Weight, Any] = {}
         self.in_parts: set[Weight] = set()
@@ -70,6 +71,7 @@ class AccumulatedGradients:
                 added = True
                 self._receive(weight, weight.parameter.grad)
         self._marks.clear()
+        self._left = {weight: _mark(weight.parameter) for weight in self._weights}
         return added
 
     def read_what_is_there(self) -> None:
@@ -79,8 +81,21 @@ class AccumulatedGradients:
                 self._receive(weight, weight.parameter.grad)
 
     def are_gone(self) -> bool:
-        """Whether no weight has a gradient, or only zeros."""
-        return not any(w.parameter.grad is not None and _is_nonzero(w.parameter.grad) for w in self._weights)
+        """Whether there are weights, and none has a gradient, or only zeros that were not left by a backward pass."""
+        for weight in self._weights:
+            gradient = weight.parameter.grad
+            if gradient is not None and (_mark(weight.parameter) == self._left.get(weight) or _is_nonzero(gradient)):
+                return False
+        return bool(self._weights)
+
+    def are_there(self) -> bool:
+        """Whether any weight has a gradient that is not 0."""
+        return any(w.parameter.grad is not None and _is_nonzero(w.parameter.grad) for w in self._weights)
+
+    def include(self, inputs: Iterable[Any]) -> bool:
+        """Whether a backward pass that accumulates into these tensors only concerns any of the weights."""
+        wanted = {id(x) for x in inputs}
+        return any(id(weight.parameter) in wanted for weight in self._weights)
 
     def _before_the_users(self, weight: Weight) -> Callable[[Tensor], None]:
         def hook(p: Tensor) -> None:

@@ -30,6 +30,15 @@ class Rows:
         """Every weight of the rows, once."""
         return list({layer.weight: None for layer in self.layers})
 
+    @property
+    def parameters_to_step(self) -> set[int]:
+        """Ids of the parameters by which the optimizers of this training are known: the weights and what their modules
+        hold beside them; where none of these trains, all that does."""
+        own = [p for layer in self.layers for p in (layer.weight.parameter, *layer.module.parameters(recurse=False))]
+        if not any(p.requires_grad for p in own):
+            own += [p for p in self.subject.model.parameters() if p.requires_grad]
+        return {id(p) for p in own}
+
 
 class Target:
     """A model whose layers are watched.
@@ -90,8 +99,8 @@ class Target:
         return rows, notes
 
     def weights_now(self) -> set[int]:
-        """Ids of the weights that would be watched now."""
-        return {id(layer.weight.parameter) for layer in self._now()[0].layers}
+        """``Rows.parameters_to_step`` as the model is now."""
+        return self._now()[0].parameters_to_step
 
     def _now(self) -> tuple[Rows, str]:
         """The rows as the model is, and why the selection does not fit it, where it does not."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,4 +43,5 @@ class Updates:
             collector = Collector(self._backend)
             moved, was = collector.moments([difference, before])
             collector.fetch()
-            self.norms[weight] = (moved().norm, was().norm)
+            once = weight not in self.norms  # two optimizers that move one weight: from where to where is not known
+            self.norms[weight] = (moved().norm, was().norm) if once else (math.nan, math.nan)

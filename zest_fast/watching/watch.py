@@ -33,6 +33,10 @@ from zest_fast.watching.window import OF_WEIGHTS, Asked, Window
 Sink = Callable[[WatchedStep], Any]
 Samples = int | Callable[[tuple[Any, ...], Mapping[str, Any]], int]
 
+_NO_STEP = (
+    "no step of an optimizer of torch.optim followed the backward pass (after steps of other optimizers, or compiled "
+    "ones, call watched.step())"
+)
 _watched: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -51,6 +55,7 @@ def watch(
     samples: Samples | None = None,
     grad_scaler: Any = None,
     backend: Backend = "auto",
+    first_step: int = 0,
 ) -> Watch:
     """The metrics of every layer at every k-th optimizer step of an ordinary training loop.
 
@@ -74,7 +79,7 @@ def watch(
     Args:
         model: as the loop calls it: plain, or what DistributedDataParallel or torch.compile returned. Under
             DistributedDataParallel gradients are those of all processes, `act_*` and `fisher` of this one.
-        every: optimizer steps from one that is logged to the next; the first is logged.
+        every: optimizer steps from one that is logged to the next; step 0, the first, is logged.
         metrics: names as of `profile`; None = those of weights and gradients, "all" = all that one pass yields.
         layers: as of `profile`.
         log: a function that gets each WatchedStep, or several. One that raises never stops the training: a warning
@@ -93,6 +98,8 @@ def watch(
         grad_scaler: whatever has `get_scale()`; None = a torch.amp.GradScaler that is used is seen. Other ways to scale
             a loss are not.
         backend: as of `profile`.
+        first_step: optimizer steps that were taken before, in a run that is taken up again. Logged are steps whose
+            number `every` divides.
 
     Returns:
         A context manager. While it lasts, and afterwards: `.last`, the last WatchedStep; `.steps`, how many were
@@ -122,6 +129,8 @@ def watch(
         raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module is needed")
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every is {every!r}; a whole number of optimizer steps is needed, 1 or more")
+    if isinstance(first_step, bool) or not isinstance(first_step, int) or first_step < 0:
+        raise ValueError(f"first_step is {first_step!r}; a whole number of optimizer steps is needed, 0 or more")
     if isinstance(samples, bool) or not (samples is None or callable(samples) or isinstance(samples, int)):
         raise TypeError(f"samples is {samples!r}; a number or a function of the forward's arguments is needed")
     if isinstance(samples, int) and samples < 1:
@@ -145,21 +154,24 @@ def watch(
         grad_scaler=grad_scaler,
         writes=may_write(referred([*forwards_of(modules), *hooks_of(modules)]), modules),
     )
-    return Watch(target, rows, asked, every, _sinks(log))
+    return Watch(target, rows, asked, every, _sinks(log), first_step)
 
 
 class Watch(Removable):
     """See `watch`. The watch begins with the `with` block, and ends with it, or by `.remove()`."""
 
-    def __init__(self, target: Target, rows: Rows, asked: Asked, every: int, sinks: list[Sink]) -> None:
+    def __init__(
+        self, target: Target, rows: Rows, asked: Asked, every: int, sinks: list[Sink], first_step: int
+    ) -> None:
         self._target, self._rows, self._asked, self._every, self._sinks = target, rows, asked, every, sinks
         self._reporter = Reporter()
         self._routes = Routes()
         self._several: set[int] = set()
         self._round = Round()
+        self._first_step = first_step
         self._holders: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._others: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._weights: set[int] = set()
+        self._weights = rows.parameters_to_step
         self._window: Window | None = None  # of the step that runs
         self._pending: Window | None = None  # closed, of a step that its optimizers have begun to take
         self._in_backward = False
@@ -170,14 +182,16 @@ class Watch(Removable):
         self._thread = 0
         self._began = 0.0
         self._backwards = 0
+        self._cleared_at = -1
+        self._said_no_step = False
         self._failed: set[int] = set()
         self._handles: list[Any] = []
         self._active = False
         self._notes: list[str] = []
         self.last: WatchedStep | None = None
         """The last step that was logged."""
-        self.steps = 0
-        """Optimizer steps that were counted."""
+        self.steps = first_step
+        """Optimizer steps that are over, those before the watch included."""
         self.failures = 0
         """How often a function of `log` raised."""
 
@@ -196,7 +210,8 @@ class Watch(Removable):
                     register_optimizer_step_post_hook(self._after_step),
                     _Entered(Watching(self)),
                 ]
-                self._open(self._rows)
+                if self.steps % self._every == 0:
+                    self._open(self._rows, self.steps)
         except BaseException:
             self.remove()
             raise
@@ -217,7 +232,7 @@ class Watch(Removable):
             _watched.difference_update(self._claimed)
         if self._round.has_begun:
             self._end_round()
-        if self._backwards and not self.steps:
+        if self._backwards and self.steps == self._first_step:
             warnings.warn(
                 f"zest_fast.watch saw {self._backwards} backward passes and no step of an optimizer of torch.optim "
                 "that holds a watched weight, so nothing was logged; call watched.step() after each step",
@@ -240,16 +255,15 @@ class Watch(Removable):
     def begins(self, roots: Any, accumulates: bool, inputs: Iterable[Any]) -> Callable[[bool], None] | None:
         if not accumulates or current_task() != -1 or threading.get_ident() != self._thread:
             return None
+        if inputs and self._window is not None and not self._window.gradients.include(inputs):
+            return None  # backward(inputs=...), for the gradient of something else
         if self._window is not None and any(is_being_profiled(layer.module) for layer in self._rows.layers):
             return None
         if self._round.has_begun and not self._stepping:
             self._end_round()
         window = self._window
         if window is not None and window.backwards and not self._stepping and window.gradients.are_gone():
-            self._skipped(
-                "no step of an optimizer of torch.optim followed the backward pass, and its gradients were cleared "
-                "(after steps of other optimizers call watched.step())"
-            )
+            self._cleared_without_a_step()
             window = self._window
             if window is not None and window.taps is not None:
                 window.notes.append(
@@ -277,6 +291,8 @@ class Watch(Removable):
     # The user's optimizers
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():  # a compiled step runs no hook: watched.step() has to tell
+            return
         if steps_around(optimizer) > 1:  # the step of a class within that of a class derived from it
             return
         self._late = False
@@ -306,7 +322,7 @@ class Watch(Removable):
             running.updates.before(optimizer)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if steps_around(optimizer) > 1:
+        if torch.compiler.is_compiling() or steps_around(optimizer) > 1:
             return
         if self._late or not self._holds(optimizer):
             self._late = False
@@ -357,10 +373,10 @@ class Watch(Removable):
         self._notes += notes
         self._holders.clear()
         self._others.clear()
+        self._weights = self._rows.parameters_to_step
         self._open(self._rows, step)
 
-    def _open(self, rows: Rows, step: int = 0) -> None:
-        self._weights = {id(layer.weight.parameter) for layer in rows.layers}
+    def _open(self, rows: Rows, step: int) -> None:
         window = Window(self._target, rows, self._asked, step, self._routes, self._several, self._skipped)
         self._window = window
         window.notes += self._notes
@@ -394,11 +410,22 @@ class Watch(Removable):
         self._log_pending()
         self._open_if_due(self.steps)
 
-    def _reopen(self, why: str) -> None:
+    def _cleared_without_a_step(self) -> None:
+        """The user skipped a step, or took it in a way that cannot be seen. It is logged, but not again and again."""
+        if self._cleared_at != self.steps:
+            self._cleared_at = self.steps
+            self._skipped(f"{_NO_STEP}, and its gradients were cleared")
+            return
+        if not self._said_no_step:
+            self._said_no_step = True
+            warnings.warn(f"zest_fast.watch: {_NO_STEP}, twice in a row at step {self.steps}", RuntimeWarning, 2)
+        self._reopen()
+
+    def _reopen(self, why: str = "") -> None:
         assert self._window is not None
         step = self._window.step
         self._window.discard()
-        self._notes.append(why)
+        self._notes += [why] if why else []
         self._open(self._rows, step)
 
     def _log_pending(self) -> None:

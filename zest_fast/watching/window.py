@@ -123,7 +123,7 @@ class Window:
             self._handles.append(self.gradients)
             if self.asked.parts or self.asked.noise:
                 self._handles += self._part_gradients.hook()
-            if self.taps is not None or self.asked.noise:
+            if self.taps is not None or (self.asked.noise and not isinstance(self.asked.samples, int)):
                 self._handles += self.calls.hook(self.target.called)
             if self.taps is not None:
                 self._handles.append(_Exit(self.taps))
@@ -139,7 +139,7 @@ class Window:
     def begin_backward(self, roots: Any) -> None:
         """The user's backward pass begins."""
         if not self.backwards and self.asked.noise:
-            self.stale = not self.gradients.are_gone()
+            self.stale = self.gradients.are_there()
         scale = self.scales.of_this_backward()
         roots = [root for root in roots if isinstance(root, Tensor)]
         loss = roots[0].detach().clone() if len(roots) == 1 and roots[0].numel() == 1 else None

@@ -62,6 +62,12 @@ class WindowStatistics(Statistics):
         except _REFUSALS as error:
             self.missed_weights[weight] = str(error)
 
+    def untouched(self, layer: Layer) -> None:
+        if self.reached(layer.weight):
+            self.missed(layer, "a gradient reached its weight, and none was seen at its output", outputs=False)
+        else:
+            super().untouched(layer)
+
     def reached(self, weight: Weight) -> bool:
         """Whether a gradient of it was read."""
         return weight in self._gradients

@@ -116,7 +116,7 @@ def noise_scale(
         squares, products, total = job.run()
     names, rows = _by_layer(job.weights)
     found = [_jackknifed(squares[:, row], products[:, row], total[row], sizes) for row in rows]
-    everything = _jackknifed(squares.sum(1), products.sum(1), float(total.sum()), sizes)
+    everything = _jackknifed(squares.sum(1), products.sum(1), total.sum(), sizes)
     return NoiseScale(
         layers=names,
         values=np.array([value for value, _ in found]),
@@ -201,7 +201,7 @@ def _jackknifed(squares: np.ndarray, products: np.ndarray, total: float, sizes: 
 
 def _ratio(squares: np.ndarray, square_of_sum: float, sizes: list[int]) -> float:
     found = estimate(list(squares), square_of_sum / len(squares) ** 2, sizes)
-    return found.trace / found.square if found.square > 0 else math.nan
+    return float(found.trace / found.square) if found.square > 0 else math.nan
 
 
 def _by_layer(weights: list[Weight]) -> tuple[tuple[str, ...], list[int]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import signal
+import sys
 import warnings
 
 import pytest
@@ -225,8 +227,12 @@ def test_gradients_assigned_by_hand_are_read_and_said():
     assert any("no backward pass was seen" in note for note in log[0].notes)
 
 
-@pytest.mark.parametrize("name", ["plain", "in_backward", "in_backward_as_torch_has_it", "two_optimizers", "by_hand"])
-def test_update_ratios(name):
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "in_backward", "in_backward_as_torch_has_it", "two_optimizers", "with_a_closure", "by_hand"],
+)
+def test_update_ratios(name, every):
     model, found = net(), []
     ratios = []
 
@@ -238,9 +244,12 @@ def test_update_ratios(name):
         ratios.append(moved)
 
     before = [model[i].weight.detach().clone() for i in (0, 3, 5)]
-    with zest_fast.watch(model, every=1, updates=True, log=note) as watched:
+    with zest_fast.watch(model, every=1, log=note) as watched:
         left_by(LOOPS[name], model, watched)
-    for step, expected in zip(found, ratios, strict=True):
+    found, model = [], net()
+    with zest_fast.watch(model, every=every, updates=True, log=found.append) as watched:
+        left_by(LOOPS[name], model, watched)
+    for step, expected in zip(found, ratios[::every], strict=True):
         column = step.profile.column("update_ratio")
         if name == "by_hand":
             assert all(map(math.isnan, column)) and any("update_ratio undefined" in note for note in step.notes)
@@ -657,3 +666,50 @@ def test_the_profile_of_a_step_is_ranked_and_saved_like_any_other(tmp_path):
     assert set(zest_fast.rank(profile, by="update_ratio").names) == set(profile.names)
     loaded = zest_fast.LayerProfile.load(profile.save(tmp_path / "step.json"))
     assert loaded.to_pandas().equals(profile.to_pandas())
+
+
+class CtrlC:
+    """Ctrl-C at the n-th line of the library that is run."""
+
+    def __init__(self, at):
+        self.at, self.lines = at, 0
+
+    def __call__(self, frame, event, argument):
+        name = frame.f_code.co_filename
+        if "zest_fast" not in name or "/tests/" in name or (frame.f_code.co_name == "__exit__" and "watch.py" in name):
+            return None
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.at:
+                signal.raise_signal(signal.SIGINT)
+        return self
+
+
+def test_ctrl_c_at_any_line_leaves_nothing():
+    def run(at):
+        model, trace = net(), CtrlC(at)
+        model[0].weight.register_post_accumulate_grad_hook(lambda p: None)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        before = state_of(model)
+        sys.settrace(trace)
+        try:
+            with zest_fast.watch(model, every=1, **EVERYTHING):
+                for x, y in batches(2):
+                    loss_of(model, x, y).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        left = [label for label in changes(before, state_of(model)) if "bits" not in label and "gradient" not in label]
+        assert left in ([], ["random state"]), (at, left)
+        assert not global_hooks._global_optimizer_pre_hooks and not global_hooks._global_optimizer_post_hooks, at
+        assert not Watching._spectators and not loss_scales._listeners, at
+        with zest_fast.watch(model):
+            pass
+        return trace.lines
+
+    total = run(None)
+    for at in range(1, total, 61):
+        run(at)

@@ -23,8 +23,8 @@ Found = Callable[[], Any]  # moments, once they are fetched
 class Call:
     """The outputs of layers in one call of the model."""
 
-    def __init__(self, counted: dict[Layer, list[Found]]) -> None:
-        self._counted = counted
+    def __init__(self, counted: dict[Layer, list[Found]], samples: int | None, sizes: list[int | None]) -> None:
+        self._counted, self._samples, self._sizes = counted, samples, sizes
         self._waiting: list[tuple[Layer, Found]] | None = []
 
     def add(self, layer: Layer, found: Found) -> None:
@@ -35,8 +35,11 @@ class Call:
 
     def count(self) -> None:
         """A gradient arrived: the call is part of the step."""
+        if self._waiting is None:
+            return
         waiting, self._waiting = self._waiting, None
-        for layer, found in waiting or ():
+        self._sizes.append(self._samples)
+        for layer, found in waiting:
             self._counted.setdefault(layer, []).append(found)
 
 
@@ -61,8 +64,7 @@ class Calls:
         self._thread = threading.get_ident()
         self._depth = 0
         self._call: Call | None = None
-        self._sizes: list[int | None] = []
-        self._last: int | None = None
+        self._sizes: list[int | None] = []  # of the calls that count in this backward pass
         self.returned: set[int] = set()
         """Addresses of what the model returned: its user may write into that."""
 
@@ -79,16 +81,15 @@ class Calls:
         one by itself."""
         if self._depth:
             return self._call
-        return Call(self._counted) if torch.is_grad_enabled() else None
+        return Call(self._counted, None, []) if torch.is_grad_enabled() else None
 
     def samples_of_part(self) -> int | None:
-        """Samples of the backward pass that begins, None where its calls do not say, or not the same."""
+        """Samples of the backward pass that ends, None where its calls do not say, or not the same."""
         if isinstance(self._samples, int):
             return self._samples
-        if self._sizes:
-            self._last = self._sizes[0] if len(set(self._sizes)) == 1 else None
-            self._sizes.clear()
-        return self._last
+        found = set(self._sizes)
+        self._sizes.clear()
+        return found.pop() if len(found) == 1 else None
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or threading.get_ident() != self._thread:
@@ -97,9 +98,8 @@ class Calls:
         if self._depth > 1:
             return
         if torch.is_grad_enabled():
-            self._call = Call(self._counted)
             count = self._samples if callable(self._samples) else _first_dimension
-            self._sizes.append(count(args, kwargs))
+            self._call = Call(self._counted, count(args, kwargs), self._sizes)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling() or threading.get_ident() != self._thread:

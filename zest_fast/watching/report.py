@@ -30,14 +30,19 @@ class Reporter:
     def __init__(self) -> None:
         self._history = History()
         self._noise = RunningNoise()
+        self._names: list[str] = []
+        self._head: str | None = None
 
     def step(self, window: Window, seconds: float) -> WatchedStep:
         """Everything of a closed window."""
-        return _Step(window, self._history, self._noise).made(seconds)
+        names = [layer.name for layer in window.rows.subject.layers]
+        if names != self._names:  # which is to be asked once: it looks through the model
+            self._names, self._head = names, head_or_none(window.target.model)
+        return _Step(window, self._history, self._noise, self._head).made(seconds)
 
 
 class _Step:
-    def __init__(self, window: Window, history: History, noise: RunningNoise) -> None:
+    def __init__(self, window: Window, history: History, noise: RunningNoise, head: str | None) -> None:
         self._window, self._asked = window, window.asked
         self._layers, self._statistics = list(window.rows.layers), window.statistics
         self._history, self._noise = history, noise
@@ -45,7 +50,7 @@ class _Step:
         self._notes = list(window.notes)
         self._replaced = set(window.target.replaced_since(window.rows))
         self._depths = depths(self._layers, window.rows.subject, window.taps.order if window.taps else {})
-        self._head = head_or_none(window.target.model)
+        self._head = head
         self._row_notes = {layer: self._notes_of(layer) for layer in self._layers}
 
     def made(self, seconds: float) -> WatchedStep:

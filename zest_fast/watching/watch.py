@@ -217,19 +217,26 @@ class Watch(Removable):
             raise
         return self
 
+    def __exit__(self, *exception: Any) -> None:
+        try:
+            self.remove()
+        except KeyboardInterrupt:  # before hooks were safe from it
+            self.remove()
+            raise
+
     def remove(self) -> None:
         """Take every hook away. A step that has ended is logged, one that has not is dropped. A second call does
         nothing."""
         if not self._active:
             return
         with HeldInterrupts():
-            self._active = False
             while self._handles:
                 self._handles.pop().remove()
             if self._window is not None:
                 self._window.discard()
                 self._window = None
             _watched.difference_update(self._claimed)
+            self._active = False
         if self._round.has_begun:
             self._end_round()
         if self._backwards and self.steps == self._first_step:
@@ -317,7 +324,7 @@ class Watch(Removable):
         self._backwards_before = self._backwards
         if self._window is not None and not self._stepping and not self._round.has_begun:
             self._close()
-        running = self._pending or self._window
+        running = self._pending if self._round.has_begun or not self._stepping else self._window
         if running is not None and running.updates is not None:
             running.updates.before(optimizer)
 
@@ -384,11 +391,11 @@ class Watch(Removable):
         window.open()
 
     def _close(self) -> None:
-        window, self._window = self._window, None
+        window = self._window
         assert window is not None
         window.close()
         self._routes = window.found_routes()
-        self._pending = window
+        self._pending, self._window = window, None
 
     def _end_round(self) -> None:
         """The step that runs has ended."""

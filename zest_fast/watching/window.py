@@ -52,7 +52,7 @@ class Part:
     statistics: WindowStatistics
     loss: Tensor | None
     scale: float
-    samples: int | None
+    samples: int | None = None
     wrong: dict[Weight, str] = field(default_factory=dict)
 
 
@@ -147,7 +147,7 @@ class Window:
         self.backwards += 1
         self._running = True
         if self.asked.parts or self.asked.noise:
-            part = Part(WindowStatistics(OF_WEIGHTS, self.asked.backend), loss, scale, self.calls.samples_of_part())
+            part = Part(WindowStatistics(OF_WEIGHTS, self.asked.backend), loss, scale)
             self.parts.append(part)
             self._part_gradients.begin(part.statistics.weight_gradient)
         self.gradients.begin()
@@ -163,6 +163,7 @@ class Window:
         if self.parts:
             self._part_gradients.end()
             self.parts[-1].wrong.update(self._part_gradients.wrong)
+            self.parts[-1].samples = self.calls.samples_of_part()
         if self.gradients.end() or arrived:
             return True
         self.backwards -= 1

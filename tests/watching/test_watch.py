@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import optimizer as global_hooks
+from torch.utils.checkpoint import checkpoint
 from training_loops import LOOPS, batches, loss_of, net
 from untouched import bits, changes, state_of
 
@@ -713,3 +714,75 @@ def test_ctrl_c_at_any_line_leaves_nothing():
     total = run(None)
     for at in range(1, total, 61):
         run(at)
+
+
+class InTwoSegments(nn.Module):
+    """Reentrant checkpointing runs a backward pass for each segment: the gradient of a weight comes in two parts."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        for _ in range(2):
+            x = checkpoint(lambda x: torch.tanh(self.a(x)), x, use_reentrant=True)
+        return self.b(x)
+
+
+def test_a_gradient_that_comes_in_parts_is_summed_from_the_second_step_on():
+    model, (x, y), log = InTwoSegments(), batches(1)[0], []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    reference = zest_fast.profile(model, (x, y))
+    halves = list(zip(x.split(4), y.split(4), strict=True))
+    with zest_fast.watch(model, every=1, metrics="all", parts=True, noise=True, log=log.append):
+        for _ in range(2):
+            for half in halves:
+                (loss_of(model, *half) / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert math.isnan(log[0].parts[0]["a"]["grad_norm"]) and log[0].parts[0]["b"]["grad_norm"] > 0
+    assert any("arrives in several parts" in note for note in log[0].notes) and not log[1].notes
+    for step in log:
+        for metric in reference.metrics:
+            assert step.profile.column(metric) == pytest.approx(reference.column(metric), rel=2e-5, abs=1e-9), metric
+    alone = zest_fast.profile(model, closure=lambda: loss_of(model, *halves[0]) / 2)
+    assert log[1].parts[0].column("grad_norm") == pytest.approx(alone.column("grad_norm"), rel=1e-5)
+
+
+def test_calls_of_parts_of_the_model_and_failed_forwards():
+    """The loop calls parts, as Lightning's do; those that fail or are not differentiated do not count."""
+
+    def fail(module, args):
+        raise RuntimeError("out of memory")
+
+    model, (x, y) = net().eval(), batches(1)[0]
+    reference = zest_fast.profile(model, (x, y))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for whole in (False, True):
+        with zest_fast.watch(model, every=1, metrics="all") as watched:
+            handle = model[5].register_forward_pre_hook(fail)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                model(100 * x) if whole else model[3:](model[:3](100 * x))
+            handle.remove()
+            output = model(x) if whole else model[3:](model[:3](x))
+            nn.functional.cross_entropy(output, y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for metric in reference.metrics:
+            assert watched.last.profile.column(metric) == pytest.approx(reference.column(metric), rel=1e-6), metric
+
+
+def test_a_graph_of_the_backward_pass_is_said():
+    model, (x, y) = net(), batches(1)[0]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with (
+        pytest.warns(UserWarning, match="create_graph=True"),
+        zest_fast.watch(model, every=1, metrics="all") as watched,
+    ):
+        loss_of(model, x, y).backward(create_graph=True)
+        optimizer.step()
+    profile = watched.last.profile
+    assert profile["0"]["grad_norm"] > 0 and profile["0"]["act_std"] > 0 and math.isnan(profile["0"]["fisher"])
+    assert any("is differentiated by a backward pass" in note for note in watched.last.notes)

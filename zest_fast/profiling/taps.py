@@ -338,7 +338,8 @@ class Taps(AbstractContextManager["Taps"]):
             self._miss_what_cannot_be_run_again()
         for layer, why in self._missed.items():
             self._observer.missed(layer, why, outputs=False)
-        for layer in self._tapped - self._output_firings.keys() - self._lost - self._overwritten:
+        seen_or_missed = {*self._output_firings, *self._lost, *self._overwritten, *self._missed}
+        for layer in self._tapped - seen_or_missed:
             if self._watched.output_gradients:
                 self._observer.untouched(layer)
 

@@ -22,7 +22,13 @@ CALLABLES = {
     **{f"kernels.{name}": getattr(zest_fast.kernels, name) for name in KERNELS},
 }
 
-GIVEN = {"Choice", "Fit", "Plan"}  # types of what others return: users read their attributes, and make none
+GIVEN = {
+    "Choice",
+    "Fit",
+    "NoiseScale",
+    "Plan",
+    "WatchedStep",
+}  # types of what others return: users read their attributes, and make none
 METHODS = {
     f"{one.__name__}.{name}": getattr(one, name)
     for one in CALLABLES.values()

@@ -10,6 +10,7 @@ __all__ = [
     "DeltaSwitch",
     "Fit",
     "LayerProfile",
+    "NoiseScale",
     "Plan",
     "PrefixCache",
     "Probe",
@@ -18,6 +19,7 @@ __all__ = [
     "Recipe",
     "SelectiveBackward",
     "WatchLog",
+    "WatchedStep",
     "__version__",
     "adamw",
     "apply_delta",
@@ -29,6 +31,7 @@ __all__ = [
     "load_records",
     "load_watch",
     "merge_delta",
+    "noise_scale",
     "open_streamed",
     "optimizer_in_backward",
     "pack",
@@ -42,6 +45,7 @@ __all__ = [
     "sink_for",
     "sweep",
     "sweeps_of",
+    "watch",
 ]
 
 # The public names are imported at their first use: `zest-fast --help` and whoever only reads profiles and ranks layers
@@ -72,6 +76,9 @@ if TYPE_CHECKING:
     from zest_fast.sweeping.tables import consolidate, load_records, sweeps_of
     from zest_fast.watching.logs.sinks import sink_for
     from zest_fast.watching.logs.watch_log import WatchLog, load_watch
+    from zest_fast.watching.noise_scale import NoiseScale, noise_scale
+    from zest_fast.watching.watch import watch
+    from zest_fast.watching.watched_step import WatchedStep
 
     __version__: str
 else:
@@ -80,6 +87,7 @@ else:
         "DeltaSwitch": "zest_fast.finetuning.delta_use",
         "Fit": "zest_fast.planning.savings",
         "LayerProfile": "zest_fast.profiling.layer_profile",
+        "NoiseScale": "zest_fast.watching.noise_scale",
         "Plan": "zest_fast.planning.report",
         "PrefixCache": "zest_fast.prefix.cache",
         "Probe": "zest_fast.ranking.probed",
@@ -88,6 +96,7 @@ else:
         "Recipe": "zest_fast.sweeping.recipe",
         "SelectiveBackward": "zest_fast.finetuning.selective_backward",
         "WatchLog": "zest_fast.watching.logs.watch_log",
+        "WatchedStep": "zest_fast.watching.watched_step",
         "__version__": "zest_fast.foundation.version",
         "adamw": "zest_fast.lean.optimizer",
         "apply_delta": "zest_fast.finetuning.delta_use",
@@ -98,6 +107,7 @@ else:
         "load_records": "zest_fast.sweeping.tables",
         "load_watch": "zest_fast.watching.logs.watch_log",
         "merge_delta": "zest_fast.finetuning.delta_use",
+        "noise_scale": "zest_fast.watching.noise_scale",
         "open_streamed": "zest_fast.streaming.opening",
         "optimizer_in_backward": "zest_fast.lean.optimizer",
         "pack": "zest_fast.streaming.packing",
@@ -111,6 +121,7 @@ else:
         "sink_for": "zest_fast.watching.logs.sinks",
         "sweep": "zest_fast.sweeping.sweep",
         "sweeps_of": "zest_fast.sweeping.tables",
+        "watch": "zest_fast.watching.watch",
     }
 
     _ROOMS = (

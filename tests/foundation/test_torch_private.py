@@ -35,6 +35,28 @@ def test_current_task_is_known_in_backward_only() -> None:
     assert min(seen) >= 0 and len(set(seen)) == 2
 
 
+def test_steps_around_counts_those_of_base_classes_and_of_this_optimizer_only() -> None:
+    class Derived(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    seen: list[tuple[int, int]] = []
+    p, q = leaf(2), leaf(2)
+    derived, other = Derived([p], lr=0.1), torch.optim.SGD([q], lr=0.1)
+    derived.register_step_pre_hook(lambda *_: seen.append((private.steps_around(derived), private.steps_around(other))))
+    derived.step()
+    assert seen == [(1, 0), (2, 0)]
+
+
+def test_run_first_decides_in_which_order_the_engine_calls_hooks() -> None:
+    seen: list[str] = []
+    p = leaf(2)
+    handles = [p.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(name)) for name in "abc"]
+    private.run_first(private.post_accumulate_hooks(p), handles[2].id)
+    p.sum().backward()
+    assert seen == ["c", "a", "b"]
+
+
 def test_regions_of_checkpointing_have_hooks_of_their_own() -> None:
     seen: list[object] = [private.saved_tensors_hooks()]
 

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 from zest_fast import PrefixCache
 from zest_fast.finetuning.selective_backward import SelectiveBackward
-from zest_fast.integrations.trainer import DELTA, ZestCallback, prepare
+from zest_fast.integrations.trainer import DELTA, WatchCallback, ZestCallback, prepare
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUERY = "bert.encoder.layer.1.attention.self.query"
@@ -228,3 +228,47 @@ def test_where_samples_are_too_few_for_a_probe_it_is_said(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="zest_fast"):
         prepare(trainer_of(bert(), classified(8), tmp_path), 2).remove()
     assert "no probe: the batches hold 8 samples" in caplog.text
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bf16"])
+def test_a_watched_training_is_bit_equal_and_logs_its_steps(tmp_path, mixed):
+    arguments = {
+        "max_steps": 5,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+        "bf16": mixed,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "max_grad_norm": 0.1,
+    }
+    found, log = [], []
+    callback = WatchCallback(every=2, log=log.append, metrics="all", noise=True, updates=True)
+    for callbacks in ([], [callback]):
+        torch.manual_seed(0)
+        model = bert()
+        trainer = trainer_of(
+            model, classified(20), tmp_path, callbacks=callbacks, arguments=arguments, eval_dataset=classified(4)
+        )
+        trainer.train()
+        found.append((copy_of(model), torch.get_rng_state()))
+    assert all(torch.equal(found[0][0][name], tensor) for name, tensor in found[1][0].items())
+    assert torch.equal(found[0][1], found[1][1])
+    assert [step.step for step in log] == [0, 2, 4] and callback.watched.steps == 5
+    clipped = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
+    for step in log:
+        assert not step.notes and QUERY in step.profile and not any(step.profile.column("fisher") <= 0)
+        assert step.totals["update_ratio"] > 0 and step.profile.loss > 0
+    assert not clipped or log[0].totals["grad_norm"] == pytest.approx(clipped[0], rel=0.2)  # that has biases as well
+
+
+def test_a_training_that_fails_leaves_no_watch_behind(tmp_path):
+    class Failing(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            raise ZeroDivisionError
+
+    model, callback = bert(), WatchCallback(every=1)
+    with pytest.raises(ZeroDivisionError):
+        trainer_of(model, classified(), tmp_path, callbacks=[callback, Failing()]).train()
+    trainer_of(model, classified(), tmp_path, callbacks=[callback]).train()  # it begins anew
+    assert callback.watched.steps == 2
+    callback.remove()

@@ -90,6 +90,21 @@ def inputs_of_checkpoint() -> tuple[bool, ...] | None:
     return None
 
 
+_of_a_step = torch.optim.Optimizer.profile_hook_step(lambda optimizer: None).__code__
+
+
+def steps_around(optimizer: torch.optim.Optimizer) -> int:
+    """How many calls of an optimizer's `step` run, as seen from its step hooks: that of a derived class and that of its
+    base class both run them, and nothing public tells the one step that they are.
+    """
+    frame, found = sys._getframe(1), 0
+    while frame is not None:
+        if frame.f_code is _of_a_step and frame.f_locals.get("self") is optimizer:
+            found += 1
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
+
+
 # Modes, transforms and derivatives that stand between a module and its kernels
 
 # Whether torch.func (vmap, grad, jvp) is at work on this thread: it wants plain operators, which it can differentiate.
@@ -176,6 +191,17 @@ def set_post_accumulate_hooks(tensor: Tensor, hooks: Hooks | None) -> None:
     if hooks is None:
         tensor._post_accumulate_grad_hooks = OrderedDict()
     tensor._post_accumulate_grad_hooks = hooks  # type: ignore[assignment]
+
+
+def run_first(hooks: Hooks | None, number: int) -> None:
+    """Puts one hook of a tensor before the others. The engine walks through the dictionary as it was filled, whatever
+    order an OrderedDict has been given since."""
+    assert hooks is not None
+    others = {key: hook for key, hook in hooks.items() if key != number}
+    first = hooks[number]
+    hooks.clear()
+    hooks[number] = first
+    hooks.update(others)
 
 
 # Tensors and their memory

@@ -1,4 +1,5 @@
-"""SelectiveBackward in transformers' Trainer: freeze before the optimizer exists, check that it holds what trains.
+"""SelectiveBackward and watch in transformers' Trainer: freeze before the optimizer exists, check that it holds what
+trains, and see how.
 
 Trainer builds its optimizer from the parameters that require a gradient when `train()` is called. A callback that
 freezes later, at the beginning of training, leaves the optimizer with the old ones; one at the end of Trainer's
@@ -26,6 +27,7 @@ from zest_fast.probing.collecting import collect
 from zest_fast.probing.probe import probe as run_probe
 from zest_fast.profiling.profile import profile
 from zest_fast.ranking.ranking import Ranking, rank
+from zest_fast.watching.watch import Log, Watch, watch
 
 DELTA = "zest_delta.safetensors"
 
@@ -119,6 +121,45 @@ class ZestCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.save_delta and self.tuned is not None and state.is_world_process_zero:
             self.tuned.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / DELTA)
+
+
+class WatchCallback(TrainerCallback):
+    """`zest_fast.watch` while a Trainer trains: `Trainer(model=model, callbacks=[WatchCallback(log=...)], ...)`.
+
+    Gradient accumulation, mixed precision, clipping and evaluation in between are those of the Trainer, and nothing of
+    its training changes by a bit. With several processes Trainer hands over the model without its wrapper, so that
+    `noise` has nothing to say there.
+
+    Args:
+        every: optimizer steps from one that is logged to the next.
+        log: as of `zest_fast.watch`.
+        **options: others of `zest_fast.watch`.
+
+    Attributes:
+        watched: the watch of the last `train()`; `watched.last` is its last WatchedStep.
+
+    Raises:
+        TypeError, ValueError, RuntimeError, NotImplementedError: as `zest_fast.watch`, when training begins.
+    """
+
+    def __init__(self, every: int = 100, log: Log | Iterable[Log] | None = None, **options: Any) -> None:
+        self.every, self.log, self.options = every, log, options
+        self.watched: Watch | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Weights are where they will train, and nothing has run."""
+        self.remove()  # of a training that ended in an exception, of which nobody tells a callback
+        options = {"first_step": state.global_step, **self.options}
+        self.watched = watch(model, self.every, log=self.log, **options)
+        self.watched.__enter__()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take every hook away, after a training that ended in an exception. A second call does nothing."""
+        if self.watched is not None:
+            self.watched.remove()
 
 
 def prepare(

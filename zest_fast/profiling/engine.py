@@ -39,8 +39,11 @@ def has_accumulation_hooks(p: Tensor) -> bool:
 class Spectator(Protocol):
     """Who is told of backward passes as they begin and end, on whichever thread."""
 
-    def begins(self, roots: Any, accumulates: bool, inputs: Iterable[Any]) -> Callable[[], None] | None:
-        """A call of ``backward`` (accumulates into ``.grad``) or ``grad``; what is returned is called when it ends."""
+    def begins(self, roots: Any, accumulates: bool, inputs: Iterable[Any]) -> Callable[[bool], None] | None:
+        """A call of ``backward`` (accumulates into ``.grad``) or ``grad``.
+
+        What is returned is called when it ends: with True, or with False where it raised.
+        """
 
 
 class Watching(AbstractContextManager["Watching"]):
@@ -74,10 +77,13 @@ def _reporting(run: Callable[..., Any]) -> Callable[..., Any]:
         inputs = arguments[4] if len(arguments) > 4 else options.get("inputs", ())
         accumulates = bool(options.get("accumulate_grad", False))
         ends = [spectator.begins(arguments[0], accumulates, inputs) for spectator in tuple(Watching._spectators)]
+        completed = False
         try:
-            return run(*arguments, **options)
+            result = run(*arguments, **options)
+            completed = True
+            return result
         finally:
             for end in filter(None, ends):
-                end()
+                end(completed)
 
     return reporting

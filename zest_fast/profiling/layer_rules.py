@@ -145,6 +145,11 @@ def fisher_of_one_use(collector: Collector, layer: Layer, y: Tensor, g: Tensor) 
     return _half_of_mean(collector.squared_channel_products(y, g), y.shape[0])
 
 
+def samples_of(layer: Layer, y: Tensor) -> int:
+    """N of an output; a call without a batch dimension is one sample."""
+    return 1 if y.dim() <= -channel_dim(layer, y) else y.shape[0]
+
+
 def output_products(collector: Collector, layer: Layer, y: Tensor, g: Tensor) -> Tensor:
     """S [N, K] = Σ_p Y⊙G in float64, for a layer whose uses have to be added up first."""
     if y.is_nested:

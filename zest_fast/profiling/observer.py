@@ -16,18 +16,19 @@ from zest_fast.profiling import layer_rules
 from zest_fast.profiling.layers import Layer, Weight
 from zest_fast.profiling.metrics import NEEDS_TILES, PRODUCT, WEIGHT, LayerStatistics
 
+_Fisher = tuple[Callable[[], float], int]  # of some uses, and of how many samples
 _OUTPUT_NAME = ("its output",)
 # Of means over a whole tensor, in which the rounding of a second computation (checkpointing) averages out.
 _AGAIN, _AGAIN_ON_A_GPU = 1e-6, 1e-4
 
 
-def _naming_the_layer(method: Callable[..., None]) -> Callable[..., None]:
+def _naming_the_layer(method: Callable[..., Any]) -> Callable[..., Any]:
     """What a kernel refuses is an error that names the layer (or parameter) it was refused for."""
 
     @functools.wraps(method)
-    def wrapped(self: Statistics, subject: Layer | Weight, *arguments: Any, **options: Any) -> None:
+    def wrapped(self: Statistics, subject: Layer | Weight, *arguments: Any, **options: Any) -> Any:
         try:
-            method(self, subject, *arguments, **options)
+            return method(self, subject, *arguments, **options)
         except (ValueError, TypeError, NotImplementedError) as error:
             name = subject.name if isinstance(subject, Layer) else subject.layers[0].name
             refusal = type(error)(f"layer {name!r}: {error}")
@@ -57,7 +58,8 @@ class Statistics:
         self._gradients: dict[Weight, Callable[[], GradientMoments]] = {}
         self._weights: dict[Weight, Callable[[], Moments]] = {}
         self._products: dict[Layer, list[Tensor]] = {}
-        self._fisher: dict[Layer, list[Callable[[], float]]] = {}
+        self._fisher: dict[Layer, list[_Fisher]] = {}
+        self._fisher_of_passes: dict[Layer, list[list[_Fisher]]] = {}
         self.outputs: dict[Layer, Moments] = {}
         self.gradients: dict[Weight, GradientMoments] = {}
         self.weights: dict[Weight, Moments] = {}
@@ -71,10 +73,15 @@ class Statistics:
         """Layers whose output was written to past autograd after they returned it, so that S is not theirs."""
 
     @_naming_the_layer
-    def output(self, layer: Layer, y: Tensor) -> None:
+    def output(self, layer: Layer, y: Tensor) -> Callable[[], None] | None:
+        self._outputs.setdefault(layer, []).append(self._output_moments(y))
+        return None
+
+    def _output_moments(self, y: Tensor) -> Callable[[], Moments]:
         if y.is_nested:
             y = layer_rules.jagged_rows(y)[0]
-        self._outputs.setdefault(layer, []).extend(self.collector.moments([y], _OUTPUT_NAME))
+        (found,) = self.collector.moments([y], _OUTPUT_NAME)
+        return found
 
     @_naming_the_layer
     def linear(self, layer: Layer, x: Tensor, g: Tensor) -> None:
@@ -97,13 +104,14 @@ class Statistics:
         output = y()
         self._require_as_returned(layer, output)
         if only_use and not output.is_nested:
-            self._fisher[layer] = [layer_rules.fisher_of_one_use(self.collector, layer, output, g)]
+            found = layer_rules.fisher_of_one_use(self.collector, layer, output, g)
+            self._fisher[layer] = [(found, layer_rules.samples_of(layer, output))]
         else:
             products = layer_rules.output_products(self.collector, layer, output, g)
             self._products.setdefault(layer, []).append(products)
 
     def untouched(self, layer: Layer) -> None:
-        self._fisher[layer] = [float]
+        self._fisher[layer] = [(float, 0)]
 
     def missed(self, layer: Layer, why: str, *, outputs: bool) -> None:
         self.missed_gradients[layer] = why
@@ -116,20 +124,27 @@ class Statistics:
             (found,) = self.collector.moments([y], _OUTPUT_NAME)
             self._outputs_again.setdefault(layer, []).append((found, _AGAIN if y.is_cpu else _AGAIN_ON_A_GPU))
 
-    def finish(self, layers: Iterable[Layer]) -> None:
-        """Fetches all results, and the statistics of weights that no gradient brought along.
+    def end_pass(self) -> None:
+        """What comes from now on are gradients of another backward pass, over other samples of the same batch.
 
         S of several uses is summed first; where they differ in the number of samples, fisher is summed over uses.
         """
-        for layer in self.missed_outputs:
-            self._outputs.pop(layer, None)
-        for layer in self.missed_gradients:
-            self._products.pop(layer, None)
-            self._fisher.pop(layer, None)
         for layer, products in self._products.items():
             if len({s.shape for s in products}) == 1:
                 products = [torch.stack(products).sum(0)]
-            self._fisher[layer] = [layer_rules.fisher_of_products(self.collector, s) for s in products]
+            self._fisher[layer] = [(layer_rules.fisher_of_products(self.collector, s), len(s)) for s in products]
+        for layer, uses in self._fisher.items():
+            self._fisher_of_passes.setdefault(layer, []).append(uses)
+        self._products.clear()
+        self._fisher.clear()
+
+    def finish(self, layers: Iterable[Layer]) -> None:
+        """Fetches all results, and the statistics of weights that no gradient brought along."""
+        self.end_pass()
+        for layer in self.missed_outputs:
+            self._outputs.pop(layer, None)
+        for layer in self.missed_gradients:
+            self._fisher_of_passes.pop(layer, None)
         if WEIGHT in self.needed:
             by_device: dict[torch.device, list[Weight]] = {}
             for weight in {layer.weight: None for layer in layers if layer.weight not in self._gradients}:
@@ -145,7 +160,7 @@ class Statistics:
         self.outputs = {layer: _merged([later() for later in found]) for layer, found in self._outputs.items()}
         self.gradients = {weight: later() for weight, later in self._gradients.items()}
         self.weights = {weight: later() for weight, later in self._weights.items()}
-        self.fisher = {layer: sum(later() for later in found) for layer, found in self._fisher.items()}
+        self.fisher = {layer: _fisher_of_all(passes) for layer, passes in self._fisher_of_passes.items()}
         for layer, again in self._outputs_again.items():
             returned = [later() for later in self._outputs.get(layer, ())]
             if returned and not all(any(_alike(a(), b, rel) for b in returned) for a, rel in again):
@@ -188,6 +203,19 @@ def _alike(a: Moments, b: Moments, rel: float) -> bool:
         and close(a.abs_mean, b.abs_mean)
         and close(a.norm, b.norm)
     ) or a.count == b.count == 0
+
+
+def _fisher_of_all(passes: list[list[_Fisher]]) -> float:
+    """fisher of the samples of all backward passes as one batch; NaN where passes differ in the number of uses."""
+    if len(passes) == 1:
+        return sum(later() for later, _ in passes[0])
+    if len({len(uses) for uses in passes}) > 1:
+        return math.nan
+    total = 0.0
+    for use in zip(*passes, strict=True):
+        samples = sum(n for _, n in use)
+        total += sum(n * later() for later, n in use) / samples if samples else 0.0
+    return total
 
 
 def _merged(parts: list[Moments]) -> Moments:

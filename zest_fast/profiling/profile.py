@@ -118,9 +118,14 @@ def profile(
     if torch.is_inference_mode_enabled():
         raise RuntimeError("profile needs gradients and cannot run inside torch.inference_mode(); leave it first")
     share = _share_of_batch(model)
-    model = _without_wrappers(model, closure)
+    if closure is not None and isinstance(model, _DATA_PARALLEL):
+        raise ValueError(
+            f"model is a {type(model).__name__}, whose forward waits for every gradient: let the closure call "
+            "model.module, and pass model.module"
+        )
+    model = without_wrappers(model)
     modules = dict(model.named_modules())
-    _require_usable(modules)
+    require_usable(modules)
     kernels.pick_backend(backend, _first_device(model))
     job = _Pass(model, modules, layers, names, backend)
     compute_loss = loss_of(model, batch, loss_fn, closure)
@@ -185,7 +190,7 @@ class _Pass:
             takes_part = self._watched.gradients or not self._backward
             trainable: list[Tensor] = [layer.weight.parameter for layer in self._chosen] if takes_part else []
             kept = self._state_around(trainable)
-            with torch.enable_grad(), _eager(), kept as state:
+            with torch.enable_grad(), eager(), kept as state:
                 self._state = state
                 try:
                     taps, loss = self._until_it_stands(compute_loss, state, routes)
@@ -295,7 +300,7 @@ class _Pass:
         """The passes beside the one, each from the state in which the model was handed over."""
         weights: list[Tensor] = [layer.weight.parameter for layer in reached]
         kept = self._state_around(weights)
-        with torch.enable_grad(), _eager(), kept as state:
+        with torch.enable_grad(), eager(), kept as state:
             request.measure(GradientPass(reached, self._embeddings, state))
 
     def _reached(self, taps: Taps, loss: Tensor) -> list[Layer] | None:
@@ -321,14 +326,12 @@ class _Pass:
         return reached
 
 
-def _without_wrappers(model: nn.Module, closure: Callable[[], Tensor] | None) -> nn.Module:
+_DATA_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
+def without_wrappers(model: nn.Module) -> nn.Module:
     """The module that torch.compile or data parallelism wraps: its layers and hooks are the real ones."""
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        if closure is not None:
-            raise ValueError(
-                f"model is a {type(model).__name__}, whose forward waits for every gradient: let the closure call "
-                "model.module, and pass model.module"
-            )
+    if isinstance(model, _DATA_PARALLEL):
         model = model.module
     original = getattr(model, "_orig_mod", None)
     return original if isinstance(original, nn.Module) else model
@@ -348,7 +351,7 @@ def _share_of_batch(model: nn.Module) -> str:
     )
 
 
-def _require_usable(modules: dict[str, nn.Module]) -> None:
+def require_usable(modules: dict[str, nn.Module]) -> None:
     """Raises an error that names the module or parameter that takes no hooks or can have no gradient."""
     for module_name, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):
@@ -387,7 +390,7 @@ def _first_device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _eager() -> AbstractContextManager[Any]:
+def eager() -> AbstractContextManager[Any]:
     """Hooks do not fire in compiled code, so compiled models and functions run eagerly during a profile."""
     return torch.compiler.set_stance("force_eager") if compiler_is_loaded() else nullcontext()
 

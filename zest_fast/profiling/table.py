@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -56,38 +58,25 @@ class Passed:
 def build_profile(subject: Subject, passed: Passed, request: OnRequest, metrics: list[str]) -> LayerProfile:
     """The table of one pass."""
     taps, statistics = passed.taps, passed.statistics
-    depth = _depth(subject, passed)
+    depth = depths(passed.reached, subject, taps.order)
     rows = sorted(passed.reached, key=depth.__getitem__)
-    head = _head_or_none(subject.model)
+    head = head_or_none(subject.model)
     values = np.empty((len(rows), len(metrics)))
     info = {}
     for i, layer in enumerate(rows):
         found, nonfinite = statistics.of(layer, passed.loss_scale)
         request.add_to(found, layer.weight, passed.loss_scale)
         values[i] = [METRICS[name].value(found) for name in metrics]
-        info[layer.name] = {
-            "numel": layer.weight.parameter.numel(),
-            "kind": layer.kind,
-            "depth": depth[layer],
-            "uses": taps.uses.get(layer.called_module, 1),
-            "shape": list(layer.weight.parameter.shape),
-            "head": layer.module_name == head,
-            "trainable": subject.trainable[layer],
-            "shared_with": [other.name for other in layer.weight.layers if other is not layer],
-            "parameter": layer.parameter_name,
-            "module": layer.module_name,
-            "nonfinite": nonfinite,
-            "note": "; ".join(
-                filter(
-                    None,
-                    [
-                        layer.note or _missing_output(layer, statistics),
-                        _other_weights(layer, taps),
-                        *request.notes,
-                    ],
-                )
-            ),
-        }
+        notes = [layer.note or missing_output(layer, statistics), other_weights(layer, taps), *request.notes]
+        info[layer.name] = row_info(
+            layer,
+            depth=depth[layer],
+            uses=taps.uses.get(layer.called_module, 1),
+            head=layer.module_name == head,
+            trainable=subject.trainable[layer],
+            nonfinite=nonfinite,
+            notes=notes,
+        )
     return LayerProfile(
         [layer.name for layer in rows],
         metrics,
@@ -99,31 +88,52 @@ def build_profile(subject: Subject, passed: Passed, request: OnRequest, metrics:
     )
 
 
+def row_info(
+    layer: Layer, *, depth: int, uses: int, head: bool, trainable: bool, nonfinite: int, notes: Iterable[str]
+) -> dict[str, Any]:
+    """What a table says of a layer beside its metrics."""
+    return {
+        "numel": layer.weight.parameter.numel(),
+        "kind": layer.kind,
+        "depth": depth,
+        "uses": uses,
+        "shape": list(layer.weight.parameter.shape),
+        "head": head,
+        "trainable": trainable,
+        "shared_with": [other.name for other in layer.weight.layers if other is not layer],
+        "parameter": layer.parameter_name,
+        "module": layer.module_name,
+        "nonfinite": nonfinite,
+        "note": "; ".join(filter(None, notes)),
+    }
+
+
 def ancestors(layer: Layer, modules: dict[str, nn.Module]) -> list[nn.Module]:
     """The modules around a layer's own, innermost first."""
     parts = layer.module_name.split(".") if layer.module_name else []
     return [modules[".".join(parts[:n])] for n in range(len(parts) - 1, -1, -1)]
 
 
-def _depth(subject: Subject, passed: Passed) -> dict[Layer, int]:
+def depths(rows: Iterable[Layer], subject: Subject, order: dict[nn.Module, int]) -> dict[Layer, int]:
     """Position in the order of first use; a module that is never called itself counts with its parent."""
-    position, order = {layer: i for i, layer in enumerate(subject.layers)}, passed.taps.order
+    position = {layer: i for i, layer in enumerate(subject.layers)}
 
     def key(layer: Layer) -> tuple[int, int]:
         candidates = [layer.called_module, *ancestors(layer, subject.modules)]
         return next((order[m] for m in candidates if m in order), len(order)), position[layer]
 
-    return {layer: i for i, layer in enumerate(sorted(passed.reached, key=key))}
+    return {layer: i for i, layer in enumerate(sorted(rows, key=key))}
 
 
-def _head_or_none(model: nn.Module) -> str | None:
+def head_or_none(model: nn.Module) -> str | None:
     try:
         return find_head(model)
     except ValueError:  # it cannot tell; fine-tuning asks, a table need not
         return None
 
 
-def _missing_output(layer: Layer, statistics: Statistics) -> str:
+def missing_output(layer: Layer, statistics: Statistics) -> str:
+    """Why columns of a layer's output are NaN, where they are."""
     pairs = (("act", OUTPUT, statistics.outputs), ("fisher", FISHER, statistics.fisher))
     missing = [name for name, kind, found in pairs if kind in statistics.needed and layer not in found]
     if not missing:
@@ -138,7 +148,8 @@ def _missing_output(layer: Layer, statistics: Statistics) -> str:
     )
 
 
-def _other_weights(layer: Layer, taps: Taps) -> str:
+def other_weights(layer: Layer, taps: Taps) -> str:
+    """What is to be known where another tensor stood in the place of the layer's weight."""
     calls = taps.with_other_weights.get(layer.called_module)
     if not calls:
         return ""

@@ -14,6 +14,9 @@ counting, and ``Taps.revised`` then says how the pass has to be run again.
 Only what belongs to this pass counts: calls on its own thread, gradients that its own backward pass brings. A backward
 pass of the user's (``torch.autograd.grad`` in the loss, in a hook or in an adjoint) may fire the same nodes; the taps
 are told of it and do not take what it computes for gradients of the loss.
+
+Where the passes are the user's own (``Watched.as_it_is``) there may be several backward passes, each between
+``begin_backward`` and ``end_backward``, and ``tell_what_was_missed`` at the end says what nobody can run again.
 """
 
 from __future__ import annotations
@@ -48,8 +51,8 @@ from zest_fast.profiling.watched import Watched
 class Observer(Protocol):
     """Who is told what passes by. Tensors are detached and live only during the call."""
 
-    def output(self, layer: Layer, y: Tensor) -> None:
-        """Y of one use, in forward."""
+    def output(self, layer: Layer, y: Tensor) -> Callable[[], None] | None:
+        """Y of one use, in forward; what is returned is called when a gradient arrives at it."""
 
     def linear(self, layer: Layer, x: Tensor, g: Tensor) -> None:
         """X and G of the only use of a linear layer, in backward."""
@@ -156,6 +159,7 @@ class Taps(AbstractContextManager["Taps"]):
         self._thread = threading.get_ident()
         self._outer = current_task()  # -1 but for a profile within a backward pass of the user's
         self._in_final_backward = False
+        self._roots: list[Any] = []
         self._task: int | None = None  # of the final backward pass
         self._own_passes = 0  # backward passes that run now, in the loss or inside of the final one
         self._searches = 0  # those inside of the final one that accumulate nothing
@@ -163,7 +167,7 @@ class Taps(AbstractContextManager["Taps"]):
         self._differentiates = False
         self._without_graph = False  # a call without its own weight would take part if what precedes it did
         self._accumulates = False  # the loss runs a backward pass by itself
-        self._others = OtherGradients(())
+        self._others: OtherGradients | None = None
         self._disturbed = False
         self._lost: set[Layer] = set()
         self._overwritten: set[Layer] = set()
@@ -174,6 +178,12 @@ class Taps(AbstractContextManager["Taps"]):
         self._threads: set[Layer] = set()
         self._calls: dict[Layer, int] = {}
         self._output_firings: dict[Layer, int] = {}
+        self._passes = 0  # backward passes that are over
+        self._taps_made: dict[Layer, int] = {}
+        self._arrivals: dict[Layer, int] = {}
+        self._arrived_at: set[Layer] = set()  # in the backward pass that runs
+        self._passes_with: dict[Layer, int] = {}
+        self._out_of_the_graph: set[Layer] = set()
         self.order: dict[nn.Module, int] = {}
         """Owner modules in the order of their first call."""
         self.uses: dict[nn.Module, int] = {}
@@ -222,7 +232,7 @@ class Taps(AbstractContextManager["Taps"]):
             handle.remove()
         self._handles.clear()
 
-    def begins(self, roots: Any, accumulates: bool, inputs: Iterable[Any]) -> Callable[[], None] | None:
+    def begins(self, roots: Any, accumulates: bool, inputs: Iterable[Any]) -> Callable[[bool], None] | None:
         """A backward pass begins, perhaps not ours (see ``engine.Watching``)."""
         if not self._is_own() or (self._in_final_backward and current_task() == self._outer):
             return None  # of another thread, or the final one
@@ -233,12 +243,12 @@ class Taps(AbstractContextManager["Taps"]):
             self._accumulates |= accumulates
         elif search:
             self._differentiates = True
-        else:
+        elif self._others is not None:
             self._others.set_aside(roots)
         self._own_passes += 1
         self._searches += search
 
-        def ended() -> None:
+        def ended(_: bool) -> None:
             self._own_passes -= 1
             self._searches -= search
 
@@ -271,12 +281,11 @@ class Taps(AbstractContextManager["Taps"]):
                 counts.not_by_tiles = True
             elif counts.tiled and has_accumulation_hooks(counts.weight.parameter):
                 counts.not_by_tiles = True
-        handle = loss.grad_fn.register_prehook(self._note_the_task) if loss.grad_fn is not None else None
         self._others = OtherGradients(parameters)
         try:
             with self._others:
                 self._others.set_aside([loss])
-                self._in_final_backward = True
+                self.begin_backward([loss])
                 loss.backward()
         except RuntimeError as error:
             if self._accumulates and "backward through the graph a second time" in str(error):
@@ -286,9 +295,7 @@ class Taps(AbstractContextManager["Taps"]):
                 ) from error
             raise
         finally:
-            self._in_final_backward = False
-            if handle is not None:
-                handle.remove()
+            self.end_backward()
         if self._disturbed:
             raise RuntimeError(
                 "another thread ran a backward pass over the model during its profile, and gradients of the two cannot "
@@ -296,17 +303,63 @@ class Taps(AbstractContextManager["Taps"]):
             )
         if self._differentiates and self.routes.tiles:
             return  # to be run again
-        for layer, why in self._missed.items():
-            self._observer.missed(layer, why, outputs=False)
-        for layer in self._tapped - self._output_firings.keys() - self._lost - self._overwritten:
-            if self._watched.output_gradients:
-                self._observer.untouched(layer)
+        self.tell_what_was_missed()
         for counts in self._counts.values():
             p = counts.weight.parameter
             if counts.dense is not None or p.grad is not None:
                 parts = [dw for dw in (counts.dense, p.grad) if dw is not None]
                 counts.dense = p.grad = None
                 self._observer.weight_gradient(counts.weight, parts[0] if len(parts) == 1 else parts[0] + parts[1])
+
+    def begin_backward(self, roots: Iterable[Tensor]) -> None:
+        """What arrives from now on are gradients of the loss."""
+        self._in_final_backward = True
+        self._roots = [r.grad_fn.register_prehook(self._note_the_task) for r in roots if r.grad_fn is not None]
+
+    def end_backward(self) -> bool:
+        """That backward pass is over; ``as_it_is`` others may follow. Whether it went through an output of a layer."""
+        self._in_final_backward = False
+        for handle in self._roots:
+            handle.remove()
+        self._roots = []
+        self._task = None
+        arrived, self._arrived_at = self._arrived_at, set()
+        if not arrived:
+            return False
+        self._passes += 1
+        for layer in arrived:
+            self._passes_with[layer] = self._passes_with.get(layer, 0) + 1
+        self._calls.clear()  # uses in other passes are uses of other samples
+        return True
+
+    def tell_what_was_missed(self) -> None:
+        """Tells the observer which gradients of outputs were not there, and which were out of sight."""
+        if self._watched.as_it_is:
+            self._miss_what_cannot_be_run_again()
+        for layer, why in self._missed.items():
+            self._observer.missed(layer, why, outputs=False)
+        seen_or_missed = {*self._output_firings, *self._lost, *self._overwritten, *self._missed}
+        for layer in self._tapped - seen_or_missed:
+            if self._watched.output_gradients:
+                self._observer.untouched(layer)
+
+    def _miss_what_cannot_be_run_again(self) -> None:
+        for layer in self._overwritten:
+            self._missed.setdefault(
+                layer, "its output was overwritten in place, or a hook on its node may change its gradient"
+            )
+        for layer in self._out_of_the_graph - self._arrivals.keys():
+            self._missed.setdefault(
+                layer, "its output is not part of the graph: neither it nor what precedes it trains"
+            )
+        for layer, made in self._taps_made.items():
+            arrivals, passes = self._arrivals.get(layer, 0), self._passes_with.get(layer, 0)
+            if layer in self._lost and arrivals < made:
+                self._missed.setdefault(layer, "its output is a view that may have been written in place")
+            elif arrivals and arrivals < made and passes < self._passes:
+                self._missed.setdefault(layer, f"a gradient reached it in {passes} of {self._passes} backward passes")
+        for layer in self._threads - self.routes.threads:
+            self._observer.missed(layer, "it was called on another thread; seen from the next step on", outputs=True)
 
     def _note_the_task(self, _: Any) -> None:
         if self._task is None and self._in_final_backward:
@@ -430,17 +483,23 @@ class Taps(AbstractContextManager["Taps"]):
                 self.with_other_weights[module] = self.with_other_weights.get(module, 0) + 1
             if not isinstance(output, Tensor) or output.dtype not in DTYPES:
                 return None
-            if is_transformed(output):
+            deferred = self._watched.as_it_is and not is_plain(output)  # it may be computed when it is looked at
+            if deferred or is_transformed(output):
                 why = "it ran inside of torch.func or forward-mode differentiation"
+                if deferred:
+                    why = f"its output is a {type(output).__name__}, no plain tensor"
                 for layer in observed:
                     self._observer.missed(layer, why, outputs=not recomputing)
                 return None
+            told: list[Callable[[], None]] = []
             if self._watched.outputs and not recomputing:
-                for layer in observed:
-                    self._observer.output(layer, output.detach())
-            if not torch.is_grad_enabled() or not (frozen or (self._watched.output_gradients and observed)):
+                told = [t for layer in observed if (t := self._observer.output(layer, output.detach())) is not None]
+            gradients = self._watched.output_gradients and bool(observed)
+            if not torch.is_grad_enabled() or not (frozen or gradients or told):
                 return None
-            return self._tap(observed, tiled if frozen else None, first_input(args, kwargs), output, own)
+            if self._watched.as_it_is and recomputing and module not in self.uses:
+                return None  # its forward was before us: what checkpointing counts must be the same in both
+            return self._tap(observed, tiled if frozen else None, first_input(args, kwargs), output, own, told=told)
 
         return hook
 
@@ -477,13 +536,19 @@ class Taps(AbstractContextManager["Taps"]):
         y: Tensor,
         own: bool,
         elsewhere: bool = False,
+        told: Iterable[Callable[[], None]] = (),
     ) -> Tensor | None:
         """Puts a pre-hook on the graph node of y; returns what takes the place of y, if anything does.
 
         own: whether the layers' modules hold the profiled weights in this call. elsewhere: y comes from another
-        thread, and is observed when its gradient arrives, which tells whose it is.
+        thread, and is observed when its gradient arrives, which tells whose it is. told: called when it arrives.
         """
         result, kept = None, y
+        if self._watched.as_it_is and (not y.requires_grad or y.grad_fn is None):
+            if y.requires_grad:
+                self._missed.update(dict.fromkeys(layers, "its module returns a parameter as it is"))
+            self._out_of_the_graph.update(layers)
+            return None
         if not y.requires_grad:
             if tiled is None and (self._watched.gradients or not own):
                 self._without_graph = True
@@ -493,7 +558,7 @@ class Taps(AbstractContextManager["Taps"]):
         elif y.grad_fn is None:  # the module returns its own parameter
             y = result = y.view_as(y)
         shape, source = y.shape, y
-        if any(layer in self.routes.copied for layer in layers):
+        if any(layer in self.routes.copied for layer in layers):  # never ``as_it_is``
             result = y.clone()  # what others do to it, or hang on its node, stays off y
         elif is_view(y):
             base = y._base
@@ -502,7 +567,8 @@ class Taps(AbstractContextManager["Taps"]):
             else:
                 self._lost.update(layers)
         keep_x = tiled is not None or (
-            own
+            self._watched.output_gradients
+            and own
             and _is_dense(x)
             and is_plain(x)
             and not is_altered()
@@ -515,12 +581,16 @@ class Taps(AbstractContextManager["Taps"]):
         }
         if current_task() == self._outer and not elsewhere:
             self._tapped.update(layers)
+            for layer in layers:
+                self._taps_made[layer] = self._taps_made.get(layer, 0) + 1
         index = source.output_nr
         bias = layers[0].module._parameters.get("bias") if layers else None
 
         def arrived(grads: tuple[Tensor | None, ...]) -> None:
             g = grads[index]
             if g is None or not state:
+                if g is not None and self._watched.as_it_is and self._in_final_backward and self._is_own():
+                    self._missed.update(dict.fromkeys(layers, "two backward passes went through one output of it"))
                 return
             differentiated = torch.is_grad_enabled()  # a gradient of a gradient is being built
             self._differentiates |= differentiated
@@ -531,9 +601,16 @@ class Taps(AbstractContextManager["Taps"]):
             if differentiated or (self._searches and current_task() != self._task):
                 for layer in layers:
                     self._missed[layer] = "its output is differentiated by a backward pass inside of the backward pass"
+                for tell in told:
+                    tell()
                 return
             if self._is_followed(handle):
                 self._overwritten.update(layers)
+            for tell in told:
+                tell()
+            self._arrived_at.update(layers)
+            for layer in layers:
+                self._arrivals[layer] = self._arrivals.get(layer, 0) + 1
             held_x, held_y = state["x"], state["y"]
             state.clear()  # frees X and Y as soon as this layer is done
             self._gradient_arrived(layers, tiled, held_x, held_y, g.detach().reshape(shape), bias, elsewhere)
@@ -630,6 +707,8 @@ class ModuleHook:
         self._function = function
 
     def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():  # code that is being traced: what runs later is no call of the module
+            return None
         return self._function(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -17,6 +17,9 @@ class Watched:
     """dW, for which the weights have to require a gradient."""
     output_gradients: bool = False
     """Y and G of every use, in backward."""
+    as_it_is: bool = False
+    """Whether the passes are the user's own (``watching/``): nothing takes the place of an output, nothing is added to
+    the graph, and no pass is run again; what is out of sight so is told to the observer as missed."""
 
 
 def watched_for(needed: frozenset[str]) -> Watched:

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,6 +20,24 @@ from zest_fast.watching.logs.trackers import TensorBoardLog, TrackioLog, WandbLo
 from zest_fast.watching.watched_step import WatchedStep
 
 Sink = Callable[[WatchedStep], object]
+
+
+@runtime_checkable
+class ChecksLayout(Protocol):
+    """A sink that can say before the first step whether it takes steps of this layout."""
+
+    def check(self, layout: Layout) -> None:
+        """Raises ValueError where it does not."""
+
+
+@runtime_checkable
+class Closes(Protocol):
+    """A sink that holds something open."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
 RowSelection = str | re.Pattern[str] | Iterable[str] | Callable[[str, Mapping[str, Any]], bool] | None
 
 _FILES: dict[str, Callable[[Path], Sink]] = {".jsonl": JsonlLog, ".parquet": ParquetLog}
@@ -112,7 +130,7 @@ class FilteredSink:
 
     def check(self, layout: Layout) -> None:
         """As the sink's own, for the part of the layout that it gets; nothing where it has none."""
-        if hasattr(self._sink, "check"):
+        if isinstance(self._sink, ChecksLayout):
             values = np.zeros((len(layout.names), len(layout.metrics)))
             whole = LayerProfile(
                 layout.names, layout.metrics, values, info=layout.info, loss=0.0, backend="", uncovered=layout.uncovered
@@ -121,7 +139,7 @@ class FilteredSink:
 
     def close(self) -> None:
         """Close the sink, if there is something to close."""
-        if hasattr(self._sink, "close"):
+        if isinstance(self._sink, Closes):
             self._sink.close()
 
     def _part_of(self, step: WatchedStep) -> WatchedStep:

@@ -1,0 +1,171 @@
+"""The watched model as it is at the beginning of a logged step: its rows, and what cannot be seen of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from zest_fast.foundation.nearest import some
+from zest_fast.foundation.torch_private import is_compiled_in_place
+from zest_fast.profiling.layers import Layer, LayerSelection, Weight, find_layers, unsupported
+from zest_fast.profiling.profile import require_usable, without_wrappers
+from zest_fast.profiling.table import Subject
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is watched in one step."""
+
+    subject: Subject
+    layers: tuple[Layer, ...]
+    compiled: frozenset[Layer]
+    """Those whose module runs in compiled code, which sees no hooks."""
+
+    @property
+    def weights(self) -> list[Weight]:
+        """Every weight of the rows, once."""
+        return list({layer.weight: None for layer in self.layers})
+
+    @property
+    def parameters_to_step(self) -> set[int]:
+        """Ids of the parameters by which the optimizers of this training are known: the weights and what their modules
+        hold beside them; where none of these trains, all that does."""
+        own = [p for layer in self.layers for p in (layer.weight.parameter, *layer.module.parameters(recurse=False))]
+        if not any(p.requires_grad for p in own):
+            own += [p for p in self.subject.model.parameters() if p.requires_grad]
+        return {id(p) for p in own}
+
+
+class Target:
+    """A model whose layers are watched.
+
+    Args:
+        model: as its user calls it: wrapped by DistributedDataParallel or torch.compile, or plain.
+        selection: as of ``profile``.
+        frozen: whether layers that do not train are rows as well.
+    """
+
+    def __init__(self, model: nn.Module, selection: LayerSelection, frozen: bool) -> None:
+        self.called = model
+        self.model = _innermost(model)
+        self._selection = selection
+        if not (selection is None or callable(selection) or isinstance(selection, str | re.Pattern)) and isinstance(
+            selection, Iterable
+        ):
+            self._selection = list(selection)  # a generator, which is asked again at every logged step
+        self._frozen = frozen
+        self._names: list[str] = []
+        self._seen: dict[str, nn.Parameter] = {}
+
+    def rows(self) -> Rows:
+        """The rows of the first step. Raises what ``select_layers`` and ``profile`` raise, and NotImplementedError for
+        sharded parameters."""
+        modules = dict(self.model.named_modules())
+        _require_whole(self.model)
+        require_usable(modules)
+        rows = self._of(Subject.of(self.model, modules, self._selection))
+        if not rows.layers:
+            names = some(layer.name for layer in rows.subject.chosen)
+            raise ValueError(
+                f"layers: none of the chosen layers requires a gradient ({names}); let some train, or pass frozen=True "
+                "to watch their outputs and weights"
+            )
+        self._remember(rows)
+        return rows
+
+    def rows_again(self) -> tuple[Rows, list[str]]:
+        """The rows of a later step, and what changed since the one before, in words; never raises."""
+        rows, why = self._now()
+        notes = [f"layers= does not fit the model any more ({why}); watched is what is left of it"] if why else []
+        now = {layer.name: layer.weight.parameter for layer in rows.layers}
+        gone, new = [n for n in self._seen if n not in now], [n for n in now if n not in self._seen]
+        other = [n for n in now if n in self._seen and self._seen[n] is not now[n]]
+        changes = (
+            (gone, "not watched any more"),
+            (new, "watched from this step on"),
+            (other, "have other weights now"),
+        )
+        notes += [
+            f"layers that {what if what.startswith('have') else f'are {what}'}: {some(names)} (gone, replaced, frozen "
+            "or unfrozen since the last logged step)"
+            for names, what in changes
+            if names
+        ]
+        self._remember(rows)
+        return rows, notes
+
+    def weights_now(self) -> set[int]:
+        """``Rows.parameters_to_step`` as the model is now."""
+        return self._now()[0].parameters_to_step
+
+    def _now(self) -> tuple[Rows, str]:
+        """The rows as the model is, and why the selection does not fit it, where it does not."""
+        modules = dict(self.model.named_modules())
+        try:
+            return self._of(Subject.of(self.model, modules, self._selection)), ""
+        except Exception as error:  # of the user's predicate, too
+            layers = find_layers(modules)
+            chosen = [one for one in layers if one.name in self._names and not unsupported(one.weight.parameter)]
+            trainable = {layer: layer.weight.parameter.requires_grad for layer in chosen}
+            return self._of(Subject(self.model, modules, layers, chosen, trainable)), str(error)
+
+    def replaced_since(self, rows: Rows) -> list[Layer]:
+        """Rows that do not stand for what is in the model now."""
+        now = dict(self.model.named_parameters(remove_duplicate=False))
+        return [layer for layer in rows.layers if now.get(layer.parameter_name) is not layer.weight.parameter]
+
+    @property
+    def processes(self) -> int:
+        """Over how many processes gradients are averaged, 1 where the model is not data-parallel."""
+        if isinstance(self.called, nn.parallel.DistributedDataParallel):
+            return torch.distributed.get_world_size(self.called.process_group)
+        return 1
+
+    @property
+    def is_shared_unseen(self) -> bool:
+        """Whether there are several processes of which the model itself tells nothing."""
+        distributed = torch.distributed
+        return (
+            not isinstance(self.called, nn.parallel.DistributedDataParallel)
+            and distributed.is_available()
+            and distributed.is_initialized()
+            and distributed.get_world_size() > 1
+        )
+
+    def _of(self, subject: Subject) -> Rows:
+        layers = tuple(layer for layer in subject.chosen if self._frozen or layer.weight.parameter.requires_grad)
+        compiled: set[nn.Module] = set()
+        for module in self.called.modules():
+            if hasattr(module, "_orig_mod") or is_compiled_in_place(module):
+                compiled.update(module.modules())
+        return Rows(subject, layers, frozenset(layer for layer in layers if layer.called_module in compiled))
+
+    def _remember(self, rows: Rows) -> None:
+        self._names = self._names or [layer.name for layer in rows.subject.chosen]
+        self._seen = {layer.name: layer.weight.parameter for layer in rows.layers}
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    while (inner := without_wrappers(model)) is not model:
+        model = inner
+    return model
+
+
+def _require_whole(model: nn.Module) -> None:
+    """The one place that refuses sharded models: statistics of shards would have to be merged over processes, by
+    ``Moments.merge``, where ``Window.close`` finishes its statistics."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise NotImplementedError(
+                f"module {name!r} is sharded by FullyShardedDataParallel: sharded models cannot be watched yet"
+            )
+    for name, p in model.named_parameters():
+        if hasattr(p, "full_tensor"):
+            raise NotImplementedError(
+                f"parameter {name!r} is a DTensor (fully_shard, tensor parallel): sharded models cannot be watched "
+                "yet; watch a model whose parameters are whole, as under DistributedDataParallel"
+            )

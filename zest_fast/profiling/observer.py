@@ -12,16 +12,18 @@ from torch import Tensor
 
 from zest_fast.foundation.nearest import some
 from zest_fast.kernels import Collector, GradientMoments, Moments
+from zest_fast.kernels.moments import SquaredProducts
 from zest_fast.profiling import layer_rules
 from zest_fast.profiling.layers import Layer, Weight
 from zest_fast.profiling.metrics import NEEDS_TILES, PRODUCT, WEIGHT, LayerStatistics
+from zest_fast.profiling.processes.local import local_part
 
 _OUTPUT_NAME = ("its output",)
 # Of means over a whole tensor, in which the rounding of a second computation (checkpointing) averages out.
 _AGAIN, _AGAIN_ON_A_GPU = 1e-6, 1e-4
 
 
-def _naming_the_layer(method: Callable[..., None]) -> Callable[..., None]:
+def naming_the_layer(method: Callable[..., None]) -> Callable[..., None]:
     """What a kernel refuses is an error that names the layer (or parameter) it was refused for."""
 
     @functools.wraps(method)
@@ -57,11 +59,12 @@ class Statistics:
         self._gradients: dict[Weight, Callable[[], GradientMoments]] = {}
         self._weights: dict[Weight, Callable[[], Moments]] = {}
         self._products: dict[Layer, list[Tensor]] = {}
-        self._fisher: dict[Layer, list[Callable[[], float]]] = {}
+        self._fisher: dict[Layer, list[Callable[[], SquaredProducts]]] = {}
         self.outputs: dict[Layer, Moments] = {}
         self.gradients: dict[Weight, GradientMoments] = {}
         self.weights: dict[Weight, Moments] = {}
-        self.fisher: dict[Layer, float] = {}
+        self.fisher: dict[Layer, list[SquaredProducts]] = {}
+        """One of each use, where uses cannot be added up first."""
         self.missed_outputs: dict[Layer, str] = {}
         """Layers some of whose outputs could not be observed, and why: what is known of the others is not used."""
         self.missed_gradients: dict[Layer, str] = {}
@@ -70,13 +73,13 @@ class Statistics:
         self.overwritten: set[Layer] = set()
         """Layers whose output was written to past autograd after they returned it, so that S is not theirs."""
 
-    @_naming_the_layer
+    @naming_the_layer
     def output(self, layer: Layer, y: Tensor) -> None:
         if y.is_nested:
             y = layer_rules.jagged_rows(y)[0]
         self._outputs.setdefault(layer, []).extend(self.collector.moments([y], _OUTPUT_NAME))
 
-    @_naming_the_layer
+    @naming_the_layer
     def linear(self, layer: Layer, x: Tensor, g: Tensor) -> None:
         # ΣW⊙dW = Σ(x·w)⊙G holds for products before rounding: in half precision tiles are nearer to the truth.
         rounded = PRODUCT in self.needed and g.dtype.itemsize < 4
@@ -88,22 +91,22 @@ class Statistics:
             )
         self._gradients[layer.weight] = found
 
-    @_naming_the_layer
+    @naming_the_layer
     def weight_gradient(self, weight: Weight, dw: Tensor) -> None:
         self._gradients[weight] = layer_rules.weight_gradient_moments(self.collector, dw, weight.parameter)
 
-    @_naming_the_layer
+    @naming_the_layer
     def output_gradient(self, layer: Layer, y: Callable[[], Tensor], g: Tensor, only_use: bool) -> None:
         output = y()
         self._require_as_returned(layer, output)
         if only_use and not output.is_nested:
-            self._fisher[layer] = [layer_rules.fisher_of_one_use(self.collector, layer, output, g)]
+            self._fisher[layer] = [layer_rules.products_of_one_use(self.collector, layer, output, g)]
         else:
             products = layer_rules.output_products(self.collector, layer, output, g)
             self._products.setdefault(layer, []).append(products)
 
     def untouched(self, layer: Layer) -> None:
-        self._fisher[layer] = [float]
+        self._fisher[layer] = []
 
     def missed(self, layer: Layer, why: str, *, outputs: bool) -> None:
         self.missed_gradients[layer] = why
@@ -129,7 +132,7 @@ class Statistics:
         for layer, products in self._products.items():
             if len({s.shape for s in products}) == 1:
                 products = [torch.stack(products).sum(0)]
-            self._fisher[layer] = [layer_rules.fisher_of_products(self.collector, s) for s in products]
+            self._fisher[layer] = [layer_rules.squared_products(self.collector, s) for s in products]
         if WEIGHT in self.needed:
             by_device: dict[torch.device, list[Weight]] = {}
             for weight in {layer.weight: None for layer in layers if layer.weight not in self._gradients}:
@@ -137,7 +140,7 @@ class Statistics:
             for weights in by_device.values():
                 names = [f"the weight of layer {weight.layers[0].name!r}" for weight in weights]
                 try:
-                    found = self.collector.moments([weight.parameter.detach() for weight in weights], names)
+                    found = self.collector.moments([local_part(weight.parameter.detach()) for weight in weights], names)
                 except (ValueError, TypeError, NotImplementedError) as error:
                     raise type(error)(f"weights of {some(w.layers[0].name for w in weights)}: {error}") from error
                 self._weights.update(zip(weights, found, strict=True))
@@ -145,7 +148,7 @@ class Statistics:
         self.outputs = {layer: _merged([later() for later in found]) for layer, found in self._outputs.items()}
         self.gradients = {weight: later() for weight, later in self._gradients.items()}
         self.weights = {weight: later() for weight, later in self._weights.items()}
-        self.fisher = {layer: sum(later() for later in found) for layer, found in self._fisher.items()}
+        self.fisher = {layer: [later() for later in found] for layer, found in self._fisher.items()}
         for layer, again in self._outputs_again.items():
             returned = [later() for later in self._outputs.get(layer, ())]
             if returned and not all(any(_alike(a(), b, rel) for b in returned) for a, rel in again):
@@ -171,7 +174,7 @@ class Statistics:
             s.output = self.outputs[layer]
             nonfinite += s.output.nonfinite
         if layer in self.fisher:
-            s.fisher = self.fisher[layer] / loss_scale**2
+            s.fisher = sum(products.fisher for products in self.fisher[layer]) / loss_scale**2
             if not math.isfinite(s.fisher):
                 s.fisher = math.nan
         return s, int(nonfinite)

@@ -1,0 +1,142 @@
+"""What one process found of its part of a profile, as plain numbers, and how the parts become one: Chan's formula."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from zest_fast.foundation.nearest import some
+from zest_fast.kernels.moments import GradientMoments, Moments, SquaredProducts
+
+T = TypeVar("T")
+
+_ALIKE = 1e-3  # of copies: what was computed twice from the same numbers, in any precision but half
+_ALIKE_IN_HALF = 5e-2
+
+
+@dataclass
+class Part:
+    """Statistics of layers (by their place among the chosen ones), and of weights (by that of their first layer)."""
+
+    outputs: dict[int, Moments] = field(default_factory=dict)
+    gradients: dict[int, GradientMoments] = field(default_factory=dict)
+    weights: dict[int, Moments] = field(default_factory=dict)
+    fisher: dict[int, list[SquaredProducts]] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """All that one process knows after its pass."""
+
+    own: Part
+    """What no other process has."""
+    copies: Part
+    """What the first process has as well: compared, not counted."""
+    missed_outputs: dict[int, str]
+    missed_gradients: dict[int, str]
+    overwritten: set[int]
+    order: list[str]
+    """Names of modules by their first call."""
+    uses: dict[str, int]
+    with_other_weights: dict[str, int]
+    backends: set[str]
+    loss: float
+
+
+def merged(reports: list[Report], names: list[str], half: set[int], share: float, splits_the_batch: bool) -> Report:
+    """One report of all processes.
+
+    Args:
+        reports: of all processes in the order of their ranks.
+        names: of the layers, for errors.
+        half: layers whose weight has less than four bytes an entry.
+        share: as in ``Layout``.
+        splits_the_batch: as in ``Layout``.
+
+    Raises:
+        ValueError, NotImplementedError: copies that should be alike are not.
+    """
+    first = reports[0]
+    own = Part(
+        outputs=_merged_by_key([r.own.outputs for r in reports], Moments.merge),
+        gradients=_merged_by_key([r.own.gradients for r in reports], GradientMoments.merge),
+        weights=_merged_by_key([r.own.weights for r in reports], Moments.merge),
+    )
+    missed = _merged_by_key([r.missed_gradients for r in reports], lambda a, _: a)
+    for key in sorted(set().union(*(r.own.fisher for r in reports))):
+        uses = [r.own.fisher[key] for r in reports if r.own.fisher.get(key)]
+        if len({len(found) for found in uses}) > 1:
+            missed.setdefault(key, "processes use the layer in different ways, and their samples cannot be matched")
+        else:
+            by_use = (functools.reduce(SquaredProducts.merge, same) for same in zip(*uses, strict=True))
+            own.fisher[key] = [SquaredProducts(p.total * share**2, p.samples) for p in by_use]
+    for key in missed:
+        own.fisher.pop(key, None)
+    missed_outputs = _merged_by_key([r.missed_outputs for r in reports], lambda a, _: a)
+    for key in missed_outputs:
+        own.outputs.pop(key, None)
+    if not splits_the_batch:
+        _require_alike(reports, names, half)
+    return Report(
+        own=own,
+        copies=Part(),
+        missed_outputs=missed_outputs,
+        missed_gradients=missed,
+        overwritten=set().union(*(r.overwritten for r in reports)),
+        order=list(dict.fromkeys(itertools.chain.from_iterable(r.order for r in reports))),
+        uses=_merged_by_key([r.uses for r in reports], max),
+        with_other_weights=_merged_by_key([r.with_other_weights for r in reports], max),
+        backends=set().union(*(r.backends for r in reports)),
+        loss=sum(r.loss for r in reports) * share if splits_the_batch else first.loss,
+    )
+
+
+def _merged_by_key(parts: Iterable[dict[int, T]] | Iterable[dict[str, T]], merge: Callable[[T, T], T]) -> dict:  # type: ignore[type-arg]
+    found: dict[int | str, T] = {}
+    for part in parts:
+        for key, value in part.items():
+            found[key] = merge(found[key], value) if key in found else value
+    return found
+
+
+def _require_alike(reports: list[Report], names: list[str], half: set[int]) -> None:
+    """Of tensor parallelism: every process has the same batch, and computes the same wherever a layer is not split."""
+    first = reports[0]
+    wrong = [names[0]] if any(not _close(r.loss, first.loss, abs(first.loss), _ALIKE_IN_HALF) for r in reports) else []
+    if wrong:
+        raise ValueError(
+            f"the loss differs between processes of one tensor-parallel model ({', '.join(f'{r.loss:.6g}' for r in reports)}"
+            "): all of them need the same batch, and the same random state (dropout)"
+        )
+    for report in reports[1:]:
+        for key, copy in report.copies.outputs.items():
+            if not _alike(copy, first.own.outputs.get(key), key in half):
+                wrong.append(f"{names[key]} (its output)")
+        for key, gradient in report.copies.gradients.items():
+            counted = first.own.gradients.get(key)
+            if not _alike(gradient.gradient, counted.gradient if counted else None, key in half):
+                wrong.append(f"{names[key]} (its gradient)")
+        wrong += [f"{names[key]} (its weight)" for key, w in report.copies.weights.items() if not _alike(w, first.own.weights.get(key), False)]
+    if wrong:
+        raise NotImplementedError(
+            f"layers that every process holds whole differ between processes: {some(wrong)}; each then sees a part "
+            "of their inputs that nothing tells (sequence parallelism around a plain module?): parallelise these "
+            "modules as well, or leave them out with layers="
+        )
+
+
+def _alike(a: Moments, b: Moments | None, half: bool) -> bool:
+    if b is None or a.count != b.count or a.nonfinite != b.nonfinite:
+        return False
+    tolerance = _ALIKE_IN_HALF if half else _ALIKE
+    return a.nonfinite > 0 or a.count == 0 or (
+        _close(a.abs_mean, b.abs_mean, b.abs_mean, tolerance) and _close(a.norm, b.norm, b.norm, tolerance)
+    )
+
+
+def _close(a: float, b: float, scale: float, tolerance: float) -> bool:
+    return a == b or abs(a - b) <= tolerance * scale or (math.isnan(a) and math.isnan(b))

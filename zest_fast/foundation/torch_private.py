@@ -254,6 +254,20 @@ def default_store() -> Any:
     return torch.distributed.distributed_c10d._get_default_store()
 
 
+def ddp_is_interrupted(model: nn.parallel.DistributedDataParallel) -> bool:
+    """Whether the reducer has got gradients, and waits for more: nothing tells before the first one."""
+    try:
+        model.reducer._check_reducer_finalized()
+    except RuntimeError:
+        return True
+    return False
+
+
+def reset_ddp(model: nn.parallel.DistributedDataParallel) -> None:
+    """Has the reducer forget a backward pass that it waited for."""
+    model.reducer._reset_state()
+
+
 def fsdp_groups(unit: nn.Module) -> list[Any]:
     """What FSDP2 gathers and scatters together of a module that was given to ``fully_shard``."""
     state: Any = unit._get_fsdp_state()  # type: ignore[operator]

@@ -49,8 +49,8 @@ class GradientMeans:
         # Renamed in torch 2.13, where the old name warns.
         self._scatter: Any = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
 
-    def arrived(self, weight: Weight, dw: Tensor) -> None:
-        """The gradient of this process."""
+    def arrived(self, weight: Weight, dw: Tensor) -> bool:
+        """The gradient of this process; False where it is one too many, and nothing is done with it."""
         if weight not in self._known:
             raise NotImplementedError(
                 "a gradient reached its weight on this process that the graph of the loss did not show (a backward pass "
@@ -58,10 +58,11 @@ class GradientMeans:
                 "the model without DistributedDataParallel"
             )
         if weight in self._order[: self._next]:
-            return  # in several parts: the taps count, and run the pass again
+            return False  # in several parts: the taps count, and run the pass again
         self._waiting[weight] = dw
         self.most_waiting = max(self.most_waiting, len(self._waiting))
         self._go_on(is_over=False)
+        return True
 
     def finish(self) -> None:
         """The backward pass is over (or has failed): what has not come will not, and counts as zero."""

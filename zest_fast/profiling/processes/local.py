@@ -15,11 +15,10 @@ def is_distributed(tensor: Any) -> bool:
 
 def local_part(tensor: Tensor) -> Tensor:
     """The shard (or copy) of this process, without a graph and without a collective; the tensor itself if it is plain."""
-    if not is_distributed(tensor):
-        return tensor
-    with torch.no_grad():
-        part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-    return part
+    if is_distributed(tensor):
+        with torch.no_grad():
+            tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return tensor.wait() if hasattr(tensor, "trigger_wait") else tensor  # a collective may still be on its way
 
 
 def stands_for(held: Tensor | None, parameter: Tensor) -> bool:

@@ -47,6 +47,8 @@ class SharedStatistics(Statistics):
         self._samples: dict[Layer, list[int]] = {}
         self.means: GradientMeans | None = None
         """Of DDP, during a backward pass."""
+        self.came_again = False
+        """Whether the gradient of a weight came when its mean had been formed."""
 
     @property
     def all_weights(self) -> list[Weight]:
@@ -61,11 +63,13 @@ class SharedStatistics(Statistics):
     def end(self) -> None:
         """After it, also where it failed."""
         if self.means is not None:
-            means, self.means = self.means, None
-            means.finish()
+            self.means.finish()
 
     def output(self, layer: Layer, y: Tensor) -> None:
         if is_distributed(y):
+            if why := _why_not_whole(y):
+                self.missed(layer, why, outputs=True)
+                return
             y = _summed(y)
         if self._is_copy(y):
             self._copied_outputs.add(layer)
@@ -75,23 +79,25 @@ class SharedStatistics(Statistics):
 
     def weight_gradient(self, weight: Weight, dw: Tensor) -> None:
         if self.means is not None:
-            self.means.arrived(weight, dw)
+            self.came_again |= not self.means.arrived(weight, dw)
         elif is_distributed(dw):
             self._reduce(weight, local_part(_placed_as(dw, weight.parameter)), local_part(weight.parameter))
         else:
-            self._reduce(weight, dw, local_part(weight.parameter))
+            self._reduce(weight, local_part(dw), local_part(weight.parameter))
 
     @naming_the_layer
     def _reduce(self, weight: Weight, dw: Tensor, w: Tensor) -> None:
         self._gradients[weight] = layer_rules.weight_gradient_moments(self.collector, dw, w)
 
     def output_gradient(self, layer: Layer, y: Callable[[], Tensor], g: Tensor, only_use: bool) -> None:
-        if not is_distributed(g):
-            if self._is_copy(g):
-                self._copied_products.add(layer)
-            super().output_gradient(layer, y, g, only_use)
+        if layer in self.missed_gradients:
             return
         whole: Any = y()
+        if not (is_distributed(whole) and is_distributed(g)):
+            if self._is_copy(g):
+                self._copied_products.add(layer)
+            super().output_gradient(layer, lambda: local_part(whole), local_part(g), only_use)
+            return
         channel, samples = whole.dim() + channel_dim(layer, whole), 0
         keep = [p.is_shard() and p.dim in (channel, samples) and whole.dim() > 1 for p in whole.placements]
         as_whole = torch.distributed.tensor.Replicate()
@@ -168,6 +174,12 @@ class SharedStatistics(Statistics):
 
     def _of(self, weight: Weight) -> int:
         return next(self._place[layer] for layer in weight.layers if layer in self._place)
+
+
+def _why_not_whole(y: Any) -> str:
+    """Why the parts of an output cannot be summed up once more than its module does; empty where they can."""
+    odd = [type(p).__name__ for p in y.placements if p.is_partial() and type(p).__name__ != "Partial"]
+    return f"tensor parallelism leaves it on processes as {odd[0]} (an embedding by rows), which is summed up once" if odd else ""
 
 
 def _summed(y: Any) -> Tensor:

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from zest_fast.foundation.nearest import some
 from zest_fast.foundation.torch_private import (
+    ddp_is_interrupted,
     fsdp_dtypes,
     fsdp_groups,
     is_gathered,
+    reset_ddp,
     set_fsdp_dtypes,
     settle_fsdp,
     start_fsdp,
@@ -38,6 +40,12 @@ from zest_fast.profiling.taps import Routes, Taps
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_WAITED = (
+    "a forward pass of the DistributedDataParallel was still waiting for its backward pass, and took gradients of this "
+    "profile for its own; it is dropped. Run every forward pass of the wrapper to its backward pass, or under "
+    "torch.no_grad(), before the profile"
+)
 
 
 class Alone:
@@ -166,6 +174,15 @@ class Together(Alone):
             yield
         finally:
             handle.remove()
+            self._forget_what_waited()
+
+    def _forget_what_waited(self) -> bool:
+        """Of DDP: whether a backward pass that was still to come has taken gradients of this one for its own."""
+        model: Any = self._wrapper
+        waited = self._layout.kind == DDP and ddp_is_interrupted(model)
+        if waited:
+            reset_ddp(model)
+        return waited
 
     @contextmanager
     def _sharded(self) -> Iterator[None]:
@@ -201,7 +218,7 @@ class Together(Alone):
 
     def open(self, layers: Sequence[Layer], metrics: Sequence[str], loss_scale: float) -> None:
         subject = [(layer.name, tuple(layer.weight.parameter.shape), str(layer.weight.parameter.dtype)) for layer in layers]
-        values = None
+        values: list[Any] = []
         if self._layout.kind == DDP:  # whose weights are copies, as far as nobody has changed one of them
             collector = Collector("auto")
             found = [collector.moments([layer.weight.parameter.detach()], (layer.name,))[0] for layer in layers]
@@ -258,10 +275,14 @@ class Together(Alone):
     def backward_is_done(self) -> None:
         if self._statistics is not None:
             self._statistics.end()
+        if self._forget_what_waited():
+            raise RuntimeError(_WAITED)
 
     def agree(self, revised: Routes | None, failed: Exception | None) -> Routes | None:
         if failed is not None:
             return None  # the others are in the middle of a pass, and cannot begin it again
+        if revised is None and self._statistics is not None and self._statistics.came_again:
+            raise RuntimeError(_WAITED)  # and got all that it waited for
         place = {layer: i for i, layer in enumerate(self._layers)}
         assert self._statistics is not None
         weight_of = {id(w.parameter): i for i, w in enumerate(self._statistics.all_weights)}
@@ -333,7 +354,7 @@ def _require_the_same(messages: list[Any]) -> None:
                 f"{who} profiles other layers than the first ({len(other_subject)} and {len(subject)}; first "
                 f"difference: {some(odd) if odd else 'their number'}): pass the same model and layers= everywhere"
             )
-        for (name, *_), found, first in zip(subject, other_values or (), values or (), strict=True):
+        for (name, *_), found, first in zip(subject, other_values, values, strict=False):
             if any(abs(a - b) > 1e-6 * abs(b) for a, b in zip(found, first, strict=True)):
                 raise ValueError(
                     f"the weight of layer {name!r} differs between processes, and DistributedDataParallel takes them "

@@ -1,0 +1,683 @@
+"""Profiles of models on several processes are those of one process with the whole batch: DDP, FSDP2, HSDP, tensor
+parallelism. Processes are started twice, two and four, and run all cases one after the other."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+import warnings
+from dataclasses import replace
+
+import oracle
+import pytest
+import torch
+from process_cases import (
+    assert_equal,
+    assert_same_state,
+
+    images,
+    net,
+    outcomes,
+    share,
+    state_of,
+    token_loss,
+    tokens,
+    whole,
+)
+from small_models import llama
+from torch import distributed, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import zest_fast
+from zest_fast.profiling.processes import meeting
+from zest_fast.profiling.processes.gradient_mean import GradientMeans
+from zest_fast.profiling.processes.meeting import OtherProcessFailed
+
+pytestmark = pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
+
+
+def own_batch(rank: int, processes: int):
+    return share(tokens(), rank, processes)
+
+
+def profile(model, rank: int, processes: int, **options):
+    return zest_fast.profile(model, own_batch(rank, processes), loss_fn=token_loss, **options)
+
+
+# --- DistributedDataParallel ------------------------------------------------------------------------------------------
+
+
+def ddp_is_of_the_global_batch(rank, processes):
+    found = profile(DistributedDataParallel(net()), rank, processes)
+    assert_equal(found, whole(net()))
+    assert all(f"on {processes} processes (DistributedDataParallel)" in row["note"] for row in found.info.values())
+    assert [row["uses"] for row in found.info.values()] == [1] * len(found)
+
+
+def ddp_of_convolutions(rank, processes):
+    batch = torch.randn(8, 1, 9, 9, generator=torch.Generator().manual_seed(5)).double(), torch.arange(8) % 3
+    found = zest_fast.profile(DistributedDataParallel(images()), share(batch, rank, processes))
+    assert_equal(found, whole(images(), batch, F.cross_entropy))
+
+
+def ddp_of_a_language_model_holds_one_gradient_at_a_time(rank, processes):
+    made = []
+    GradientMeans.__init__, before = noting(GradientMeans.__init__, made), GradientMeans.__init__
+    ids = torch.arange(64).reshape(4, 16) % 40
+    try:
+        for reentrant in (None, False, True):
+            torch.manual_seed(0)
+            model, alone = llama().double(), llama().double()
+            alone.load_state_dict(model.state_dict())
+            if reentrant is not None:
+                model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+            own = ids[rank::processes]
+            batch = {"input_ids": own, "labels": own, "use_cache": False}
+            found = zest_fast.profile(DistributedDataParallel(model), batch)
+            spec = oracle.measure(alone, lambda alone=alone: alone(input_ids=ids, labels=ids, use_cache=False).loss)
+            assert_equal(found, spec)
+    finally:
+        GradientMeans.__init__ = before
+    assert [means.most_waiting for means in made] == [1] * len(made) and len(made) >= 3
+
+
+def noting(function, made):
+    def noted(self, *arguments):
+        made.append(self)
+        function(self, *arguments)
+
+    return noted
+
+
+def ddp_of_unequal_batches_is_the_mean_of_their_means(rank, processes):
+    """What DDP trains with: a sample of a small batch weighs more."""
+    x, y = tokens()
+    sizes = [8 - (processes - 1), *[1] * (processes - 1)]
+    parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    found = zest_fast.profile(DistributedDataParallel(net()), parts[rank], loss_fn=token_loss)
+    model = net()
+    weights = torch.cat([torch.full((n,), 1 / (n * processes)).double() for n in sizes])
+    losses = lambda: F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none").unflatten(0, y.shape)  # noqa: E731
+    assert_equal(found, oracle.measure(model, lambda: losses().mean(1) @ weights))
+
+
+class Branches(nn.Module):
+    """Two layers in an order that depends on the batch, a third that only the first process uses, one that none does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x, way):
+        if way == 0:
+            return self.c(self.b(self.a(x).relu()).relu())
+        return self.a(self.b(x).relu()).relu()
+
+
+def branches():
+    torch.manual_seed(2)
+    return Branches().double()
+
+
+def ddp_where_control_flow_differs(rank, processes):
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(5)).double()
+    model, alone = branches(), branches()
+    own = x[rank::processes]
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    found = zest_fast.profile(ddp, closure=lambda: model(own, rank).square().mean())
+    spec = oracle.measure(alone, lambda: sum(alone(x[r::processes], r).square().mean() for r in range(processes)) / processes)
+    assert_equal(found, spec, but=("fisher",))  # the reference takes two calls for two uses of the same samples
+    assert "d.weight" in found.uncovered and found.info["c"]["uses"] == 1
+    halves = [branches() for _ in range(processes)]
+    parts = [
+        oracle.measure(m, lambda m=m, r=r: m(x[r::processes], r).square().mean() / processes) for r, m in enumerate(halves)
+    ]
+    for name in found:
+        of_name = [part.values[name]["fisher"] for part in parts if name in part.values]
+        assert found[name]["fisher"] == pytest.approx(sum(of_name) / len(of_name), rel=1e-9)
+
+
+class Tied(nn.Module):
+    """A weight of two modules, another that is used by hand, and one module that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head, self.twice = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False), nn.Linear(8, 8)
+        self.free = nn.Parameter(torch.randn(8, 8) / 3)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(self.twice(self.twice(self.embed(x)).tanh() @ self.free))
+
+
+def tied():
+    torch.manual_seed(2)
+    return Tied().double()
+
+
+def ddp_of_tied_and_free_weights(rank, processes):
+    assert_equal(profile(DistributedDataParallel(tied()), rank, processes), whole(tied()))
+
+
+def ddp_of_some_metrics_and_layers(rank, processes):
+    model = DistributedDataParallel(net())
+    spec = whole(net())
+    for metrics in (["weight_std", "act_mean"], ["fisher"], ["snip"]):
+        found = profile(model, rank, processes, metrics=metrics, layers=r"a\..*|head")
+        assert found.names == ["a.up", "a.down", "head"] and found.metrics == metrics
+        for name in found:
+            for metric in metrics:
+                assert oracle.relative_error(metric, found[name][metric], spec.values[name], spec.numel[name]) < 1e-6
+    everything = profile(model, rank, processes, metrics="all")
+    assert everything.info["head"]["note"].count("takes passes of its own") >= 1
+    assert all(everything["head"][name] != everything["head"][name] for name in ("grasp", "synflow", "agree_cos"))
+    with pytest.raises(NotImplementedError, match=r"'grasp' takes passes of its own.*DistributedDataParallel"):
+        profile(model, rank, processes, metrics=["grasp"])
+
+
+def ddp_in_half_precision(rank, processes):
+    """Sums are formed in float32: no cell is farther off than plain autograd in bfloat16."""
+    model, plain = net().bfloat16(), net().bfloat16()
+    found = profile(DistributedDataParallel(model), rank, processes)
+    exact = net().bfloat16().double()
+    verdict = oracle.compare_rounded(found, whole(exact), whole(plain))
+    assert not verdict.misses, verdict.misses
+
+
+def ddp_leaves_all_as_it_was_and_trains_on(rank, processes):
+    inner = images().train()
+    inner.a.bias.requires_grad_(False)
+    model = DistributedDataParallel(inner)
+    model.module.b.weight.register_post_accumulate_grad_hook(lambda p: None)
+    x, y = torch.randn(8, 1, 9, 9).double(), torch.arange(8) % 3
+    own = share((x, y), rank, processes)
+    F.cross_entropy(model(own[0]), own[1]).backward()
+    before, python, calls = state_of(model), random.getstate(), len(model._forward_pre_hooks)
+    zest_fast.profile(model, own)
+    assert_same_state(before, state_of(model))
+    assert random.getstate() == python and len(model._forward_pre_hooks) == calls
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    F.cross_entropy(model(own[0]), own[1]).backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, gradients[name])
+
+
+def ddp_whose_backward_is_still_to_come(rank, processes):
+    """Its reducer takes gradients of the profile for those that it waits for: nothing tells before."""
+    own, x = own_batch(rank, processes), torch.ones(2, 4)
+    linear = nn.Linear(4, 2, bias=False)  # the reducer gets all that it waits for
+    for inner, batch, loss_fn in ((net(), own, token_loss), (linear, (x, x[:, :2]), F.mse_loss)):
+        model = DistributedDataParallel(inner)
+        model(batch[0])
+        with pytest.raises(RuntimeError, match="still waiting for its backward pass.*no_grad"):
+            zest_fast.profile(model, batch, loss_fn=loss_fn)
+        assert all(p.grad is None for p in model.parameters())
+        zest_fast.profile(model, batch, loss_fn=loss_fn)
+        loss_fn(model(batch[0]), batch[1]).backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+# --- what fails on one process ends the others with a message ---------------------------------------------------------
+
+
+class Failing(nn.Module):
+    def __init__(self, where: str = "") -> None:
+        super().__init__()
+        self.inner, self.where = net(), where
+
+    def forward(self, x):
+        if self.where == "forward":
+            raise ValueError("a bad sample")
+        y = self.inner(x)
+        if self.where == "backward":
+            self.inner.b.up.weight.register_hook(fail)
+        return y * float("nan") if self.where == "nan" else y
+
+
+def fail(_):
+    raise ValueError("a bad gradient")
+
+
+def ddp_where_one_process_fails(rank, processes):
+    for where, text in (("forward", "a bad sample"), ("backward", "a bad gradient")):
+        model = DistributedDataParallel(Failing(where if rank == processes - 1 else ""))
+        before, start = state_of(model), time.monotonic()
+        if rank == processes - 1:
+            with pytest.raises(ValueError, match=text):
+                profile(model, rank, processes)
+        else:
+            with pytest.raises(OtherProcessFailed, match=f"process {processes - 1} failed .*ValueError: {text}"):
+                profile(model, rank, processes)
+        assert time.monotonic() - start < 20
+        model.module.inner.b.up.weight._backward_hooks = None
+        assert_same_state(before, state_of(model))
+    assert_equal(profile(DistributedDataParallel(net()), rank, processes), whole(net()))  # and they are in step
+
+
+def ddp_where_all_processes_fail_alike(rank, processes):
+    model = DistributedDataParallel(Failing("backward"))
+    with pytest.raises(ValueError, match="a bad gradient"):
+        profile(model, rank, processes)
+    assert_equal(profile(DistributedDataParallel(net()), rank, processes), whole(net()))
+
+
+def ddp_with_a_loss_that_is_not_finite_on_one_process(rank, processes):
+    model = DistributedDataParallel(Failing("nan" if rank == 1 else ""))
+    with pytest.raises(ValueError, match="the loss of process 1 is nan"):
+        profile(model, rank, processes)
+
+
+def ddp_of_different_things_is_refused(rank, processes):
+    model = DistributedDataParallel(net())
+    with pytest.raises(ValueError, match=r"profiles other layers than the first \(1 and 1; first difference: b.up"):
+        profile(model, rank, processes, layers=["a.up" if rank == 0 else "b.up"])
+    with pytest.raises(ValueError, match="called with other metrics"):
+        profile(model, rank, processes, metrics=["snip" if rank == 0 else "fisher"])
+    if rank == 1:
+        with torch.no_grad():
+            model.module.b.up.weight[0, 0] += 0.01
+    with pytest.raises(ValueError, match="weight of layer 'b.up' differs between processes"):
+        profile(model, rank, processes)
+    with pytest.raises(ValueError if rank else OtherProcessFailed, match="no layer is named 'nothing'"):
+        profile(DistributedDataParallel(net()), rank, processes, layers=["nothing"] if rank else None)
+    own, model = own_batch(rank, processes), DistributedDataParallel(net())
+    with pytest.raises(ValueError, match=r"let it call model\.module"):
+        zest_fast.profile(model, closure=lambda: token_loss(model(own[0]), own[1]))
+    with pytest.raises(NotImplementedError, match="FSDP1"):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wrapped = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+        profile(wrapped, rank, processes)
+
+
+def one_process_that_does_not_come_is_named(rank, processes):
+    """Runs last: processes are out of step afterwards."""
+    distributed.barrier()
+    if rank == 0:
+        meeting.TIME_LIMIT_S, before = 0.5, meeting.TIME_LIMIT_S
+        try:
+            with pytest.raises(OtherProcessFailed, match=r"process 1 has not come within 0 s.*ranks 0, 1.*call profile"):
+                profile(DistributedDataParallel(net(), init_sync=False), rank, processes)
+        finally:
+            meeting.TIME_LIMIT_S = before
+    else:
+        DistributedDataParallel(net(), init_sync=False)
+    distributed.barrier()
+
+
+# --- FSDP2 and HSDP ---------------------------------------------------------------------------------------------------
+
+
+def mesh_of(*shape):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+
+
+def sharded(model, blocks=(), **options):
+    from torch.distributed.fsdp import fully_shard
+
+    for block in blocks or (model.a, model.b):
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def fsdp_is_of_the_global_batch(rank, processes):
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    spec = whole(net())
+    for options in ({}, {"reshard_after_forward": False}, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}):
+        model = sharded(net(), mesh=mesh_of(processes), **options)
+        found = profile(model, rank, processes)
+        assert_equal(found, spec)
+        assert "FSDP2" in found.info["head"]["note"] and found.info["head"]["shape"] == [20, 8]
+
+
+def hsdp_is_of_the_global_batch(rank, processes):
+    model = sharded(net(), mesh=mesh_of(2, processes // 2))
+    found = profile(model, rank, processes)
+    assert_equal(found, whole(net()))
+    assert f"on {processes} processes (HSDP)" in found.info["head"]["note"]
+
+
+def fsdp_of_uneven_and_empty_shards(rank, processes):
+    sizes = {"width": 7, "inner": 5, "words": 20}
+    assert_equal(profile(sharded(net(**sizes)), rank, processes), whole(net(**sizes)))
+
+    def tiny():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Embedding(20, 4), nn.Linear(4, 1), nn.Linear(1, 20)).double()
+
+    model = tiny()
+    assert_equal(profile(sharded(model, [model[1]]), rank, processes), whole(tiny()))  # one row: others have none
+
+
+def fsdp_with_checkpointing_and_tied_weights(rank, processes):
+    ids = torch.arange(64).reshape(4, 16) % 40
+    own = ids[rank::processes]
+    for reentrant in (False, True):
+        torch.manual_seed(0)
+        model, alone = llama(tie_word_embeddings=True).double(), llama(tie_word_embeddings=True).double()
+        alone.load_state_dict(model.state_dict())
+        model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+        sharded(model, model.model.layers)
+        found = zest_fast.profile(model, {"input_ids": own, "labels": own, "use_cache": False})
+        spec = oracle.measure(alone, lambda alone=alone: alone(input_ids=ids, labels=ids, use_cache=False).loss)
+        assert_equal(found, spec)
+
+
+def fsdp_in_mixed_precision_of_a_frozen_base(rank, processes):
+    """FSDP2 reads its dtypes off what trains: what is frozen has to be profiled all the same, and train on as before."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for start in (False, True):
+        model = net().float()
+        model.requires_grad_(False)
+        model.b.up.weight.requires_grad_(True)
+        sharded(model, mp_policy=policy)
+        own = own_batch(rank, processes)
+        if start:
+            token_loss(model(own[0]).float(), own[1]).backward()
+            model.zero_grad()
+        found = zest_fast.profile(model, own, loss_fn=lambda y, t: token_loss(y.float(), t))
+        plain, exact = net().bfloat16(), net().bfloat16().double()
+        verdict = oracle.compare_rounded(found, whole(exact), whole(plain, loss_fn=lambda y, t: token_loss(y.float(), t)))
+        misses = [miss for miss in verdict.misses if "weight_" not in miss]  # the weights themselves are float32
+        assert not misses, misses
+        assert [row["trainable"] for row in found.info.values()].count(True) == 1
+        token_loss(model(own[0]).float(), own[1]).backward()
+        assert [p.grad.dtype for p in model.parameters() if p.grad is not None] == [torch.float32]
+
+
+def fsdp_leaves_all_as_it_was_and_trains_on(rank, processes):
+    own = own_batch(rank, processes)
+    model, alone = sharded(net()), net()
+    for one in (model, alone):
+        one.a.norm.weight.requires_grad_(False)
+    token_loss(model(own[0]), own[1]).backward()
+    for gather in (False, True):
+        if gather:  # the root stays gathered after an evaluation
+            with torch.no_grad():
+                model(own[0])
+        assert gather == any(not hasattr(p, "full_tensor") for p in model.parameters())
+        before = state_of(model)
+        profile(model, rank, processes)
+        assert_same_state(before, state_of(model))
+    model.reshard()
+    model.zero_grad()
+    token_loss(model(own[0]), own[1]).backward()
+    x, y = tokens()
+    token_loss(alone(x), y).backward()
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad.full_tensor(), q.grad)
+
+
+def fsdp_in_the_middle_of_an_accumulation_is_refused(rank, processes):
+    model, own = sharded(net()), own_batch(rank, processes)
+    model.set_requires_gradient_sync(False)
+    with pytest.raises(ValueError, match="middle of an accumulation.*set_requires_gradient_sync"):
+        profile(model, rank, processes)
+    token_loss(model(own[0]), own[1]).backward()
+    model.set_requires_gradient_sync(True)
+    with pytest.raises(ValueError, match="holds gradients of earlier passes"):
+        profile(model, rank, processes)
+    token_loss(model(own[0]), own[1]).backward()
+    expected = net()
+    x, y = tokens()
+    (2 * token_loss(expected(x), y)).backward()
+    torch.testing.assert_close(model.head.weight.grad.full_tensor(), expected.head.weight.grad)
+    assert_equal(profile(model, rank, processes), whole(net()))
+
+
+def fsdp_that_divides_by_another_number(rank, processes):
+    """As where a loss is a sum, divided by the tokens of all processes."""
+    model = sharded(net())
+    for module in (model.a, model.b, model):
+        module.set_gradient_divide_factor(1.0)
+    count = tokens()[1].numel()
+    found = zest_fast.profile(
+        model,
+        own_batch(rank, processes),
+        loss_fn=lambda y, t: F.cross_entropy(y.flatten(0, 1), t.flatten(), reduction="sum") / count,
+    )
+    assert_equal(found, whole(net()))
+
+
+def fsdp_of_parts_is_refused(rank, processes):
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    fully_shard(model.a)
+    with pytest.raises(NotImplementedError, match="'embed.weight' is not sharded, while others are"):
+        profile(model, rank, processes)
+    with pytest.raises(NotImplementedError, match="'snip.*|'grasp' takes passes"):
+        profile(sharded(net()), rank, processes, metrics=["grasp"])
+
+
+def fsdp_where_processes_fail(rank, processes):
+    failing = Failing("forward")
+    model = sharded(failing, [failing.inner])
+    with pytest.raises(ValueError, match="a bad sample"):  # on all of them
+        profile(model, rank, processes)
+    failing.where = "nan" if rank == 0 else ""
+    with pytest.raises(ValueError, match="the loss of process 0 is nan"):
+        profile(model, rank, processes)
+
+    def loss(y, t):
+        if rank == 1:
+            raise ValueError("a bad target")
+        return token_loss(y, t)
+
+    failing.where = ""
+    with pytest.raises(ValueError if rank == 1 else OtherProcessFailed, match="ValueError: a bad target|^a bad target"):
+        zest_fast.profile(model, own_batch(rank, processes), loss_fn=loss)
+    found = profile(model, rank, processes)
+    alone = Failing()
+    assert_equal(found, whole(alone))
+
+
+# --- tensor parallelism -----------------------------------------------------------------------------------------------
+
+
+def tensor_parallel(model, plan):
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    return parallelize_module(model, mesh_of(distributed.get_world_size()), plan)
+
+
+def plans():
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        SequenceParallel,
+    )
+
+    blocks = {f"{b}.up": ColwiseParallel() for b in "ab"} | {f"{b}.down": RowwiseParallel() for b in "ab"}
+    head = {"head": ColwiseParallel(output_layouts=Replicate())}
+    split = {f"{b}.up": ColwiseParallel(input_layouts=Shard(1)) for b in "ab"}
+    split |= {f"{b}.down": RowwiseParallel(output_layouts=Shard(1)) for b in "ab"}
+    norms = {name: SequenceParallel() for name in ("a.norm", "b.norm", "norm")}
+    enter = {"a": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=True)}
+    last = {"head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())}
+    return {
+        "blocks": blocks,
+        "blocks, embedding and head": {"embed": RowwiseParallel(input_layouts=Replicate())} | blocks | head,
+        "sequence parallel": split | norms | enter | last,
+    }
+
+
+def tensor_parallel_is_of_the_whole_layer(rank, processes):
+    layers = [*whole(net()).values, "embed"]
+    spec = whole(net(), layers=layers)
+    for name, plan in plans().items():
+        model = tensor_parallel(net(), plan)
+        before = state_of(model)
+        found = zest_fast.profile(model, tokens(), loss_fn=token_loss, layers=layers)
+        if "embed" in plan:  # its parts are summed up once, and that is not ours to do
+            assert "act and fisher undefined: tensor parallelism leaves it" in found.info["embed"]["note"]
+            of_outputs = {name: math.nan for name in ("act_mean", "act_std", "act_abs_mean", "act_abs_std", "fisher")}
+            assert_equal(found, replace(spec, values=spec.values | {"embed": spec.values["embed"] | of_outputs}))
+        else:
+            assert_equal(found, spec)
+        assert "tensor parallel" in found.info["head"]["note"], name
+        assert_same_state(before, state_of(model))
+
+
+def tensor_parallel_language_model_by_the_plan_of_transformers(rank, processes):
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    ids = torch.arange(64).reshape(4, 16) % 40
+    alone = llama(tie_word_embeddings=False).double()
+    plan = of_transformers(alone)
+    model = llama(tie_word_embeddings=False).double()
+    model.load_state_dict(alone.state_dict())
+    tensor_parallel(model, plan)
+    for layer in model.model.layers:
+        layer.self_attn.config.num_attention_heads //= processes
+    found = zest_fast.profile(model, {"input_ids": ids, "labels": ids, "use_cache": False})
+    assert_equal(found, oracle.measure(alone, lambda: alone(input_ids=ids, labels=ids, use_cache=False).loss))
+
+
+def of_transformers(model):
+    """Its own plan in the words of torch."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    styles = {
+        "colwise": ColwiseParallel(),
+        "rowwise": RowwiseParallel(),
+        "colwise_gather_output": ColwiseParallel(output_layouts=Replicate()),
+        "embedding_rowwise": RowwiseParallel(input_layouts=Replicate()),
+    }
+    return {pattern: styles[style] for pattern, style in model.tp_plan.items() if style in styles}
+
+
+def tensor_parallel_of_different_batches_is_refused(rank, processes):
+    model = tensor_parallel(net(), plans()["blocks"])
+    with pytest.raises(ValueError, match="loss differs between processes of one tensor-parallel model"):
+        profile(model, rank, processes)
+
+
+class Sequences(nn.Module):
+    """A plain layer that sees a part of the sequence on each process, which nothing tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.plain, self.up, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 20)
+
+    def forward(self, x):
+        return self.head(self.up(self.plain(self.embed(x))))
+
+
+def tensor_parallel_around_a_plain_layer_is_refused(rank, processes):
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleOutput
+
+    torch.manual_seed(1)
+    cut = PrepareModuleOutput(output_layouts=Replicate(), desired_output_layouts=Shard(1))
+    model = tensor_parallel(
+        Sequences().double(),
+        {"embed": cut, "up": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())},
+    )
+    with pytest.raises(NotImplementedError, match=r"holds whole differ between processes: plain \(its output"):
+        zest_fast.profile(model, tokens(), loss_fn=token_loss)
+
+
+def mixed_meshes_are_refused(rank, processes):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Partial, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    mesh = init_device_mesh("cpu", (1, processes), mesh_dim_names=("data", "model"))
+    model = parallelize_module(net(), mesh["model"], plans()["blocks"])
+    fully_shard(model, mesh=mesh["data"])
+    with pytest.raises(NotImplementedError, match="with FSDP2 only parameters that fully_shard has spread"):
+        profile(model, rank, processes)
+    with pytest.raises(NotImplementedError, match="inside of a DistributedDataParallel"):
+        profile(DistributedDataParallel(tensor_parallel(net(), plans()["blocks"]), init_sync=False), rank, processes)
+    odd = nn.Linear(4, 4)
+    odd.weight = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0), Shard(1)]))
+    with pytest.raises(NotImplementedError, match="'weight' lies on processes as .*only Shard or Replicate"):
+        zest_fast.profile(odd, (torch.ones(2, 4), torch.ones(2, dtype=torch.long)))
+    assert Partial
+
+
+# --- the processes ----------------------------------------------------------------------------------------------------
+
+ON_TWO = {
+    case.__name__: case
+    for case in (
+        ddp_is_of_the_global_batch,
+        ddp_of_convolutions,
+        ddp_of_a_language_model_holds_one_gradient_at_a_time,
+        ddp_of_unequal_batches_is_the_mean_of_their_means,
+        ddp_where_control_flow_differs,
+        ddp_of_tied_and_free_weights,
+        ddp_of_some_metrics_and_layers,
+        ddp_in_half_precision,
+        ddp_leaves_all_as_it_was_and_trains_on,
+        ddp_whose_backward_is_still_to_come,
+        ddp_where_one_process_fails,
+        ddp_where_all_processes_fail_alike,
+        ddp_with_a_loss_that_is_not_finite_on_one_process,
+        ddp_of_different_things_is_refused,
+        fsdp_is_of_the_global_batch,
+        fsdp_of_uneven_and_empty_shards,
+        fsdp_with_checkpointing_and_tied_weights,
+        fsdp_in_mixed_precision_of_a_frozen_base,
+        fsdp_leaves_all_as_it_was_and_trains_on,
+        fsdp_in_the_middle_of_an_accumulation_is_refused,
+        fsdp_that_divides_by_another_number,
+        fsdp_of_parts_is_refused,
+        fsdp_where_processes_fail,
+        tensor_parallel_is_of_the_whole_layer,
+        tensor_parallel_language_model_by_the_plan_of_transformers,
+        tensor_parallel_of_different_batches_is_refused,
+        tensor_parallel_around_a_plain_layer_is_refused,
+        mixed_meshes_are_refused,
+        one_process_that_does_not_come_is_named,
+    )
+}
+ON_FOUR = {
+    case.__name__: case
+    for case in (
+        ddp_is_of_the_global_batch,
+        ddp_of_unequal_batches_is_the_mean_of_their_means,
+        fsdp_is_of_the_global_batch,
+        fsdp_of_uneven_and_empty_shards,
+        hsdp_is_of_the_global_batch,
+        ddp_where_one_process_fails,
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    return outcomes(ON_TWO, 2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def on_four(tmp_path_factory):
+    return outcomes(ON_FOUR, 4, tmp_path_factory.mktemp("four"))
+
+
+@pytest.mark.parametrize("case", ON_TWO)
+def test_two_processes(case, on_two):
+    assert not on_two[case], on_two[case]
+
+
+@pytest.mark.parametrize("case", ON_FOUR)
+def test_four_processes(case, on_four):
+    assert not on_four[case], on_four[case]

@@ -4,10 +4,12 @@ parallelism. Processes are started twice, two and four, and run all cases one af
 from __future__ import annotations
 
 import math
+import os
 import random
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import oracle
 import pytest
@@ -15,11 +17,12 @@ import torch
 from process_cases import (
     assert_equal,
     assert_same_state,
-
+    assert_the_same_everywhere,
     images,
     net,
     outcomes,
     share,
+    start,
     state_of,
     token_loss,
     tokens,
@@ -29,6 +32,7 @@ from small_models import llama
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import zest_fast
 from zest_fast.profiling.processes import meeting
@@ -104,7 +108,7 @@ def ddp_of_unequal_batches_is_the_mean_of_their_means(rank, processes):
 
 
 class Branches(nn.Module):
-    """Two layers in an order that depends on the batch, a third that only the first process uses, one that none does."""
+    """Two layers in an order that depends on the batch, one that only the first process uses, one that none does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,12 +131,15 @@ def ddp_where_control_flow_differs(rank, processes):
     own = x[rank::processes]
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
     found = zest_fast.profile(ddp, closure=lambda: model(own, rank).square().mean())
-    spec = oracle.measure(alone, lambda: sum(alone(x[r::processes], r).square().mean() for r in range(processes)) / processes)
+    spec = oracle.measure(
+        alone, lambda: sum(alone(x[r::processes], r).square().mean() for r in range(processes)) / processes
+    )
     assert_equal(found, spec, but=("fisher",))  # the reference takes two calls for two uses of the same samples
     assert "d.weight" in found.uncovered and found.info["c"]["uses"] == 1
     halves = [branches() for _ in range(processes)]
     parts = [
-        oracle.measure(m, lambda m=m, r=r: m(x[r::processes], r).square().mean() / processes) for r, m in enumerate(halves)
+        oracle.measure(m, lambda m=m, r=r: m(x[r::processes], r).square().mean() / processes)
+        for r, m in enumerate(halves)
     ]
     for name in found:
         of_name = [part.values[name]["fisher"] for part in parts if name in part.values]
@@ -159,6 +166,42 @@ def tied():
 
 def ddp_of_tied_and_free_weights(rank, processes):
     assert_equal(profile(DistributedDataParallel(tied()), rank, processes), whole(tied()))
+
+
+class Recomputed(nn.Module):
+    """One layer in two regions of reentrant checkpointing: its gradient arrives in two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layer, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20)
+
+    def forward(self, x):
+        y = self.embed(x).requires_grad_()
+        for _ in range(2):
+            y = checkpoint(lambda y: self.layer(y).tanh(), y, use_reentrant=True)
+        return self.head(y)
+
+
+def recomputed():
+    torch.manual_seed(2)
+    return Recomputed().double()
+
+
+def ddp_of_gradients_in_several_parts(rank, processes):
+    assert_equal(profile(DistributedDataParallel(recomputed()), rank, processes), whole(recomputed()))
+
+
+def ddp_of_sparse_gradients_and_a_scaled_loss(rank, processes):
+    def sparse():
+        model = net()
+        model.embed.sparse = True
+        return model
+
+    layers = [*whole(net()).values, "embed"]
+    scaled = lambda y, t: 1024 * token_loss(y, t)  # noqa: E731
+    own = own_batch(rank, processes)
+    found = zest_fast.profile(DistributedDataParallel(sparse()), own, loss_fn=scaled, layers=layers, loss_scale=1024)
+    assert_equal(found, whole(sparse(), layers=layers))
 
 
 def ddp_of_some_metrics_and_layers(rank, processes):
@@ -213,7 +256,7 @@ def ddp_whose_backward_is_still_to_come(rank, processes):
     for inner, batch, loss_fn in ((net(), own, token_loss), (linear, (x, x[:, :2]), F.mse_loss)):
         model = DistributedDataParallel(inner)
         model(batch[0])
-        with pytest.raises(RuntimeError, match="still waiting for its backward pass.*no_grad"):
+        with pytest.raises(RuntimeError, match=r"still waiting for its backward pass.*no_grad"):
             zest_fast.profile(model, batch, loss_fn=loss_fn)
         assert all(p.grad is None for p in model.parameters())
         zest_fast.profile(model, batch, loss_fn=loss_fn)
@@ -250,7 +293,7 @@ def ddp_where_one_process_fails(rank, processes):
             with pytest.raises(ValueError, match=text):
                 profile(model, rank, processes)
         else:
-            with pytest.raises(OtherProcessFailed, match=f"process {processes - 1} failed .*ValueError: {text}"):
+            with pytest.raises(OtherProcessFailed, match=rf"process {processes - 1} failed .*ValueError: {text}"):
                 profile(model, rank, processes)
         assert time.monotonic() - start < 20
         model.module.inner.b.up.weight._backward_hooks = None
@@ -260,14 +303,14 @@ def ddp_where_one_process_fails(rank, processes):
 
 def ddp_where_all_processes_fail_alike(rank, processes):
     model = DistributedDataParallel(Failing("backward"))
-    with pytest.raises(ValueError, match="a bad gradient"):
+    with pytest.raises(ValueError, match=r"a bad gradient"):
         profile(model, rank, processes)
     assert_equal(profile(DistributedDataParallel(net()), rank, processes), whole(net()))
 
 
 def ddp_with_a_loss_that_is_not_finite_on_one_process(rank, processes):
     model = DistributedDataParallel(Failing("nan" if rank == 1 else ""))
-    with pytest.raises(ValueError, match="the loss of process 1 is nan"):
+    with pytest.raises(ValueError, match=r"the loss of process 1 is nan"):
         profile(model, rank, processes)
 
 
@@ -275,19 +318,19 @@ def ddp_of_different_things_is_refused(rank, processes):
     model = DistributedDataParallel(net())
     with pytest.raises(ValueError, match=r"profiles other layers than the first \(1 and 1; first difference: b.up"):
         profile(model, rank, processes, layers=["a.up" if rank == 0 else "b.up"])
-    with pytest.raises(ValueError, match="called with other metrics"):
+    with pytest.raises(ValueError, match=r"called with other metrics"):
         profile(model, rank, processes, metrics=["snip" if rank == 0 else "fisher"])
     if rank == 1:
         with torch.no_grad():
             model.module.b.up.weight[0, 0] += 0.01
-    with pytest.raises(ValueError, match="weight of layer 'b.up' differs between processes"):
+    with pytest.raises(ValueError, match=r"weight of layer 'b.up' differs between processes"):
         profile(model, rank, processes)
-    with pytest.raises(ValueError if rank else OtherProcessFailed, match="no layer is named 'nothing'"):
+    with pytest.raises(ValueError if rank else OtherProcessFailed, match=r"no layer is named 'nothing'"):
         profile(DistributedDataParallel(net()), rank, processes, layers=["nothing"] if rank else None)
     own, model = own_batch(rank, processes), DistributedDataParallel(net())
     with pytest.raises(ValueError, match=r"let it call model\.module"):
         zest_fast.profile(model, closure=lambda: token_loss(model(own[0]), own[1]))
-    with pytest.raises(NotImplementedError, match="FSDP1"):
+    with pytest.raises(NotImplementedError, match=r"FSDP1"):
         from torch.distributed.fsdp import FullyShardedDataParallel
 
         with warnings.catch_warnings():
@@ -302,7 +345,9 @@ def one_process_that_does_not_come_is_named(rank, processes):
     if rank == 0:
         meeting.TIME_LIMIT_S, before = 0.5, meeting.TIME_LIMIT_S
         try:
-            with pytest.raises(OtherProcessFailed, match=r"process 1 has not come within 0 s.*ranks 0, 1.*call profile"):
+            with pytest.raises(
+                OtherProcessFailed, match=r"process 1 has not come within 0 s.*ranks 0, 1.*call profile"
+            ):
                 profile(DistributedDataParallel(net(), init_sync=False), rank, processes)
         finally:
             meeting.TIME_LIMIT_S = before
@@ -346,6 +391,48 @@ def hsdp_is_of_the_global_batch(rank, processes):
     assert f"on {processes} processes (HSDP)" in found.info["head"]["note"]
 
 
+def fsdp_of_some_metrics_and_layers(rank, processes):
+    model, spec = sharded(net()), whole(net(), layers=["a.up", "embed"])
+    for metrics in (["weight_std", "act_mean"], ["fisher"], ["snip"]):
+        found = profile(model, rank, processes, metrics=metrics, layers=["a.up", "embed"])
+        assert found.names == ["embed", "a.up"]
+        for name in found:
+            for metric in metrics:
+                assert oracle.relative_error(metric, found[name][metric], spec.values[name], spec.numel[name]) < 1e-6
+        assert_the_same_everywhere(found)
+
+
+def fsdp_by_columns(rank, processes):
+    from torch.distributed.tensor import Shard
+
+    placed = sharded(net(), shard_placement_fn=lambda p: Shard(1) if p.dim() == 2 and p.shape[1] % 4 == 0 else None)
+    assert_equal(profile(placed, rank, processes), whole(net()))
+
+
+def fsdp_where_control_flow_differs(rank, processes):
+    """What torch reduces only where every process has a gradient is refused, and taken where it was told of it."""
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(5)).double()
+    own, model = x[rank::processes], sharded_whole(branches())
+    with pytest.raises(NotImplementedError, match=r"different layers \(c not on all.*reduce_scatter_unused_params"):
+        zest_fast.profile(model, closure=lambda: model(own, rank).square().mean())
+    model.set_reduce_scatter_unused_params(True)
+    found = zest_fast.profile(model, closure=lambda: model(own, rank).square().mean())
+    alone = branches()
+    spec = oracle.measure(
+        alone, lambda: sum(alone(x[r::processes], r).square().mean() for r in range(processes)) / processes
+    )
+    assert set(found) == set(spec.values) | {"d"}  # zeros on every process
+    for name, metric in ((name, metric) for name in spec.values for metric in ("snip", "grad_norm", "act_std")):
+        assert oracle.relative_error(metric, found[name][metric], spec.values[name], spec.numel[name]) < 1e-6
+    assert found["d"]["grad_norm"] == 0
+
+
+def sharded_whole(model):
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model)
+
+
 def fsdp_of_uneven_and_empty_shards(rank, processes):
     sizes = {"width": 7, "inner": 5, "words": 20}
     assert_equal(profile(sharded(net(**sizes)), rank, processes), whole(net(**sizes)))
@@ -373,22 +460,24 @@ def fsdp_with_checkpointing_and_tied_weights(rank, processes):
 
 
 def fsdp_in_mixed_precision_of_a_frozen_base(rank, processes):
-    """FSDP2 reads its dtypes off what trains: what is frozen has to be profiled all the same, and train on as before."""
+    """FSDP2 reads its dtypes off what trains: what is frozen is profiled all the same, and all trains on as before."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for start in (False, True):
+    for begun in (False, True):
         model = net().float()
         model.requires_grad_(False)
         model.b.up.weight.requires_grad_(True)
         sharded(model, mp_policy=policy)
         own = own_batch(rank, processes)
-        if start:
+        if begun:
             token_loss(model(own[0]).float(), own[1]).backward()
             model.zero_grad()
         found = zest_fast.profile(model, own, loss_fn=lambda y, t: token_loss(y.float(), t))
         plain, exact = net().bfloat16(), net().bfloat16().double()
-        verdict = oracle.compare_rounded(found, whole(exact), whole(plain, loss_fn=lambda y, t: token_loss(y.float(), t)))
+        verdict = oracle.compare_rounded(
+            found, whole(exact), whole(plain, loss_fn=lambda y, t: token_loss(y.float(), t))
+        )
         misses = [miss for miss in verdict.misses if "weight_" not in miss]  # the weights themselves are float32
         assert not misses, misses
         assert [row["trainable"] for row in found.info.values()].count(True) == 1
@@ -401,6 +490,8 @@ def fsdp_leaves_all_as_it_was_and_trains_on(rank, processes):
     model, alone = sharded(net()), net()
     for one in (model, alone):
         one.a.norm.weight.requires_grad_(False)
+    stepped = []
+    model.a.up.weight.register_post_accumulate_grad_hook(stepped.append)
     token_loss(model(own[0]), own[1]).backward()
     for gather in (False, True):
         if gather:  # the root stays gathered after an evaluation
@@ -410,6 +501,7 @@ def fsdp_leaves_all_as_it_was_and_trains_on(rank, processes):
         before = state_of(model)
         profile(model, rank, processes)
         assert_same_state(before, state_of(model))
+    assert len(stepped) == 1  # an optimizer in backward rests
     model.reshard()
     model.zero_grad()
     token_loss(model(own[0]), own[1]).backward()
@@ -424,11 +516,11 @@ def fsdp_leaves_all_as_it_was_and_trains_on(rank, processes):
 def fsdp_in_the_middle_of_an_accumulation_is_refused(rank, processes):
     model, own = sharded(net()), own_batch(rank, processes)
     model.set_requires_gradient_sync(False)
-    with pytest.raises(ValueError, match="middle of an accumulation.*set_requires_gradient_sync"):
+    with pytest.raises(ValueError, match=r"middle of an accumulation.*set_requires_gradient_sync"):
         profile(model, rank, processes)
     token_loss(model(own[0]), own[1]).backward()
     model.set_requires_gradient_sync(True)
-    with pytest.raises(ValueError, match="holds gradients of earlier passes"):
+    with pytest.raises(ValueError, match=r"holds gradients of earlier passes"):
         profile(model, rank, processes)
     token_loss(model(own[0]), own[1]).backward()
     expected = net()
@@ -457,19 +549,19 @@ def fsdp_of_parts_is_refused(rank, processes):
 
     model = net()
     fully_shard(model.a)
-    with pytest.raises(NotImplementedError, match="'embed.weight' is not sharded, while others are"):
+    with pytest.raises(NotImplementedError, match=r"'embed.weight' is not sharded, while others are"):
         profile(model, rank, processes)
-    with pytest.raises(NotImplementedError, match="'snip.*|'grasp' takes passes"):
+    with pytest.raises(NotImplementedError, match=r"'snip.*|'grasp' takes passes"):
         profile(sharded(net()), rank, processes, metrics=["grasp"])
 
 
 def fsdp_where_processes_fail(rank, processes):
     failing = Failing("forward")
     model = sharded(failing, [failing.inner])
-    with pytest.raises(ValueError, match="a bad sample"):  # on all of them
+    with pytest.raises(ValueError, match=r"a bad sample"):  # on all of them
         profile(model, rank, processes)
     failing.where = "nan" if rank == 0 else ""
-    with pytest.raises(ValueError, match="the loss of process 0 is nan"):
+    with pytest.raises(ValueError, match=r"the loss of process 0 is nan"):
         profile(model, rank, processes)
 
     def loss(y, t):
@@ -478,7 +570,9 @@ def fsdp_where_processes_fail(rank, processes):
         return token_loss(y, t)
 
     failing.where = ""
-    with pytest.raises(ValueError if rank == 1 else OtherProcessFailed, match="ValueError: a bad target|^a bad target"):
+    with pytest.raises(
+        ValueError if rank == 1 else OtherProcessFailed, match=r"ValueError: a bad target|^a bad target"
+    ):
         zest_fast.profile(model, own_batch(rank, processes), loss_fn=loss)
     found = profile(model, rank, processes)
     alone = Failing()
@@ -526,7 +620,7 @@ def tensor_parallel_is_of_the_whole_layer(rank, processes):
         found = zest_fast.profile(model, tokens(), loss_fn=token_loss, layers=layers)
         if "embed" in plan:  # its parts are summed up once, and that is not ours to do
             assert "act and fisher undefined: tensor parallelism leaves it" in found.info["embed"]["note"]
-            of_outputs = {name: math.nan for name in ("act_mean", "act_std", "act_abs_mean", "act_abs_std", "fisher")}
+            of_outputs = dict.fromkeys(("act_mean", "act_std", "act_abs_mean", "act_abs_std", "fisher"), math.nan)
             assert_equal(found, replace(spec, values=spec.values | {"embed": spec.values["embed"] | of_outputs}))
         else:
             assert_equal(found, spec)
@@ -565,7 +659,7 @@ def of_transformers(model):
 
 def tensor_parallel_of_different_batches_is_refused(rank, processes):
     model = tensor_parallel(net(), plans()["blocks"])
-    with pytest.raises(ValueError, match="loss differs between processes of one tensor-parallel model"):
+    with pytest.raises(ValueError, match=r"loss differs between processes of one tensor-parallel model"):
         profile(model, rank, processes)
 
 
@@ -574,7 +668,12 @@ class Sequences(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.plain, self.up, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 20)
+        self.embed, self.plain, self.up, self.head = (
+            nn.Embedding(20, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 20),
+        )
 
     def forward(self, x):
         return self.head(self.up(self.plain(self.embed(x))))
@@ -603,13 +702,13 @@ def mixed_meshes_are_refused(rank, processes):
     mesh = init_device_mesh("cpu", (1, processes), mesh_dim_names=("data", "model"))
     model = parallelize_module(net(), mesh["model"], plans()["blocks"])
     fully_shard(model, mesh=mesh["data"])
-    with pytest.raises(NotImplementedError, match="with FSDP2 only parameters that fully_shard has spread"):
+    with pytest.raises(NotImplementedError, match=r"with FSDP2 only parameters that fully_shard has spread"):
         profile(model, rank, processes)
-    with pytest.raises(NotImplementedError, match="inside of a DistributedDataParallel"):
+    with pytest.raises(NotImplementedError, match=r"inside of a DistributedDataParallel"):
         profile(DistributedDataParallel(tensor_parallel(net(), plans()["blocks"]), init_sync=False), rank, processes)
     odd = nn.Linear(4, 4)
     odd.weight = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0), Shard(1)]))
-    with pytest.raises(NotImplementedError, match="'weight' lies on processes as .*only Shard or Replicate"):
+    with pytest.raises(NotImplementedError, match=r"'weight' lies on processes as .*only Shard or Replicate"):
         zest_fast.profile(odd, (torch.ones(2, 4), torch.ones(2, dtype=torch.long)))
     assert Partial
 
@@ -625,6 +724,8 @@ ON_TWO = {
         ddp_of_unequal_batches_is_the_mean_of_their_means,
         ddp_where_control_flow_differs,
         ddp_of_tied_and_free_weights,
+        ddp_of_gradients_in_several_parts,
+        ddp_of_sparse_gradients_and_a_scaled_loss,
         ddp_of_some_metrics_and_layers,
         ddp_in_half_precision,
         ddp_leaves_all_as_it_was_and_trains_on,
@@ -634,6 +735,9 @@ ON_TWO = {
         ddp_with_a_loss_that_is_not_finite_on_one_process,
         ddp_of_different_things_is_refused,
         fsdp_is_of_the_global_batch,
+        fsdp_of_some_metrics_and_layers,
+        fsdp_by_columns,
+        fsdp_where_control_flow_differs,
         fsdp_of_uneven_and_empty_shards,
         fsdp_with_checkpointing_and_tied_weights,
         fsdp_in_mixed_precision_of_a_frozen_base,
@@ -661,6 +765,28 @@ ON_FOUR = {
         ddp_where_one_process_fails,
     )
 }
+
+
+def one_goes_in_the_middle_of_a_forward(rank, folder):
+    """FSDP2 gathers weights in forward: who fails there leaves the others in a collective that it never joins."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = Failing()
+    sharded(model, [model.inner.a, model.inner.b])
+    if rank == 1:
+        model.inner.b.register_forward_pre_hook(lambda *_: fail(None))
+        with pytest.raises(ValueError, match=r"a bad gradient"):
+            profile(model, rank, 2)
+        os._exit(0)  # as a script does that nobody catches errors for
+    with pytest.raises(OtherProcessFailed, match=r"process 1 failed in this profile: ValueError: a bad gradient"):
+        profile(model, rank, 2)
+    Path(folder, "said").touch()
+    os._exit(0)
+
+
+def test_who_waits_in_a_collective_of_torch_learns_why_it_broke(tmp_path):
+    start(one_goes_in_the_middle_of_a_forward, (str(tmp_path),), 2)
+    assert (tmp_path / "said").exists()
 
 
 @pytest.fixture(scope="module")

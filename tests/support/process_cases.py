@@ -15,15 +15,25 @@ from torch.nn import functional as F
 
 import zest_fast
 
+_IMPORTED = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "transformers", "process_cases"]
 TOLERANCE = 1e-6  # against the float64 reference
 Case = Callable[[int, int], None]
 
 
 def outcomes(cases: Mapping[str, Case], processes: int, folder: Path) -> dict[str, str]:
     """What went wrong in each case, on any process; empty where nothing did. Cases get (rank, processes)."""
-    multiprocessing.spawn(_run, (cases, processes, str(folder)), nprocs=processes)
+    start(_run, (cases, processes, str(folder)), processes)
     by_rank = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
     return {name: "\n".join(found[name] for found in by_rank if found[name]) for name in cases}
+
+
+def start(function: Callable[..., None], arguments: tuple, processes: int) -> None:
+    """Runs a function in new processes, as ``function(rank, *arguments)``; raises what it raises.
+
+    They are forked from a server that has imported everything once, and has run nothing.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_IMPORTED)
+    multiprocessing.start_processes(function, arguments, processes, start_method="forkserver")
 
 
 def _run(rank: int, cases: Mapping[str, Case], processes: int, folder: str) -> None:
@@ -117,7 +127,9 @@ def assert_equal(got: zest_fast.LayerProfile, spec: oracle.Measurement, *, but: 
     for name, expected in spec.values.items():
         for metric in set(oracle.METRICS) - set(but):
             error = oracle.relative_error(metric, got[name][metric], expected, spec.numel[name])
-            assert error <= TOLERANCE, f"{name} {metric}: {got[name][metric]} instead of {expected[metric]} ({error:.1e})"
+            assert error <= TOLERANCE, (
+                f"{name} {metric}: {got[name][metric]} instead of {expected[metric]} ({error:.1e})"
+            )
     assert abs(got.loss - spec.loss) <= TOLERANCE * abs(spec.loss)
     assert_the_same_everywhere(got)
 
@@ -136,7 +148,9 @@ def state_of(model: nn.Module) -> dict:
         "values": {n: local(p).clone() for n, p in parameters.items()},
         "buffers": {n: b.clone() for n, b in model.named_buffers()},
         "identities": {n: id(p) for n, p in parameters.items()},
-        "gradients": {n: None if p.grad is None else (id(p.grad), local(p.grad).clone()) for n, p in parameters.items()},
+        "gradients": {
+            n: None if p.grad is None else (id(p.grad), local(p.grad).clone()) for n, p in parameters.items()
+        },
         "flags": {n: p.requires_grad for n, p in parameters.items()},
         "modes": [m.training for m in model.modules()],
         "hooks": [

@@ -324,7 +324,7 @@ def fsdp_accumulates(group: Any) -> str:
 
 
 def fsdp_divides_by(group: Any) -> float | None:
-    """What gradients are divided by after they were summed, where somebody has set that; None = by how many there are."""
+    """What sums of gradients are divided by, where somebody has set that; None = by the number of processes."""
     return getattr(group, "gradient_divide_factor", None)
 
 

@@ -209,9 +209,7 @@ class _Pass:
                     continue
                 statistics = self._statistics
                 with interrupts.interruptible():
-                    whole_loss = self._processes.finish(
-                        taps, statistics, self._chosen, loss, self._model, compute_loss
-                    )
+                    whole_loss = self._processes.finish(taps, statistics, self._chosen, loss, self._model, compute_loss)
                 if self._looks_at_state:
                     self._require_the_same_loss(loss, compute_loss, state)
                 reached = self._reached(taps, loss)

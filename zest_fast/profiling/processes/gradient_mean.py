@@ -53,9 +53,9 @@ class GradientMeans:
         """The gradient of this process; False where it is one too many, and nothing is done with it."""
         if weight not in self._known:
             raise NotImplementedError(
-                "a gradient reached its weight on this process that the graph of the loss did not show (a backward pass "
-                "inside of the backward pass): gradients of several processes cannot be brought together then; profile "
-                "the model without DistributedDataParallel"
+                "a gradient reached its weight on this process that the graph of the loss did not show (a backward "
+                "pass inside of the backward pass): gradients of several processes cannot be brought together then; "
+                "profile the model without DistributedDataParallel"
             )
         if weight in self._order[: self._next]:
             return False  # in several parts: the taps count, and run the pass again

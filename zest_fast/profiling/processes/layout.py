@@ -70,20 +70,19 @@ def layout_of(model: nn.Module, modules: dict[str, nn.Module]) -> Layout | None:
         for name, module in {"the model": model, **modules}.items():
             if isinstance(module, fsdp.FullyShardedDataParallel):
                 raise NotImplementedError(
-                    f"{name or 'the model'} is a FullyShardedDataParallel (FSDP1), whose flat parameters have no layers; "
-                    "shard the model with fully_shard (FSDP2), or profile it before it is wrapped"
+                    f"{name or 'the model'} is a FullyShardedDataParallel (FSDP1), whose flat parameters have no "
+                    "layers; shard the model with fully_shard (FSDP2), or profile it before it is wrapped"
                 )
         unit_type: Any = getattr(fsdp, "FSDPModule", ())  # not in torch 2.5
         units = [module for module in modules.values() if isinstance(module, unit_type)]
     distributed = _distributed_parameters(modules)
-    is_ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-    if is_ddp and (distributed or units):
-        raise NotImplementedError(
-            "the model is sharded (FSDP2, tensor parallel) inside of a DistributedDataParallel: these two cannot be "
-            "profiled together; profile the module inside on its own mesh, or use fully_shard with a mesh of two "
-            "dimensions (HSDP)"
-        )
-    if is_ddp:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        if distributed or units:
+            raise NotImplementedError(
+                "the model is sharded (FSDP2, tensor parallel) inside of a DistributedDataParallel: these two cannot "
+                "be profiled together; profile the module inside on its own mesh, or use fully_shard with a mesh of "
+                "two dimensions (HSDP)"
+            )
         return _ddp(model)
     if units:
         return _fsdp(units, distributed, modules)
@@ -125,9 +124,9 @@ def _fsdp(units: list[nn.Module], distributed: dict[str, Any], modules: dict[str
         kinds = tuple(type(placement).__name__ for placement in p.placements)
         if key not in sharded or kinds not in {("Shard",), ("Replicate", "Shard")}:
             raise NotImplementedError(
-                f"parameter {name} lies on processes as {p.placements}: with FSDP2 only parameters that fully_shard has "
-                "spread (one dimension of the mesh, or two with replicas) can be profiled; profile the model before "
-                "tensor parallelism is put on it"
+                f"parameter {name} lies on processes as {p.placements}: with FSDP2 only parameters that fully_shard "
+                "has spread (one dimension of the mesh, or two with replicas) can be profiled; profile the model "
+                "before tensor parallelism is put on it"
             )
         if p.device_mesh != mesh:
             raise NotImplementedError(
@@ -195,6 +194,4 @@ def is_a_copy(tensor: Tensor) -> bool:
         return False
     distributed: Any = tensor
     place = distributed.device_mesh.get_coordinate() or ()
-    return any(
-        placement.is_replicate() and at > 0 for placement, at in zip(distributed.placements, place, strict=True)
-    )
+    return any(placement.is_replicate() and at > 0 for placement, at in zip(distributed.placements, place, strict=True))

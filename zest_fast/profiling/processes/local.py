@@ -1,4 +1,4 @@
-"""The part of a tensor that lies on this process. A DTensor is known by its `full_tensor`: nothing is imported for it."""
+"""The part of a tensor that lies on this process. A DTensor is known by its `full_tensor`: no import is needed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ def is_distributed(tensor: Any) -> bool:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The shard (or copy) of this process, without a graph and without a collective; the tensor itself if it is plain."""
-    if is_distributed(tensor):
+    """The shard (or copy) of this process, without a graph and without a collective; a plain tensor itself."""
+    part: Any = tensor
+    if is_distributed(part):
         with torch.no_grad():
-            tensor = tensor.to_local()  # type: ignore[attr-defined]
-    return tensor.wait() if hasattr(tensor, "trigger_wait") else tensor  # a collective may still be on its way
+            part = part.to_local()
+    return part.wait() if hasattr(part, "trigger_wait") else part  # what a collective makes may be on its way
 
 
 def stands_for(held: Tensor | None, parameter: Tensor) -> bool:

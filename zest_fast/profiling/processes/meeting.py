@@ -62,7 +62,7 @@ class Meeting:
             raise OtherProcessFailed(found)
         if kind == "refused":
             raise found
-        return found  # type: ignore[no-any-return]
+        return found
 
     def fail(self, error: BaseException) -> None:
         """Says at the next meeting that this process will not come, and why; does not wait for the others."""
@@ -110,7 +110,7 @@ class Meeting:
                 )
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_WAIT_S)
-        return pickle.loads(self.store.get(key))  # type: ignore[no-any-return]
+        return pickle.loads(self.store.get(key))
 
     def _post(self, message: tuple[str, Any]) -> None:
         self.store.set(self._key(self._me), pickle.dumps(message))

@@ -105,12 +105,12 @@ def _merged_by_key(parts: Iterable[dict[int, T]] | Iterable[dict[str, T]], merge
 
 def _require_alike(reports: list[Report], names: list[str], half: set[int]) -> None:
     """Of tensor parallelism: every process has the same batch, and computes the same wherever a layer is not split."""
-    first = reports[0]
-    wrong = [names[0]] if any(not _close(r.loss, first.loss, abs(first.loss), _ALIKE_IN_HALF) for r in reports) else []
-    if wrong:
+    first, wrong = reports[0], []
+    if any(not _close(r.loss, first.loss, abs(first.loss), _ALIKE_IN_HALF) for r in reports):
         raise ValueError(
-            f"the loss differs between processes of one tensor-parallel model ({', '.join(f'{r.loss:.6g}' for r in reports)}"
-            "): all of them need the same batch, and the same random state (dropout)"
+            "the loss differs between processes of one tensor-parallel model "
+            f"({', '.join(f'{r.loss:.6g}' for r in reports)}): all of them need the same batch, and the same random "
+            "state (dropout)"
         )
     for report in reports[1:]:
         for key, copy in report.copies.outputs.items():
@@ -120,7 +120,11 @@ def _require_alike(reports: list[Report], names: list[str], half: set[int]) -> N
             counted = first.own.gradients.get(key)
             if not _alike(gradient.gradient, counted.gradient if counted else None, key in half):
                 wrong.append(f"{names[key]} (its gradient)")
-        wrong += [f"{names[key]} (its weight)" for key, w in report.copies.weights.items() if not _alike(w, first.own.weights.get(key), False)]
+        wrong += [
+            f"{names[key]} (its weight)"
+            for key, w in report.copies.weights.items()
+            if not _alike(w, first.own.weights.get(key), False)
+        ]
     if wrong:
         raise NotImplementedError(
             f"layers that every process holds whole differ between processes: {some(wrong)}; each then sees a part "
@@ -133,8 +137,10 @@ def _alike(a: Moments, b: Moments | None, half: bool) -> bool:
     if b is None or a.count != b.count or a.nonfinite != b.nonfinite:
         return False
     tolerance = _ALIKE_IN_HALF if half else _ALIKE
-    return a.nonfinite > 0 or a.count == 0 or (
-        _close(a.abs_mean, b.abs_mean, b.abs_mean, tolerance) and _close(a.norm, b.norm, b.norm, tolerance)
+    return (
+        a.nonfinite > 0
+        or a.count == 0
+        or (_close(a.abs_mean, b.abs_mean, b.abs_mean, tolerance) and _close(a.norm, b.norm, b.norm, tolerance))
     )
 
 

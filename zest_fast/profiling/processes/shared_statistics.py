@@ -93,14 +93,14 @@ class SharedStatistics(Statistics):
         if layer in self.missed_gradients:
             return
         whole: Any = y()
-        if not (is_distributed(whole) and is_distributed(g)):
+        if not is_distributed(whole):
             if self._is_copy(g):
                 self._copied_products.add(layer)
             super().output_gradient(layer, lambda: local_part(whole), local_part(g), only_use)
             return
         channel, samples = whole.dim() + channel_dim(layer, whole), 0
         keep = [p.is_shard() and p.dim in (channel, samples) and whole.dim() > 1 for p in whole.placements]
-        as_whole = torch.distributed.tensor.Replicate()
+        as_whole: Any = torch.distributed.tensor.Replicate()
         placements = [p if kept else as_whole for p, kept in zip(whole.placements, keep, strict=True)]
         part = whole.detach().redistribute(placements=placements)
         same: Any = g
@@ -179,19 +179,23 @@ class SharedStatistics(Statistics):
 def _why_not_whole(y: Any) -> str:
     """Why the parts of an output cannot be summed up once more than its module does; empty where they can."""
     odd = [type(p).__name__ for p in y.placements if p.is_partial() and type(p).__name__ != "Partial"]
-    return f"tensor parallelism leaves it on processes as {odd[0]} (an embedding by rows), which is summed up once" if odd else ""
+    return (
+        f"tensor parallelism leaves it on processes as {odd[0]} (an embedding by rows), which is summed up once"
+        if odd
+        else ""
+    )
 
 
 def _summed(y: Any) -> Tensor:
     """A distributed output with no part of it left to be summed up: that of a row-wise layer before its all-reduce."""
     if not any(placement.is_partial() for placement in y.placements):
-        return y  # type: ignore[no-any-return]
+        return y
     as_whole = torch.distributed.tensor.Replicate()
-    return y.detach().redistribute(placements=[as_whole if p.is_partial() else p for p in y.placements])  # type: ignore[no-any-return]
+    return y.detach().redistribute(placements=[as_whole if p.is_partial() else p for p in y.placements])
 
 
 def _placed_as(dw: Any, parameter: Any) -> Tensor:
-    return dw if dw.placements == parameter.placements else dw.redistribute(placements=parameter.placements)  # type: ignore[no-any-return]
+    return dw if dw.placements == parameter.placements else dw.redistribute(placements=parameter.placements)
 
 
 def _samples(layer: Layer, y: Tensor) -> int:

@@ -7,9 +7,8 @@ Meetings of one profile: before the pass (is it the same one everywhere?), betwe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -56,7 +55,7 @@ class Alone:
     on_request_refused = ""
     """Why metrics that take passes of their own cannot be had."""
     whole_pass = False
-    """Whether every pass has to run forward and backward, with all weights taking part and no dW reduced tile by tile."""
+    """Whether every pass runs forward and backward, all weights take part, and no dW is reduced tile by tile."""
 
     def telling(self) -> AbstractContextManager[None]:
         """Around all of the profile: no process ends before the others, and who raises says so."""
@@ -217,7 +216,9 @@ class Together(Alone):
     # --- the meetings ---
 
     def open(self, layers: Sequence[Layer], metrics: Sequence[str], loss_scale: float) -> None:
-        subject = [(layer.name, tuple(layer.weight.parameter.shape), str(layer.weight.parameter.dtype)) for layer in layers]
+        subject = [
+            (layer.name, tuple(layer.weight.parameter.shape), str(layer.weight.parameter.dtype)) for layer in layers
+        ]
         values: list[Any] = []
         if self._layout.kind == DDP:  # whose weights are copies, as far as nobody has changed one of them
             collector = Collector("auto")
@@ -283,20 +284,24 @@ class Together(Alone):
             return None  # the others are in the middle of a pass, and cannot begin it again
         if revised is None and self._statistics is not None and self._statistics.came_again:
             raise RuntimeError(_WAITED)  # and got all that it waited for
-        place = {layer: i for i, layer in enumerate(self._layers)}
         assert self._statistics is not None
-        weight_of = {id(w.parameter): i for i, w in enumerate(self._statistics.all_weights)}
-        everywhere: Routes | None = self._exchange(_as_places(revised, place, weight_of), _union)
+        weights = [id(weight.parameter) for weight in self._statistics.all_weights]
+        things: dict[str, list[Any]] = {
+            "leaf": weights,
+            "until_the_end": weights,
+            "copied": self._layers,
+            "threads": self._layers,
+        }
+        wanted = None
+        if revised is not None:  # numbers in the place of layers and ids, which mean nothing elsewhere
+            flags = {name: getattr(revised, name) for name in ("tiles", "own_flags", "anchored")}
+            numbers = {name: {known.index(x) for x in getattr(revised, name)} for name, known in things.items()}
+            wanted = flags | numbers
+        everywhere = self._exchange(wanted, _union)
         if everywhere is None:
             return None
-        ids = {i: key for key, i in weight_of.items()}
-        return replace(
-            everywhere,
-            leaf=frozenset(ids[i] for i in everywhere.leaf),
-            until_the_end=frozenset(ids[i] for i in everywhere.until_the_end),
-            copied=frozenset(self._layers[i] for i in everywhere.copied),  # type: ignore[call-overload]
-            threads=frozenset(self._layers[i] for i in everywhere.threads),  # type: ignore[call-overload]
-        )
+        named = {name: frozenset(known[i] for i in everywhere[name]) for name, known in things.items()}
+        return Routes(**(everywhere | named))
 
     def finish(
         self,
@@ -332,8 +337,8 @@ def together_or_alone(model: nn.Module, modules: dict[str, nn.Module]) -> Alone:
 
 def _refuse_the_wrapper(module: nn.Module, args: Any) -> None:
     raise ValueError(
-        "the closure called the DistributedDataParallel itself, whose backward pass reduces and keeps every gradient: let "
-        "it call model.module; profile brings gradients together by itself"
+        "the closure called the DistributedDataParallel itself, whose backward pass reduces and keeps every gradient: "
+        "let it call model.module; profile brings gradients together by itself"
     )
 
 
@@ -362,29 +367,15 @@ def _require_the_same(messages: list[Any]) -> None:
                 )
 
 
-def _as_places(revised: Routes | None, place: dict[Layer, int], weight_of: dict[int, int]) -> Routes | None:
-    """Routes with numbers in the place of layers and ids, which mean nothing elsewhere."""
-    if revised is None:
-        return None
-    return replace(
-        revised,
-        leaf=frozenset(weight_of[key] for key in revised.leaf),
-        until_the_end=frozenset(weight_of[key] for key in revised.until_the_end),
-        copied=frozenset(place[layer] for layer in revised.copied),  # type: ignore[arg-type]
-        threads=frozenset(place[layer] for layer in revised.threads),  # type: ignore[arg-type]
-    )
-
-
-def _union(wanted: Iterable[Routes | None]) -> Routes | None:
+def _union(wanted: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """One revision of routes for all: without tiles where one wants none, and with all that any wants."""
     found = [routes for routes in wanted if routes is not None]
     if not found:
         return None
-    return Routes(
-        tiles=all(routes.tiles for routes in found),
-        own_flags=any(routes.own_flags for routes in found),
-        leaf=frozenset().union(*(routes.leaf for routes in found)),
-        until_the_end=frozenset().union(*(routes.until_the_end for routes in found)),
-        copied=frozenset().union(*(routes.copied for routes in found)),
-        threads=frozenset().union(*(routes.threads for routes in found)),
-        anchored=any(routes.anchored for routes in found),
-    )
+    united = {
+        name: set().union(*(routes[name] for routes in found))
+        if isinstance(value, set)
+        else any(routes[name] for routes in found)
+        for name, value in found[0].items()
+    }
+    return united | {"tiles": all(routes["tiles"] for routes in found)}

@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 import os
 import random
+import shutil
+import tempfile
 import time
 import warnings
 from dataclasses import replace
@@ -278,6 +280,8 @@ class Failing(nn.Module):
         y = self.inner(x)
         if self.where == "backward":
             self.inner.b.up.weight.register_hook(fail)
+        if self.where == "output":
+            y.register_hook(fail)
         return y * float("nan") if self.where == "nan" else y
 
 
@@ -330,13 +334,39 @@ def ddp_of_different_things_is_refused(rank, processes):
     own, model = own_batch(rank, processes), DistributedDataParallel(net())
     with pytest.raises(ValueError, match=r"let it call model\.module"):
         zest_fast.profile(model, closure=lambda: token_loss(model(own[0]), own[1]))
-    with pytest.raises(NotImplementedError, match=r"FSDP1"):
-        from torch.distributed.fsdp import FullyShardedDataParallel
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            wrapped = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
-        profile(wrapped, rank, processes)
+
+def wrappers_that_are_not_known_are_refused(rank, processes):
+    from torch.distributed._composable.replicate import replicate
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        flat = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+    with pytest.raises(NotImplementedError, match=r"the model is a FullyShardedDataParallel \(FSDP1\)"):
+        profile(flat, rank, processes)
+    inside = net()
+    inside.a = DistributedDataParallel(inside.a)
+    with pytest.raises(NotImplementedError, match=r"module 'a' is a DistributedDataParallel inside of the model"):
+        profile(inside, rank, processes)
+    with pytest.raises(NotImplementedError, match=r"was given to replicate\(\)"):
+        profile(replicate(net()), rank, processes)
+    engine = type("DeepSpeedEngine", (nn.Sequential,), {"__module__": "deepspeed.runtime.engine"})
+    with pytest.raises(NotImplementedError, match=r"the model is a DeepSpeedEngine of DeepSpeed"):
+        profile(engine(net()), rank, processes)
+
+
+def ddp_that_is_compiled_or_hands_out_its_buckets(rank, processes):
+    spec = whole(net())
+    assert_equal(profile(torch.compile(DistributedDataParallel(net())), rank, processes), spec)
+    assert_equal(profile(DistributedDataParallel(torch.compile(net())), rank, processes), spec)
+    model, own = DistributedDataParallel(net(), gradient_as_bucket_view=True), own_batch(rank, processes)
+    for _ in range(2):
+        token_loss(model(own[0]), own[1]).backward()
+        before = state_of(model)
+        assert_equal(profile(model, rank, processes), spec)
+        assert_same_state(before, state_of(model))
+        model.zero_grad()
 
 
 def one_process_that_does_not_come_is_named(rank, processes):
@@ -558,8 +588,14 @@ def fsdp_of_parts_is_refused(rank, processes):
 def fsdp_where_processes_fail(rank, processes):
     failing = Failing("forward")
     model = sharded(failing, [failing.inner])
+    before = state_of(model)
     with pytest.raises(ValueError, match=r"a bad sample"):  # on all of them
         profile(model, rank, processes)
+    assert_same_state(before, state_of(model))
+    failing.where = "output"
+    with pytest.raises(ValueError, match=r"a bad gradient"):
+        profile(model, rank, processes)
+    assert_same_state(before, state_of(model))
     failing.where = "nan" if rank == 0 else ""
     with pytest.raises(ValueError, match=r"the loss of process 0 is nan"):
         profile(model, rank, processes)
@@ -628,33 +664,28 @@ def tensor_parallel_is_of_the_whole_layer(rank, processes):
         assert_same_state(before, state_of(model))
 
 
-def tensor_parallel_language_model_by_the_plan_of_transformers(rank, processes):
-    pytest.importorskip("transformers")
+def tensor_parallel_language_model_as_transformers_loads_it(rank, processes):
+    transformers = pytest.importorskip("transformers")
+    distributed_config = pytest.importorskip("transformers.distributed").DistributedConfig(
+        tp_size=processes, tp_plan="auto"
+    )
     torch.manual_seed(0)
     ids = torch.arange(64).reshape(4, 16) % 40
-    alone = llama(tie_word_embeddings=False).double()
-    plan = of_transformers(alone)
-    model = llama(tie_word_embeddings=False).double()
-    model.load_state_dict(alone.state_dict())
-    tensor_parallel(model, plan)
-    for layer in model.model.layers:
-        layer.self_attn.config.num_attention_heads //= processes
+    alone, folder = llama(tie_word_embeddings=False).double(), [tempfile.mkdtemp()]
+    distributed.broadcast_object_list(folder)
+    if rank == 0:
+        alone.save_pretrained(folder[0])
+    distributed.barrier()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder[0], distributed_config=distributed_config, dtype=torch.float64
+    )
+    assert hasattr(model.lm_head.weight, "full_tensor")
     found = zest_fast.profile(model, {"input_ids": ids, "labels": ids, "use_cache": False})
     assert_equal(found, oracle.measure(alone, lambda: alone(input_ids=ids, labels=ids, use_cache=False).loss))
-
-
-def of_transformers(model):
-    """Its own plan in the words of torch."""
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
-
-    styles = {
-        "colwise": ColwiseParallel(),
-        "rowwise": RowwiseParallel(),
-        "colwise_gather_output": ColwiseParallel(output_layouts=Replicate()),
-        "embedding_rowwise": RowwiseParallel(input_layouts=Replicate()),
-    }
-    return {pattern: styles[style] for pattern, style in model.tp_plan.items() if style in styles}
+    distributed.barrier()
+    if rank == 0:
+        shutil.rmtree(folder[0])
 
 
 def tensor_parallel_of_different_batches_is_refused(rank, processes):
@@ -734,6 +765,8 @@ ON_TWO = {
         ddp_where_all_processes_fail_alike,
         ddp_with_a_loss_that_is_not_finite_on_one_process,
         ddp_of_different_things_is_refused,
+        ddp_that_is_compiled_or_hands_out_its_buckets,
+        wrappers_that_are_not_known_are_refused,
         fsdp_is_of_the_global_batch,
         fsdp_of_some_metrics_and_layers,
         fsdp_by_columns,
@@ -747,7 +780,7 @@ ON_TWO = {
         fsdp_of_parts_is_refused,
         fsdp_where_processes_fail,
         tensor_parallel_is_of_the_whole_layer,
-        tensor_parallel_language_model_by_the_plan_of_transformers,
+        tensor_parallel_language_model_as_transformers_loads_it,
         tensor_parallel_of_different_batches_is_refused,
         tensor_parallel_around_a_plain_layer_is_refused,
         mixed_meshes_are_refused,

@@ -116,7 +116,7 @@ def profile(
         raise ValueError(f"loss_scale is {loss_scale!r}; a positive number is needed")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("profile needs gradients and cannot run inside torch.inference_mode(); leave it first")
-    wrapper, model = model, _without_wrappers(model, closure)
+    wrapper, model = _unwrapped(model, closure)
     modules = dict(model.named_modules())
     if any(module in _in_progress for module in modules.values()):
         raise RuntimeError("profile was called inside a profile of the same model; finish one before the next")
@@ -339,17 +339,26 @@ class _Pass:
         return reached
 
 
-def _without_wrappers(model: nn.Module, closure: Callable[[], Tensor] | None) -> nn.Module:
-    """The module that torch.compile or data parallelism wraps: its layers and hooks are the real ones."""
-    if isinstance(model, nn.DataParallel) and closure is not None:
-        raise ValueError(
-            "model is a DataParallel, whose forward runs on copies: let the closure call model.module, and pass "
-            "model.module"
-        )
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        model = model.module
-    original = getattr(model, "_orig_mod", None)
-    return original if isinstance(original, nn.Module) else model
+def _unwrapped(model: nn.Module, closure: Callable[[], Tensor] | None) -> tuple[nn.Module, nn.Module]:
+    """The DistributedDataParallel that the model is in, else the model itself; and the module inside of all that
+    torch.compile and data parallelism wrap around it: its layers and hooks are the real ones.
+    """
+    wrapper: nn.Module | None = None
+    while True:
+        if isinstance(model, nn.DataParallel) and closure is not None:
+            raise ValueError(
+                "model is a DataParallel, whose forward runs on copies: let the closure call model.module, and pass "
+                "model.module"
+            )
+        original = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            wrapper, model = model, model.module
+        elif isinstance(model, nn.DataParallel):
+            model = model.module
+        elif isinstance(original, nn.Module):
+            model = original
+        else:
+            return wrapper or model, model
 
 
 def _require_usable(modules: dict[str, nn.Module]) -> None:

@@ -57,22 +57,17 @@ def layout_of(model: nn.Module, modules: dict[str, nn.Module]) -> Layout | None:
     """How the model lies on processes; None where it lies on this one alone.
 
     Args:
-        model: as it was handed over, in its DistributedDataParallel.
+        model: in its DistributedDataParallel, if it is in one.
         modules: those of the model inside, by name.
 
     Raises:
         NotImplementedError: a layout of which metrics would be wrong; the message says what to do.
         ValueError: FSDP2 in the middle of an accumulation of gradients.
     """
+    _refuse_unknown_wrappers(modules)
     fsdp = sys.modules.get("torch.distributed.fsdp")
     units: list[nn.Module] = []
     if fsdp is not None:
-        for name, module in {"the model": model, **modules}.items():
-            if isinstance(module, fsdp.FullyShardedDataParallel):
-                raise NotImplementedError(
-                    f"{name or 'the model'} is a FullyShardedDataParallel (FSDP1), whose flat parameters have no "
-                    "layers; shard the model with fully_shard (FSDP2), or profile it before it is wrapped"
-                )
         unit_type: Any = getattr(fsdp, "FSDPModule", ())  # not in torch 2.5
         units = [module for module in modules.values() if isinstance(module, unit_type)]
     distributed = _distributed_parameters(modules)
@@ -87,6 +82,34 @@ def layout_of(model: nn.Module, modules: dict[str, nn.Module]) -> Layout | None:
     if units:
         return _fsdp(units, distributed, modules)
     return _tensor_parallel(distributed) if distributed else None
+
+
+def _refuse_unknown_wrappers(modules: dict[str, nn.Module]) -> None:
+    """Raises for modules that bring gradients of processes together in ways that are not followed here."""
+    for name, module in modules.items():
+        where = f"module {name!r}" if name else "the model"
+        kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__}
+        if any(kind.endswith(".FullyShardedDataParallel") for kind in kinds):
+            raise NotImplementedError(
+                f"{where} is a FullyShardedDataParallel (FSDP1), whose flat parameters have no layers; shard the model "
+                "with fully_shard (FSDP2), or profile it before it is wrapped"
+            )
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise NotImplementedError(
+                f"{where} is a DistributedDataParallel inside of the model: only the model as a whole can be profiled "
+                "over processes; profile it before its parts are wrapped, or wrap the whole"
+            )
+        if "torch.distributed._composable.replicate.DDP" in kinds:
+            raise NotImplementedError(
+                f"{where} was given to replicate(), which reduces gradients in hooks of its own; put the model into a "
+                "DistributedDataParallel instead"
+            )
+        if any(kind.startswith("deepspeed.") for kind in kinds):
+            raise NotImplementedError(
+                f"{where} is a {type(module).__name__} of DeepSpeed, whose gradients are not followed; profile the "
+                "module inside (ZeRO-1 and 2; metrics are then of the batch of this process) in a "
+                "DistributedDataParallel, or before DeepSpeed gets it"
+            )
 
 
 def _distributed_parameters(modules: dict[str, nn.Module]) -> dict[str, Any]:

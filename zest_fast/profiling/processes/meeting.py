@@ -97,7 +97,7 @@ class Meeting:
             messages.append(said)
         try:
             return "all", merge(messages)
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:  # for all, as the others wait for an answer
             return "refused", error
 
     def _wait(self, key: str, whom: str) -> tuple[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zest_fast.kernels.moments import SquaredProducts
 from zest_fast.profiling import layer_rules
-from zest_fast.profiling.layers import Layer, Weight, channel_dim
+from zest_fast.profiling.layers import Layer, Weight, channel_dim, is_transformers_conv1d
 from zest_fast.profiling.observer import Statistics, naming_the_layer
 from zest_fast.profiling.processes.gradient_mean import GradientMeans
 from zest_fast.profiling.processes.layout import DDP, Layout, is_a_copy
@@ -71,7 +71,7 @@ class SharedStatistics(Statistics):
                 self.missed(layer, why, outputs=True)
                 return
             y = _summed(y)
-        if self._is_copy(y):
+        if self._is_copy(layer, y):
             self._copied_outputs.add(layer)
         y = local_part(y)
         self._samples.setdefault(layer, []).append(_samples(layer, y))
@@ -94,7 +94,9 @@ class SharedStatistics(Statistics):
             return
         whole: Any = y()
         if not is_distributed(whole):
-            if self._is_copy(g):
+            if _is_channel_shard(layer, whole):
+                self._split_by_channels.add(layer)
+            elif self._is_copy(layer, whole):
                 self._copied_products.add(layer)
             super().output_gradient(layer, lambda: local_part(whole), local_part(g), only_use)
             return
@@ -117,11 +119,11 @@ class SharedStatistics(Statistics):
         uses = counts[:1] if len(set(counts)) == 1 else counts
         self._fisher[layer] = [(lambda n=n: SquaredProducts(0.0, n)) for n in uses]  # type: ignore[misc]
 
-    def _is_copy(self, tensor: Tensor) -> bool:
-        """Whether the first process has the same: of a plain tensor in tensor parallelism, every other one."""
+    def _is_copy(self, layer: Layer, y: Tensor) -> bool:
+        """Whether the first process has the same: of a plain output in tensor parallelism, every other one."""
         if self._layout.splits_the_batch:
             return False
-        return is_a_copy(tensor) if is_distributed(tensor) else not self._is_first
+        return is_a_copy(y) if is_distributed(y) else not (self._is_first or _is_channel_shard(layer, y))
 
     def _weight_is_copy(self, weight: Weight, whole_on_each: bool) -> bool:
         p = weight.parameter
@@ -174,6 +176,15 @@ class SharedStatistics(Statistics):
 
     def _of(self, weight: Weight) -> int:
         return next(self._place[layer] for layer in weight.layers if layer in self._place)
+
+
+def _is_channel_shard(layer: Layer, y: Tensor) -> bool:
+    """Whether a plain output has the channels of one shard of the weight: transformers' plans hand out such."""
+    p: Any = layer.weight.parameter
+    if not is_distributed(p) or p.dim() != 2 or y.is_nested:
+        return False
+    own, dim = local_part(p), 1 if is_transformers_conv1d(layer.module) else 0
+    return any(s.is_shard() and s.dim == dim for s in p.placements) and y.shape[channel_dim(layer, y)] == own.shape[dim]
 
 
 def _why_not_whole(y: Any) -> str:

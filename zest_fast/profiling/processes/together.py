@@ -109,7 +109,7 @@ class Together(Alone):
     """A model on several processes, each of which runs the same profile.
 
     Args:
-        wrapper: the model as it was handed over.
+        wrapper: the model in its DistributedDataParallel, if it is in one.
         modules: of the model inside, by name.
         layout: who shares it.
     """
@@ -328,7 +328,7 @@ def together_or_alone(model: nn.Module, modules: dict[str, nn.Module]) -> Alone:
     """Who takes part in a profile of this model; raises as ``layout_of``.
 
     Args:
-        model: as it was handed over.
+        model: in its DistributedDataParallel, if it is in one.
         modules: those of the model inside of wrappers, by name.
     """
     layout = layout_of(model, modules)

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import tempfile
+import threading
 import time
 import warnings
 from dataclasses import replace
@@ -840,3 +841,60 @@ def test_two_processes(case, on_two):
 @pytest.mark.parametrize("case", ON_FOUR)
 def test_four_processes(case, on_four):
     assert not on_four[case], on_four[case]
+
+
+# --- what needs one process -------------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_stage_is_profiled_by_itself():
+    """Its closure gets what the stage gets: an input, and the gradient of its output."""
+    model = net()
+    (x, y), stages = tokens(), [nn.Sequential(model.embed, model.first, model.a), nn.Sequential(model.b, model.head)]
+    between = stages[0](x).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(token_loss(stages[1](between), y), between)
+    both = oracle.measure(nn.Sequential(*stages), lambda: token_loss(stages[1](stages[0](x)), y))
+    first = zest_fast.profile(stages[0], closure=lambda: (stages[0](x) * gradient).sum())
+    last = zest_fast.profile(stages[1], (between.detach(), y), loss_fn=token_loss)
+    for stage, found in enumerate((first, last)):
+        for name in found:
+            expected = both.values[f"{stage}.{name}"]
+            for metric in oracle.METRICS:
+                error = oracle.relative_error(metric, found[name][metric], expected, both.numel[f"{stage}.{name}"])
+                assert error <= 1e-6, (name, metric)
+    assert len(first) + len(last) == len(both.values)
+
+
+def test_a_meeting_says_whose_turn_it_was(monkeypatch):
+    store = distributed.HashStore()
+    monkeypatch.setattr(distributed, "get_rank", lambda: current.rank)
+    current = threading.local()
+    found = {}
+
+    def take_part(rank, act):
+        current.rank = rank
+        try:
+            found[rank] = act(meeting.Meeting([3, 5, 8], store))
+        except OtherProcessFailed as error:
+            found[rank] = str(error)
+
+    def all_of(acts):
+        threads = [threading.Thread(target=take_part, args=pair) for pair in acts.items()]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        return [found[rank] for rank in (3, 5, 8)]
+
+    def twice(m):
+        return m.exchange(m._me, list), m.exchange(1, sum)
+
+    assert all_of(dict.fromkeys((3, 5, 8), twice)) == [([3, 5, 8], 3)] * 3
+    for failing in (3, 8):  # the first, which merges, and another one
+        store = distributed.HashStore()
+        acts = dict.fromkeys((3, 5, 8), lambda m: m.exchange(0, sum)) | {failing: lambda m: m.fail(KeyError("x"))}
+        said = all_of(acts)
+        text = f"process {failing} failed in this profile: KeyError: 'x'"
+        assert [words for rank, words in zip((3, 5, 8), said, strict=True) if rank != failing] == [text, text]
+    store = distributed.HashStore()
+    monkeypatch.setattr(meeting, "TIME_LIMIT_S", 0.2)
+    said = all_of(dict.fromkeys((3, 5), lambda m: m.exchange(0, sum)) | {8: lambda m: ""})
+    assert all("process 8 has not come within" in words for words in said[:1])
+    assert "has not come within" in said[1]

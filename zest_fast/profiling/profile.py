@@ -56,6 +56,10 @@ def profile(
     not see all uses of a weight (a parameter used outside of its module under reentrant checkpointing, say). Whatever
     model, loss_fn or closure raise passes through unchanged.
 
+    A model in DistributedDataParallel, sharded by FSDP2 (``fully_shard``) or split by tensor parallelism is profiled by
+    all of its processes together, each with its own batch (tensor parallelism: the same one): metrics are of the global
+    batch, and the same on every process (docs/processes.md).
+
     Args:
         model: any module; weights of float32, float64, bfloat16 or float16.
         batch: a mapping (called as ``model(**batch)``; the loss is ``output.loss``) or a pair (inputs, targets), inputs
@@ -94,9 +98,10 @@ def profile(
             scalar or does not depend on the model. The message names the argument or layer.
         RuntimeError: inside ``torch.inference_mode``, or inside another profile of the same model; where the loss of a
             pass that was run again is another one; where a hook of the backward pass wrote into weights that are too
-            large for a copy; where another thread ran a backward pass over the model meanwhile.
-        NotImplementedError: TorchScript modules, which take no hooks, and sharded parameters (DTensor), which are not
-            done yet.
+            large for a copy; where another thread ran a backward pass over the model meanwhile; where another process
+            that shares the model failed.
+        NotImplementedError: TorchScript modules, which take no hooks, and models that lie on several processes in a way
+            that is not followed, or metrics on request there.
 
     Examples:
         >>> import torch, zest_fast

@@ -42,7 +42,7 @@ from zest_fast.profiling.graph import OtherGradients
 from zest_fast.profiling.held import Held, Keeper, Overwritten
 from zest_fast.profiling.layer_rules import has_output_rule, has_tile_rule, linear_gradient, output_again
 from zest_fast.profiling.layers import Layer, Weight
-from zest_fast.profiling.processes.local import stands_for
+from zest_fast.profiling.processes.local import is_distributed, stands_for
 from zest_fast.profiling.watched import Watched
 
 
@@ -613,7 +613,8 @@ class Taps(AbstractContextManager["Taps"]):
 
     def _leaf_hook(self, counts: _Counts) -> Callable[[Tensor], None]:
         def hook(p: Tensor) -> None:
-            if not self._is_own():
+            # FSDP2 hands over what its root gets when the pass is over, on whichever thread ends it.
+            if not self._is_own() and not (is_distributed(p) and self._in_final_backward):
                 self._disturbed = True
                 return
             if p.grad is None or not self._in_final_backward:

@@ -207,6 +207,67 @@ def ddp_of_sparse_gradients_and_a_scaled_loss(rank, processes):
     assert_equal(found, whole(sparse(), layers=layers))
 
 
+class OwnCheckpoint(torch.autograd.Function):
+    """Checkpointing as other libraries write it: its graph shows no weight."""
+
+    @staticmethod
+    def forward(ctx, function, x):
+        ctx.function, ctx.x = function, x
+        return function(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        with torch.enable_grad():
+            x = ctx.x.detach().requires_grad_()
+            ctx.function(x).backward(g)
+        return None, x.grad
+
+
+class HiddenLayers(Recomputed):
+    def forward(self, x):
+        y = self.embed(x).requires_grad_()
+        return self.head(OwnCheckpoint.apply(lambda y: self.layer(y).tanh(), y))
+
+
+def hidden():
+    torch.manual_seed(2)
+    return HiddenLayers().double()
+
+
+def ddp_of_layers_that_the_graph_does_not_show(rank, processes):
+    found = profile(DistributedDataParallel(hidden()), rank, processes)
+    assert_equal(found, whole(hidden()))
+
+
+class Writing(nn.Module):
+    """Large enough not to be copied as a whole; writes into its weights while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.gain = net(width=128, inner=1024), nn.Parameter(torch.ones(20).double())
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.gain.mul_(1.5)
+            self.inner.a.down.bias.add_(0.25)
+        return self.inner(x) * self.gain
+
+
+def models_that_write_are_given_back(rank, processes):
+    spec = whole(Writing())
+    model = Writing()
+    split_ = {f"inner.{name}": style for name, style in plans()["blocks"].items()}
+    for one, batch in (
+        (DistributedDataParallel(Writing()), own_batch(rank, processes)),
+        (sharded(model, [model.inner.a, model.inner.b]), own_batch(rank, processes)),
+        (tensor_parallel(Writing(), split_), tokens()),
+    ):
+        before = state_of(one)
+        found = zest_fast.profile(one, batch, loss_fn=token_loss)
+        assert_equal(found, spec)
+        assert_same_state(before, state_of(one))
+
+
 def ddp_of_some_metrics_and_layers(rank, processes):
     model = DistributedDataParallel(net())
     spec = whole(net())
@@ -408,11 +469,21 @@ def fsdp_is_of_the_global_batch(rank, processes):
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     spec = whole(net())
-    for options in ({}, {"reshard_after_forward": False}, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}):
+    kept = {"reshard_after_forward": 2 if processes == 4 else False}  # 2: on pairs of processes
+    for options in ({}, kept, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}):
         model = sharded(net(), mesh=mesh_of(processes), **options)
+        with torch.no_grad():
+            model(own_batch(rank, processes)[0])
         found = profile(model, rank, processes)
         assert_equal(found, spec)
         assert "FSDP2" in found.info["head"]["note"] and found.info["head"]["shape"] == [20, 8]
+
+
+def in_single_precision(rank, processes):
+    exact, plain = whole(net().float().double()), whole(net().float())
+    for model in (DistributedDataParallel(net().float()), sharded(net().float())):
+        verdict = oracle.compare(profile(model, rank, processes), exact, plain)
+        assert not verdict.misses and len(verdict.left_out) < 0.1 * verdict.cells, verdict
 
 
 def hsdp_is_of_the_global_batch(rank, processes):
@@ -431,6 +502,15 @@ def fsdp_of_some_metrics_and_layers(rank, processes):
             for metric in metrics:
                 assert oracle.relative_error(metric, found[name][metric], spec.values[name], spec.numel[name]) < 1e-6
         assert_the_same_everywhere(found)
+
+
+def fsdp_between_a_forward_and_its_backward(rank, processes):
+    model, own, reference = sharded(net()), own_batch(rank, processes), net()
+    loss = token_loss(model(own[0]), own[1])
+    assert_equal(profile(model, rank, processes), whole(reference))
+    loss.backward()
+    torch.testing.assert_close(model.head.weight.grad.full_tensor(), reference.head.weight.grad)
+    torch.testing.assert_close(model.a.up.weight.grad.full_tensor(), reference.a.up.weight.grad)
 
 
 def fsdp_by_columns(rank, processes):
@@ -689,6 +769,26 @@ def tensor_parallel_language_model_as_transformers_loads_it(rank, processes):
         shutil.rmtree(folder[0])
 
 
+def tensor_parallel_with_a_distributed_loss(rank, processes):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel
+
+    head = {"head": ColwiseParallel(output_layouts=Replicate(), use_local_output=False)}
+    model = tensor_parallel(net(), plans()["blocks"] | head)
+
+    def loss(y, t):
+        return token_loss(y, distribute_tensor(t, y.device_mesh, [Replicate()]))
+
+    assert_equal(zest_fast.profile(model, tokens(), loss_fn=loss), whole(net()))
+
+    def partial(y, t):
+        t = distribute_tensor(t, y.device_mesh, [Shard(0)])
+        return token_loss(y.redistribute(placements=[Shard(0)]), t)
+
+    with pytest.raises(ValueError, match=r"the loss is a DTensor of parts .*full_tensor"):
+        zest_fast.profile(model, tokens(), loss_fn=partial)
+
+
 def tensor_parallel_of_different_batches_is_refused(rank, processes):
     model = tensor_parallel(net(), plans()["blocks"])
     with pytest.raises(ValueError, match=r"loss differs between processes of one tensor-parallel model"):
@@ -758,6 +858,8 @@ ON_TWO = {
         ddp_of_tied_and_free_weights,
         ddp_of_gradients_in_several_parts,
         ddp_of_sparse_gradients_and_a_scaled_loss,
+        ddp_of_layers_that_the_graph_does_not_show,
+        models_that_write_are_given_back,
         ddp_of_some_metrics_and_layers,
         ddp_in_half_precision,
         ddp_leaves_all_as_it_was_and_trains_on,
@@ -769,7 +871,9 @@ ON_TWO = {
         ddp_that_is_compiled_or_hands_out_its_buckets,
         wrappers_that_are_not_known_are_refused,
         fsdp_is_of_the_global_batch,
+        in_single_precision,
         fsdp_of_some_metrics_and_layers,
+        fsdp_between_a_forward_and_its_backward,
         fsdp_by_columns,
         fsdp_where_control_flow_differs,
         fsdp_of_uneven_and_empty_shards,
@@ -782,6 +886,7 @@ ON_TWO = {
         fsdp_where_processes_fail,
         tensor_parallel_is_of_the_whole_layer,
         tensor_parallel_language_model_as_transformers_loads_it,
+        tensor_parallel_with_a_distributed_loss,
         tensor_parallel_of_different_batches_is_refused,
         tensor_parallel_around_a_plain_layer_is_refused,
         mixed_meshes_are_refused,

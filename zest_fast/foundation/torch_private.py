@@ -288,13 +288,15 @@ def fsdp_parameters(group: Any) -> list[Tensor]:
 
 
 def fsdp_gathered(group: Any) -> list[Tensor]:
-    """The whole parameters that stand in the place of shards while a group is gathered, as far as it ever was."""
-    return [p for one in group.fsdp_params if (p := getattr(one, "_unsharded_param", None)) is not None]
+    """What stands in the place of shards while a group is gathered: whole parameters, or the shards of fewer processes
+    that ``reshard_after_forward=N`` leaves."""
+    names = ("_unsharded_param", "_sharded_post_forward_param")
+    return [p for one in group.fsdp_params for name in names if (p := getattr(one, name, None)) is not None]
 
 
 def is_gathered(group: Any) -> bool:
-    """Whether the modules hold whole parameters now, in the place of shards."""
-    return bool(group.is_unsharded)
+    """Whether the modules hold other parameters now, in the place of shards."""
+    return not group.is_sharded
 
 
 def fsdp_dtypes(group: Any) -> tuple[Any, Any]:

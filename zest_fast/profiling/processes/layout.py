@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,7 +140,8 @@ def _fsdp(units: list[nn.Module], distributed: dict[str, Any], modules: dict[str
     sharded = {id(p): p for group in groups for p in fsdp_parameters(group)}
     # A module that is gathered holds the whole parameter now, and the shard later.
     names = {id(p): name for name, p in distributed.items()}
-    placed: dict[int, Any] = sharded | {id(p): p for p in distributed.values()}
+    gathered = {id(p) for group in groups for p in fsdp_gathered(group)}
+    placed: dict[int, Any] = sharded | {id(p): p for p in distributed.values() if id(p) not in gathered}
     mesh = next(iter(placed.values())).device_mesh if placed else None
     for key, p in placed.items():
         name = repr(names.get(key, "of a gathered module"))
@@ -158,7 +159,7 @@ def _fsdp(units: list[nn.Module], distributed: dict[str, Any], modules: dict[str
             )
     if mesh is None:
         raise NotImplementedError("fully_shard was called on modules without parameters; profile the model without it")
-    _require_sharded_weights(modules, sharded, groups)
+    _require_sharded_weights(modules, sharded.keys() | gathered)
     divisors = {fsdp_divides_by(group) for group in groups}
     if len(divisors) > 1:
         raise NotImplementedError(
@@ -178,12 +179,11 @@ def _fsdp(units: list[nn.Module], distributed: dict[str, Any], modules: dict[str
     )
 
 
-def _require_sharded_weights(modules: dict[str, nn.Module], sharded: dict[int, Any], groups: list[Any]) -> None:
+def _require_sharded_weights(modules: dict[str, nn.Module], of_groups: Set[int]) -> None:
     """Refuses weights that fully_shard was told to ignore: their gradients are those of one process."""
-    gathered = {id(p) for group in groups for p in fsdp_gathered(group)}
     for module_name, module in modules.items():
         for own_name, p in module._parameters.items():
-            if p is not None and p.dim() >= 2 and id(p) not in sharded and id(p) not in gathered:
+            if p is not None and p.dim() >= 2 and id(p) not in of_groups:
                 name = f"{module_name}.{own_name}" if module_name else own_name
                 raise NotImplementedError(
                     f"parameter {name!r} is not sharded, while others are (ignored_params of fully_shard, or a model "

@@ -26,12 +26,12 @@ from zest_fast.foundation.torch_private import (
     start_fsdp,
 )
 from zest_fast.kernels import Collector
-from zest_fast.profiling.graph import leaves_of
+from zest_fast.profiling.graph import custom_functions, leaves_of
 from zest_fast.profiling.layers import Layer, Weight
 from zest_fast.profiling.loss import require_finite
 from zest_fast.profiling.observer import Statistics
 from zest_fast.profiling.processes.layout import DDP, FSDP2, Layout, layout_of
-from zest_fast.profiling.processes.local import local_part
+from zest_fast.profiling.processes.local import is_distributed, local_part
 from zest_fast.profiling.processes.meeting import Meeting, OtherProcessFailed, meeting_of
 from zest_fast.profiling.processes.report import merged
 from zest_fast.profiling.processes.shared_statistics import SharedStatistics
@@ -240,7 +240,12 @@ class Together(Alone):
         assert self._statistics is not None
         weights = self._statistics.all_weights
         calls = {module: at for module, at in taps.order.items() if module in self._names}
+        if is_distributed(loss) and not all(p.is_replicate() for p in loss.placements):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"the loss is a DTensor of parts ({loss.placements}); return loss.full_tensor()"  # type: ignore[attr-defined]
+            )
         leaves, is_opaque = leaves_of(loss)
+        is_opaque = is_opaque or bool(custom_functions(loss))
         absent = [] if is_opaque else [i for i, w in enumerate(weights) if id(w.parameter) not in leaves]
         last = [i for i, w in enumerate(weights) if taps.is_summed_at_the_end(w) or not _all_called(w, taps)]
         first_calls = {

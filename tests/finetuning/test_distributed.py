@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from process_cases import start
 from small_models import llama
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 
 from zest_fast.finetuning.delta_files import read_delta
 from zest_fast.finetuning.selective_backward import SelectiveBackward
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.skipif(not distributed.is_gloo_available(), reason="nee
 
 
 def test_two_processes_learn_what_one_does(tmp_path):
-    multiprocessing.spawn(learn_in_all_ways, (str(tmp_path),), nprocs=PROCESSES)
+    start(learn_in_all_ways, (str(tmp_path),), PROCESSES)
     one, *others = (read_delta(tmp_path / f"{order}.safetensors") for order in ORDERS)
     for other in others:
         assert one.base == other.base

@@ -474,8 +474,10 @@ def fsdp_is_of_the_global_batch(rank, processes):
         model = sharded(net(), mesh=mesh_of(processes), **options)
         with torch.no_grad():
             model(own_batch(rank, processes)[0])
-        found = profile(model, rank, processes)
-        assert_equal(found, spec)
+        for reshard in (True, False):
+            model.set_reshard_after_backward(reshard)
+            found = profile(model, rank, processes)
+            assert_equal(found, spec)
         assert "FSDP2" in found.info["head"]["note"] and found.info["head"]["shape"] == [20, 8]
 
 
@@ -484,6 +486,36 @@ def in_single_precision(rank, processes):
     for model in (DistributedDataParallel(net().float()), sharded(net().float())):
         verdict = oracle.compare(profile(model, rank, processes), exact, plain)
         assert not verdict.misses and len(verdict.left_out) < 0.1 * verdict.cells, verdict
+
+
+def several_calls_in_one_closure(rank, processes):
+    """Two micro-batches: FSDP2 reduces the gradient of each, and their sum is what counts."""
+    parts = [tuple(part[i::2] for part in tokens()) for i in range(2)]
+
+    def closure(model, batches):
+        return lambda: sum(token_loss(model(x), y) for x, y in batches) / 2
+
+    spec = oracle.measure(alone := net(), closure(alone, parts))
+    own = [share(part, rank, processes) for part in parts]
+    for model in (DistributedDataParallel(net()), sharded(net())):
+        inner = getattr(model, "module", model)
+        found = zest_fast.profile(model, closure=closure(inner, own))
+        assert_equal(found, spec)
+        assert found.info["a.up"]["uses"] == 2
+
+
+def code_that_looks_at_flags(rank, processes):
+    """The loss is computed once more, as the model was handed over."""
+
+    def loss(y, t):
+        return token_loss(y, t) + 0 * sum(p.requires_grad for p in model.parameters())
+
+    for model in (DistributedDataParallel(net()), sharded(net())):
+        model.set_reshard_after_backward(False) if hasattr(model, "set_reshard_after_backward") else None
+        before = state_of(model)
+        found = zest_fast.profile(model, own_batch(rank, processes), loss_fn=loss)
+        assert_equal(found, whole(net()))
+        assert_same_state(before, state_of(model))
 
 
 def hsdp_is_of_the_global_batch(rank, processes):
@@ -871,6 +903,8 @@ ON_TWO = {
         ddp_that_is_compiled_or_hands_out_its_buckets,
         wrappers_that_are_not_known_are_refused,
         fsdp_is_of_the_global_batch,
+        several_calls_in_one_closure,
+        code_that_looks_at_flags,
         in_single_precision,
         fsdp_of_some_metrics_and_layers,
         fsdp_between_a_forward_and_its_backward,

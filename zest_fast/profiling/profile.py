@@ -300,6 +300,7 @@ class _Pass:
 
     def _require_the_same_loss(self, loss: Tensor, compute_loss: Callable[[], Tensor], state: ModelState) -> None:
         """Of code that looks at ``requires_grad`` or ``.grad``: what a profile changes there must not change a loss."""
+        self._processes.settle()
         state.rewind()
         with state.as_handed_over(), self._interrupts.interruptible():
             own = float(state.guarded(compute_loss)().detach())

@@ -7,11 +7,11 @@ Meetings of one profile: before the pass (is it the same one everywhere?), betwe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from zest_fast.foundation.nearest import some
@@ -260,7 +260,7 @@ class Together(Alone):
     def _order_of_gradients(self, messages: list[Any]) -> list[int]:
         losses, called, absent, last, first_calls = zip(*messages, strict=True)
         for rank, loss in zip(self._layout.ranks, losses, strict=True):
-            if not torch.isfinite(torch.tensor(loss)):
+            if not math.isfinite(loss):
                 raise ValueError(
                     f"the loss of process {rank} is {loss}: look there at the batch, and for weights or outputs of "
                     "layers that are not finite (a profile of the model alone names them)"

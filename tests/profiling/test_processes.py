@@ -935,6 +935,8 @@ ON_FOUR = {
         fsdp_is_of_the_global_batch,
         fsdp_of_uneven_and_empty_shards,
         hsdp_is_of_the_global_batch,
+        several_calls_in_one_closure,
+        tensor_parallel_is_of_the_whole_layer,
         ddp_where_one_process_fails,
     )
 }

@@ -103,7 +103,7 @@ def images() -> nn.Module:
 
 def tokens(samples: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
-    x, y = torch.randint(20, (2, samples, 6), generator=generator)
+    x, y = torch.randint(20, (2, samples, 8), generator=generator)
     return x, y
 
 

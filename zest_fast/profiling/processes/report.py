@@ -14,6 +14,7 @@ from zest_fast.kernels.moments import GradientMoments, Moments, SquaredProducts
 
 T = TypeVar("T")
 
+_LOSS_ALIKE = 1e-5  # of one batch, whatever the weights are: what goes into it was summed up for all processes alike
 _ALIKE = 1e-3  # of copies: what was computed twice from the same numbers, in any precision but half
 _ALIKE_IN_HALF = 5e-2
 
@@ -45,6 +46,8 @@ class Report:
     with_other_weights: dict[str, int]
     backends: set[str]
     loss: float
+    loss_is_half: bool
+    """Whether it has less than four bytes."""
 
 
 def merged(reports: list[Report], names: list[str], half: set[int], share: float, splits_the_batch: bool) -> Report:
@@ -92,6 +95,7 @@ def merged(reports: list[Report], names: list[str], half: set[int], share: float
         with_other_weights=_merged_by_key([r.with_other_weights for r in reports], max),
         backends=set().union(*(r.backends for r in reports)),
         loss=sum(r.loss for r in reports) * share if splits_the_batch else first.loss,
+        loss_is_half=first.loss_is_half,
     )
 
 
@@ -106,10 +110,11 @@ def _merged_by_key(parts: Iterable[dict[int, T]] | Iterable[dict[str, T]], merge
 def _require_alike(reports: list[Report], names: list[str], half: set[int]) -> None:
     """Of tensor parallelism: every process has the same batch, and computes the same wherever a layer is not split."""
     first, wrong = reports[0], []
-    if any(not _close(r.loss, first.loss, abs(first.loss), _ALIKE_IN_HALF) for r in reports):
+    tolerance = _ALIKE_IN_HALF if first.loss_is_half else _LOSS_ALIKE
+    if any(not _close(r.loss, first.loss, abs(first.loss), tolerance) for r in reports):
         raise ValueError(
             "the loss differs between processes of one tensor-parallel model "
-            f"({', '.join(f'{r.loss:.6g}' for r in reports)}): all of them need the same batch, and the same random "
+            f"({', '.join(f'{r.loss:.7g}' for r in reports)}): all of them need the same batch, and the same random "
             "state (dropout)"
         )
     for report in reports[1:]:

@@ -131,7 +131,7 @@ class SharedStatistics(Statistics):
             return is_a_copy(p)
         return not self._is_first and (whole_on_each or not self._layout.splits_the_batch)
 
-    def report(self, taps: Taps, names: dict[Any, str], loss: float) -> Report:
+    def report(self, taps: Taps, names: dict[Any, str], loss: Tensor) -> Report:
         """After ``finish``; names: of all modules."""
         own, copies = Part(), Part()
         for layer, moments in self.outputs.items():
@@ -156,7 +156,8 @@ class SharedStatistics(Statistics):
             uses={names[module]: count for module, count in taps.uses.items() if module in names},
             with_other_weights={names[m]: count for m, count in taps.with_other_weights.items() if m in names},
             backends=set(self.collector.used),
-            loss=loss,
+            loss=float(local_part(loss.detach())),
+            loss_is_half=loss.dtype.itemsize < 4,
         )
 
     def take(self, report: Report, taps: Taps, modules: dict[str, Any]) -> None:

@@ -321,7 +321,7 @@ class Together(Alone):
         statistics.finish(layers)
         names = [layer.name for layer in layers]
         half = {i for i, layer in enumerate(layers) if layer.weight.parameter.dtype.itemsize < 4}
-        report = statistics.report(taps, self._names, float(local_part(loss.detach())))
+        report = statistics.report(taps, self._names, loss)
         whole = self._exchange(
             report, lambda reports: merged(reports, names, half, self._layout.share, self._layout.splits_the_batch)
         )

@@ -523,6 +523,11 @@ def hsdp_is_of_the_global_batch(rank, processes):
     found = profile(model, rank, processes)
     assert_equal(found, whole(net()))
     assert f"on {processes} processes (HSDP)" in found.info["head"]["note"]
+    with torch.no_grad():
+        local = model.b.up.weight.to_local()
+        local[0, 0] += 1e-3 * (rank == processes - 1)
+    with pytest.raises(ValueError, match=r"weight of layer 'b.up' differs between the replicas of HSDP"):
+        profile(model, rank, processes)
 
 
 def fsdp_of_some_metrics_and_layers(rank, processes):

@@ -15,6 +15,7 @@ from zest_fast.kernels.moments import GradientMoments, Moments, SquaredProducts
 T = TypeVar("T")
 
 _LOSS_ALIKE = 1e-5  # of one batch, whatever the weights are: what goes into it was summed up for all processes alike
+_WEIGHT_ALIKE = 1e-6  # of the same entries, summed in another order
 _ALIKE = 1e-3  # of copies: what was computed twice from the same numbers, in any precision but half
 _ALIKE_IN_HALF = 5e-2
 
@@ -82,7 +83,9 @@ def merged(reports: list[Report], names: list[str], half: set[int], share: float
     missed_outputs = _merged_by_key([r.missed_outputs for r in reports], lambda a, _: a)
     for key in missed_outputs:
         own.outputs.pop(key, None)
-    if not splits_the_batch:
+    if splits_the_batch:
+        _require_the_same_weights(own, reports, names)
+    else:
         _require_alike(reports, names, half)
     return Report(
         own=own,
@@ -105,6 +108,21 @@ def _merged_by_key(parts: Iterable[dict[int, T]] | Iterable[dict[str, T]], merge
         for key, value in part.items():
             found[key] = merge(found[key], value) if key in found else value
     return found
+
+
+def _require_the_same_weights(own: Part, reports: list[Report], names: list[str]) -> None:
+    """Of HSDP, which takes replicas for copies and does not make them so: models of different seeds would pass."""
+    copies = _merged_by_key([r.copies.gradients for r in reports], GradientMoments.merge)
+    for key, copy in copies.items():
+        counted: GradientMoments = own.gradients[key]
+        alike = _close(copy.weight_mean, counted.weight_mean, counted.weight_std, _WEIGHT_ALIKE) and _close(
+            copy.weight_std, counted.weight_std, counted.weight_std, _WEIGHT_ALIKE
+        )
+        if not alike:
+            raise ValueError(
+                f"the weight of layer {names[key]!r} differs between the replicas of HSDP, which are taken for copies: "
+                "load the same weights everywhere, or make the model from the same seed, before fully_shard"
+            )
 
 
 def _require_alike(reports: list[Report], names: list[str], half: set[int]) -> None:

@@ -1,9 +1,10 @@
-"""Two processes: what a wrapped model learns in DistributedDataParallel and FSDP2 is what one process learns."""
+"""Two processes: what a wrapped model learns in DDP, FSDP2 and tensor parallelism is what one process learns."""
 
 import pytest
 import torch
+from process_cases import start
 from small_models import llama
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 
 from zest_fast.finetuning.delta_files import read_delta
 from zest_fast.finetuning.selective_backward import SelectiveBackward
@@ -11,15 +12,16 @@ from zest_fast.finetuning.selective_backward import SelectiveBackward
 LAYER = "model.layers.2.mlp.down_proj"
 IDS = torch.arange(64).reshape(4, 16) % 40
 PROCESSES = 2
-ORDERS = ("wrapped-then-fsdp", "fsdp-then-wrapped")
+ORDERS = ("wrapped-then-fsdp", "fsdp-then-wrapped", "wrapped-then-split", "split-then-wrapped")
 pytestmark = pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
 
 
 def test_two_processes_learn_what_one_does(tmp_path):
-    multiprocessing.spawn(learn_in_all_ways, (str(tmp_path),), nprocs=PROCESSES)
-    one, other = (read_delta(tmp_path / f"{order}.safetensors") for order in ORDERS)
-    assert one.base == other.base
-    assert torch.equal(one.parameters[f"{LAYER}.weight"], other.parameters[f"{LAYER}.weight"])
+    start(learn_in_all_ways, (str(tmp_path),), PROCESSES)
+    one, *others = (read_delta(tmp_path / f"{order}.safetensors") for order in ORDERS)
+    for other in others:
+        assert one.base == other.base
+        assert_alike(one.parameters[f"{LAYER}.weight"], other.parameters[f"{LAYER}.weight"], LAYER)
 
 
 def learn_in_all_ways(rank, folder):
@@ -49,15 +51,16 @@ def learn(rank, *, parallel=lambda model: model, sharded="", checkpointing=False
     alone = llama()
     alone.load_state_dict(model.state_dict())
     alone.requires_grad_(False).get_submodule(LAYER).weight.requires_grad_(True)
-    if sharded == "fsdp-then-wrapped":
-        shard(model)
+    spread = split if "split" in sharded else shard
+    if sharded.endswith("then-wrapped"):
+        spread(model)
     tuned = SelectiveBackward(model, [LAYER])
-    if sharded == "wrapped-then-fsdp":
-        shard(model)
+    if sharded.startswith("wrapped-then"):
+        spread(model)
     if checkpointing:
         model.train().gradient_checkpointing_enable({"use_reentrant": True})
     ran = parallel(model)
-    own = IDS[rank::PROCESSES]
+    own = IDS if "split" in sharded else IDS[rank::PROCESSES]
     pairs = [(ran, own, tuned.parameters()), (alone, IDS, [alone.get_submodule(LAYER).weight])]
     for one, rows, parameters in pairs:
         optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
@@ -79,8 +82,21 @@ def shard(model):
     fully_shard(model)
 
 
+def split(model):
+    """Tensor parallelism: columns of what goes up, rows of what comes down."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    plan = {"model.layers.*.mlp.down_proj": RowwiseParallel()}
+    plan |= {f"model.layers.*.mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
+    parallelize_module(model, init_device_mesh("cpu", (PROCESSES,)), plan)
+
+
 def assert_close(model, wanted):
-    """The sum over processes is another order: a few roundings of float32."""
     for (name, found), expected in zip(model.named_parameters(), wanted.parameters(), strict=True):
-        found = found.full_tensor() if hasattr(found, "full_tensor") else found
-        assert (found - expected).abs().max() <= 1e-6 * expected.abs().max(), name
+        assert_alike(found.full_tensor() if hasattr(found, "full_tensor") else found, expected, name)
+
+
+def assert_alike(found, expected, name):
+    """The sum over processes is another order: a few roundings of float32."""
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max(), name

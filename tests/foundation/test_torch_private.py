@@ -403,3 +403,64 @@ def test_no_other_file_uses_private_parts_of_torch() -> None:
 @pytest.mark.parametrize("name", sorted(PUBLIC_BY_USE))
 def test_what_stays_is_used(name: str) -> None:
     assert any(name in path.read_text() for path in PACKAGE.rglob("*.py"))
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_the_store_of_the_process_group_takes_messages(one_process: None) -> None:
+    store = private.default_store()
+    store.set("zest_fast/test", b"1")
+    assert private.default_store() is store and store.check(["zest_fast/test"])
+    assert store.delete_key("zest_fast/test") and not store.check(["zest_fast/test"])
+
+
+def test_ddp_tells_that_it_waits_for_gradients_once_it_has_some(one_process: None) -> None:
+    model = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
+    assert not private.ddp_is_interrupted(model)
+    model(torch.ones(1, 3))
+    model.module.weight.sum().backward()
+    assert private.ddp_is_interrupted(model)
+    private.reset_ddp(model)
+    assert not private.ddp_is_interrupted(model)
+    model(torch.ones(1, 3)).sum().backward()
+    assert not private.ddp_is_interrupted(model)
+
+
+def test_fsdp_keeps_its_books_as_it_did(one_process: None) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = fully_shard(nn.Linear(3, 2).requires_grad_(False), mp_policy=policy)
+    (group,) = private.fsdp_groups(model)
+    private.start_fsdp(model)
+    assert private.fsdp_dtypes(group) == (None, None)
+    shards = private.fsdp_parameters(group)
+    assert {id(p) for p in shards} == {id(p) for p in model.parameters()} and not private.is_gathered(group)
+    model.requires_grad_(True)
+    private.set_fsdp_dtypes(group, None)
+    assert private.fsdp_dtypes(group) == (torch.float32, torch.float32)
+    with torch.no_grad():
+        model(torch.ones(1, 3))
+    assert private.is_gathered(group)
+    assert [id(p) for p in private.fsdp_gathered(group)] == [id(p) for p in model.parameters()]
+    assert private.fsdp_divides_by(group) is None and not private.fsdp_takes_unused(group)
+    model.set_gradient_divide_factor(3.0)
+    model.set_reduce_scatter_unused_params(True)
+    assert private.fsdp_divides_by(group) == 3.0 and private.fsdp_takes_unused(group)
+    assert not private.fsdp_accumulates(group)
+    model.set_requires_gradient_sync(False)
+    assert "set_requires_gradient_sync" in private.fsdp_accumulates(group)
+    model(torch.ones(1, 3)).float().sum().backward()
+    model.set_requires_gradient_sync(True)
+    assert "were not reduced" in private.fsdp_accumulates(group)
+    private.settle_fsdp(model, [group])
+    assert not private.fsdp_accumulates(group) and not private.is_gathered(group)
+    private.set_fsdp_dtypes(group, (None, None))
+    assert private.fsdp_dtypes(group) == (None, None)

@@ -270,3 +270,104 @@ def called_with_tensors(formula: Callable[..., int]) -> Callable[..., int]:
     """The mark by which FlopCounterMode knows a formula that is called with tensors, not with their shapes."""
     formula._get_raw = True  # type: ignore[attr-defined]
     return formula
+
+
+# Several processes
+
+
+def default_store() -> Any:
+    """The store by which the processes found each other: messages in it get in the way of no collective."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def ddp_is_interrupted(model: nn.parallel.DistributedDataParallel) -> bool:
+    """Whether the reducer has got gradients, and waits for more: nothing tells before the first one."""
+    try:
+        model.reducer._check_reducer_finalized()
+    except RuntimeError:
+        return True
+    return False
+
+
+def reset_ddp(model: nn.parallel.DistributedDataParallel) -> None:
+    """Has the reducer forget a backward pass that it waited for."""
+    model.reducer._reset_state()
+
+
+def fsdp_groups(unit: nn.Module) -> list[Any]:
+    """What FSDP2 gathers and scatters together of a module that was given to ``fully_shard``."""
+    state: Any = unit._get_fsdp_state()  # type: ignore[operator]
+    groups = getattr(state, "_fsdp_param_groups", None)  # not in torch 2.6
+    if groups is None:
+        groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+    return list(groups)
+
+
+def start_fsdp(root: nn.Module) -> None:
+    """What the first forward of FSDP2 does once; it reads which parameters require a gradient, and keeps the answer."""
+    root._get_fsdp_state()._lazy_init()  # type: ignore[operator]
+
+
+def fsdp_parameters(group: Any) -> list[Tensor]:
+    """The shards of a group, whether or not they are what the modules hold now."""
+    return [one.sharded_param for one in group.fsdp_params]
+
+
+def fsdp_gathered(group: Any) -> list[Tensor]:
+    """What stands in the place of shards while a group is gathered: whole parameters, or the shards of fewer processes
+    that ``reshard_after_forward=N`` leaves."""
+    names = ("_unsharded_param", "_sharded_post_forward_param")
+    return [p for one in group.fsdp_params for name in names if (p := getattr(one, name, None)) is not None]
+
+
+def is_gathered(group: Any) -> bool:
+    """Whether the modules hold other parameters now, in the place of shards."""
+    return not group.is_sharded
+
+
+def fsdp_dtypes(group: Any) -> tuple[Any, Any]:
+    """Of parameters and of reductions, as FSDP2 read them off the parameters that required a gradient."""
+    return group._orig_dtype, group._reduce_dtype
+
+
+def set_fsdp_dtypes(group: Any, dtypes: tuple[Any, Any] | None) -> None:
+    """Puts them there; None = reads them again."""
+    if dtypes is None:
+        group._init_mp_dtypes()
+    else:
+        group._orig_dtype, group._reduce_dtype = dtypes
+
+
+def fsdp_accumulates(group: Any) -> str:
+    """Why the next gradient of a group would not be that of one pass alone; empty where it would."""
+    if not group.reduce_grads or not group.all_reduce_grads:
+        return "its gradients are not reduced now (set_requires_gradient_sync or set_requires_all_reduce of False)"
+    if (
+        getattr(group, "_partial_reduce_output", None) is not None
+        or any(one.unsharded_accumulated_grad is not None for one in group.fsdp_params)
+        or any(p.grad is not None for p in fsdp_gathered(group))
+    ):
+        return "it holds gradients of earlier passes that were not reduced (set_requires_gradient_sync(False))"
+    return ""
+
+
+def fsdp_divides_by(group: Any) -> float | None:
+    """What sums of gradients are divided by, where somebody has set that; None = by the number of processes."""
+    return getattr(group, "gradient_divide_factor", None)
+
+
+def fsdp_takes_unused(group: Any) -> bool:
+    """Whether a group takes zeros for a parameter that a process did not use."""
+    return bool(getattr(group, "reduce_scatter_unused_params", False))
+
+
+def settle_fsdp(root: nn.Module, groups: list[Any]) -> None:
+    """Ends a pass that has stopped half-way: shards in their places, and nothing left of its gradients."""
+    reset = getattr(root, "reset_iter_state", None)
+    if reset is not None:  # not in torch 2.6, where a pass that stopped half-way leaves marks
+        reset()
+    for group in groups:
+        for one in group.fsdp_params:
+            one.unsharded_accumulated_grad = None
+        for p in fsdp_gathered(group):
+            p.grad = None

@@ -135,3 +135,22 @@ class GradientMoments:
         """Euclidean norm of W."""
         n = self.gradient.count
         return math.sqrt(self.weight_m2 + n * self.weight_mean**2) if n else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SquaredProducts:
+    """Of S [N, K] = Σ_p Y⊙G of one output of a layer."""
+
+    total: float
+    """Σ_nk S²."""
+    samples: float
+    """N."""
+
+    @property
+    def fisher(self) -> float:
+        """Σ_k ½ mean_n S² (Theis et al. 2018)."""
+        return 0.5 * self.total / self.samples if self.samples else 0.0
+
+    def merge(self, other: SquaredProducts) -> SquaredProducts:
+        """Those of both batches together."""
+        return SquaredProducts(self.total + other.total, self.samples + other.samples)

@@ -18,6 +18,7 @@ from torch.nn import functional
 from zest_fast import kernels
 from zest_fast.foundation.torch_private import ragged_dimension
 from zest_fast.kernels import Collector, GradientMoments, Moments
+from zest_fast.kernels.moments import SquaredProducts
 from zest_fast.profiling.layers import Layer, channel_dim, is_transformers_conv1d
 
 _PLAIN_FORWARDS: dict[type[nn.Module], Any] = {
@@ -139,15 +140,10 @@ def weight_gradient_moments(collector: Collector, dw: Tensor, weight: Tensor) ->
     return collector.gradient_moments(dw.detach(), weight.detach())
 
 
-def fisher_of_one_use(collector: Collector, layer: Layer, y: Tensor, g: Tensor) -> Callable[[], float]:
-    """Σ_k ½ mean_n S_nk² with S [N, K] = Σ_p Y⊙G (Theis et al. 2018), without S."""
+def products_of_one_use(collector: Collector, layer: Layer, y: Tensor, g: Tensor) -> Callable[[], SquaredProducts]:
+    """What fisher is made of, Σ S² with S [N, K] = Σ_p Y⊙G, without S."""
     y, g = _by_channel(layer, y, g)
-    return _half_of_mean(collector.squared_channel_products(y, g), y.shape[0])
-
-
-def samples_of(layer: Layer, y: Tensor) -> int:
-    """N of an output; a call without a batch dimension is one sample."""
-    return 1 if y.dim() <= -channel_dim(layer, y) else y.shape[0]
+    return _over(y.shape[0], collector.squared_channel_products(y, g))
 
 
 def output_products(collector: Collector, layer: Layer, y: Tensor, g: Tensor) -> Tensor:
@@ -180,13 +176,13 @@ def jagged_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.detach().values(), x.offsets()  # type: ignore[attr-defined]
 
 
-def fisher_of_products(collector: Collector, s: Tensor) -> Callable[[], float]:
-    """fisher of S [N, K], all uses added up."""
-    return _half_of_mean(collector.numbers(s.square().sum()[None], float), s.shape[0])
+def squared_products(collector: Collector, s: Tensor) -> Callable[[], SquaredProducts]:
+    """The same of S [N, K], all uses added up."""
+    return _over(s.shape[0], collector.numbers(s.square().sum()[None], float))
 
 
-def _half_of_mean(total: Callable[[], float], samples: int) -> Callable[[], float]:
-    return lambda: 0.5 * total() / samples if samples else 0.0
+def _over(samples: int, total: Callable[[], float]) -> Callable[[], SquaredProducts]:
+    return lambda: SquaredProducts(total(), samples)
 
 
 def output_again(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:

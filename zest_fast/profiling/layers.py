@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from zest_fast.foundation.nearest import nearest
 from zest_fast.kernels import DTYPES
 from zest_fast.kernels.storage import has_storage, is_fake, why_no_storage
+from zest_fast.profiling.processes.local import local_part
 
 LayerSelection = str | re.Pattern[str] | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
@@ -90,6 +91,7 @@ def unsupported(p: Tensor) -> str:
         return f"quantised or integer storage ({p.dtype})"
     if p.dtype not in DTYPES:
         return f"{p.dtype} has no gradient statistics"
+    p = local_part(p)
     return "" if has_storage(p) or is_fake(p) else f"its weight is {why_no_storage(p)}"
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zest_fast.foundation.nearest import some
 from zest_fast.profiling.layers import find_layers
+from zest_fast.profiling.processes.local import is_distributed
 
 
 def loss_of(
@@ -29,6 +30,8 @@ def loss_of(
     if batch is None:
         raise ValueError("neither batch nor closure was given; pass one of them")
     devices = {p.device for p in model.parameters()}
+    meshes: list[Any] = [p for p in model.parameters() if is_distributed(p)]  # whose parameters may be offloaded
+    devices |= {torch.device(p.device_mesh.device_type) for p in meshes}
     if isinstance(batch, Mapping):
         inputs, targets = _usable(dict(batch), devices, "batch"), batch.get("labels")
         if loss_fn is None:

@@ -12,17 +12,19 @@ from torch import Tensor
 
 from zest_fast.foundation.nearest import some
 from zest_fast.kernels import Collector, GradientMoments, Moments
+from zest_fast.kernels.moments import SquaredProducts
 from zest_fast.profiling import layer_rules
 from zest_fast.profiling.layers import Layer, Weight
 from zest_fast.profiling.metrics import NEEDS_TILES, PRODUCT, WEIGHT, LayerStatistics
+from zest_fast.profiling.processes.local import local_part
 
-_Fisher = tuple[Callable[[], float], int]  # of some uses, and of how many samples
+_Products = Callable[[], SquaredProducts]
 _OUTPUT_NAME = ("its output",)
 # Of means over a whole tensor, in which the rounding of a second computation (checkpointing) averages out.
 _AGAIN, _AGAIN_ON_A_GPU = 1e-6, 1e-4
 
 
-def _naming_the_layer(method: Callable[..., Any]) -> Callable[..., Any]:
+def naming_the_layer(method: Callable[..., Any]) -> Callable[..., Any]:
     """What a kernel refuses is an error that names the layer (or parameter) it was refused for."""
 
     @functools.wraps(method)
@@ -58,12 +60,13 @@ class Statistics:
         self._gradients: dict[Weight, Callable[[], GradientMoments]] = {}
         self._weights: dict[Weight, Callable[[], Moments]] = {}
         self._products: dict[Layer, list[Tensor]] = {}
-        self._fisher: dict[Layer, list[_Fisher]] = {}
-        self._fisher_of_passes: dict[Layer, list[list[_Fisher]]] = {}
+        self._fisher: dict[Layer, list[_Products]] = {}
+        self._fisher_of_passes: dict[Layer, list[list[_Products]]] = {}
         self.outputs: dict[Layer, Moments] = {}
         self.gradients: dict[Weight, GradientMoments] = {}
         self.weights: dict[Weight, Moments] = {}
-        self.fisher: dict[Layer, float] = {}
+        self.fisher: dict[Layer, list[SquaredProducts]] = {}
+        """One of each use, where uses cannot be added up first."""
         self.missed_outputs: dict[Layer, str] = {}
         """Layers some of whose outputs could not be observed, and why: what is known of the others is not used."""
         self.missed_gradients: dict[Layer, str] = {}
@@ -72,7 +75,7 @@ class Statistics:
         self.overwritten: set[Layer] = set()
         """Layers whose output was written to past autograd after they returned it, so that S is not theirs."""
 
-    @_naming_the_layer
+    @naming_the_layer
     def output(self, layer: Layer, y: Tensor) -> Callable[[], None] | None:
         self._outputs.setdefault(layer, []).append(self._output_moments(y))
         return None
@@ -83,7 +86,7 @@ class Statistics:
         (found,) = self.collector.moments([y], _OUTPUT_NAME)
         return found
 
-    @_naming_the_layer
+    @naming_the_layer
     def linear(self, layer: Layer, x: Tensor, g: Tensor) -> None:
         # ΣW⊙dW = Σ(x·w)⊙G holds for products before rounding: in half precision tiles are nearer to the truth.
         rounded = PRODUCT in self.needed and g.dtype.itemsize < 4
@@ -95,23 +98,22 @@ class Statistics:
             )
         self._gradients[layer.weight] = found
 
-    @_naming_the_layer
+    @naming_the_layer
     def weight_gradient(self, weight: Weight, dw: Tensor) -> None:
         self._gradients[weight] = layer_rules.weight_gradient_moments(self.collector, dw, weight.parameter)
 
-    @_naming_the_layer
+    @naming_the_layer
     def output_gradient(self, layer: Layer, y: Callable[[], Tensor], g: Tensor, only_use: bool) -> None:
         output = y()
         self._require_as_returned(layer, output)
         if only_use and not output.is_nested:
-            found = layer_rules.fisher_of_one_use(self.collector, layer, output, g)
-            self._fisher[layer] = [(found, layer_rules.samples_of(layer, output))]
+            self._fisher[layer] = [layer_rules.products_of_one_use(self.collector, layer, output, g)]
         else:
             products = layer_rules.output_products(self.collector, layer, output, g)
             self._products.setdefault(layer, []).append(products)
 
     def untouched(self, layer: Layer) -> None:
-        self._fisher[layer] = [(float, 0)]
+        self._fisher[layer] = []
 
     def missed(self, layer: Layer, why: str, *, outputs: bool) -> None:
         self.missed_gradients[layer] = why
@@ -132,7 +134,7 @@ class Statistics:
         for layer, products in self._products.items():
             if len({s.shape for s in products}) == 1:
                 products = [torch.stack(products).sum(0)]
-            self._fisher[layer] = [(layer_rules.fisher_of_products(self.collector, s), len(s)) for s in products]
+            self._fisher[layer] = [layer_rules.squared_products(self.collector, s) for s in products]
         for layer, uses in self._fisher.items():
             self._fisher_of_passes.setdefault(layer, []).append(uses)
         self._products.clear()
@@ -152,7 +154,7 @@ class Statistics:
             for weights in by_device.values():
                 names = [f"the weight of layer {weight.layers[0].name!r}" for weight in weights]
                 try:
-                    found = self.collector.moments([weight.parameter.detach() for weight in weights], names)
+                    found = self.collector.moments([local_part(weight.parameter.detach()) for weight in weights], names)
                 except (ValueError, TypeError, NotImplementedError) as error:
                     raise type(error)(f"weights of {some(w.layers[0].name for w in weights)}: {error}") from error
                 self._weights.update(zip(weights, found, strict=True))
@@ -160,7 +162,7 @@ class Statistics:
         self.outputs = {layer: _merged([later() for later in found]) for layer, found in self._outputs.items()}
         self.gradients = {weight: later() for weight, later in self._gradients.items()}
         self.weights = {weight: later() for weight, later in self._weights.items()}
-        self.fisher = {layer: _fisher_of_all(passes) for layer, passes in self._fisher_of_passes.items()}
+        self.fisher = {layer: _of_all_passes(passes) for layer, passes in self._fisher_of_passes.items()}
         for layer, again in self._outputs_again.items():
             returned = [later() for later in self._outputs.get(layer, ())]
             if returned and not all(any(_alike(a(), b, rel) for b in returned) for a, rel in again):
@@ -186,7 +188,7 @@ class Statistics:
             s.output = self.outputs[layer]
             nonfinite += s.output.nonfinite
         if layer in self.fisher:
-            s.fisher = self.fisher[layer] / loss_scale**2
+            s.fisher = sum(products.fisher for products in self.fisher[layer]) / loss_scale**2
             if not math.isfinite(s.fisher):
                 s.fisher = math.nan
         return s, int(nonfinite)
@@ -205,17 +207,11 @@ def _alike(a: Moments, b: Moments, rel: float) -> bool:
     ) or a.count == b.count == 0
 
 
-def _fisher_of_all(passes: list[list[_Fisher]]) -> float:
-    """fisher of the samples of all backward passes as one batch; NaN where passes differ in the number of uses."""
-    if len(passes) == 1:
-        return sum(later() for later, _ in passes[0])
+def _of_all_passes(passes: list[list[_Products]]) -> list[SquaredProducts]:
+    """For each use, of the samples of all backward passes as one batch; NaN where these differ in their uses."""
     if len({len(uses) for uses in passes}) > 1:
-        return math.nan
-    total = 0.0
-    for use in zip(*passes, strict=True):
-        samples = sum(n for _, n in use)
-        total += sum(n * later() for later, n in use) / samples if samples else 0.0
-    return total
+        return [SquaredProducts(math.nan, 1)]
+    return [functools.reduce(SquaredProducts.merge, (later() for later in use)) for use in zip(*passes, strict=True)]
 
 
 def _merged(parts: list[Moments]) -> Moments:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -25,11 +24,11 @@ from zest_fast.profiling.graph import custom_functions, leaves_of
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.layer_rules import has_output_rule
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers
-from zest_fast.profiling.loss import RepeatedLoss, check_loss, loss_of, require_finite
+from zest_fast.profiling.loss import RepeatedLoss, check_loss, loss_of
 from zest_fast.profiling.metrics import BACKWARD, select_metrics, statistics_needed
-from zest_fast.profiling.observer import Statistics
 from zest_fast.profiling.on_request.gradient_pass import GradientPass
 from zest_fast.profiling.on_request.request import OnRequest
+from zest_fast.profiling.processes.together import Alone, together_or_alone
 from zest_fast.profiling.table import Passed, Subject, ancestors, build_profile
 from zest_fast.profiling.taps import Routes, Taps, run_until_it_stands
 from zest_fast.profiling.watched import watched_for
@@ -56,6 +55,10 @@ def profile(
     profiled weight, also of those that are frozen. A pass may be run again where counting shows that the first could
     not see all uses of a weight (a parameter used outside of its module under reentrant checkpointing, say). Whatever
     model, loss_fn or closure raise passes through unchanged.
+
+    A model in DistributedDataParallel, sharded by FSDP2 (``fully_shard``) or split by tensor parallelism is profiled by
+    all of its processes together, each with its own batch (tensor parallelism: the same one): metrics are of the global
+    batch, and the same on every process (docs/processes.md).
 
     Args:
         model: any module; weights of float32, float64, bfloat16 or float16.
@@ -95,9 +98,10 @@ def profile(
             scalar or does not depend on the model. The message names the argument or layer.
         RuntimeError: inside ``torch.inference_mode``, or inside another profile of the same model; where the loss of a
             pass that was run again is another one; where a hook of the backward pass wrote into weights that are too
-            large for a copy; where another thread ran a backward pass over the model meanwhile.
-        NotImplementedError: TorchScript modules, which take no hooks, and sharded parameters (DTensor), which are not
-            done yet.
+            large for a copy; where another thread ran a backward pass over the model meanwhile; where another process
+            that shares the model failed.
+        NotImplementedError: TorchScript modules, which take no hooks, and models that lie on several processes in a way
+            that is not followed, or metrics on request there.
 
     Examples:
         >>> import torch, zest_fast
@@ -117,25 +121,33 @@ def profile(
         raise ValueError(f"loss_scale is {loss_scale!r}; a positive number is needed")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("profile needs gradients and cannot run inside torch.inference_mode(); leave it first")
-    share = _share_of_batch(model)
-    if closure is not None and isinstance(model, _DATA_PARALLEL):
+    wrapper, model = unwrapped(model)
+    if closure is not None and isinstance(wrapper, nn.DataParallel):
         raise ValueError(
-            f"model is a {type(model).__name__}, whose forward waits for every gradient: let the closure call "
-            "model.module, and pass model.module"
+            "model is a DataParallel, whose forward runs on copies: let the closure call model.module, and pass "
+            "model.module"
         )
-    model = without_wrappers(model)
     modules = dict(model.named_modules())
-    require_usable(modules)
-    kernels.pick_backend(backend, _first_device(model))
-    job = _Pass(model, modules, layers, names, backend)
-    compute_loss = loss_of(model, batch, loss_fn, closure)
-    request = OnRequest(names, model, batch, loss_fn, closure, backend, lenient=isinstance(metrics, str))
-    if share:
-        warnings.warn(share, RuntimeWarning, stacklevel=2)
-        request.notes.append(share)
     if any(module in _in_progress for module in modules.values()):
         raise RuntimeError("profile was called inside a profile of the same model; finish one before the next")
-    with HeldInterrupts() as interrupts:
+    processes = together_or_alone(wrapper, modules)
+    with processes.telling(), HeldInterrupts() as interrupts, processes.borrowed():
+        require_usable(modules)
+        kernels.pick_backend(backend, _first_device(model))
+        job = _Pass(model, modules, layers, names, backend, processes)
+        compute_loss = loss_of(model, batch, loss_fn, closure)
+        request = OnRequest(
+            names,
+            model,
+            batch,
+            loss_fn,
+            closure,
+            backend,
+            lenient=isinstance(metrics, str),
+            refused=processes.on_request_refused,
+        )
+        if processes.note:
+            request.notes.append(processes.note)
         _in_progress.update(modules.values())
         try:
             functions = [function for function in (loss_fn, closure) if function is not None]
@@ -162,7 +174,9 @@ class _Pass:
         selection: LayerSelection,
         metrics: list[str],
         backend: str,
+        processes: Alone,
     ) -> None:
+        self._processes = processes
         self._subject = Subject.of(model, modules, selection)
         self._model, self._modules, self._chosen = model, modules, self._subject.chosen
         self._metrics = metrics
@@ -172,7 +186,9 @@ class _Pass:
         self._parents = {parent for layer in self._chosen for parent in ancestors(layer, modules)[:1]}
         self._needed = statistics_needed(metrics)
         self._watched = watched_for(self._needed)
-        self._backward = bool(self._needed & BACKWARD)
+        self._backward = bool(self._needed & BACKWARD) or processes.whole_pass
+        if processes.whole_pass:
+            self._watched = replace(self._watched, gradients=True)
         self._saves = self._backward
 
     def run(
@@ -186,6 +202,8 @@ class _Pass:
         self._interrupts = interrupts
         self._users_functions = users_functions
         routes = self._first_routes()
+        with interrupts.interruptible():
+            self._processes.open(self._chosen, self._metrics, loss_scale)
         while True:
             takes_part = self._watched.gradients or not self._backward
             trainable: list[Tensor] = [layer.weight.parameter for layer in self._chosen] if takes_part else []
@@ -200,13 +218,13 @@ class _Pass:
                     self._saves = True  # a loss that takes gradients itself, or has words with hooks on saved tensors
                     continue
                 statistics = self._statistics
-                statistics.finish(self._chosen)
-                if loss.device.type != "cpu":
-                    require_finite(loss, self._model, compute_loss)
+                with interrupts.interruptible():
+                    whole_loss = self._processes.finish(taps, statistics, self._chosen, loss, self._model, compute_loss)
                 if self._looks_at_state:
                     self._require_the_same_loss(loss, compute_loss, state)
                 reached = self._reached(taps, loss)
                 made = self._made_during_the_pass()
+                self._processes.settle()
             if reached is None:
                 # Less than the whole pass cannot tell which layers the loss depends on.
                 self._backward = self._saves = True
@@ -219,7 +237,7 @@ class _Pass:
                 break
         if request.wanted:
             self._measure(request, reached)
-        passed = Passed(taps, statistics, reached, made, float(loss.detach()) / loss_scale, loss_scale)
+        passed = Passed(taps, statistics, reached, made, whole_loss / loss_scale, loss_scale)
         return build_profile(self._subject, passed, request, self._metrics)
 
     def _first_routes(self) -> Routes:
@@ -230,7 +248,7 @@ class _Pass:
         own_flags = any("requires_grad" in names for names in read)
         self._looks_at_state = own_flags or any("grad" in names for names in read)
         self._writes = may_write(functions, modules)
-        return Routes(own_flags=own_flags)
+        return Routes(own_flags=own_flags, tiles=not self._processes.whole_pass)
 
     def _state_around(self, trainable: list[Tensor]) -> ModelState:
         return ModelState(self._modules.values(), trainable, self._users_functions, values=True, writes=self._writes)
@@ -252,6 +270,7 @@ class _Pass:
         def prepare(routes: Routes) -> None:
             nonlocal first
             if not first:
+                self._processes.settle()
                 state.clear_gradients()
                 state.rewind()
             first = False
@@ -262,10 +281,12 @@ class _Pass:
             repeated.check(loss, taps.may_change_the_loss)
             return loss
 
-        return run_until_it_stands(self._taps, once, prepare, routes)
+        return run_until_it_stands(self._taps, once, prepare, routes, self._processes.agree)
 
     def _taps(self, routes: Routes) -> Taps:
-        self._statistics = Statistics(self._needed, self._backend, self._state.may_have_written)
+        self._statistics = self._processes.statistics(
+            self._needed, self._backend, self._state.may_have_written, self._chosen
+        )
         return Taps(self._chosen, self._embeddings, self._parents, self._statistics, routes, self._watched)
 
     def _once(self, taps: Taps, compute_loss: Callable[[], Tensor], state: ModelState) -> Tensor:
@@ -273,16 +294,18 @@ class _Pass:
             with nullcontext() if self._saves else _saving_nothing(), self._interrupts.interruptible():
                 loss = state.guarded(compute_loss)()
             check_loss(loss)
-            if loss.device.type == "cpu":  # elsewhere a look would wait for the device: after the pass
-                require_finite(loss, self._model, compute_loss)
+            with self._interrupts.interruptible():
+                self._processes.forward_is_done(taps, loss, self._model, compute_loss)
             if self._backward:
                 state.clear_gradients()  # a loss that runs a backward pass by itself leaves some
                 with self._interrupts.interruptible():
                     taps.backward(loss, state.parameters)
+                    self._processes.backward_is_done()
         return loss
 
     def _require_the_same_loss(self, loss: Tensor, compute_loss: Callable[[], Tensor], state: ModelState) -> None:
         """Of code that looks at ``requires_grad`` or ``.grad``: what a profile changes there must not change a loss."""
+        self._processes.settle()
         state.rewind()
         with state.as_handed_over(), self._interrupts.interruptible():
             own = float(state.guarded(compute_loss)().detach())
@@ -306,7 +329,8 @@ class _Pass:
     def _reached(self, taps: Taps, loss: Tensor) -> list[Layer] | None:
         """The layers that the loss depends on; None where this pass cannot tell."""
         if self._backward:
-            reached = [layer for layer in self._chosen if taps.reached(layer)]
+            gradients = self._statistics.gradients  # of all processes
+            reached = [layer for layer in self._chosen if taps.reached(layer) or layer.weight in gradients]
             plain = all(has_output_rule(layer) for layer in reached) and not taps.with_other_weights
             if not self._watched.gradients and (len(reached) < len(self._chosen) or not plain):
                 return None  # a gradient may be out of sight at an output, or reach that and not the weight
@@ -326,29 +350,19 @@ class _Pass:
         return reached
 
 
-_DATA_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-
-
-def without_wrappers(model: nn.Module) -> nn.Module:
-    """The module that torch.compile or data parallelism wraps: its layers and hooks are the real ones."""
-    if isinstance(model, _DATA_PARALLEL):
-        model = model.module
-    original = getattr(model, "_orig_mod", None)
-    return original if isinstance(original, nn.Module) else model
-
-
-def _share_of_batch(model: nn.Module) -> str:
-    """What has to be said where several processes see a batch each; empty where this one sees the whole."""
-    distributed = torch.distributed
-    if not isinstance(model, nn.parallel.DistributedDataParallel) or not distributed.is_initialized():
-        return ""
-    processes = distributed.get_world_size(model.process_group)
-    if processes < 2:
-        return ""
-    return (
-        f"metrics are those of the batch of this process, one of {processes}: none is averaged over processes, and "
-        "those of the whole batch differ (signed ones by far)"
-    )
+def unwrapped(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The DistributedDataParallel or DataParallel that the model is in, else the model itself; and the module inside of
+    all that torch.compile and data parallelism wrap around it: its layers and hooks are the real ones.
+    """
+    wrapper: nn.Module | None = None
+    while True:
+        original = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            wrapper, model = model, model.module
+        elif isinstance(original, nn.Module):
+            model = original
+        else:
+            return wrapper or model, model
 
 
 def require_usable(modules: dict[str, nn.Module]) -> None:
@@ -372,11 +386,6 @@ def require_usable(modules: dict[str, nn.Module]) -> None:
                 raise ValueError(f"parameter {name!r} is on the meta device and has no data; load the weights first")
             if p.is_inference():
                 raise ValueError(f"parameter {name!r} was made under torch.inference_mode and can have no gradient")
-            if type(p) is not nn.Parameter and hasattr(p, "full_tensor"):
-                raise NotImplementedError(
-                    f"parameter {name!r} is a DTensor (fully_shard, tensor parallel): sharded models cannot be "
-                    "profiled yet; profile the model before it is sharded, or one process's copy with whole weights"
-                )
             if (type(p) in (Tensor, nn.Parameter) and not has_storage(p)) or is_fake(p):
                 raise ValueError(f"parameter {name!r} is {why_no_storage(p)}")
 

@@ -45,6 +45,7 @@ from zest_fast.profiling.graph import OtherGradients
 from zest_fast.profiling.held import Held, Keeper, Overwritten
 from zest_fast.profiling.layer_rules import has_output_rule, has_tile_rule, linear_gradient, output_again
 from zest_fast.profiling.layers import Layer, Weight
+from zest_fast.profiling.processes.local import is_distributed, stands_for
 from zest_fast.profiling.watched import Watched
 
 
@@ -415,6 +416,10 @@ class Taps(AbstractContextManager["Taps"]):
     def _lost_gradient(self, layer: Layer) -> bool:
         return self._counts[layer.weight].reached and not self._output_firings.get(layer)
 
+    def is_summed_at_the_end(self, weight: Weight) -> bool:
+        """Whether the gradient of a weight is handed over when the backward pass is over, as far as is known."""
+        return self._summed_at_the_end(self._counts[weight])
+
     def _summed_at_the_end(self, counts: _Counts) -> bool:
         """Whether uses are added up until the backward pass is over, because they arrive one by one."""
         several = counts.calls > 1 or len(counts.weight.layers) > 1
@@ -478,7 +483,7 @@ class Taps(AbstractContextManager["Taps"]):
                 self._calls[layer] = self._calls.get(layer, 0) + 1
             own = True
             for holder, name, parameter in places:
-                own = own and holder.get(name) is parameter
+                own = own and stands_for(holder.get(name), parameter)
             if not own and not recomputing:
                 self.with_other_weights[module] = self.with_other_weights.get(module, 0) + 1
             if not isinstance(output, Tensor) or output.dtype not in DTYPES:
@@ -517,7 +522,7 @@ class Taps(AbstractContextManager["Taps"]):
         if not grad or not isinstance(output, Tensor) or output.dtype not in DTYPES or is_transformed(output):
             return None
         if self.routes.threads.issuperset(layers):
-            own = all(holder.get(name) is parameter for holder, name, parameter in map(_place, layers))
+            own = all(stands_for(holder.get(name), parameter) for holder, name, parameter in map(_place, layers))
             return self._tap(layers, None, x, output, own, elsewhere=True)
 
         def arrived(_: Any) -> None:
@@ -685,7 +690,8 @@ class Taps(AbstractContextManager["Taps"]):
 
     def _leaf_hook(self, counts: _Counts) -> Callable[[Tensor], None]:
         def hook(p: Tensor) -> None:
-            if not self._is_own():
+            # FSDP2 hands over what its root gets when the pass is over, on whichever thread ends it.
+            if not self._is_own() and not (is_distributed(p) and self._in_final_backward):
                 self._disturbed = True
                 return
             if p.grad is None or not self._in_final_backward:
@@ -735,6 +741,7 @@ def run_until_it_stands(
     once: Callable[[Taps], Tensor],
     prepare: Callable[[Routes], None],
     routes: Routes,
+    agree: Callable[[Routes | None, Exception | None], Routes | None] = lambda revised, _: revised,
 ) -> tuple[Taps, Tensor]:
     """Runs a pass, and again where its taps ask for it; the taps that saw everything, and the loss.
 
@@ -744,6 +751,7 @@ def run_until_it_stands(
             the taps change (weights that are frozen for a call, parameters that do not train).
         prepare: called before each pass: makes everything as it was before the first.
         routes: of the first pass.
+        agree: what becomes of ``Taps.revised`` (and of the error) where others run the same pass.
     """
     first_error: Exception | None = None
     while True:
@@ -755,11 +763,11 @@ def run_until_it_stands(
             if isinstance(error, StopIteration) and first_error is not None:
                 raise first_error from None  # an iterator that had one batch says nothing about the first run
             first_error = error
-            revised = taps.revised(error)
+            revised = agree(taps.revised(error), error)
             if revised is None:
                 raise
         else:
-            revised = taps.revised()
+            revised = agree(taps.revised(), None)
             if revised is None:
                 return taps, loss
         routes = revised

@@ -18,8 +18,9 @@ from zest_fast.profiling.borrowing.model_state import ModelState
 from zest_fast.profiling.layers import LayerSelection, Weight, find_layers, select_layers
 from zest_fast.profiling.loss import loss_of
 from zest_fast.profiling.on_request.gradient_pass import GradientPass
-from zest_fast.profiling.profile import eager, require_usable, without_wrappers
+from zest_fast.profiling.profile import eager, require_usable, unwrapped
 from zest_fast.watching.noise import estimate
+from zest_fast.watching.target import require_whole
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,10 @@ def noise_scale(
     if len(batches) < 3:
         raise ValueError(f"batches: {len(batches)} of them; three or more are needed for a noise scale and its error")
     sizes = [_samples(batch, number) for number, batch in enumerate(batches)]
-    model = without_wrappers(model)
+    _, model = unwrapped(model)
     modules = dict(model.named_modules())
     require_usable(modules)
+    require_whole(model)
     chosen = select_layers(find_layers(modules), layers)
     losses = [loss_of(model, batch, loss_fn, None) for batch in batches]
     weights: list[Tensor] = [layer.weight.parameter for layer in chosen]

@@ -12,7 +12,7 @@ from torch import nn
 from zest_fast.foundation.nearest import some
 from zest_fast.foundation.torch_private import is_compiled_in_place
 from zest_fast.profiling.layers import Layer, LayerSelection, Weight, find_layers, unsupported
-from zest_fast.profiling.profile import require_usable, without_wrappers
+from zest_fast.profiling.profile import require_usable, unwrapped
 from zest_fast.profiling.table import Subject
 
 
@@ -51,7 +51,7 @@ class Target:
 
     def __init__(self, model: nn.Module, selection: LayerSelection, frozen: bool) -> None:
         self.called = model
-        self.model = _innermost(model)
+        self.model = unwrapped(model)[1]
         self._selection = selection
         if not (selection is None or callable(selection) or isinstance(selection, str | re.Pattern)) and isinstance(
             selection, Iterable
@@ -65,7 +65,7 @@ class Target:
         """The rows of the first step. Raises what ``select_layers`` and ``profile`` raise, and NotImplementedError for
         sharded parameters."""
         modules = dict(self.model.named_modules())
-        _require_whole(self.model)
+        require_whole(self.model)
         require_usable(modules)
         rows = self._of(Subject.of(self.model, modules, self._selection))
         if not rows.layers:
@@ -149,13 +149,7 @@ class Target:
         self._seen = {layer.name: layer.weight.parameter for layer in rows.layers}
 
 
-def _innermost(model: nn.Module) -> nn.Module:
-    while (inner := without_wrappers(model)) is not model:
-        model = inner
-    return model
-
-
-def _require_whole(model: nn.Module) -> None:
+def require_whole(model: nn.Module) -> None:
     """The one place that refuses sharded models: statistics of shards would have to be merged over processes, by
     ``Moments.merge``, where ``Window.close`` finishes its statistics."""
     for name, module in model.named_modules():

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zest_fast.foundation.torch_private import neg_view, storage_key
 from zest_fast.kernels.storage import has_storage
+from zest_fast.profiling.processes.local import local_part
 
 COPIED_BYTES = 4 << 20
 """Up to this size of all tensors, copying them costs less than watching every operator."""
@@ -119,9 +120,10 @@ class CopyOnWrite(TorchDispatchMode):
             argument = args[position] if position < len(args) else kwargs.get(name)
             for tensor in argument if isinstance(argument, list | tuple) else (argument,):
                 if isinstance(tensor, Tensor):
-                    self.written.add(storage_of(tensor))
+                    part = local_part(tensor)
+                    self.written.add(storage_of(part))
                     for level in self._levels:
-                        level.about_to_write(tensor)
+                        level.about_to_write(part)
         return func(*args, **kwargs)
 
 

@@ -15,6 +15,7 @@ from zest_fast.profiling.borrowing.kept_attributes import KeptAttributes
 from zest_fast.profiling.borrowing.kept_random import KeptRandom
 from zest_fast.profiling.borrowing.kept_values import CopyOnWrite, KeptValues, storage_of
 from zest_fast.profiling.functions import forwards_of
+from zest_fast.profiling.processes.local import local_part
 
 
 class ModelState(AbstractContextManager["ModelState"]):
@@ -151,7 +152,7 @@ class ModelState(AbstractContextManager["ModelState"]):
                 kept.ignore_writes(written)
 
     def _values_now(self) -> KeptValues:
-        return KeptValues([*self.parameters, *self._own_tensors] if self._keeps_values else [])
+        return KeptValues(map(local_part, [*self.parameters, *self._own_tensors]) if self._keeps_values else [])
 
     def rewind(self) -> None:
         """Values, buffers, attributes, modes and random state as at first, for another pass over the same batch."""

@@ -29,9 +29,11 @@ class OnRequest:
         model, batch, loss_fn, closure: as in ``profile``, and checked.
         backend: as in ``profile``.
         lenient: what cannot be had is NaN with a note instead of an error.
+        refused: why nothing of it can be had here; empty where it can.
 
     Raises:
         ValueError, TypeError: a metric that this batch, or a closure, cannot yield.
+        NotImplementedError: ``refused``.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class OnRequest:
         backend: str,
         *,
         lenient: bool,
+        refused: str = "",
     ) -> None:
         self._collector = Collector(backend)
         self._lenient = lenient
@@ -54,6 +57,8 @@ class OnRequest:
         self._measures: dict[str, Measure] = {}
         for kind, (first, *_) in self._names.items():
             with self._noting(kind):
+                if refused:
+                    raise NotImplementedError(f"metrics: {first!r} {refused}")
                 self._measures[kind] = MEASURES[kind](Asked(first, model, batch, loss_fn, closure))
 
     @property

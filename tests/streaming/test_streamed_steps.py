@@ -10,7 +10,16 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_model
-from streamed_models import LAYERS, mapped_bytes, resident, save_llama, save_shards, tokens
+from streamed_models import (
+    LAYERS,
+    assert_bits,
+    losses_and_gradients,
+    mapped_bytes,
+    resident,
+    save_llama,
+    save_shards,
+    tokens,
+)
 
 from zest_fast import (
     PrefixCache,
@@ -51,23 +60,6 @@ def opened(folder, frozen, tmp_path, train=LAYERS, **options):
         return open_streamed(folder, train=train, **options)
     packed = tmp_path / f"packed-{frozen}"
     return open_streamed(packed if packed.exists() else pack(folder, packed, frozen=frozen), train=train, **options)
-
-
-def losses_and_gradients(model, tuned, *batches):
-    losses = [model(**batch).loss for batch in batches]  # all graphs are alive before the first backward pass
-    for loss in losses:
-        loss.backward()
-    found = [loss.detach() for loss in losses] + [parameter.grad.clone() for parameter in tuned.parameters()]
-    for parameter in tuned.parameters():
-        parameter.grad = None
-    return found
-
-
-def assert_bits(found, expected):
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-        assert torch.isfinite(a).all()
 
 
 def streamed_kinds(model):

@@ -1,4 +1,4 @@
-"""Streamed to a device: bit for bit the resident model's steps, over buffers that are spoiled as early as they may be."""
+"""Streamed to a device: bit for bit the resident model's steps, over buffers that are spoiled as early as may be."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from streamed_models import (
     tokens,
 )
 
-from zest_fast import PrefixCache, SelectiveBackward, adamw, open_streamed, optimizer_in_backward, pack
+from zest_fast import PrefixCache, SelectiveBackward, adamw, apply_delta, open_streamed, optimizer_in_backward, pack, plan
 from zest_fast.lean import head_blocks
+from zest_fast.planning import step as planned_step
 from zest_fast.streaming import opening
 from zest_fast.streaming.buffer_ring import BufferRing, CopiedWeight, Part
 from zest_fast.streaming.mapped_files import MappedFile, pages_of
@@ -273,6 +274,17 @@ def test_gpt2_whose_head_is_its_embedding_and_a_classifier(late, tmp_path):
         assert_bits(*results)
 
 
+def test_tied_weights_also_where_they_train(frozen, late, tmp_path):
+    folder = save_llama(tmp_path / "tied", tie_word_embeddings=True)
+    for head in (None, "lm_head"):
+        results = []
+        for model, kind in ((opened(folder, frozen, tmp_path, head=head), None), (resident(folder), frozen)):
+            assert model.lm_head.weight is model.model.embed_tokens.weight
+            tuned = SelectiveBackward(model, LAYERS, head=head, frozen=kind)
+            results.append(losses_and_gradients(model, tuned, tokens()))
+        assert_bits(*results)
+
+
 def test_embeddings_of_other_classes_are_on_the_device(late, tmp_path):
     """They have a forward of their own, of which a row that was read knows nothing."""
     torch.manual_seed(0)
@@ -316,6 +328,18 @@ def test_what_is_written_is_used(plain, late):
         assert torch.equal(model(**tokens()).logits, other(**tokens()).logits)
     for name, tensor in other.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_a_delta_that_is_applied_is_used(plain, late, tmp_path):
+    with SelectiveBackward(open_streamed(plain, train=LAYERS, device="a test's"), LAYERS) as tuned:
+        for parameter in tuned.parameters():
+            parameter.data.add_(0.5)
+        tuned.save(tmp_path / "delta.safetensors")
+    model, other = open_streamed(plain, device="a test's"), resident(plain)
+    model(**tokens())
+    for one in (model, other):
+        apply_delta(one, tmp_path / "delta.safetensors")
+    assert torch.equal(model(**tokens()).logits, other(**tokens()).logits)
 
 
 def test_layers_that_were_not_opened_to_train(plain, late):
@@ -486,6 +510,22 @@ def test_a_weight_is_copied_once_for_uses_in_a_row_and_again_for_others(plain, l
         with ring.holding(weight) as (copied,):
             assert torch.equal(copied, parameter)
     assert len(late.copies) == 4
+    with torch.no_grad():
+        weights[0][0].add_(1)
+    with ring.holding(weights[0][1]) as (copied,):
+        assert torch.equal(copied, weights[0][0])
+
+
+def test_a_plan_counts_what_is_on_the_device(frozen, late, monkeypatch, tmp_path):
+    """Beside what a step makes: what trains and what is small, the buffers, and a weight that is unpacked."""
+    monkeypatch.setattr(planned_step, "SMALL", 0)
+    folder = save_llama(tmp_path / "wide", hidden_size=256, intermediate_size=1024, vocab_size=3000)
+    model = opened(folder, frozen, tmp_path)
+    there = [tensor for tensor in (*model.parameters(), *model.buffers()) if pages_of(tensor) is None]
+    held = sum(tensor.nbytes for tensor in there) + sum(buffer.numel() for buffer in late.alive) // 2
+    sizes = {"batch_size": 1, "sequence_length": 8, "dtype": "float32", "optimizer": "sgd", "device": "cuda"}
+    planned = plan(folder, LAYERS, frozen=frozen, stream=True, **sizes).breakdown["weights"]
+    assert held <= planned <= held + (256 * 1024 * 4 if frozen else 0) + 512 * (len(there) + 2)
 
 
 # What it says

@@ -208,7 +208,7 @@ def _filled(slot: _Slot, transfer: Transfer) -> Event:
         transfer.synchronize(slot.copied)  # the copy before this one reads the staging buffer
     size = slot.weight.size
     slot.weight.read(slot.staging[:size])
-    return transfer.copy(slot.staging[:size], slot.buffer[:size], slot.after.values())
+    return transfer.copy(slot.staging[:size], slot.buffer[:size], list(slot.after.values()))
 
 
 def _close(shared: _Shared) -> None:

@@ -107,7 +107,7 @@ class _Contents:
 
     def read(self, out: Tensor, start: int) -> None:
         """Fill `out` (bytes, on the host) with those from `start` on. Raises OSError, naming the file that ends."""
-        rest = memoryview(out.numpy())
+        rest = out.numpy().data
         while rest:
             count = os.preadv(self._descriptor, [rest], start)
             if count == 0:

@@ -30,7 +30,7 @@ from zest_fast.streaming.checkpoints import (
 from zest_fast.streaming.empty_models import empty_model
 from zest_fast.streaming.mapped_files import check_platform, pages_of
 from zest_fast.streaming.packing import packed_shapes
-from zest_fast.streaming.streamed_model import WEIGHTS, can_be_copied, stream_weights
+from zest_fast.streaming.streamed_model import WEIGHTS, others_weights, stream_weights
 from zest_fast.streaming.transfer import CudaTransfer, Transfer
 
 SMALL = 1 << 20  #: bytes: a weight below this is kept in memory
@@ -303,18 +303,20 @@ class _Opened:
     def _keep_in_memory(self, trained: dict[int, str]) -> set[int]:
         """All but what is large, frozen and of a kind whose pages are given back; ids of that."""
         kinds = nn.Linear | QuantisedLinear | nn.Embedding
-        owned, looked_at = set(), set()
-        for module in self._model.modules():
-            for name, parameter in module._parameters.items():
-                if isinstance(module, kinds) and name in WEIGHTS:
-                    owned.add(id(parameter))
-                if self._transfer is not None and not can_be_copied(module):
-                    looked_at.add(id(parameter))
+        owned = {
+            id(parameter)
+            for module in self._model.modules()
+            if isinstance(module, kinds)
+            for name, parameter in module._parameters.items()
+            if name in WEIGHTS
+        }
+        if self._transfer is not None:
+            owned -= others_weights(self._model)
         mapped = set()
         for parameter in self._model.parameters():
             if id(parameter) in trained:
                 continue
-            if id(parameter) in owned - looked_at and parameter.nbytes >= SMALL and pages_of(parameter) is not None:
+            if id(parameter) in owned and parameter.nbytes >= SMALL and pages_of(parameter) is not None:
                 mapped.add(id(parameter))
             else:
                 _to_memory(parameter)

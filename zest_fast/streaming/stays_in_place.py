@@ -16,9 +16,9 @@ class StaysInPlace(nn.Module):
 
     streamed: Any
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StaysInPlace:
-        kept: Any = vars(self).get("dtype")  # of a packed weight
-        refuse_moves(self.weight.dtype if kept is None else kept, self.streamed.device, fn)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        weight: Any = self._parameters.get("weight", self)  # a packed layer has a dtype of its own
+        refuse_moves(weight.dtype, self.streamed.device, fn)
         return self
 
     def __deepcopy__(self, memo: Any) -> StaysInPlace:

@@ -26,7 +26,7 @@ from zest_fast.streaming.streamed_rows import (
     LookedUp,
     LookedUpEmbedding,
     MappedBlocks,
-    copied_bytes,
+    largest_block,
 )
 from zest_fast.streaming.transfer import Transfer
 
@@ -51,10 +51,17 @@ def stream_weights(model: nn.Module, mapped: Collection[int], transfer: Transfer
     model.register_forward_hook(partial(_end, prefetch), always_call=True)
 
 
-def can_be_copied(module: nn.Module) -> bool:
-    """Whether its weights may stay on disk while it is on a device: other classes may look at them themselves."""
-    kind = type(module)
-    return kind in (nn.Linear, QuantisedLinear) or (kind is nn.Embedding and module.max_norm is None)
+def others_weights(model: nn.Module) -> set[int]:
+    """Ids of the parameters of modules that are whole on a device: they may look at them themselves.
+
+    Streamed to a device are nn.Linear, packed ones and nn.Embedding, and no subclasses.
+    """
+    others: set[int] = set()
+    for module in model.modules():
+        kind = type(module)
+        if kind not in (nn.Linear, QuantisedLinear) and not (kind is nn.Embedding and module.max_norm is None):
+            others.update(map(id, module._parameters.values()))
+    return others - {id(None)}
 
 
 def _on_cpu(model: nn.Module, mapped: Collection[int], layers: dict[nn.Module, dict[str, nn.Parameter]]) -> Prefetch:
@@ -90,30 +97,29 @@ def _on_device(
     }
     heads = {name: module for name, module in others.items() if type(module) is nn.Linear}
     sizes = [buffer_bytes([p.nbytes for p in own.values()]) for own in layers.values()]
-    sizes += [buffer_bytes([copied_bytes(module.weight)]) for module in heads.values()]
+    sizes += [buffer_bytes([largest_block(module.weight)]) for module in heads.values()]
     blocks: dict[int, CopiedBlocks] = {}
     if sizes:
         ring = BufferRing(transfer, max(sizes))
         for name, module in heads.items():
-            weight = module.weight
+            weight: Any = module.weight
             if id(weight) not in blocks:
                 (pages,) = _pages([weight])
                 weight.blocks = blocks[id(weight)] = CopiedBlocks(ring, name, weight, pages)
     prefetch = Prefetch(last=blocks.values())
     names = {module: name for name, module in model.named_modules()}
-    for module, own in layers.items():
-        parts = (
-            Part(pages, p.dtype, tuple(p.shape)) for p, pages in zip(own.values(), _pages(own.values()), strict=True)
-        )
-        vars(module)["streamed"] = CopiedLayer(prefetch, ring, CopiedWeight(names[module], tuple(parts)))
-    for module in others.values():
-        (pages,) = _pages([module.weight])
-        if type(module) is nn.Linear:
-            vars(module)["streamed"] = blocks[id(module.weight)]
-            module.__class__ = CopiedHead
+    for layer, own in layers.items():
+        both = zip(own.values(), _pages(own.values()), strict=True)
+        weights = CopiedWeight(names[layer], tuple(Part(pages, p.dtype, tuple(p.shape)) for p, pages in both))
+        vars(layer)["streamed"] = CopiedLayer(prefetch, ring, weights)
+    for other in others.values():
+        weight = other.weight
+        if type(other) is nn.Linear:
+            vars(other)["streamed"] = blocks[id(weight)]
+            other.__class__ = CopiedHead
         else:
-            vars(module)["streamed"] = LookedUp(pages, transfer.device)
-            module.__class__ = LookedUpEmbedding
+            vars(other)["streamed"] = LookedUp(_pages([weight])[0], transfer.device)
+            other.__class__ = LookedUpEmbedding
     return prefetch
 
 

@@ -6,7 +6,7 @@ buffer, and rows that are looked up are read from the file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -51,7 +51,7 @@ class CopiedBlocks(StreamedWeight):
         self._ring = ring
         self._blocks = [(rows, CopiedWeight(name, (_part_of(weight, pages, rows),))) for rows in row_blocks(weight)]
 
-    def __call__(self, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def __call__(self, weight: Tensor) -> Generator[tuple[slice, Tensor]]:
         """The loss goes round, so the first block comes after the last one."""
         following = [copied for _, copied in self._blocks[1:]]
         for (rows, copied), after in zip(self._blocks, [*following, self._blocks[0][1]], strict=True):
@@ -73,8 +73,8 @@ class CopiedBlocks(StreamedWeight):
         yield (whole,)
 
 
-def copied_bytes(weight: Tensor) -> int:
-    """Of the largest block, in the file."""
+def largest_block(weight: Tensor) -> int:
+    """Its bytes."""
     first = row_blocks(weight)[0]
     return (first.stop - first.start) * weight.shape[1] * weight.itemsize
 

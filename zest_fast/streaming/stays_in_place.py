@@ -34,8 +34,8 @@ def refuse_moves(dtype: torch.dtype, device: torch.device, fn: Callable[[Tensor]
     if after.device != device:
         raise NotImplementedError(
             f"weights that are read from disk as they are used cannot be moved from {str(device)!r} to "
-            f"{str(after.device)!r}: a model is opened for a device, zest_fast.open_streamed(..., device='cpu' or 'cuda'); "
-            "or load it with from_pretrained"
+            f"{str(after.device)!r}: a model is opened for a device, zest_fast.open_streamed(..., device='cpu' or "
+            "'cuda'); or load it with from_pretrained"
         )
     if after.dtype != dtype:
         raise NotImplementedError(

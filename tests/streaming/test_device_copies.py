@@ -64,6 +64,10 @@ def frozen(request):
     return request.param
 
 
+# bitsandbytes takes seconds for a small model on a CPU, and packs for any test alike.
+plain_or_int8 = pytest.mark.parametrize("frozen", [None, "int8"])
+
+
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def dtype(request):
     return request.param
@@ -79,18 +83,25 @@ def plain(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("llama") / "plain")
 
 
-def opened(folder, frozen, tmp_path, train=LAYERS, **options):
+def opened(folder, frozen, train=LAYERS, **options):
     if frozen is not None:
-        packed = tmp_path / f"packed-{frozen}"
+        packed = folder.with_name(f"{folder.name}-{frozen}")
         folder = packed if packed.exists() else pack(folder, packed, frozen=frozen)
     return open_streamed(folder, train=train, device="a test's", **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"checkpoint": "above-cut"}, {"lean": False}], ids=str)
+@pytest.mark.parametrize(
+    ("frozen", "options"),
+    [(kind, options) for kind in (None, "int8") for options in ({}, {"checkpoint": "above-cut"}, {"lean": False})]
+    + [("nf4", {"checkpoint": "above-cut"})],
+    ids=str,
+)
 def test_several_steps_are_those_of_the_resident_model(folder, frozen, options, late, tmp_path):
     """Two forward passes before the backward passes, so that gradients accumulate and no buffer holds what it held."""
+    if frozen == "nf4":
+        pytest.importorskip("bitsandbytes")
     trained = []
-    for model, kind in ((opened(folder, frozen, tmp_path), None), (resident(folder), frozen)):
+    for model, kind in ((opened(folder, frozen), None), (resident(folder), frozen)):
         tuned = SelectiveBackward(model.train(), LAYERS, frozen=kind, **options)
         optimizer = torch.optim.AdamW(tuned.parameters(), lr=1e-2)
         found = []
@@ -109,11 +120,12 @@ def test_several_steps_are_those_of_the_resident_model(folder, frozen, options, 
     assert len(late.copies) > 4 * 28
 
 
-def test_copies_that_are_done_at_once(plain, frozen, monkeypatch, tmp_path):
+@plain_or_int8
+def test_copies_that_are_done_at_once(plain, frozen, monkeypatch):
     """The other extreme: what is too early to be overwritten is overwritten."""
     put_in(monkeypatch, AdversarialTransfer(late=False))
     results = []
-    for model, kind in ((opened(plain, frozen, tmp_path), None), (resident(plain), frozen)):
+    for model, kind in ((opened(plain, frozen), None), (resident(plain), frozen)):
         tuned = SelectiveBackward(model, LAYERS, frozen=kind, checkpoint="above-cut")
         results.append(losses_and_gradients(model, tuned, tokens(), tokens(2)))
     assert_bits(*results)
@@ -134,10 +146,11 @@ def test_on_the_cpu_blocks_of_the_head_are_the_same(folder, monkeypatch):
     assert_bits(results[2], results[1])
 
 
+@plain_or_int8
 def test_the_files_are_read_and_their_mapping_is_not(frozen, late, tmp_path):
     """So that a file that is cut short is an error and no SIGBUS, and nothing computes with a weight of the host."""
     folder = save_llama(tmp_path / "wide", hidden_size=256, intermediate_size=1024)
-    model = opened(folder, frozen, tmp_path)
+    model = opened(folder, frozen)
     kinds = {type(module) for module in model.modules()}
     assert {CopiedHead, LookedUpEmbedding, StreamedQuantisedLinear if frozen else StreamedLinear} <= kinds
     tuned = SelectiveBackward(model, LAYERS, lean=False)
@@ -150,11 +163,12 @@ def test_the_files_are_read_and_their_mapping_is_not(frozen, late, tmp_path):
     assert mapped_bytes(tmp_path) <= before
 
 
+@plain_or_int8
 def test_everything_else_is_on_the_device(frozen, monkeypatch, tmp_path):
     """On the meta device torch itself refuses to compute with a tensor of the host."""
     transfer = put_in(monkeypatch, AdversarialTransfer("meta"))
     monkeypatch.setattr(opening._Opened, "_move", _move_to_meta)
-    model = opened(save_llama(tmp_path / "llama"), None, tmp_path)
+    model = opened(save_llama(tmp_path / "llama"), frozen)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     x = torch.empty(2, 12, 64, device="meta", requires_grad=True)
@@ -175,9 +189,10 @@ def _move_to_meta(opened, mapped, device):
     opened._check = lambda used: None
 
 
-def test_a_step_inside_backward_and_under_autocast(plain, frozen, late, tmp_path):
+@plain_or_int8
+def test_a_step_inside_backward_and_under_autocast(plain, frozen, late):
     results = []
-    for model, kind in ((opened(plain, frozen, tmp_path), None), (resident(plain), frozen)):
+    for model, kind in ((opened(plain, frozen), None), (resident(plain), frozen)):
         tuned = SelectiveBackward(model, LAYERS, frozen=kind)
         with torch.autocast("cpu", torch.bfloat16):
             found = losses_and_gradients(model, tuned, tokens())
@@ -196,19 +211,21 @@ def test_a_step_inside_backward_and_under_autocast(plain, frozen, late, tmp_path
     assert_bits(*results)
 
 
-def test_checkpointing_of_transformers_reentrant_or_not(plain, frozen, late, tmp_path):
+@plain_or_int8
+def test_checkpointing_of_transformers_reentrant_or_not(plain, frozen, late):
     for reentrant in (False, True):
         results = []
-        for model, kind in ((opened(plain, frozen, tmp_path), None), (resident(plain), frozen)):
+        for model, kind in ((opened(plain, frozen), None), (resident(plain), frozen)):
             model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
             tuned = SelectiveBackward(model, LAYERS, frozen=kind)
             results.append(losses_and_gradients(model, tuned, tokens(), tokens(2)))
         assert_bits(*results)
 
 
-def test_an_input_is_differentiated_twice(plain, frozen, late, tmp_path):
+@plain_or_int8
+def test_an_input_is_differentiated_twice(plain, frozen, late):
     results = []
-    for model, kind in ((opened(plain, frozen, tmp_path), None), (resident(plain), frozen)):
+    for model, kind in ((opened(plain, frozen), None), (resident(plain), frozen)):
         model.config._attn_implementation = "eager"  # torch's fused attention has no second derivative
         tuned = SelectiveBackward(model, LAYERS, frozen=kind, lean=False)
         x = model.get_input_embeddings()(tokens()["input_ids"]).detach().requires_grad_(True)
@@ -219,9 +236,10 @@ def test_an_input_is_differentiated_twice(plain, frozen, late, tmp_path):
     assert_bits(*results)
 
 
-def test_a_layer_that_is_used_several_times(plain, frozen, late, tmp_path):
+@plain_or_int8
+def test_a_layer_that_is_used_several_times(plain, frozen, late):
     results = []
-    for model, kind in ((opened(plain, frozen, tmp_path), None), (resident(plain), frozen)):
+    for model, kind in ((opened(plain, frozen), None), (resident(plain), frozen)):
         model.model.layers[3].mlp.gate_proj = model.model.layers[1].mlp.gate_proj
         model.model.layers[3].mlp.down_proj = model.model.layers[2].mlp.down_proj
         tuned = SelectiveBackward(model, LAYERS, frozen=kind)
@@ -229,9 +247,10 @@ def test_a_layer_that_is_used_several_times(plain, frozen, late, tmp_path):
     assert_bits(*results)
 
 
-def test_several_threads_and_backward_in_another_one(plain, frozen, late, tmp_path):
+@plain_or_int8
+def test_several_threads_and_backward_in_another_one(plain, frozen, late):
     """More threads than buffers: who finds none waits."""
-    model = opened(plain, frozen, tmp_path)
+    model = opened(plain, frozen)
     tuned = SelectiveBackward(model, LAYERS)
     parameters = list(tuned.parameters())
 
@@ -283,11 +302,12 @@ def test_gpt2_whose_head_is_its_embedding_and_a_classifier(late, tmp_path):
         assert_bits(*results)
 
 
+@plain_or_int8
 def test_tied_weights_also_where_they_train(frozen, late, tmp_path):
     folder = save_llama(tmp_path / "tied", tie_word_embeddings=True)
     for head in (None, "lm_head"):
         results = []
-        for model, kind in ((opened(folder, frozen, tmp_path, head=head), None), (resident(folder), frozen)):
+        for model, kind in ((opened(folder, frozen, head=head), None), (resident(folder), frozen)):
             assert model.lm_head.weight is model.model.embed_tokens.weight
             tuned = SelectiveBackward(model, LAYERS, head=head, frozen=kind)
             results.append(losses_and_gradients(model, tuned, tokens()))
@@ -365,10 +385,11 @@ def test_layers_that_were_not_opened_to_train(plain, late):
     assert_bits(*results)
 
 
+@plain_or_int8
 def test_with_a_prefix_cache(plain, frozen, late, tmp_path):
     found = []
     for options in ({}, {"cache": PrefixCache(tmp_path / "cache")}):
-        model = opened(plain, frozen, tmp_path)
+        model = opened(plain, frozen)
         tuned = SelectiveBackward(model, LAYERS, **options)
         found.append([model(**tokens(seed)).loss.detach() for _ in range(3) for seed in (1, 2)])
         count = len(late.copies)
@@ -478,11 +499,11 @@ def test_a_process_that_was_forked_is_told(plain, late):
 # Memory
 
 
-def test_two_buffers_are_there_and_go_with_the_model(plain, frozen, late, tmp_path):
+def test_two_buffers_are_there_and_go_with_the_model(plain, frozen, late):
     """On either side, as large as the largest layer or block of the head."""
     gc.collect()
     before = set(threading.enumerate())
-    model = opened(plain, frozen, tmp_path)
+    model = opened(plain, frozen)
     tuned = SelectiveBackward(model, LAYERS, checkpoint="above-cut")
     losses_and_gradients(model, tuned, tokens())
     streamed = [module for module in model.modules() if isinstance(module, StreamedLinear | StreamedQuantisedLinear)]
@@ -525,11 +546,12 @@ def test_a_weight_is_copied_once_for_uses_in_a_row_and_again_for_others(plain, l
         assert torch.equal(copied, weights[0][0])
 
 
+@plain_or_int8
 def test_a_plan_counts_what_is_on_the_device(frozen, late, monkeypatch, tmp_path):
     """Beside what a step makes: what trains and what is small, the buffers, and a weight that is unpacked."""
     monkeypatch.setattr(planned_step, "SMALL", 0)
     folder = save_llama(tmp_path / "wide", hidden_size=256, intermediate_size=1024, vocab_size=3000)
-    model = opened(folder, frozen, tmp_path)
+    model = opened(folder, frozen)
     there = [tensor for tensor in (*model.parameters(), *model.buffers()) if pages_of(tensor) is None]
     held = sum(tensor.nbytes for tensor in there) + sum(buffer.numel() for buffer in late.alive) // 2
     sizes = {"batch_size": 1, "sequence_length": 8, "dtype": "float32", "optimizer": "sgd", "device": "cuda"}
@@ -540,8 +562,9 @@ def test_a_plan_counts_what_is_on_the_device(frozen, late, monkeypatch, tmp_path
 # What it says
 
 
-def test_moves_copies_and_devices(plain, frozen, late, monkeypatch, tmp_path):
-    model = opened(plain, frozen, tmp_path)
+@plain_or_int8
+def test_moves_copies_and_devices(plain, frozen, late, monkeypatch):
+    model = opened(plain, frozen)
     assert model.to("cpu") is model  # where it is, as far as this transfer goes
     for one in (model, model.lm_head, model.get_input_embeddings(), model.model.layers[0].mlp.up_proj):
         with pytest.raises(NotImplementedError, match=r"from 'cpu' to 'meta'.*open_streamed\(\.\.\., device="):

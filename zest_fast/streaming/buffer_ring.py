@@ -105,7 +105,10 @@ class _Shared:
 
 
 class BufferRing:
-    """Safe for several threads: each holds one buffer at a time, so that those who wait for one get it."""
+    """Safe for several threads: each holds one buffer at a time, so that those who wait for one get it.
+
+    There are never more requests to the thread than buffers. It ends with the ring.
+    """
 
     def __init__(self, transfer: Transfer, size: int, count: int = BUFFERS) -> None:
         """size: bytes of the largest weight; so many are allocated `count` times on the device, and on the host."""

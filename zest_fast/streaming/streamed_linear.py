@@ -132,14 +132,12 @@ class CopiedLayer(StreamedWeight):
 
     @contextmanager
     def using(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        pages = [pages_of(tensor) for tensor in tensors]
         with self._ring.holding(self._weight) as copied:
             here = dict(zip(self._weight.pages, copied, strict=True))
+            found = [here.get(pages) if (pages := pages_of(tensor)) is not None else None for tensor in tensors]
+            # What has no pages of this layer is small and on the device, or was put into the layer since.
             yield tuple(
-                here[own]
-                if own in here
-                else tensor.to(self.device)  # small ones are there, others were put there since
-                for tensor, own in zip(tensors, pages, strict=True)
+                tensor.to(self.device) if one is None else one for tensor, one in zip(tensors, found, strict=True)
             )
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from adversarial_transfer import AdversarialTransfer
 from checkpoints import (
     TEXTS,
     minilm,
@@ -23,9 +24,10 @@ from typer.testing import CliRunner
 
 import zest_fast.cli.show as show
 import zest_fast.demo
-from zest_fast.cli import app
+from zest_fast.cli import app, job
 from zest_fast.integrations.pretrained import load_model
 from zest_fast.profiling.layer_profile import LayerProfile
+from zest_fast.streaming import opening
 
 LABELS = ["pos", "neg", "pos", "neg", "pos", "pos"]
 
@@ -272,6 +274,18 @@ def test_finetune_leaves_frozen_weights_on_disk(run, tmp_path):
     assert packed["training_loss"] == frozen["training_loss"]
 
 
+def test_finetune_streams_to_the_device_that_it_is_told(run, tmp_path, monkeypatch):
+    words = ("finetune", "llama", "films.jsonl", "--layers", "model.layers.1.mlp.up_proj", "--steps", 2, "--json")
+    words = (*words, *saving(tmp_path), "--stream")
+    plain, asked, transfer = document(run(*words)), [], AdversarialTransfer()
+    monkeypatch.setattr(opening, "SMALL", 0)
+    monkeypatch.setattr(job, "pick_device", lambda name: asked.append(name) or torch.device("cpu"))
+    monkeypatch.setattr(opening, "_transfer", lambda device: asked.append(device) or transfer)
+    streamed = document(run(*words, "--device", "cuda:1"))
+    assert asked == ["cuda:1", "cpu"]  # the second stands for the first
+    assert streamed["training_loss"] == plain["training_loss"] and len(transfer.copies) > 10
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -279,6 +293,7 @@ def test_finetune_leaves_frozen_weights_on_disk(run, tmp_path):
         (("llama", "films.jsonl", "--stream", "--layers", "x", "--frozen", "int8"), ["pack the folder"]),
         (("bert", "films.jsonl", "--label-column", "genre", "--stream", "--layers", "x"), []),
         (("zest_cli_user:net", "zest_cli_user:batches", "--stream", "--layers", "x"), ["is no folder"]),
+        (("llama", "films.jsonl", "--stream", "--layers", "x", "--device", "gpu"), ["--device 'gpu' is unknown"]),
     ],
 )
 def test_finetune_refuses_what_cannot_stay_on_disk(run, words, parts):

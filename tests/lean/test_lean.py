@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from untouched import changes, state_of
 from bench.lean.run import keeping, measure_block
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.lean import bits as lean_bits
+from zest_fast.lean import head_blocks
 from zest_fast.lean import loss as lean_loss
 from zest_fast.lean import norm as lean_norm
 from zest_fast.lean.apply import apply_lean
@@ -354,8 +356,10 @@ def rms_norm_of(width):
     return transformers_class("models.llama.modeling_llama", "LlamaRMSNorm")(width)
 
 
-def test_bfloat16_is_no_worse_than_plain(monkeypatch):
+@pytest.mark.parametrize("blocks", [1, 5])
+def test_bfloat16_is_no_worse_than_plain(blocks, monkeypatch):
     """Errors of plain and lean gradients against float64."""
+    in_blocks(monkeypatch, blocks)
     monkeypatch.setattr(lean_loss, "FEWEST_TOKENS", 4)
     model, loss = tuned("llama")
     exact = run(model.double(), loss)[1]
@@ -531,8 +535,10 @@ def few_tokens(monkeypatch):
     monkeypatch.setattr(lean_loss, "FEWEST_TOKENS", 4)
 
 
+@pytest.mark.parametrize("blocks", [1, 5])
 @pytest.mark.parametrize("arguments", ["plain", "ignored", "items", "shifted", "all ignored"])
-def test_loss_over_chunks(few_tokens, arguments):
+def test_loss_over_chunks(few_tokens, arguments, blocks, monkeypatch):
+    in_blocks(monkeypatch, blocks)
     model, batch = tuned("llama")[0], text_batch()
     if "ignored" in arguments:
         batch["labels"] = batch["labels"].clone()
@@ -545,6 +551,26 @@ def test_loss_over_chunks(few_tokens, arguments):
         lean = run(model, loss)
     assert_equal(plain, lean)
     assert torch.isnan(lean[0]) == (arguments == "all ignored")
+
+
+def in_blocks(monkeypatch, count):
+    """The head of 40 rows, a multiple of 8 at a time."""
+    monkeypatch.setattr(head_blocks, "_MULTIPLE", 40 // count)
+    monkeypatch.setattr(head_blocks, "BLOCK", 1)
+
+
+def test_blocks_of_a_head():
+    width, rows = 4096, 32_000
+    blocks = head_blocks.row_blocks(torch.empty(rows, width, dtype=torch.bfloat16, device="meta"))
+    assert blocks[0] == slice(0, 4096) and len(blocks) == 8 and blocks[-1].stop == rows
+    (whole,) = head_blocks.weight_blocks(torch.ones(3, 2))
+    assert whole[0] == slice(0, 3)
+    x, weight, bias = torch.randn(5, 64).double(), torch.randn(300, 64).double(), torch.randn(300).double()
+    with mock.patch.object(head_blocks, "BLOCK", 1):
+        assert len(head_blocks.row_blocks(weight)) == 5
+        y, g = head_blocks.linear_by_blocks(x, weight, bias), head_blocks.times_by_blocks(x @ weight.T, weight)
+    torch.testing.assert_close(y, nn.functional.linear(x, weight, bias))
+    torch.testing.assert_close(g, x @ weight.T @ weight)
 
 
 def test_logits_are_computed_when_they_are_read(few_tokens):

@@ -61,6 +61,27 @@ def test_weights_on_disk_count_while_they_multiply(frozen) -> None:
         assert all(abs(streamed.breakdown[kind] - resident.breakdown[kind]) < 2**21 for kind in others)
 
 
+@pytest.mark.parametrize("frozen", [None, "int8", "nf4"])
+def test_on_a_gpu_two_buffers_count(frozen) -> None:
+    """And of what goes through them only what is unpacked."""
+    resident, streamed = (
+        plan(CONFIG, LAYERS, frozen=frozen, stream=stream, **{**STEP, "device": "cuda"}) for stream in (False, True)
+    )
+    trained = 2 * 2 * 1024 * 2048
+    small = 2**20 + (12 * 0.5625 * 1024**2 if frozen == "nf4" else 0)
+    buffers = 2 * 4000 * 1024 * 2  # the head is the largest, and no larger than a block
+    held = streamed.breakdown["weights"] - trained - buffers
+    assert 0 <= held <= small + (LARGEST if frozen else 0)
+    assert streamed.flops == resident.flops
+    wide = transformers.LlamaConfig(**SIZES, vocab_size=40_000)
+    lean, plain = (
+        plan(wide, LAYERS, stream=True, lean=lean, **{**STEP, "device": "cuda"}).breakdown["weights"] - trained
+        for lean in (True, False)
+    )
+    assert 2 * 2**25 <= lean <= 2 * 2**25 + 2**20  # blocks of the head
+    assert lean <= plain <= 2 * 2**25 + 2**20 + 40_000 * 1024 * 2
+
+
 def test_models_without_blocks_or_linears_have_fewer_ways() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10))
     found = fit_memory(model, ["2"], "1GB", batch_size=2, image_size=8)
@@ -70,7 +91,6 @@ def test_models_without_blocks_or_linears_have_fewer_ways() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"stream": True, "device": "cuda"}, "stream=True with device='cuda'"),
         ({"stream": True, "layers": "all"}, "stream=True with layers='all'"),
     ],
 )

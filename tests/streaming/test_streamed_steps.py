@@ -10,7 +10,16 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_model
-from streamed_models import LAYERS, mapped_bytes, resident, save_llama, save_shards, tokens
+from streamed_models import (
+    LAYERS,
+    assert_bits,
+    losses_and_gradients,
+    mapped_bytes,
+    resident,
+    save_llama,
+    save_shards,
+    tokens,
+)
 
 from zest_fast import (
     PrefixCache,
@@ -22,9 +31,11 @@ from zest_fast import (
     optimizer_in_backward,
     pack,
 )
+from zest_fast.lean import head_blocks
 from zest_fast.streaming import opening
 from zest_fast.streaming.mapped_files import Pages, pages_of
 from zest_fast.streaming.streamed_linear import StreamedLinear, StreamedQuantisedLinear, StreamedWeight
+from zest_fast.streaming.streamed_rows import MappedBlocks
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "everything_is_large")]
 
@@ -51,23 +62,6 @@ def opened(folder, frozen, tmp_path, train=LAYERS, **options):
         return open_streamed(folder, train=train, **options)
     packed = tmp_path / f"packed-{frozen}"
     return open_streamed(packed if packed.exists() else pack(folder, packed, frozen=frozen), train=train, **options)
-
-
-def losses_and_gradients(model, tuned, *batches):
-    losses = [model(**batch).loss for batch in batches]  # all graphs are alive before the first backward pass
-    for loss in losses:
-        loss.backward()
-    found = [loss.detach() for loss in losses] + [parameter.grad.clone() for parameter in tuned.parameters()]
-    for parameter in tuned.parameters():
-        parameter.grad = None
-    return found
-
-
-def assert_bits(found, expected):
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-        assert torch.isfinite(a).all()
 
 
 def streamed_kinds(model):
@@ -315,6 +309,31 @@ def test_about_two_layers_are_resident(wide, frozen, lean, monkeypatch):
     assert mapped_bytes(folder) <= room
 
 
+def test_blocks_of_the_head_are_dropped_as_they_are_used(tmp_path, monkeypatch):
+    """While the loss is taken no more than a block is resident, where the head is the largest weight by far."""
+    folder = save_llama(tmp_path / "wordy", size="1GB", hidden_size=256, vocab_size=60_000)
+    model = open_streamed(folder, train=LAYERS)
+    tuned = SelectiveBackward(model, LAYERS)
+    block = 8 << 20
+    monkeypatch.setattr(head_blocks, "BLOCK", block)
+    monkeypatch.setattr(
+        model.lm_head.weight, "blocks", MappedBlocks(model.lm_head.weight, pages_of(model.lm_head.weight))
+    )
+    samples = []
+    log_softmax = torch.nn.functional.log_softmax
+
+    def sampled(*arguments, **options):
+        samples.append(mapped_bytes(folder))
+        return log_softmax(*arguments, **options)
+
+    will_need = Pages.will_need
+    monkeypatch.setattr(Pages, "will_need", lambda pages: (samples.append(mapped_bytes(folder)), will_need(pages)))
+    monkeypatch.setattr(torch.nn.functional, "log_softmax", sampled)
+    model(**tokens()).loss.backward()
+    assert len(samples) > 14 and max(samples) <= block + 2 * (2 << 20) < model.lm_head.weight.nbytes / 4
+    tuned.remove()
+
+
 def test_the_next_layer_is_asked_for_and_in_backward_the_previous(folder, monkeypatch):
     model = open_streamed(folder, train=LAYERS)
     names = {pages_of(p): name.removesuffix(".weight") for name, p in model.named_parameters() if pages_of(p)}
@@ -379,7 +398,9 @@ def test_moves_and_copies_are_refused(folder, frozen, tmp_path):
         lambda: module.to("meta"),
         lambda: model.to_empty(device="meta"),
     ):
-        with pytest.raises(NotImplementedError, match=r"cannot be on 'meta'.* GPU"):
+        with pytest.raises(
+            NotImplementedError, match=r"cannot be moved from 'cpu' to 'meta'.*open_streamed\(\.\.\., device="
+        ):
             move()
     for convert in (model.double, module.half):
         with pytest.raises(NotImplementedError, match="stay in the dtype of the file"):

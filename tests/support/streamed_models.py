@@ -40,6 +40,23 @@ def tokens(seed: int = 1, length: int = 12) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
+def losses_and_gradients(model, tuned, *batches):
+    losses = [model(**batch).loss for batch in batches]  # all graphs are alive before the first backward pass
+    for loss in losses:
+        loss.backward()
+    found = [loss.detach() for loss in losses] + [parameter.grad.clone() for parameter in tuned.parameters()]
+    for parameter in tuned.parameters():
+        parameter.grad = None
+    return found
+
+
+def assert_bits(found, expected):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+        assert torch.isfinite(a).all()
+
+
 def mapped_bytes(folder: Path) -> int:
     """Resident pages of this process that are mapped from files of the folder."""
     found, inside = 0, False

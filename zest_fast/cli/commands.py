@@ -117,7 +117,8 @@ def finetune(
         bool,
         typer.Option(
             "--stream",
-            help="Frozen weights stay on disk: MODEL is a folder, plain or of zest-fast pack, --layers what trains.",
+            help="Frozen weights stay on disk: MODEL is a folder, plain or of zest-fast pack, --layers what trains. On "
+            "the CPU, unless --device says cuda.",
         ),
     ] = False,
     cache: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,12 +65,14 @@ def open_job(
         names = class_names(opened.labels)
     elif isinstance(opened, Table) and label_column is not None:
         names = class_names(opened.column(label_column))
+    target = pick_device("cpu" if streamed is not None and device == "auto" else device)
+    if streamed is not None:
+        streamed = replace(streamed, device=str(target))  # for good: such a model is not moved
     loaded = load_model(model, task=task, class_names=names, streamed=streamed)
     _check_kind(opened, data, task)
     if names is not None and loaded.class_names is None:
         _check_outputs(loaded, len(names))
     loaders = make_loaders(opened, loaded, label_column=label_column, seed=seed, **batching)
-    target = pick_device("cpu" if streamed is not None and device == "auto" else device)
     loaded.model.to(target)
     return Job(loaded, loaders, target, _without_effect(opened, data, task, is_reference(model)))
 

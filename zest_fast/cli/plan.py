@@ -49,7 +49,10 @@ def plan(
     checkpoint: Annotated[str | None, typer.Option(help="above-cut: recompute the blocks above the cut.")] = None,
     frozen: Annotated[str | None, typer.Option(help="int8 or nf4: quantise what is frozen.")] = None,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Frozen weights stay on disk (open_streamed); on a CPU.")
+        bool,
+        typer.Option(
+            "--stream", help="Frozen weights stay on disk (open_streamed); on a CPU, unless --device says cuda."
+        ),
     ] = False,
     fit: Annotated[
         str | None,

@@ -122,10 +122,11 @@ def load_model(
 
 @dataclass(frozen=True)
 class Streamed:
-    """Of a model whose frozen weights stay on disk: what trains, as for `open_streamed`."""
+    """Of a model whose frozen weights stay on disk: what trains and where it runs, as for `open_streamed`."""
 
     layers: tuple[str, ...]
     head: str | list[str] | None = "auto"
+    device: str = "cpu"
 
 
 def _open_streamed(source: str, task: str, made_for: str | None, head: _Head, streamed: Streamed) -> LoadedModel:
@@ -135,7 +136,7 @@ def _open_streamed(source: str, task: str, made_for: str | None, head: _Head, st
             f"{source} needs another head, which would be drawn at random ({why}): load it once, give it that head and "
             "save it; then its weights can stay on disk"
         )
-    model: Any = open_streamed(source, train=streamed.layers, head=streamed.head)
+    model: Any = open_streamed(source, train=streamed.layers, head=streamed.head, device=streamed.device)
     notes = (*head.notes, "frozen weights stay on disk and are read as they are used")
     return LoadedModel(model, source, task, _processor(source, task, model), head.names, (), notes)
 

@@ -30,6 +30,8 @@ class LeanLinear(LeanForward):
 
 def multiply(module: nn.Module, x: Tensor) -> Tensor:
     kind = x.device.type
+    if type(module).forward is not nn.Linear.forward:  # a head that is streamed, which keeps nothing of its weight
+        return plain_forward(module)(x)
     if not torch.is_autocast_enabled(kind) or module.weight.dtype == torch.get_autocast_dtype(kind):
         return plain_forward(module)(x)
     return _FrozenLinear.apply(x, module)

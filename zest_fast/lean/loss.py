@@ -7,6 +7,8 @@ no multiplication is done twice.
 For a model of transformers that calls its head and then `self.loss_function` on what the head returns. The head returns
 DeferredLogits during a call with labels; a model that does something to them in between (a soft cap, a scale) thereby
 computes them, and goes on plainly. `.logits` of the model's output are computed when they are read.
+
+The head's weight is used a block of rows at a time (head_blocks.py), so that it need not be there whole either.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from zest_fast.lean.forward import (
     plain_forward,
     run_plainly,
 )
+from zest_fast.lean.head_blocks import linear_by_blocks, times_by_blocks
 from zest_fast.lean.logits import DeferredLogits
 
 FEWEST_TOKENS = 128  #: of a chunk: fewer, and reading the head's weight outweighs multiplying by it
@@ -50,7 +53,7 @@ def _is_causal(model: Any) -> bool:
 
 def obstacle(model: nn.Module, head: nn.Module) -> str:
     """Why the loss of this model is left plain; "" where it can be taken over chunks."""
-    if type(head).forward is not nn.Linear.forward:
+    if type(head).forward is not nn.Linear.forward and not hasattr(head._parameters.get("weight"), "blocks"):
         return f"its head is a {type(head).__name__}, not a plain Linear"
     if "forward" in vars(head) or "weight" not in head._parameters:
         return "the forward or the weight of its head was replaced"
@@ -163,10 +166,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for h, t, g in zip(hidden.split(chunk), targets.split(chunk), gradient.split(chunk), strict=True):
-            logits = plain_forward(head)(h)
+            logits = linear_by_blocks(h, head.weight, head.bias)
             log_softmax = F.log_softmax(logits.float(), dim=-1)
             total += F.nll_loss(log_softmax, t, ignore_index=ignore_index, reduction="sum")
-            g.copy_(_gradient_of_logits(log_softmax, t, ignore_index).to(logits.dtype) @ head.weight.to(logits.dtype))
+            g.copy_(times_by_blocks(_gradient_of_logits(log_softmax, t, ignore_index).to(logits.dtype), head.weight))
         ctx.save_for_backward(gradient)
         return total
 

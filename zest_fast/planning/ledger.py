@@ -79,7 +79,7 @@ class Ledger(TorchDispatchMode):
         self.phase = "before"
         self.flops: dict[str, int] = {}  #: by phase
         self._open: dict[int, Allocation] = {}  # by address of the storage
-        self._packed: dict[int, int] = {}  # bytes of a quantised weight when it is unpacked, by address
+        self._packed: dict[int, int | None] = {}  # what comes on top when a weight kept otherwise is used, by address
         self._events: list[tuple[Allocation, bool]] = []  # came, or went
         self._first = 0
         self._owned = _owned()
@@ -98,7 +98,8 @@ class Ledger(TorchDispatchMode):
 
     def hold(self, tensor: Tensor, kind: str, name: str, packed: int | None = None, used: int | None = None) -> None:
         """Enter a tensor that is there before the step. packed: its bytes if it is kept in another way (quantised, on
-        disk). used: those that come on top for as long as an operator computes with it; None = those of the tensor.
+        disk). used: those that come on top for as long as an operator computes with it; None = those of the tensor, or
+        of the rows of it that the operator has.
         """
         module = name.rpartition(".")[0]
         key = storage_key(tensor.untyped_storage())
@@ -106,7 +107,7 @@ class Ledger(TorchDispatchMode):
             return
         self._enter(tensor, kind, module, "", packed)
         if packed is not None:
-            self._packed[key] = _rounded(tensor.untyped_storage().nbytes() if used is None else used)
+            self._packed[key] = used
 
     def relabel(self, tensor: Tensor, kind: str, name: str) -> None:
         """What an operator made turned out to be something else: a gradient, say."""
@@ -204,8 +205,9 @@ class Ledger(TorchDispatchMode):
         """The dense copy of a quantised weight among the operands."""
         for tensor in args:
             if isinstance(tensor, Tensor) and (key := storage_key(tensor.untyped_storage())) in self._packed:
+                used = self._packed[key]
                 dense = Allocation(
-                    self._packed[key],
+                    _rounded(_size(tensor) if used is None else used),
                     "weights",
                     self._open[key].module,
                     self.phase,

@@ -56,12 +56,12 @@ def plan(
             transformers.
         frozen: "int8" or "nf4" = frozen Linear layers but the head are kept quantised and unpacked one at a time, by
             formula: 1 byte a weight and 4 a row, or 0.5625 bytes a weight.
-        stream: frozen weights from 1 MiB on are on disk, as `open_streamed` has them: one layer's is resident while it
-            multiplies. On a CPU only.
+        stream: frozen weights from 1 MiB on are on disk, as `open_streamed` has them: on a CPU one layer's is resident
+            while it multiplies, on a GPU two buffers are, as large as the largest layer.
         head: as for SelectiveBackward.
         device: that the step is to run on. "cuda" = tensors alone. "cpu" = also the copies on which oneDNN runs
-            convolutions and recurrent layers, up to 37 % more. None = "cpu" for a module whose weights are on the CPU,
-            else "cuda".
+            convolutions and recurrent layers, up to 37 % more. None = "cpu" for a module whose weights are on the CPU
+            and for stream=True, else "cuda".
 
     Returns:
         A Plan: print it, or ask it for `.peak_bytes`, `.flops`, `.breakdown`, `.within("24GB")` and more.

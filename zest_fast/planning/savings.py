@@ -16,7 +16,7 @@ from zest_fast.planning.blocks import layout_of
 from zest_fast.planning.optimizers import Build
 from zest_fast.planning.plan import plan
 from zest_fast.planning.report import Plan, needed, sized
-from zest_fast.planning.settings import DTYPES
+from zest_fast.planning.settings import DTYPES, packed_bytes
 from zest_fast.planning.skeletons import named_model
 
 if TYPE_CHECKING:
@@ -115,7 +115,8 @@ def fit_memory(
         dtype: of weights and inputs.
         optimizer: its name, or what builds it.
         head: of SelectiveBackward.
-        device: "cuda" or "cpu". Weights on disk are for a CPU.
+        device: "cuda" or "cpu". Weights on disk are offered for a CPU only: nothing was measured on a GPU, where
+            reading weighs more beside multiplying; `plan(stream=True, device="cuda")` says what such a step holds.
 
     Returns:
         A Fit: print it.
@@ -202,15 +203,19 @@ class _FrozenWeights:
             linears = frozen_linears(model, trained, layout_of(model).head, "int8")
         except ValueError:
             linears = {}
-        sizes = {name: module.weight.numel() for name, module in linears.items()}
-        self._all = sum(sizes.values())
-        self._above = sum(size for name, size in sizes.items() if order[name] > cut)
-        weights, _ = DTYPES[plain.setting.dtype or "float32"]
-        self._bytes = {None: float(weights.itemsize), "int8": 1.0, "nf4": 0.5625}  # a weight, about as `packed_bytes`
+        self._shapes = [
+            (module.weight.numel(), module.out_features, order[name] > cut) for name, module in linears.items()
+        ]
+        self._itemsize = DTYPES[plain.setting.dtype or "float32"][0].itemsize
 
     def cost(self, savings: Savings, planned: Plan) -> float:
         """In FLOPs: of the step, of unpacking and of reading, in forward, in backward and where it is recomputed."""
-        uses = self._all + self._above * (2 if savings.checkpoint else 1)
-        unpacked = UNPACKING[savings.frozen] * uses if savings.frozen else 0.0
-        read = READING * self._bytes[savings.frozen] * uses if savings.stream else 0.0
-        return planned.flops + unpacked + read
+        cost = float(planned.flops)
+        for weights, rows, is_above in self._shapes:
+            uses = 1 + is_above * (2 if savings.checkpoint else 1)
+            if savings.frozen:
+                cost += UNPACKING[savings.frozen] * weights * uses
+            if savings.stream:
+                size = packed_bytes(weights, rows, savings.frozen) if savings.frozen else weights * self._itemsize
+                cost += READING * size * uses
+        return cost

@@ -63,8 +63,6 @@ class Setting:
             raise ValueError(f"frozen={self.frozen!r} with layers='all': nothing is frozen; leave one of them out")
         if self.stream and self.layers == "all":
             raise ValueError("stream=True with layers='all': nothing is frozen that could stay on disk; leave it out")
-        if self.stream and self.device != "cpu":
-            raise ValueError("stream=True with device='cuda': weights stay on disk on a CPU only; pass device='cpu'")
 
     @property
     def optimizer_name(self) -> str:

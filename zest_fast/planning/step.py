@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from zest_fast.finetuning.quantised_weights import frozen_linears
 from zest_fast.finetuning.selective_backward import SelectiveBackward
+from zest_fast.lean.loss import LeanHead
 from zest_fast.planning.batches import cast, make_batch
 from zest_fast.planning.blocks import Layout
 from zest_fast.planning.dry_run import dry, fake, fake_batch, fill
@@ -28,7 +29,10 @@ from zest_fast.planning.optimizers import build_optimizer, is_in_backward
 from zest_fast.planning.settings import DTYPES, Setting, packed_bytes
 from zest_fast.profiling.heads import unwrap
 from zest_fast.profiling.loss import loss_of
+from zest_fast.streaming.buffer_ring import BUFFERS, buffer_bytes
 from zest_fast.streaming.opening import SMALL
+from zest_fast.streaming.streamed_model import others_weights
+from zest_fast.streaming.streamed_rows import largest_block
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,11 @@ def dry_step(
             if not parameters:
                 raise ValueError("nothing would train: no parameter of the model requires a gradient")
             ledger = Ledger(on_cpu=setting.device == "cpu")
-            hold(ledger, model, example, _kept_otherwise(model, layout, setting))
+            kept, buffers = _kept_otherwise(model, layout, setting)
+            hold(ledger, model, example, kept)
+            ring = torch.empty(buffers, dtype=torch.uint8)
+            if buffers:
+                ledger.hold(ring, "weights", "")
             ledger.watch(model, layout.head)
             training = _Training(parameters, setting, ledger, {id(p): name for name, p in model.named_parameters()})
             compute_loss = loss_of(model, example, loss_fn, None)
@@ -125,21 +133,36 @@ def _train_in_float32(model: nn.Module) -> None:
                 module._parameters[name] = made.setdefault(id(p), nn.Parameter(fake(p.data, torch.float32)))
 
 
-def _kept_otherwise(model: nn.Module, layout: Layout, setting: Setting) -> dict[int, tuple[int, int | None]]:
-    """Of weights that are kept quantised or on disk, by id: resident bytes, and those that come on top in use."""
+def _kept_otherwise(
+    model: nn.Module, layout: Layout, setting: Setting
+) -> tuple[dict[int, tuple[int, int | None]], int]:
+    """Of weights that are kept quantised or on disk, by id: resident bytes, and those that come on top in use; and the
+    bytes of the buffers that weights go through which are copied to a GPU as they are used."""
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    on_gpu = setting.device == "cuda"
     kept: dict[int, tuple[int, int | None]] = {}
+    copied = [0]
     if setting.frozen is not None:
         for module in frozen_linears(model, trained, layout.head, setting.frozen).values():
             weight = module.weight
             packed = packed_bytes(weight.numel(), module.out_features, setting.frozen)
-            streamed = setting.stream and packed >= SMALL
-            kept[id(weight)] = (0, packed + weight.nbytes) if streamed else (packed, None)
+            if setting.stream and packed >= SMALL:
+                kept[id(weight)] = 0, weight.nbytes + (0 if on_gpu else packed)
+                copied.append(buffer_bytes([packed]))
+            else:
+                kept[id(weight)] = packed, None
+    resident = {*trained, *kept, *(others_weights(model) if on_gpu else ())}
+    head = None if layout.head is None else model.get_submodule(layout.head)
     for other in model.modules() if setting.stream else ():
         held = other._parameters.get("weight") if isinstance(other, nn.Linear | nn.Embedding) else None
-        if held is not None and id(held) not in (*trained, *kept) and held.nbytes >= SMALL:
-            kept[id(held)] = 0, None
-    return kept
+        if held is None or id(held) in resident or held.nbytes < SMALL:
+            continue
+        whole = other is head and not isinstance(vars(head).get("forward"), LeanHead)  # who asks for all logits
+        if isinstance(other, nn.Linear) or id(held) not in kept:
+            kept[id(held)] = 0, None if whole or not on_gpu else 0
+        if isinstance(other, nn.Linear):
+            copied.append(buffer_bytes([largest_block(held) if other is head else held.nbytes]))
+    return kept, BUFFERS * max(copied) if on_gpu and setting.stream else 0
 
 
 def hold(

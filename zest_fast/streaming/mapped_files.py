@@ -4,6 +4,7 @@ A file is mapped whole, private and writable: a stray write lands in a copy of t
 changes what is mapped, so whatever autograd keeps of it stays as it was; a page that was dropped is read again.
 
 A file must stay as it is while it is mapped: one that is cut short ends the process (SIGBUS), as with every mapping.
+What goes to a device is read from the file and not from the mapping (`Pages.read`), where that is an error like others.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ class MappedFile:
                 ) from error
             flags, access = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
             self._memory = mmap.mmap(file.fileno(), size, flags=flags, prot=access)
+            self._contents = _Contents(path, os.dup(file.fileno()))
 
     def tensor(self, name: str) -> Tensor:
         """In the mapping itself; in memory where the file holds it at an address that its dtype cannot have."""
@@ -91,18 +93,82 @@ class MappedFile:
         """The same, frozen, with `.pages` where it is in the mapping."""
         entry, parameter = self.entries[name], nn.Parameter(self.tensor(name), requires_grad=False)
         if entry.start < entry.stop and entry.start % entry.dtype.itemsize == 0:
-            pages = Pages(self._memory, entry.start, entry.stop, parameter)
+            pages = Pages(self._memory, self._contents, entry.start, entry.stop, parameter)
             parameter.pages = pages  # type: ignore[attr-defined]
         return parameter
 
 
-class Pages:
-    """Those of one mapped parameter."""
+class _Contents:
+    """A file to be read beside its mapping, by the same descriptor: another file of its name is not read."""
 
-    def __init__(self, memory: mmap.mmap, start: int, stop: int, parameter: nn.Parameter) -> None:
-        self._memory = memory
-        self._start, self._stop = start, stop
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path, self._descriptor = path, descriptor
+        weakref.finalize(self, os.close, descriptor).atexit = False
+
+    def read(self, out: Tensor, start: int) -> None:
+        """Fill `out` (bytes, on the host) with those from `start` on. Raises OSError, naming the file that ends."""
+        rest = out.numpy().data
+        while rest:
+            count = os.preadv(self._descriptor, [rest], start)
+            if count == 0:
+                raise OSError(
+                    f"weights file {os.fspath(self._path)!r} ends at byte {start:,} and was longer when it was opened; "
+                    "put it back and open the model again"
+                )
+            rest, start = rest[count:], start + count
+
+
+class Pages:
+    """Those of one mapped parameter, or of some of its rows."""
+
+    def __init__(self, memory: mmap.mmap, contents: _Contents, start: int, stop: int, parameter: nn.Parameter) -> None:
+        """start, stop: bytes of the file."""
+        self._memory, self._contents = memory, contents
+        self._start, self._stop, self._first = start, stop, 0
         self._parameter, self._version = weakref.ref(parameter), parameter._version
+        self._address = parameter.data_ptr()
+
+    @property
+    def size(self) -> int:
+        return self._stop - self._start
+
+    def rows(self, parameter: nn.Parameter, start: int, stop: int) -> Pages:
+        """Those of rows `start` to `stop` of the parameter that these pages are of."""
+        row = self.size // parameter.shape[0]
+        first, last = self._start + start * row, self._start + stop * row
+        found = Pages(self._memory, self._contents, first, last, parameter)
+        found._first, found._version, found._address = start * row, self._version, self._address
+        return found
+
+    @property
+    def stamp(self) -> tuple[int, ...]:
+        """Changes when the parameter is written to or gets other memory: what was copied of it before is outdated."""
+        parameter = self._parameter()
+        return () if parameter is None else (parameter._version, parameter.data_ptr())
+
+    def read(self, out: Tensor) -> None:
+        """Copy their bytes to `out` (bytes, on the host): from the file, or from memory where others were put there.
+
+        Raises OSError, naming the file, where it was cut short.
+        """
+        parameter = self._parameter()
+        if parameter is None or self.stamp == (self._version, self._address):
+            self._contents.read(out, self._start)
+        else:
+            written = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            out.copy_(written[self._first : self._first + self.size])
+
+    def read_rows(self, rows: list[int]) -> Tensor:
+        """These rows of the parameter, in memory; few of many, so that nothing beside them is read."""
+        parameter = self._parameter()
+        assert parameter is not None
+        if self.stamp != (self._version, self._address):
+            return parameter.detach()[rows]
+        out = torch.empty((len(rows), *parameter.shape[1:]), dtype=parameter.dtype)
+        row = self.size // parameter.shape[0]
+        for number, one in zip(rows, out.view(torch.uint8).view(len(rows), row), strict=True):
+            self._contents.read(one, self._start + number * row)
+        return out
 
     def will_need(self) -> None:
         """Let the kernel read them into its cache, without waiting for it."""

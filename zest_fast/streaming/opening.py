@@ -30,16 +30,21 @@ from zest_fast.streaming.checkpoints import (
 from zest_fast.streaming.empty_models import empty_model
 from zest_fast.streaming.mapped_files import check_platform, pages_of
 from zest_fast.streaming.packing import packed_shapes
-from zest_fast.streaming.streamed_model import WEIGHTS, stream_weights
+from zest_fast.streaming.streamed_model import WEIGHTS, others_weights, stream_weights
+from zest_fast.streaming.transfer import CudaTransfer, Transfer
 
 SMALL = 1 << 20  #: bytes: a weight below this is kept in memory
 _M_MMAP_THRESHOLD = -3  # of <malloc.h>
 
 
 def open_streamed(
-    folder: str | os.PathLike[str], *, train: Iterable[str] = (), head: str | Iterable[str] | None = "auto"
+    folder: str | os.PathLike[str],
+    *,
+    train: Iterable[str] = (),
+    head: str | Iterable[str] | None = "auto",
+    device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """Open a model of transformers whose frozen weights stay on disk; the CPU reads them in every pass.
+    """Open a model of transformers whose frozen weights stay on disk; they are read in every pass.
 
     Resident are the layers that train, what is smaller than 1 MiB, and the weights of about two layers at a time, in
     forward and in backward. The rest are mapped pages, which the system reads ahead and drops. Losses and gradients are
@@ -47,7 +52,15 @@ def open_streamed(
 
     nn.Linear layers, embeddings and the head of a language model are mapped; layers of other kinds (transformers'
     Conv1D, convolutions, fused experts) are in memory. Give the model to `SelectiveBackward` with the same layers:
-    deltas fit the resident model, and the other way round. There is no such way for a GPU yet.
+    deltas fit the resident model, and the other way round.
+
+    On a GPU are what trains, what is small, and two buffers as large as the largest frozen layer (or 32 MiB of the
+    head, if that is more), which frozen weights go through one after the other; the host pins two of the same size. A
+    thread reads the next weight and a stream of its own copies it while this one multiplies. Rows of embeddings are
+    read on the host as they are looked up. The loss of a language model takes its head in blocks of 32 MiB while
+    lean saving is on; who asks for logits has the whole head on the GPU for that moment. `parameters()` and
+    `state_dict()` have the frozen weights where they are, on the host. **This has not run on a GPU**: the order of its
+    copies is tested on the CPU, with buffers that are overwritten as early and copied as late as they may be.
 
     From then on the C library gives freed memory from 1 MiB on back to the system (glibc's M_MMAP_THRESHOLD, of the
     whole process); by itself it keeps unpacked weights that nobody needs any more.
@@ -58,6 +71,7 @@ def open_streamed(
         train: layers that will train, by name; in memory, in the dtype of the file. Of a packed folder they are read
             from the folder that was packed.
         head: likewise, as for SelectiveBackward: "auto" = the last layer of a classifier, nothing for a language model.
+        device: where the model runs for good: "cpu", "cuda" or "cuda:1". Batches belong there.
 
     Returns:
         The model in eval mode; what will train requires a gradient, and nothing else. It cannot be copied, pickled or
@@ -66,7 +80,8 @@ def open_streamed(
     Raises:
         ValueError: a folder, shard or tensor that is missing, torn or of another shape than the configuration says; a
             layer that does not exist; a packed folder whose source is gone or has changed, while layers train.
-        NotImplementedError: another system than Linux; afterwards, when the model is moved to a GPU.
+        NotImplementedError: another system than Linux, a device of another kind; afterwards, when the model is moved.
+        RuntimeError: on a GPU, in a pass: a file that was cut short, named; a process that was forked from this one.
         ImportError: no transformers, or no bitsandbytes for a folder packed in nf4.
 
     Examples:
@@ -83,6 +98,7 @@ def open_streamed(
         model.layers.1.mlp.up_proj ('model.layers.1.mlp.up_proj.weight',)
     """
     check_platform()
+    transfer = _transfer(device)
     _let_go_of_freed_memory()
     folder = Path(folder)
     packed = read_packed(folder)
@@ -91,13 +107,30 @@ def open_streamed(
     checkpoint = plain_checkpoint(folder) if packed is None else packed_checkpoint(folder, packed)
     with torch.inference_mode(False):  # whose tensors cannot train, and do not say when they were written to
         model = empty_model(folder)
-        _Opened(model, folder, checkpoint, packed).fill(train, head)
+        _Opened(model, folder, checkpoint, packed, transfer).fill(train, head)
     return model
 
 
+def _transfer(device: str | torch.device) -> Transfer | None:
+    """None for the CPU. Raises ValueError or NotImplementedError, naming the device, where there is no way to it."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r} is unknown; 'cpu', 'cuda' or 'cuda:1' is needed") from error
+    if found.type == "cpu":
+        return None
+    if found.type != "cuda":
+        raise NotImplementedError(f"device={device!r}: weights are copied as they are used to 'cuda' only, or 'cpu'")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: torch {torch.__version__} finds no CUDA device; 'cpu' is left")
+    if found.index is not None and found.index >= torch.cuda.device_count():
+        raise ValueError(f"device={device!r}: there are {torch.cuda.device_count()} CUDA devices")
+    return CudaTransfer(found)
+
+
 def _let_go_of_freed_memory() -> None:
-    """glibc by itself raises the size from which it does so to that of the largest block that was freed: a step of a 7B
-    in nf4 held 3.6 GiB so, and 2.4 with a fixed one. Other C libraries have no such switch."""
+    """glibc by itself raises the size from which it does so to that of the largest block that was freed: unpacked
+    weights, which are larger than all else that a step frees. Other C libraries have no such switch."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, SMALL)
 
@@ -118,8 +151,16 @@ class _Slot(NamedTuple):
 class _Opened:
     """The model of a folder, while it is filled."""
 
-    def __init__(self, model: nn.Module, folder: Path, checkpoint: Checkpoint, packed: PackedFolder | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: Path,
+        checkpoint: Checkpoint,
+        packed: PackedFolder | None,
+        transfer: Transfer | None,
+    ) -> None:
         self._model, self._folder, self._checkpoint, self._packed = model, folder, checkpoint, packed
+        self._transfer = transfer
 
     def fill(self, train: Iterable[str], head: str | Iterable[str] | None) -> None:
         packed = {} if self._packed is None else self._linears()
@@ -131,7 +172,10 @@ class _Opened:
             if id(module._parameters["weight"]) not in trained:
                 used |= {f"{name}.packed", f"{name}.scale"}
                 self._put_packed(name, module)
-        stream_weights(self._model, self._keep_in_memory(trained))
+        mapped = self._keep_in_memory(trained)
+        if self._transfer is not None:
+            self._move(mapped, self._transfer.device)
+        stream_weights(self._model, mapped, self._transfer)
         self._check(used)
 
     def _linears(self) -> dict[str, nn.Linear]:
@@ -266,6 +310,8 @@ class _Opened:
             for name, parameter in module._parameters.items()
             if name in WEIGHTS
         }
+        if self._transfer is not None:
+            owned -= others_weights(self._model)
         mapped = set()
         for parameter in self._model.parameters():
             if id(parameter) in trained:
@@ -275,6 +321,17 @@ class _Opened:
             else:
                 _to_memory(parameter)
         return mapped
+
+    def _move(self, mapped: set[int], device: torch.device) -> None:
+        """All but what stays on disk, in place as far as parameters go: all who share one have it."""
+        for parameter in self._model.parameters():
+            if id(parameter) not in mapped:
+                parameter.data = parameter.data.to(device)
+        moved: dict[int, Tensor] = {}
+        for module in self._model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = moved.setdefault(id(buffer), buffer.to(device))
 
     def _check(self, used: set[str]) -> None:
         tensors = (*self._model.named_parameters(), *self._model.named_buffers())

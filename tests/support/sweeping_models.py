@@ -106,11 +106,11 @@ class Peek(nn.Module):
 
 
 class Mortal(nn.Module):
-    """Sends a signal to the process that trains it, unless that is the one that made it, so many times altogether."""
+    """Kills the process that trains it, unless that is the one that made it, so many times altogether."""
 
-    def __init__(self, inner, folder, lives, by=signal.SIGKILL):
+    def __init__(self, inner, folder, lives):
         super().__init__()
-        self.inner, self.folder, self.lives, self.parent, self.by = inner, Path(folder), lives, os.getpid(), by
+        self.inner, self.folder, self.lives, self.parent = inner, Path(folder), lives, os.getpid()
 
     def forward(self, x):
         if os.getpid() != self.parent and torch.is_grad_enabled():
@@ -118,7 +118,7 @@ class Mortal(nn.Module):
                 mark = self.folder / f"died-{life}"
                 if not mark.exists():
                     mark.touch()
-                    os.kill(os.getpid(), self.by)
+                    os.kill(os.getpid(), signal.SIGKILL)
         return self.inner(x)
 
 

@@ -3,12 +3,14 @@
 import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import TEXTS, save_bert, save_jsonl
 from typer.testing import CliRunner
 
+import zest_fast
 from zest_fast.cli import app
 from zest_fast.cli.sweep import _slurm_options
 from zest_fast.sweeping.records import read_records
@@ -102,8 +104,9 @@ def test_wrong_input_is_one_line(run, words, message) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="submitit is not installed")
-def test_jobs_of_the_local_executor(run, tmp_path) -> None:
-    """They find the user's module, which is in the current folder."""
+def test_jobs_of_the_local_executor(run, tmp_path, monkeypatch) -> None:
+    """They find the user's module, which is in the current folder, and zest_fast where it is installed."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(zest_fast.__file__).parents[1]))  # here it may not be installed
     assert run(*USERS, *QUICK, "--out", "alone.jsonl").exit_code == 0
     (tmp_path / "1").mkdir()
     options = ("--slurm", "folder=1", "--slurm", "cluster=local", "--slurm", "timeout_min=5")

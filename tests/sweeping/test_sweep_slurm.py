@@ -407,16 +407,20 @@ class Played:
         self.trials.append(order.trial)
         return order
 
-    def works(self, last=None):
-        """Goes home when told to; with `last`, leaves after so many trials."""
+    def does(self, most=None, leaving=False):
+        """So many trials, or those that come until it is sent home; leaving: says with the last one that it leaves."""
         self.begin()
-        while not self.over and (last is None or len(self.trials) < last):
+        while not self.over and (most is None or len(self.trials) < most):
             yield
             order = self.order()
             if order is not None:
-                write(self.mailbox.report, Report(order.number, {"loss": 1.0}, leaving=len(self.trials) == last))
+                last = leaving and len(self.trials) == most
+                write(self.mailbox.report, Report(order.number, {"loss": 1.0}, leaving=last))
             elif read(self.mailbox.order).number > len(self.trials):
                 break
+
+    def works(self):
+        yield from self.does()
         self.end("COMPLETED")
 
 
@@ -456,6 +460,7 @@ def test_nobody_waits_for_a_job_that_stays_in_the_queue(play) -> None:
     cluster, saved, error = play(lambda job, number: job.works() if number == 0 else iter(()), 3, TRIALS)
     assert error is None and sorted(saved) == TRIALS and cluster.arrays == [3]
     assert [job.cancelled for job in cluster.jobs] == [False, True, True]
+    assert cluster.jobs[0].trials == TRIALS  # layer by layer, also those of workers that have no job
 
 
 @needs_submitit
@@ -479,10 +484,12 @@ def test_a_job_that_is_lost_costs_its_trial_only(state, play) -> None:
 @needs_submitit
 def test_what_a_job_wrote_before_its_end_counts(play) -> None:
     def script(job, _):
-        yield from job.works(last=1)
+        yield from job.does(1, leaving=True)
+        job.end("COMPLETED")
 
     cluster, saved, error = play(script, 1, TRIALS)
-    assert error is None and saved == TRIALS and cluster.arrays == [1] * 6  # each leaves after one trial, none died
+    assert error is None and saved == TRIALS and cluster.arrays == [1] * 6
+    assert all(read(job.mailbox.order).number == 1 for job in cluster.jobs)  # who leaves gets no other order
 
 
 @needs_submitit
@@ -520,26 +527,34 @@ def test_a_bad_machine_does_not_end_a_sweep_that_others_do(play) -> None:
 
     cluster, saved, error = play(script, 2, TRIALS * 3)
     assert error is None and len(saved) == 18 and len(cluster.jobs[0].trials) == 18
-    assert len(cluster.jobs) > 3  # it was tried again
+    assert len(cluster.jobs) > 4  # it was tried again
 
 
 @needs_submitit
 def test_jobs_that_wait_for_work_and_are_lost_do_not_count_as_failures(play) -> None:
-    """The last trial's job is lost when all others have gone, one of them idle from the start."""
+    """Three begin when the first one has taken all trials, and are gone when it is lost with the last of them."""
 
     def script(job, number):
         if number >= 4:
             yield from job.works()
-            return
-        job.begin()
-        while job.order() is None and number != 3:
-            yield
-        for _ in range(5 if number == 3 else 20):
-            yield
+        if number == 0:
+            yield from job.does(3)
+            while job.order() is None:
+                yield
+            first.append(job)
+            for _ in range(20):
+                yield
+        else:
+            while not first:
+                yield
+            job.begin()
+            for _ in range(5):
+                yield
         job.end("NODE_FAIL")
 
-    _, saved, error = play(script, 4, TRIALS[:4])
-    assert error is None and sorted(saved) == TRIALS[:4]
+    first = []
+    cluster, saved, error = play(script, 4, TRIALS[:4])
+    assert error is None and sorted(saved) == TRIALS[:4] and cluster.arrays == [4, 1]
 
 
 @needs_submitit

@@ -93,7 +93,10 @@ def test_cpp_kernels_know_neither_torch_nor_python() -> None:
             assert "torch/" not in text and "Python.h" not in text and "pybind11" not in text, path
 
 
-HEAVY = ("torch", "transformers", "peft", "matplotlib", "pandas", "pyarrow", "lightgbm", "scipy", "bitsandbytes", "ray")
+HEAVY = (
+    *("torch", "transformers", "peft", "matplotlib", "pandas", "pyarrow", "lightgbm", "scipy", "bitsandbytes", "ray"),
+    "submitit",
+)
 READERS = ("LayerProfile", "Ranker", "Ranking", "Recipe", "__version__", "load_records", "load_watch", "rank")
 
 

@@ -1,14 +1,18 @@
 """`zest-fast sweep` on models of a few hundred weights."""
 
+import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import TEXTS, save_bert, save_jsonl
 from typer.testing import CliRunner
 
+import zest_fast
 from zest_fast.cli import app
+from zest_fast.cli.sweep import _slurm_options
 from zest_fast.sweeping.records import read_records
 
 USER_MODULE = """
@@ -85,6 +89,9 @@ def test_texts_and_a_model_folder_with_two_workers_and_again(run, tmp_path) -> N
         ((*USERS, "--head-share", 0.7), "leave -4 of 40 samples to train on"),
         (("zest_sweep_user:net", "zest_sweep_user:ragged"), "pad all samples alike"),
         ((*USERS, "--workers", 0), "workers is 0"),
+        ((*USERS, "--workers", 2, "--slurm", "timeout_min=60"), "slurm is for workers='slurm:N'"),
+        ((*USERS, "--workers", "slurm:2", "--slurm", "timeout_min"), "expected key=value"),
+        ((*USERS, "--workers", "slurm:2", "--slurm", "qos=a", "--slurm", "qos=b"), "qos is given twice"),
         ((*USERS, "--out", "records.csv"), "'.csv'"),
         ((*USERS, "--layers", "nothing"), "nothing"),
         ((*USERS, "--head-lr", 0), "head_lr"),
@@ -94,6 +101,34 @@ def test_wrong_input_is_one_line(run, words, message) -> None:
     result = run(*words)
     assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
     assert message in result.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="submitit is not installed")
+def test_jobs_of_the_local_executor(run, tmp_path, monkeypatch) -> None:
+    """They find the user's module, which is in the current folder, and zest_fast where it is installed."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(zest_fast.__file__).parents[1]))  # here it may not be installed
+    assert run(*USERS, *QUICK, "--out", "alone.jsonl").exit_code == 0
+    (tmp_path / "1").mkdir()
+    options = ("--slurm", "folder=1", "--slurm", "cluster=local", "--slurm", "timeout_min=5")
+    result = run(*USERS, *QUICK, "--workers", "slurm:1", *options, "--out", "jobs.jsonl", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["layers"] == 2
+    alone, jobs = (scores(tmp_path / name) for name in ("alone.jsonl", "jobs.jsonl"))
+    assert alone == jobs and len(jobs) == 4 and not list((tmp_path / "1").iterdir())
+
+
+def scores(path):
+    layers = [record for record in read_records(path)[1] if record["record"] == "layer"]
+    return {(record["layer"], record["seed"]): (record["loss"], record["accuracy"]) for record in layers}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("60", 60), ("1.5", 1.5), ("true", True), ("0123", "0123"), ("1e3", "1e3"), ("+4", "+4"), ("cpu,gpu", "cpu,gpu")],
+)
+def test_values_of_slurm_options_stay_as_they_were_typed(text, value) -> None:
+    found = _slurm_options([f"comment={text}", "folder=2026"])
+    assert found == {"comment": value, "folder": "2026"} and type(found["comment"]) is type(value)
 
 
 def test_another_recipe_does_not_go_into_the_same_file(run) -> None:

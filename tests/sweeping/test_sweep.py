@@ -387,3 +387,18 @@ def test_inputs_are_taken_by_rows() -> None:
     rows = torch.tensor([4, 0])
     whole = call_model(model, splits["score"][0])
     torch.testing.assert_close(call_model(model, rows_of(splits["score"][0], rows)), whole[rows])
+
+
+@pytest.mark.parametrize(
+    ("word", "kept"),
+    [
+        ("/home/me/a=b/films.jsonl", "films.jsonl"),
+        ("--out=/home/me/records.jsonl", "--out=records.jsonl"),
+        ("folder=/home/me/jobs", "folder=jobs"),
+        ("name=a/b", "name=a/b"),
+        ("films.jsonl", "films.jsonl"),
+    ],
+)
+def test_the_command_in_the_records_names_no_folder(word, kept, monkeypatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/usr/bin/zest-fast", "sweep", word])
+    assert sweep_module._command() == f"zest-fast sweep {kept}"

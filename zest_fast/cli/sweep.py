@@ -56,7 +56,17 @@ def sweep_command(
     out: Annotated[Path, typer.Option(help="The record file; a sweep that was interrupted goes on from it.")] = Path(
         "sweep.jsonl"
     ),
-    workers: Annotated[str, typer.Option(help="How many processes; or 'ray', or the address of a Ray cluster.")] = "1",
+    workers: Annotated[
+        str,
+        typer.Option(help="How many processes; 'ray', or the address of a Ray cluster; or 'slurm:8', so many jobs."),
+    ] = "1",
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="For slurm:N: folder (shared by all machines), timeout_min, partition ... as submitit names them.",
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many layers to show.")] = 10,
     max_length: MaxLength = None,
     image_size: ImageSize = None,
@@ -66,6 +76,7 @@ def sweep_command(
     """Fine-tune every layer alone with the head, score it, and show the best. Takes long; run again, it goes on."""
     check_writable(out, {".jsonl"}, inputs=[data])
     chosen = compiled(layers)
+    options = _slurm_options(slurm) if slurm else None
     changes: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "layer_lr_factor": layer_lr_factor, "head_lr": head_lr,
         "seeds": None if seeds is None else tuple(range(seeds)),
@@ -89,6 +100,7 @@ def sweep_command(
                 model_name=_name(model),
                 dataset_name=_name(data),
                 workers=int(workers) if workers.lstrip("-").isdecimal() else workers,
+                slurm=options,
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{out} holds what was done; the same command goes on from there") from None
@@ -97,6 +109,31 @@ def sweep_command(
         show.json_document(document)
     else:
         show.sweep_table(document)
+
+
+def _slurm_options(words: list[str]) -> dict[str, Any]:
+    """Numbers and true/false where a value reads as one and would be written the same; an account 0123 is a text."""
+    options: dict[str, Any] = {}
+    for word in words:
+        key, sign, text = word.partition("=")
+        if not (key and sign and text):
+            raise ValueError(f"--slurm {word}: expected key=value, such as timeout_min=60")
+        if key in options:
+            raise ValueError(f"--slurm {word}: {key} is given twice")
+        options[key] = text if key == "folder" else _value(text)
+    return options
+
+
+def _value(text: str) -> Any:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            if str(kind(text)) == text:
+                return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 def _all_samples(loader: Any) -> tuple[Inputs, Tensor]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from zest_fast.sweeping.trials import Trial, Trials
-from zest_fast.sweeping.workers import Died, Result
+from zest_fast.sweeping.workers import Died, Result, attempt, naming_what_cannot_be_sent
 
 _PATIENCE = 1.0  # seconds between looks whether the parent lives
 
@@ -102,13 +102,8 @@ def _can_fork(threads: int) -> bool:
 
 def _pickled(trials: Trials) -> bytes:
     # By value: tensors in shared memory would let one worker's training reach the others and the user's own model.
-    try:
+    with naming_what_cannot_be_sent():
         return pickle.dumps(trials)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"the model cannot be sent to other processes ({error}): define its classes and functions at the top of a "
-            "module, remove hooks that are closures, or sweep with workers=1"
-        ) from error
 
 
 def _work(
@@ -135,18 +130,7 @@ def _work(
             trial = pipe.recv()
         except EOFError:
             return
-        pipe.send(_attempt(own, trial))
-
-
-def _attempt(trials: Trials, trial: Trial) -> Result | Exception:
-    try:
-        return trials.run(trial)
-    except Exception as error:
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:  # an exception with arguments of its own
-            return RuntimeError(f"{type(error).__name__}: {error}")
-        return error
+        pipe.send(attempt(own, trial))
 
 
 def _words(exit_code: int) -> str:

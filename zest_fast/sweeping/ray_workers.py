@@ -6,14 +6,12 @@ They have to find zest_fast and the modules of the model: installed there, or se
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from zest_fast.sweeping.trials import Trial, Trials
-from zest_fast.sweeping.workers import Died, Result
+from zest_fast.sweeping.workers import Died, Result, keep_caches_here
 
 
 class RayPool:
@@ -93,6 +91,5 @@ def _unpacked(payload: bytes) -> Trials:
 
     torch.set_num_threads(1)
     trials: Trials = cloudpickle.loads(payload)
-    if not trials.folder.is_dir():  # that of the records, which only the machine of the caller may have
-        trials.folder = Path(tempfile.gettempdir())
+    keep_caches_here(trials)
     return trials

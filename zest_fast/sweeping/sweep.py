@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +34,12 @@ from zest_fast.sweeping.reused_prefix import ReusedPrefix
 from zest_fast.sweeping.tables import records_to_frame
 from zest_fast.sweeping.trial_order import plan
 from zest_fast.sweeping.trials import Trial, Trials, draw, evaluate, saved_parameters, set_head
-from zest_fast.sweeping.workers import distribute
+from zest_fast.sweeping.workers import Pool, distribute
 
 if TYPE_CHECKING:
     import pandas
+
+    from zest_fast.sweeping.slurm_workers import SlurmJobs
 
 SPLITS = ("head", "train", "score")
 DEFINITIONS = 1
@@ -57,6 +60,7 @@ def sweep(
     reuse: bool = True,
     cache_bytes: int = CACHE_BYTES,
     workers: int | str = 1,
+    slurm: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> pandas.DataFrame:
     """Fine-tune every layer alone (its weight and bias, with the head; all else frozen) and score it, seed by seed.
@@ -77,11 +81,15 @@ def sweep(
         dataset_name: how they call the data set.
         family: data sets that share samples are one family; None = the name of the data set.
         reuse: False runs every pass from the input: for measuring what reuse is worth.
-        cache_bytes: how much may be kept in memory (by each worker of Ray; by all local ones together); beyond, it is
-            memory-mapped beside `out`.
+        cache_bytes: how much may be kept in memory (by each worker of Ray or Slurm; by all local ones together);
+            beyond, it is memory-mapped beside `out`.
         workers: so many processes on this machine, torch's threads shared among them; or "ray", or the address of a Ray
-            cluster: a worker for each of its processors. Numbers do not depend on it, but for the rounding of other
-            numbers of threads. A worker that dies is replaced and its trial done again.
+            cluster: a worker for each of its processors; or "slurm:8": eight jobs of Slurm. Numbers do not depend on
+            it, but for the rounding of other numbers of threads and other processors. A worker that dies is replaced
+            and its trial done again.
+        slurm: for "slurm:8": "folder", which all machines share, "timeout_min" of a job, and any other option as
+            submitit names it ("partition", "account", "mem_gb", "cpus_per_task": as many threads ...).
+            {"cluster": "local"} tries the same with processes of this machine.
         progress: show a bar with an estimate of the time left on a terminal.
 
     Returns:
@@ -90,7 +98,9 @@ def sweep(
 
     Raises:
         ValueError, TypeError: arguments that do not fit, and a record file of another sweep or a damaged one.
-        RuntimeError: a record file that cannot be written or is in use, and a trial in which worker after worker dies.
+        RuntimeError: a record file that cannot be written or is in use, a trial in which worker after worker dies, and
+            jobs that cannot be submitted or end before they have begun.
+        ImportError, ConnectionError: Ray or submitit is not installed; no Ray cluster answers.
 
     Examples:
         >>> import torch, zest_fast
@@ -106,6 +116,11 @@ def sweep(
     if not isinstance(recipe, Recipe):
         raise TypeError(f"recipe is a {type(recipe).__name__}; a zest_fast Recipe is needed")
     _check_workers(workers)
+    placed: int | str | SlurmJobs = workers
+    if slurm is not None or str(workers).partition(":")[0] == "slurm":
+        from zest_fast.sweeping.slurm_workers import slurm_jobs
+
+        placed = slurm_jobs(workers, slurm)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module is needed")
     splits = {name: _split(dataset, name) for name in SPLITS}
@@ -130,7 +145,7 @@ def sweep(
         "environment": {"command": _command(), **_environment()},
     }
     with RecordFile(out, header) as records, in_eval_mode(model), saved_parameters(tuple(head.parameters())):
-        job = _Sweep(model, head_name, head, chosen, splits, recipe, records, reuse, cache_bytes, workers)
+        job = _Sweep(model, head_name, head, chosen, splits, recipe, records, reuse, cache_bytes, placed)
         job.run(progress)
         return records_to_frame(header, records.records)
 
@@ -147,7 +162,7 @@ class _Sweep:
         records: RecordFile,
         reuse: bool,
         cache_bytes: int,
-        workers: int | str,
+        workers: int | str | SlurmJobs,
     ) -> None:
         self._model = model
         self._head_name = head_name
@@ -253,17 +268,23 @@ class _Sweep:
             self._records.append({"record": "layer", "seed": trial.seed, "layer": trial.layer, **result})
             bar.advance(trials.tasks[trial.layer].cost)
 
+        if self._workers == 1:
+            for trial in trials.left():
+                save(trial, trials.run(trial))
+        else:
+            with self._pool(trials) as pool:
+                distribute(trials.left(), pool, save)
+
+    def _pool(self, trials: Trials) -> AbstractContextManager[Pool]:
+        if isinstance(self._workers, int):
+            return local_pool(trials, self._workers, self._records.close)
         if isinstance(self._workers, str):
             from zest_fast.sweeping.ray_workers import ray_pool
 
-            with ray_pool(trials, self._workers) as actors:
-                distribute(trials.left(), actors, save)
-        elif self._workers > 1:
-            with local_pool(trials, self._workers, self._records.close) as processes:
-                distribute(trials.left(), processes, save)
-        else:
-            for trial in trials.left():
-                save(trial, trials.run(trial))
+            return ray_pool(trials, self._workers)
+        from zest_fast.sweeping.slurm_workers import slurm_pool
+
+        return slurm_pool(trials, self._workers)
 
     def _trials(self, left: Mapping[Layer, tuple[int, ...]]) -> Trials:
         inputs, targets = self._splits["train"]
@@ -310,7 +331,7 @@ def _split(dataset: Mapping[str, Any], name: str) -> tuple[Inputs, Tensor]:
 def _check_workers(workers: Any) -> None:
     if isinstance(workers, bool) or not isinstance(workers, int | str):
         raise TypeError(
-            f"workers is {workers!r}; a number of processes, 'ray' or the address of a Ray cluster is needed"
+            f"workers is {workers!r}; a number of processes, 'ray', the address of a Ray cluster or 'slurm:N' is needed"
         )
     if workers == "" or (isinstance(workers, int) and workers < 1):
         raise ValueError(f"workers is {workers!r}; at least one is needed")
@@ -341,7 +362,13 @@ def _tensors_of(inputs: Inputs, targets: Tensor) -> list[tuple[str, Tensor]]:
 
 def _command() -> str:
     """The command line, without the folders that it names: records travel, folders do not."""
-    return " ".join(Path(word).name if os.path.isabs(word) else word for word in sys.argv)
+    return " ".join(map(_without_folder, sys.argv))
+
+
+def _without_folder(word: str) -> str:
+    """Also of `--out=/home/me/records.jsonl` and `folder=/home/me/jobs`."""
+    option, sign, value = ("", "", word) if os.path.isabs(word) else word.rpartition("=")
+    return option + sign + (Path(value).name if os.path.isabs(value) else value)
 
 
 def _environment() -> dict[str, str]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-from zest_fast.sweeping.trials import Trial
+from zest_fast.sweeping.trials import Trial, Trials
 
 Result = dict[str, float]
 DEATHS = 3
@@ -75,3 +79,41 @@ def _next(waiting: list[Trial], last: str | None, busy: set[str]) -> Trial:
     same = (trial for trial in waiting if trial.layer == last)
     free = (trial for trial in waiting if trial.layer not in busy)
     return next(same, next(free, waiting[0]))
+
+
+# What workers share that are no copies of this process
+
+
+@contextmanager
+def naming_what_cannot_be_sent() -> Iterator[None]:
+    """ValueError instead of what pickling raises."""
+    try:
+        yield
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"the model cannot be sent to other processes ({error}): define its classes and functions at the top of a "
+            "module, remove hooks that are closures, or sweep with workers=1"
+        ) from error
+
+
+def attempt(trials: Trials, trial: Trial) -> Result | Exception:
+    """What came of a trial, an exception among it, in a form that can be sent back."""
+    try:
+        return trials.run(trial)
+    except Exception as error:
+        return as_sent(error)
+
+
+def as_sent(error: Exception) -> Exception:
+    """The exception, or one with its words where it does not come through pickle (it has arguments of its own)."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def keep_caches_here(trials: Trials) -> None:
+    """In the temporary folder where that of the records is missing, which only the machine of the caller may have."""
+    if not trials.folder.is_dir():
+        trials.folder = Path(tempfile.gettempdir())

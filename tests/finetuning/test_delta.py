@@ -22,7 +22,6 @@ from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.ranking.ranking import rank
 from zest_fast.sweeping.recipe import Recipe
 
-
 DATA = Path(__file__).parents[1] / "data"
 
 

@@ -119,6 +119,20 @@ def _try_to_write(target: Path, what: str) -> None:
             trial.unlink(missing_ok=True)
 
 
+def check_new_folder(path: Path | None, option: str) -> None:
+    """Of a folder that must not be there yet, in one that is: fails before the work rather than after it."""
+    if path is None:
+        return
+    from zest_fast.integrations.references import nearest_path
+
+    if os.path.lexists(path):
+        raise ValueError(f"{option} {path} is there already; name a new folder")
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise ValueError(f"{option}: the folder around {path} does not exist; {nearest_path(parent)}")
+    _try_to_write(parent / path.absolute().name, f"{option} {path}")
+
+
 def check_folder(path: Path, option: str = "--out") -> None:
     """The same for a folder that is made, with its parents, where it is missing."""
     there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))

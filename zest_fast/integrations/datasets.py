@@ -6,6 +6,7 @@ Reading (`open_data`) comes before the model is loaded, since a fresh head needs
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 import re
@@ -66,6 +67,23 @@ def open_data(source: str) -> Table | ImageFolder | Loaders:
     if not path.exists():
         raise ValueError(f"data {source!r} does not exist; {nearest_path(path)}")
     return _open_images(path) if path.is_dir() else read_table(path)
+
+
+def digest_of_data(source: str) -> str | None:
+    """Of what a table holds, or of the names and sizes of images; None for `module:function`, of which nobody knows."""
+    if is_reference(source):
+        return None
+    path = Path(source)
+    state = hashlib.blake2b(digest_size=16)
+    if path.is_dir():
+        folder = _open_images(path)
+        for file, label in zip(folder.files, folder.labels, strict=True):
+            state.update(f"{label}/{file.name}|{file.stat().st_size}\n".encode(errors="surrogateescape"))
+    else:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                state.update(block)
+    return state.hexdigest()
 
 
 def class_names(labels: Sequence[Any]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from zest_fast.finetuning.delta_files import read_delta
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("profile", "finetune", "rank", "export", "plan", "sweep", "train-ranker", "demo", "doctor")
+COMMANDS += ("merge", "apply", "diff", "evaluate", "pack")
 
 USER_MODULE = """
 import os, shutil, time

@@ -364,8 +364,8 @@ def _choose(job: Job, wanted: Wanted, console: Console) -> tuple[_Choice, Any]:
     The batch is None where none can be had without moving the data loader on.
     """
     if wanted.resume is not None:
-        found = wanted.resume[1]
-        return _Choice(found.layers, found.head or None, found.ranking, found.explanation), None
+        run = wanted.resume[1]
+        return _Choice(run.layers, run.head or None, run.ranking, run.explanation), None
     if wanted.layers is not None:
         chosen = _Choice(wanted.layers, _head(job, wanted.head, wanted.layers))
         return chosen, job.first_batch() if wanted.dry_run else job.any_batch()

@@ -144,7 +144,8 @@ def _delta(version: int, metadata: Mapping[str, str], tensors: dict[str, torch.T
     if unknown := sorted(set(buffers) - set(tensors)):
         raise ValueError(f"it names a buffer {unknown[0]!r} and has no tensor of this name")
     ranking, recipe = (json.loads(metadata[key]) for key in ("ranking", "recipe"))
-    class_names, data = (), None
+    class_names: tuple[str, ...] = ()
+    data: Any = None
     if version > _WITHOUT_CLASSES:
         class_names = names_in("class_names", json.loads(metadata["class_names"]))
         data = json.loads(metadata["data"])

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from safetensors.torch import save_file, save_model
@@ -98,7 +99,8 @@ def merge_delta(model: nn.Module, path: str | os.PathLike[str], out: str | os.Pa
             _save_file(model, place)
         elif hasattr(model, "save_pretrained"):
             packed = _packed(model)
-            model.save_pretrained(place, **({"state_dict": _unpacked(model, packed)} if packed else {}))
+            save: Any = model.save_pretrained
+            save(place, **({"state_dict": _unpacked(model, packed)} if packed else {}))
             name_classes(place, delta.class_names)
         else:
             _save_file(model, place / "model.safetensors")

@@ -80,8 +80,8 @@ def digest_of_data(source: str) -> str | None:
         for file, label in zip(folder.files, folder.labels, strict=True):
             state.update(f"{label}/{file.name}|{file.stat().st_size}\n".encode(errors="surrogateescape"))
     else:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
+        with open(path, "rb") as table:
+            while block := table.read(1 << 20):
                 state.update(block)
     return state.hexdigest()
 

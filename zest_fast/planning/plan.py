@@ -287,7 +287,7 @@ def _notes(model: nn.Module) -> tuple[str, ...]:
     return ("config.use_cache is True: keys and values of every block are kept for nothing; set it to False to train",)
 
 
-def _layers(layers: Iterable[str] | str | None) -> tuple[str, ...] | str | None:
+def _layers(layers: Iterable[str] | str | int | None) -> tuple[str, ...] | str | None:
     if layers is None or layers == "all":
         return layers
     if isinstance(layers, str) or not isinstance(layers, Iterable):

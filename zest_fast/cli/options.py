@@ -35,7 +35,7 @@ LabelColumn = Annotated[
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples in a batch.")]
 MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens of a text; by default what the model takes.")]
 ImageSize = Annotated[
-    int | None, typer.Option(min=1, help="Pixels of both sides; by default the model's image processor, or 224.")
+    int | None, typer.Option(min=1, help="Pixels of both sides; by default as the model says, or 224.")
 ]
 Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Of the shuffle, the split and a fresh head.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]

@@ -29,7 +29,8 @@ def plan(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="llama-7b, bert-base, resnet-50 ..., a config.json or its folder, a hub id, or module:function.",
+            help="llama-7b, bert-base, resnet-50 ..., a config.json or its folder, a hub id, module:function, or the "
+            "YAML of a trainer (as --file).",
             show_default=False,
         ),
     ] = None,
@@ -65,10 +66,12 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Peak memory and FLOPs of a training step, by a dry run without weights and without a GPU."""
+    if model is not None and file is None and model.endswith((".yml", ".yaml")):
+        file, model = Path(model), None
     if model is None and file is None:
         raise ValueError("pass a model, or --file with a configuration of a trainer")
     sizes: dict[str, Any] = {"sequence_length": sequence_length, "image_size": image_size}
-    said = {"lean", "checkpoint", "frozen", "stream", "file", "profile", "probe"} & typed(ctx)
+    said = {"lean", "checkpoint", "frozen", "stream", "profile", "probe"} & typed(ctx) | ({"file"} if file else set())
     if fit is not None and said:
         raise ValueError(f"--fit chooses how memory is saved, and --{min(said)} says it: leave one out")
     how = None

@@ -117,7 +117,7 @@ def make_loaders(
     max_length: tokens kept of a text; None = what the tokenizer and the model's positions allow.
     same_length: pad every text to the tokens of the longest, so that a sample is the same in every batch.
     image_size: pixels of both sides of an image, then scaled to 0..1 and normalised with ImageNet's mean and deviation;
-        None = the model's image processor, or 224 where it has none.
+        None = the model's image processor, or where it has none the size in its configuration, or 224.
     """
     if isinstance(data, Loaders):
         return data
@@ -331,7 +331,7 @@ def _longest(loaded: LoadedModel) -> int:
 def _image_collate(loaded: LoadedModel, image_size: int | None) -> Collate:
     image_module = _pillow()
     processor = loaded.processor if image_size is None else None
-    size = image_size or DEFAULT_IMAGE_SIZE
+    size = image_size or _size_of_model(loaded.model) or DEFAULT_IMAGE_SIZE
     mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
 
@@ -349,6 +349,14 @@ def _image_collate(loaded: LoadedModel, image_size: int | None) -> Collate:
         return (pixels, targets) if loaded.task is None else {"pixel_values": pixels, "labels": targets}
 
     return collate
+
+
+def _size_of_model(model: Any) -> int | None:
+    """Pixels of both sides as its configuration says it; None where it does not, or where they differ."""
+    size = getattr(getattr(model, "config", None), "image_size", None)
+    if isinstance(size, list | tuple) and len(set(size)) == 1:
+        size = size[0]
+    return size if type(size) is int and size > 0 else None
 
 
 def _processed(images: list[Any], processor: Any, source: str) -> torch.Tensor:

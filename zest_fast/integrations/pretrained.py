@@ -459,7 +459,12 @@ def _processor(source: str, task: str, model: torch.nn.Module) -> Any | None:
     if task == "image-classification":
         if folder.is_dir() and not (folder / "preprocessor_config.json").exists():
             return None
-        return _load(transformers.AutoImageProcessor, source)
+        try:
+            return _load(transformers.AutoImageProcessor, source)
+        except ValueError as error:
+            if folder.is_dir() or "preprocessor_config.json" not in str(error) or "code of its own" in str(error):
+                raise
+            return None  # the hub has the model, and no such file of it
     # From a folder without its files AutoTokenizer makes an empty vocabulary up, and every word would be unknown.
     if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZERS):
         return None

@@ -28,6 +28,7 @@ from zest_fast.foundation.options import Checkpoint, Frozen, Preference
 from zest_fast.foundation.text_table import printable
 from zest_fast.integrations.datasets import digest_of_data
 from zest_fast.integrations.merging import DataSettings, merge_folder, save_model_folder
+from zest_fast.lean.master_weights import LOW
 from zest_fast.probing.collecting import collect
 from zest_fast.profiling.heads import find_head, is_language_model
 from zest_fast.ranking.ranking import Ranking
@@ -443,7 +444,8 @@ def _plan(
 
 
 def _planned_optimizer(job: Job, wanted: Wanted) -> str:
-    return "adamw-foreach" if job.device.type == "cuda" else "adamw"
+    low = wanted.masters and any(parameter.dtype in LOW for parameter in job.model.parameters())
+    return "adamw-masters" if low else "adamw-foreach" if job.device.type == "cuda" else "adamw"
 
 
 def _dry_report(job: Job, choice: _Choice, planned: dict[str, Any] | None) -> dict[str, Any]:

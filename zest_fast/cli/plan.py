@@ -44,7 +44,10 @@ def plan(
     image_size: Annotated[int | None, typer.Option(min=1, help="Pixels of both sides.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, bfloat16-mixed.")] = "bfloat16",
     optimizer: Annotated[
-        str, typer.Option(help="adamw, adamw-8bit, sgd ...; with -in-backward one gradient is alive at a time.")
+        str,
+        typer.Option(
+            help="adamw, adamw-8bit, sgd ...; behind it -masters: float32 ones; -in-backward: one gradient at a time."
+        ),
     ] = "adamw",
     lean: Annotated[bool, typer.Option(help="Save only what the gradient of inputs needs, above the cut.")] = True,
     checkpoint: Annotated[str | None, typer.Option(help="above-cut: recompute the blocks above the cut.")] = None,

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from zest_fast.cli.job import to_device
 from zest_fast.cli.rounds import Rounds
 from zest_fast.integrations.datasets import IGNORED
+from zest_fast.lean.master_weights import LOW, MasterWeights
 from zest_fast.profiling.heads import is_language_model, unwrap
 from zest_fast.profiling.loss import call_model, logits_of, own_loss
 
@@ -98,6 +99,8 @@ def evaluate(model: torch.nn.Module, loader: DataLoader[Any], device: torch.devi
 
 def optimizer_for(parameters: Sequence[torch.nn.Parameter], lr: float, *, masters: bool) -> torch.optim.Optimizer:
     """AdamW; with float32 masters of what is in bfloat16 or float16, where that is wanted and there is any."""
+    if masters and any(parameter.dtype in LOW for parameter in parameters):
+        return MasterWeights(parameters, lr=lr)
     return torch.optim.AdamW(parameters, lr=lr)
 
 

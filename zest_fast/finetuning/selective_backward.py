@@ -18,6 +18,7 @@ from torch import nn
 from zest_fast.finetuning.cut import Cut, remove_copied_cut
 from zest_fast.finetuning.delta_files import Delta, check_tensors, names_in, read_delta, write_delta
 from zest_fast.finetuning.digests import Base, digest_of_modules, digests, saved_buffers
+from zest_fast.finetuning.first_step import FirstStep
 from zest_fast.finetuning.moving_buffers import MovingBuffers
 from zest_fast.finetuning.optimizer_check import check_optimizer
 from zest_fast.finetuning.quantised_models import UnpackedLayers
@@ -129,6 +130,7 @@ class SelectiveBackward(Removable):
         self._optimizer: weakref.ref[Any] | None = None  # the one that was last seen
         self._handles: list[Any] = []  # whatever has .remove()
         self._unpacked: UnpackedLayers | None = None
+        self._first_step: FirstStep | None = None
         try:
             with HeldInterrupts():
                 self._choose(checkpoint)
@@ -180,6 +182,9 @@ class SelectiveBackward(Removable):
             self._handles.append(passes)
         self._cut = Cut(self.model, self._chosen(), self._buffers, self._leave_compiled_code, passes)
         self._handles.append(self._cut)
+        if self._samples:
+            self._first_step = FirstStep(self._chosen, self._remember)
+            self._handles.append(self._first_step)
         mark_wrapped(self.model)
 
     def _leave_compiled_code(self, modules: frozenset[int]) -> None:
@@ -230,6 +235,8 @@ class SelectiveBackward(Removable):
     def _rounding(self, optimizer: Any) -> str:
         self._remember(optimizer)
         lost = lost_steps(optimizer, self._chosen())
+        if self._first_step is not None:
+            self._first_step.told = True  # here
         if lost is not None:
             warnings.warn(str(lost), stacklevel=3)
         return "" if lost is None else str(lost)

@@ -58,8 +58,8 @@ def plan(
         dtype: of weights and inputs: "bfloat16", "float16", "float32"; "bfloat16-mixed" = float32 under autocast; None
             = as the model has it; "auto" = bfloat16, with a batch None.
         optimizer: adamw, adamw-foreach (what torch takes on CUDA unless told otherwise), adamw-fused, adamw-8bit, adam,
-            sgd, sgd-momentum; with "-in-backward" behind it each gradient is used and dropped at once; or a function of
-            the parameters that returns a torch.optim.Optimizer.
+            sgd, sgd-momentum; with "-masters" behind it MasterWeights around it, with "-in-backward" each gradient is
+            used and dropped at once; or a function of the parameters that returns a torch.optim.Optimizer.
         lean: as for SelectiveBackward, which the dry run uses.
         checkpoint: as for SelectiveBackward. With "all", any checkpoint= means the gradient checkpointing of
             transformers.

@@ -401,3 +401,40 @@ def test_a_run_of_another_loop_is_refused(run, home, tmp_path):
         ):
             tuned.save_run("mine.pt", optimizer, progress=progress)
             refused(run(*BERT, "--resume", "mine.pt"), "--resume mine.pt")
+
+
+# --- Float32 masters ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def low(home):
+    """A folder whose weights are bfloat16."""
+    transformers.LlamaForCausalLM.from_pretrained("llama").bfloat16().save_pretrained("low")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(home / "llama" / name, home / "low" / name)
+    return ("finetune", "low", "texts.jsonl", "--task", "causal-lm", "--layers", "model.layers.1.mlp.up_proj")
+
+
+def test_a_model_in_bfloat16_trains_with_masters(run, home, low, monkeypatch):
+    words = (*low, "--steps", 6, "--batch-size", 4, "--lr", 2e-5)
+    with_masters = run(*words, "--out", "d.safetensors", "--save-every", 3, "--json")
+    assert "keeps float32 masters" in with_masters.stderr and "cannot move" not in with_masters.stderr
+    plain = run(*words, "--no-masters", "--out", "p.safetensors", "--json")
+    assert "cannot move at a learning rate of 2e-05" in plain.stderr and "keeps float32" not in plain.stderr
+    assert document(with_masters)["plan"]["breakdown"]["optimizer"] > document(plain)["plan"]["breakdown"]["optimizer"]
+    ours, theirs = read_delta("d.safetensors"), read_delta("p.safetensors")
+    assert ours.dtypes == ("bfloat16",) and ours.recipe["masters"] == "float32" and theirs.recipe["masters"] is None
+    before = load_file("low/model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    moved = [
+        float((d.parameters["model.layers.1.mlp.up_proj.weight"] != before).float().mean()) for d in (ours, theirs)
+    ]
+    assert moved[0] > moved[1]
+    done(run(*low[:3], "--resume", "d.run.pt", "--out", "e.safetensors"))
+    again = load_file("e.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in ours.parameters.items())
+
+
+def test_a_float32_model_has_no_masters(run, home):
+    result = run(*BERT, *LAYER, "--steps", 1, "--json")
+    assert "masters" not in result.stderr and document(result)
+    assert read_delta("delta.safetensors").recipe["masters"] is None

@@ -1,11 +1,11 @@
 """Fine-tuning in pure bfloat16 with and without float32 masters, beside float32, on a pair of bench.finetune.
 
-python -m bench.masters [--pair efficientnet-lite0/mnist] [--threads 1]      # writes bench/results/masters.json
+python -m bench.masters [--pair efficientnet-lite0/mnist] [--seeds 10]      # writes bench/results/masters.json
 
-Every arm starts from the same weights and takes the same steps on the same batches as the arm "ZEST@5" of
-bench.finetune, with the layers and the rate that its file says; then the same at RATE of the README, where bfloat16
-rounds most steps away. Accuracy is on the split "test". `moved` is the share of the chosen weights that are not where
-they were: of the masters, where there are some.
+Every arm starts from the same weights and takes the same steps on the same batches, with the layers and the rate that
+the arm "ZEST@5" of bench.finetune has (its three seeds' layers in turn); then the same at RATE of the README, where
+bfloat16 rounds most steps away. Accuracy is on the split "test". `moved` is the share of the chosen weights that are
+not where they were: of the masters, where there are some.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import copy
 import json
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -93,23 +94,42 @@ def main() -> None:
         prog="python -m bench.masters", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pair", default="efficientnet-lite0/mnist", metavar="MODEL/DATASET")
+    parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     job, results = Job(arguments.pair), []
     for rate in (None, RATE):
-        for run in job.found():
+        for seed in range(arguments.seeds):
+            run = job.found()[seed % len(SEEDS)]
             for arm in ARMS:
                 head_rate = job.settings["head_rate"] if rate is None else rate
-                done = job.train(arm, tuple(run["layers"]), rate or run["rate"], head_rate, run["seed"])
-                results.append({**done, "of_bench_finetune": run["test_accuracy"] if rate is None else None})
+                results.append(job.train(arm, tuple(run["layers"]), rate or run["rate"], head_rate, seed))
                 print(json.dumps(results[-1]), flush=True)
+    means = list(_means(results))
+    for row in means:
+        print(json.dumps(row))
+    settings = {"pair": arguments.pair, "seeds": arguments.seeds, "readme_rate": RATE, **job.settings}
+    write_result("masters", settings, [*means, *results])
+
+
+def _means(results: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Of each arm and rate, and its distance from float32 with the standard error over the seeds."""
     for rate in dict.fromkeys(row["rate"] for row in results):
-        for arm in ARMS:
-            rows = [row for row in results if row["rate"] == rate and row["arm"] == arm]
-            mean = statistics.mean(row["test_accuracy"] for row in rows)
-            print(f"{rate:g} {arm}: {mean:.4f}, moved {statistics.mean(row['moved'] for row in rows):.3f}")
-    write_result("masters", {"pair": arguments.pair, "seeds": SEEDS, "readme_rate": RATE}, results)
+        found = {arm: [row for row in results if (row["rate"], row["arm"]) == (rate, arm)] for arm in ARMS}
+        for arm, rows in found.items():
+            accuracies = [row["test_accuracy"] for row in rows]
+            pairs = zip(rows, found["float32"], strict=True)
+            apart = [row["test_accuracy"] - other["test_accuracy"] for row, other in pairs]
+            yield {
+                "mean of": arm,
+                "rate": rate,
+                "test_accuracy": statistics.mean(accuracies),
+                "standard_error": statistics.stdev(accuracies) / len(accuracies) ** 0.5,
+                "to_float32": statistics.mean(apart),
+                "to_float32_standard_error": statistics.stdev(apart) / len(apart) ** 0.5,
+                "moved": statistics.mean(row["moved"] for row in rows),
+            }
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from zest_fast.finetuning import digests
 from zest_fast.finetuning.delta_files import read_delta
 from zest_fast.finetuning.delta_use import merge_delta
-from zest_fast.finetuning.differences import TensorFiles, differences
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.integrations import merging
+from zest_fast.integrations.differences import TensorFiles, differences
 from zest_fast.integrations.merging import apply_to_folder, load_base, merge_folder, settings_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -2,10 +2,9 @@
 
 from zest_fast.cli import (  # noqa: F401 (they register their commands)
     commands,
-    diff,
+    deltas,
     evaluating,
     export,
-    merge,
     pack,
     plan,
     rank,

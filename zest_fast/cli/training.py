@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from zest_fast.cli.job import to_device
-from zest_fast.cli.rounds import Rounds
+from zest_fast.cli.runs import Rounds
 from zest_fast.integrations.datasets import IGNORED
 from zest_fast.lean.master_weights import LOW, MasterWeights
 from zest_fast.profiling.heads import is_language_model, unwrap

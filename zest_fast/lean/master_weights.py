@@ -115,6 +115,9 @@ class MasterWeights(torch.optim.Optimizer):
         Args:
             param_group: "params" and options.
 
+        Returns:
+            None.
+
         Raises:
             ValueError: as torch does.
         """
@@ -134,6 +137,9 @@ class MasterWeights(torch.optim.Optimizer):
 
         Returns:
             What the closure returned; None without one.
+
+        Raises:
+            RuntimeError: what the inner optimizer raises; the groups are then as they were.
         """
         loss = None
         if closure is not None:
@@ -196,6 +202,9 @@ class MasterWeights(torch.optim.Optimizer):
 
         Args:
             state_dict: of a MasterWeights over as many parameters, of the same shapes.
+
+        Returns:
+            None.
 
         Raises:
             ValueError: groups of other sizes, or a master that is missing or of another shape; nothing has changed

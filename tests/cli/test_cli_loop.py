@@ -438,3 +438,25 @@ def test_a_float32_model_has_no_masters(run, home):
     result = run(*BERT, *LAYER, "--steps", 1, "--json")
     assert "masters" not in result.stderr and document(result)
     assert read_delta("delta.safetensors").recipe["masters"] is None
+
+
+def test_a_folder_that_cannot_be_written_leaves_the_delta_and_says_how_to_go_on(run, home, monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("Some tensors share memory")
+
+    monkeypatch.setattr("zest_fast.cli.finetuning.save_model_folder", broken)
+    result = run(*BERT, *LAYER, "--steps", 1, "--save-model", "served", "--json")
+    assert result.exit_code == 2 and json.loads(result.stdout)["model_not_saved"]
+    last = result.stderr.splitlines()[-1]
+    assert "served could not be written (Some tensors share memory)" in last and "zest-fast merge" in last
+    monkeypatch.undo()
+    monkeypatch.chdir(home)
+    done(run("merge", "bert", "delta.safetensors", "served"))
+
+
+def test_data_that_are_gone_are_named(run, home, interrupted):
+    refused(
+        run("finetune", "bert", "film.jsonl", "--resume", interrupted), "'film.jsonl' does not exist", "films.jsonl"
+    )
+    done(run(*BERT, *LAYER, "--steps", 1))
+    refused(run("evaluate", "bert", "film.jsonl", "--delta", "delta.safetensors"), "'film.jsonl' does not exist")

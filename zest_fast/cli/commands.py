@@ -209,9 +209,8 @@ def finetune(
             more["streamed"] = Streamed(tuple(names or ()), chosen)
         if progress is not None and resume is not None:
             from zest_fast.cli.runs import check_data
-            from zest_fast.integrations.datasets import digest_of_data, open_data
+            from zest_fast.integrations.datasets import digest_of_data
 
-            open_data(data)  # whose errors say more than that of a digest
             check_data(resume, progress, data, digest_of_data(data))
         job = opened_job(ctx, console, **more)
         from zest_fast.cli.finetuning import Wanted, finetune_job, settings_of_job

@@ -354,8 +354,9 @@ class _Run:
             else:
                 self.tuned.remove()  # plain weights in the place of packed ones
                 save_model_folder(loaded, out, loaded.class_names or ())
-        except OSError as error:
-            return None, f"--save-model {out} could not be written ({_reason(error)})"
+        except Exception as error:  # whatever save_pretrained of a stranger's model raises: the delta is there
+            reason = _reason(error) if isinstance(error, OSError) else _first_line(error)
+            return None, f"--save-model {out} could not be written ({reason})"
         return str(out), None
 
 

@@ -70,16 +70,22 @@ def open_data(source: str) -> Table | ImageFolder | Loaders:
 
 
 def digest_of_data(source: str) -> str | None:
-    """Of what a table holds, or of the names and sizes of images; None for `module:function`, of which nobody knows."""
+    """Of what a table holds, or of the names and sizes of images; None for `module:function`, of which nobody knows.
+
+    Raises ValueError as open_data does where there is no such file.
+    """
     if is_reference(source):
         return None
     path = Path(source)
+    if not path.exists():
+        raise ValueError(f"data {source!r} does not exist; {nearest_path(path)}")
     state = hashlib.blake2b(digest_size=16)
     if path.is_dir():
         folder = _open_images(path)
         for file, label in zip(folder.files, folder.labels, strict=True):
             state.update(f"{label}/{file.name}|{file.stat().st_size}\n".encode(errors="surrogateescape"))
     else:
+        check_regular(path)
         with open(path, "rb") as table:
             while block := table.read(1 << 20):
                 state.update(block)

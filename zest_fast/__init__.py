@@ -10,6 +10,7 @@ __all__ = [
     "DeltaSwitch",
     "Fit",
     "LayerProfile",
+    "MasterWeights",
     "NoiseScale",
     "Plan",
     "PrefixCache",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from zest_fast.finetuning.delta_use import DeltaSwitch, apply_delta, merge_delta
     from zest_fast.finetuning.selective_backward import SelectiveBackward
     from zest_fast.lean.apply import apply_lean
+    from zest_fast.lean.master_weights import MasterWeights
     from zest_fast.lean.optimizer import adamw, optimizer_in_backward
     from zest_fast.planning.choose import Choice, choose
     from zest_fast.planning.plan import plan, plan_profile, planned_peak
@@ -87,6 +89,7 @@ else:
         "DeltaSwitch": "zest_fast.finetuning.delta_use",
         "Fit": "zest_fast.planning.savings",
         "LayerProfile": "zest_fast.profiling.layer_profile",
+        "MasterWeights": "zest_fast.lean.master_weights",
         "NoiseScale": "zest_fast.watching.noise_scale",
         "Plan": "zest_fast.planning.report",
         "PrefixCache": "zest_fast.prefix.cache",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from zest_fast.finetuning.delta_files import read_delta
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("profile", "finetune", "rank", "export", "plan", "sweep", "train-ranker", "demo", "doctor")
+COMMANDS += ("merge", "apply", "diff", "evaluate", "pack")
 
 USER_MODULE = """
 import os, shutil, time
@@ -253,9 +255,10 @@ def test_weights_that_cannot_be_saved_are_saved_elsewhere(run, home, monkeypatch
 
 def test_what_was_trained_before_an_error_is_kept_and_the_error_says_where_it_arose(run, home) -> None:
     result = run("finetune", NET, "zest_ends_user:failing", "--layers", "b", "--out", "delta.safetensors")
-    refused(
-        result, "speaker", "after step 5 of 10", "delta.interrupted.safetensors", "KeyError in", "zest_ends_user.py"
-    )
+    last = result.stderr.splitlines()[-1]  # after what it was about to train
+    assert result.exit_code == 2 and result.stdout == "" and last.startswith("error: "), result.stderr
+    for part in ("speaker", "after step 5 of 10", "delta.interrupted.safetensors", "KeyError in", "zest_ends_user.py"):
+        assert part in last
     assert not (home / "delta.safetensors").exists()
     assert read_delta(home / "delta.interrupted.safetensors").recipe["interrupted"] is True
 
@@ -434,3 +437,48 @@ def test_processes_that_are_started_anew_find_the_users_module(run, home, monkey
     assert result.exit_code == 0, result.stderr
     assert {row["layer"] for row in json.loads(result.stdout)["best"]} == {"a", "b"}
     assert sys.path == path
+
+
+def test_debug_works_wherever_it_stands(run, home) -> None:
+    for words in (("--debug", "profile", NET, "gone.csv"), ("profile", NET, "gone.csv", "--debug")):
+        result = run(*words)
+        assert isinstance(result.exception, ValueError) and result.exit_code == 1, words
+    assert run("profile", NET, "gone.csv").exit_code == 2
+    assert "--debug" in run("profile", NET, "--", "--debug").stderr  # a file of this name
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("--layers", "0"), ["--layers 0: there are"]),
+        (("--layers", "all", "--frozen", "int8"), ["--frozen 'int8' with --layers 'all'"]),
+        (("--layers", "all", "--stream", "--device", "cpu"), ["--stream with --layers 'all'"]),
+        (("--sequence-length", "8", "--dtype", "float8"), ["--dtype 'float8' is unknown"]),
+        (("--sequence-length", "8", "--optimizer", "adams"), ["--optimizer 'adams' is unknown"]),
+        (("--fit", "1KB", "--sequence-length", "8"), ["--"]),
+    ],
+)
+def test_errors_name_options_and_no_arguments_of_python(run, home, words, parts) -> None:
+    save_bert(home / "bert")
+    result = run("plan", "bert", *words)
+    refused(result, *parts)
+    assert not re.search(r"\b(layers|frozen|stream|device|dtype|optimizer|checkpoint|max_memory)=", result.stderr)
+
+
+def test_an_equals_sign_in_a_path_stays(run, home) -> None:
+    refused(run("profile", NET, "runs/seed=3.csv"), "'runs/seed=3.csv'")
+    refused(run("profile", NET, "seed=3.csv"), "'seed=3.csv'")
+
+
+def test_doctor_names_what_others_provide(run, home) -> None:
+    found = json.loads(run("doctor", "--json").stdout)["optional"]
+    assert {"transformers", "peft", "accelerate", "bitsandbytes", "ray"} <= found.keys()
+
+
+def test_the_file_of_a_trainer_is_a_model_to_plan(run, home) -> None:
+    save_bert(home / "bert")
+    (home / "axolotl.yml").write_text("base_model: bert\nsequence_len: 8\nmicro_batch_size: 2\n")
+    one, other = (run("plan", *words, "--json") for words in (("axolotl.yml",), ("--file", "axolotl.yml")))
+    assert one.exit_code == 0 and one.stdout == other.stdout and "by axolotl" in one.stdout
+    (home / "axolotl.yml").write_text("base_model: bert\nsequence_len: [8]\n")
+    refused(run("plan", "axolotl.yml"), "axolotl.yml', sequence_len: expected a whole number")

@@ -35,7 +35,7 @@ def test_a_packed_folder_opens(run, tmp_path):
     ("words", "message"),
     [
         (("lama", "--frozen", "int8", "--out", "packed"), "'lama' does not exist; nearest: 'llama'"),
-        (("llama", "--frozen", "int3", "--out", "packed"), "frozen='int3' is unknown"),
+        (("llama", "--frozen", "int3", "--out", "packed"), "--frozen 'int3' is unknown"),
         (("llama", "--frozen", "int8", "--out", "llama"), "it is there already; name a new folder: 'llama'"),
         (("llama", "--frozen", "int8", "--out", "no/packed"), "there is no folder"),
     ],

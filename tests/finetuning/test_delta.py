@@ -4,6 +4,7 @@ import errno
 import json
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from zest_fast.finetuning.run_state import checksum as run_checksum
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.ranking.ranking import rank
 from zest_fast.sweeping.recipe import Recipe
+
+DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.fixture(autouse=True)
@@ -195,8 +198,8 @@ def test_foreign_newer_and_missing_files(tmp_path):
     save_file({"a.weight": torch.zeros(4, 4)}, path)
     with pytest.raises(ValueError, match=r"its format is None, not 'zest_fast\.delta'"):
         tuned.load(path)
-    save_file({"a.weight": torch.zeros(4, 4)}, path, {"format": "zest_fast.delta", "version": "4"})
-    with pytest.raises(ValueError, match=r"format version 4, .*upgrade zest_fast"):
+    save_file({"a.weight": torch.zeros(4, 4)}, path, {"format": "zest_fast.delta", "version": "5"})
+    with pytest.raises(ValueError, match=r"format version 5, .*upgrade zest_fast"):
         tuned.load(path)
     save_file({"a.weight": torch.zeros(4, 4)}, path, {"format": "zest_fast.delta", "version": "1"})
     with pytest.raises(ValueError, match=r"format version 1, .*save it again"):
@@ -412,3 +415,30 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         with pytest.raises(RuntimeError, match=r"'a\.weight' is not finite \(was the loss NaN\?\): nothing is written"):
             save()
     assert path.read_bytes() == before
+
+
+def test_class_names_and_settings_of_the_data_travel(tmp_path):
+    data = {"task": "text-classification", "max_length": 12}
+    tuned = SelectiveBackward(Mlp(), ["a"])
+    path = tuned.save(tmp_path / "delta.safetensors", class_names=["no", "yes"], data=data)
+    delta = read_delta(path)
+    assert delta.class_names == ("no", "yes") and delta.data == data
+    before = path.read_bytes()
+    for names, error, message in (
+        ("no", TypeError, "not the single string 'no'"),
+        (["a", 1], TypeError, "1 is a int"),
+        (["a", "a"], ValueError, "class_names has a name twice"),
+    ):
+        with pytest.raises(error, match=message):
+            tuned.save(path, class_names=names)
+    with pytest.raises(TypeError, match="data must be plain data"):
+        tuned.save(path, data={"model": tuned})
+    assert path.read_bytes() == before
+    assert read_delta(tuned.save(path)).class_names == ()
+
+
+def test_deltas_of_before_say_nothing_of_classes():
+    for version, names in ((2, ()), (3, ()), (4, ("no", "yes"))):
+        delta = read_delta(DATA / f"delta_v{version}.safetensors")
+        assert delta.class_names == names and delta.layers == ("1",)
+        assert delta.data == ({"task": None, "batch_size": 4} if version == 4 else None)

@@ -267,7 +267,7 @@ def mutate(kind, count, seed, folder, loader):
     job = Job()
     path = folder / f"good.{kind}"
     if kind == "delta":
-        job.tuned.save(path, recipe={"rate": 0.01})
+        job.tuned.save(path, recipe={"rate": 0.01}, class_names=["a", "b"], data={"task": None})
     else:
         job.tuned.save_run(path, job.optimizer, job.scheduler, progress={"step": 1})
     good = loader.load(kind, path)
@@ -329,8 +329,12 @@ def test_no_flipped_bit_of_the_tensors_is_taken(kind, tmp_path):
 
 @pytest.mark.parametrize(
     ("delta", "run"),
-    [("delta_v2.safetensors", "run_v1.pt"), ("delta_v3.safetensors", "run_v2.pt")],
-    ids=["without a checksum", "with one"],
+    [
+        ("delta_v2.safetensors", "run_v1.pt"),
+        ("delta_v3.safetensors", "run_v2.pt"),
+        ("delta_v4.safetensors", "run_v2.pt"),
+    ],
+    ids=["without a checksum", "with one", "with classes"],
 )
 def test_files_of_versions_before_load(delta, run):
     job = Job()

@@ -313,3 +313,17 @@ def test_without_pillow_the_pip_line(tmp_path, plain, monkeypatch):
     refuse_import(monkeypatch, "PIL")
     with pytest.raises(ImportError, match="pip install pillow"):
         make_loaders(data, plain, batch_size=1)
+
+
+def test_without_an_image_processor_the_configuration_says_the_size(tmp_path):
+    config = transformers.ViTConfig(
+        image_size=32, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    save_digits(tmp_path / "digits")
+    data = open_data(str(tmp_path / "digits"))
+    loaded = load_model(str(tmp_path / "vit"), class_names=class_names(data.labels))
+    batch = next(iter(make_loaders(data, loaded, batch_size=4).train))
+    assert batch["pixel_values"].shape == (4, 3, 32, 32) and torch.isfinite(loaded.model(**batch).loss)
+    loaded.model.config.image_size = (16, 32)  # no square: the usual size
+    assert next(iter(make_loaders(data, loaded, batch_size=2).train))["pixel_values"].shape[-1] == 224

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import runpy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from small_models import llama
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
-from zest_fast import PrefixCache
+from zest_fast import MasterWeights, PrefixCache
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.integrations.trainer import DELTA, WatchCallback, ZestCallback, prepare
 
@@ -272,3 +273,66 @@ def test_a_training_that_fails_leaves_no_watch_behind(tmp_path):
     trainer_of(model, classified(), tmp_path, callbacks=[callback]).train()  # it begins anew
     assert callback.watched.steps == 2
     callback.remove()
+
+
+def low_trainer(tmp_path, dtype=torch.bfloat16, **options):
+    model = tiny_bert().to(dtype)
+    arguments = {"max_steps": 4, "learning_rate": 2e-5, "report_to": [], "use_cpu": True, "save_strategy": "no"}
+    arguments |= options.pop("arguments", {})
+    return Trainer(model=model, args=TrainingArguments(tmp_path / "out", **arguments), train_dataset=rows(), **options)
+
+
+def tiny_bert():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=20, max_position_embeddings=16, hidden_dropout_prob=0.0, **sizes)
+    return BertForSequenceClassification(config)
+
+
+def rows():
+    torch.manual_seed(1)
+    ids = torch.randint(5, 20, (16, 12))
+    return [{"input_ids": row, "labels": torch.tensor(place % 2)} for place, row in enumerate(ids)]
+
+
+LOW_LAYERS = ["bert.encoder.layer.1.output.dense"]
+
+
+def test_prepare_keeps_masters_of_what_is_in_low_precision(tmp_path, caplog):
+    trainer = low_trainer(tmp_path, arguments={"save_strategy": "steps", "save_steps": 2})
+    tuned = prepare(trainer, LOW_LAYERS)
+    before = [parameter.detach().float().clone() for parameter in tuned.parameters()]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*cannot move")
+        trainer.train()
+    optimizer = trainer.optimizer
+    while not isinstance(optimizer, MasterWeights):
+        optimizer = optimizer.optimizer
+    assert type(optimizer.inner) is torch.optim.AdamW
+    for parameter, value in zip(tuned.parameters(), before, strict=True):
+        assert parameter.dtype == torch.bfloat16 and (optimizer.master_of(parameter) != value).all()
+    assert "what trains keeps float32 masters: MasterWeights around AdamW" in caplog.text
+    whole = [optimizer.master_of(parameter).clone() for parameter in tuned.parameters()]
+    again = low_trainer(tmp_path)
+    other = prepare(again, LOW_LAYERS)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    optimizer = again.optimizer
+    while not isinstance(optimizer, MasterWeights):
+        optimizer = optimizer.optimizer
+    for parameter, master in zip(other.parameters(), whole, strict=True):
+        assert torch.equal(optimizer.master_of(parameter), master)
+
+
+@pytest.mark.parametrize("how", ["float32", "declined", "factory", "own"])
+def test_prepare_leaves_the_optimizer_where_masters_have_no_place(tmp_path, how, caplog):
+    options = {}
+    if how == "own":
+        options["optimizer_cls_and_kwargs"] = (torch.optim.SGD, {"lr": 1e-3})
+    trainer = low_trainer(tmp_path, torch.float32 if how == "float32" else torch.bfloat16, **options)
+    if how == "factory":
+        trainer.get_optimizer_cls_and_kwargs = lambda *a: (torch.optim.AdamW, {"params": [], "lr": 1.0})
+    found = trainer.optimizer_cls_and_kwargs
+    tuned = prepare(trainer, LOW_LAYERS, masters=how != "declined")
+    assert trainer.optimizer_cls_and_kwargs is found
+    assert ("no float32 masters" in caplog.text) == (how in ("factory", "own"))
+    tuned.remove()

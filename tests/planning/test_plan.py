@@ -362,3 +362,30 @@ def test_command_says_what_is_wrong(write):
     ):
         done = run(*arguments)
         assert done.exit_code == 2 and words in done.stderr
+
+
+def test_a_batch_in_place_of_sizes_and_a_number_of_layers():
+    model = transformers.LlamaForCausalLM(tiny_config())
+    ids = torch.randint(0, 32, (SIZES["batch_size"], SIZES["sequence_length"]))
+    names = ["model.layers.2.mlp.up_proj"]
+    by_sizes = plan(model, names, **SIZES, dtype=None)
+    by_batch = plan(model, names, batch={"input_ids": ids, "labels": ids})
+    assert by_batch.peak_bytes == by_sizes.peak_bytes and by_batch.setting.size == by_sizes.setting.size
+    assert by_batch.setting.dtype is None and by_batch.again(optimizer="sgd").peak_bytes < by_batch.peak_bytes
+    with pytest.raises(ValueError, match="plan is of a batch, whose sizes cannot be changed"):
+        by_batch.table()
+    evenly = plan(model, 3, **SIZES).setting.layers
+    assert len(evenly) == 3 and {name.split(".")[2] for name in evenly} >= {"0", "3"}
+    for arguments, error, message in (
+        ({}, TypeError, "needs batch_size= with the sizes of a sample, or batch="),
+        ({"batch": {"input_ids": ids}, "batch_size": 2}, ValueError, "batch= says its sizes, and batch_size= too"),
+        ({"batch": {"text": "a"}}, ValueError, "a batch of tensors is needed"),
+        ({**SIZES, "loss_fn": torch.nn.functional.mse_loss}, ValueError, "loss_fn is of a batch"),
+    ):
+        with pytest.raises(error, match=message):
+            plan(model, names, **arguments)
+    for count in (0, 10_000):
+        with pytest.raises(ValueError, match=f"layers={count}: there are"):
+            plan(model, count, **SIZES)
+    with pytest.raises(TypeError, match="layers=True"):
+        plan(model, True, **SIZES)

@@ -1,6 +1,17 @@
 """The command `zest-fast`. torch and transformers are imported inside the commands, so that `--help` is quick."""
 
-from zest_fast.cli import commands, export, pack, plan, rank, sweep, train_ranker, watch  # noqa: F401 (they register their commands)
+from zest_fast.cli import (  # noqa: F401 (they register their commands)
+    commands,
+    deltas,
+    evaluating,
+    export,
+    pack,
+    plan,
+    rank,
+    sweep,
+    train_ranker,
+    watch,
+)
 from zest_fast.cli.app import app
 
 __all__ = ["app"]

@@ -18,6 +18,9 @@ from zest_fast.cli.show import printable
 USER_ERRORS = (ValueError, TypeError, KeyError, IndexError, OSError, ImportError, RuntimeError)
 
 
+# An argument, True or False behind it, and how else a value begins; not in a path, a file's name or a text in quotes.
+_ARGUMENT = re.compile(r"(?<![\w./\\'\"=:-])([a-z]\w*)=(?!=)(True\b|False\b)?(?=([\w'\"(\[-]?))")
+
 INTERRUPTED = 130  #: the exit code of a shell for what SIGINT ended
 
 
@@ -26,6 +29,13 @@ class _OneLineErrors(TyperGroup):
 
     Ctrl-C is one line and exit code 130.
     """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """`--debug` is an option of the command as a whole, wherever it stands."""
+        end = args.index("--") if "--" in args else len(args)
+        if "--debug" in args[1:end]:
+            args = ["--debug", *(word for word in args[:end] if word != "--debug"), *args[end:]]
+        return list(super().parse_args(ctx, args))
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -46,14 +56,23 @@ class _OneLineErrors(TyperGroup):
             raise typer.Exit(2) from error
 
     def _with_options(self, ctx: Any, line: str) -> str:
-        """What Python passes as `argument=` is an option of the command, where the command has one of this name."""
+        """What Python passes as `argument=` is an option of the command, where the command has one of this name.
+
+        "checkpoint='all'" is "--checkpoint 'all'" there, "stream=True" "--stream", "pass sequence_length=" without "=".
+        """
         command = self.commands.get(ctx.invoked_subcommand or "")
-        options = {parameter.name: parameter.opts[0] for parameter in command.params} if command is not None else {}
-        return re.sub(
-            r"\bpass (\w+)=(?=\W|$)",
-            lambda found: f"pass {options[found[1]]}" if found[1] in options else found[0],
-            line,
-        )
+        options = {p.name: p for p in command.params if p.opts[0].startswith("--")} if command is not None else {}
+
+        def named(found: re.Match[str]) -> str:
+            option = options.get(found[1])
+            if option is None:
+                return found[0]
+            if found[2] and getattr(option, "is_flag", False):
+                off = option.secondary_opts[0] if option.secondary_opts else f"no {option.opts[0]}"
+                return str(option.opts[0] if found[2] == "True" else off)
+            return f"{option.opts[0]}{' ' if found[3] or found[2] else ''}{found[2] or ''}"
+
+        return re.sub(_ARGUMENT, named, line)
 
 
 def _place(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import typer
 
 from zest_fast.cli import show
 from zest_fast.cli.app import app
+from zest_fast.cli.checks import check_options
 from zest_fast.cli.options import (
     BatchSize,
     Data,
@@ -22,6 +23,8 @@ from zest_fast.cli.options import (
     Task,
     TextColumn,
     check_folder,
+    check_new_folder,
+    check_readable,
     check_writable,
     compiled,
     opened_job,
@@ -56,6 +59,7 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Measure every metric of every layer in one forward and one backward pass over one batch."""
+    check_options(ctx.params)
     check_writable(out, {".json", ".parquet"}, inputs=[data])
     check_writable(plot, {".png", ".svg", ".pdf"}, "--plot")
     pattern, chosen = compiled(layers), None if metrics == "all" else split_names(metrics, "--metrics")
@@ -137,7 +141,25 @@ def finetune(
     validation_share: Annotated[
         float, typer.Option(min=0.0, max=0.9, help="Share of the data held out for the scores before and after.")
     ] = 0.1,
+    masters: Annotated[
+        bool,
+        typer.Option(
+            "--masters/--no-masters", help="Float32 masters of what trains, where the model is bfloat16 or float16."
+        ),
+    ] = True,
     out: Annotated[Path, typer.Option(help="Where to save the trained layers.")] = Path("delta.safetensors"),
+    save_model: Annotated[
+        Path | None, typer.Option(help="A new folder for the tuned model, as from_pretrained loads it.")
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, help="Save the run every so many steps, as OUT with the ending .run.pt.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with a run that --save-every or Ctrl-C saved, to the bit.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Stop before training: which layers, and the plan.")
+    ] = False,
     max_length: MaxLength = None,
     image_size: ImageSize = None,
     seed: Seed = 0,
@@ -145,13 +167,27 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Profile, rank, train the best layers and the head, and save what changed."""
+    check_options(ctx.params)
     check_writable(out, {".safetensors"})
+    check_new_folder(save_model, "--save-model")
+    progress = None
+    if resume is not None:
+        check_readable(resume, "run")
+        from zest_fast.cli.runs import read_progress, resumed_options
+
+        progress = read_progress(resume)
+        ctx.params |= resumed_options(resume, progress, ctx.params, typed(ctx))
+        layers = ",".join(progress.layers) or None
+        checkpoint, frozen, stream = ctx.params["checkpoint"], ctx.params["frozen"], ctx.params["stream"]
+        epochs, steps, lr, masters = (ctx.params[name] for name in ("epochs", "steps", "lr", "masters"))
     if layers is not None and (unused := typed(ctx) & {"by", "top", "probe"}):
         raise ValueError(f"--{unused.pop()} chooses among ranked layers, and --layers names them: leave one out")
     if by is not None and probe is not None:
         raise ValueError("--probe is mixed in by the Ranker that ships, and --by ranks by a metric: leave one out")
     if cache is None and "cache_limit" in typed(ctx):
         raise ValueError("--cache-limit is about --cache, which names the folder: pass both")
+    if layers is not None and progress is None and (max_memory is not None or prefer != "score"):
+        raise ValueError("--max-memory and --prefer choose among ranked layers, and --layers names them: leave one out")
     names = split_names(layers, "--layers")
     if stream and names is None:
         raise ValueError(
@@ -169,12 +205,18 @@ def finetune(
             from zest_fast.integrations.pretrained import Streamed
 
             chosen = None if head == "none" else head if head == "auto" else split_names(head, "--head")
+            if progress is not None:
+                chosen = progress.head or None
             more["streamed"] = Streamed(tuple(names or ()), chosen)
-        job = opened_job(ctx, console, **more)
-        from zest_fast.cli.finetuning import finetune_job
+        if progress is not None and resume is not None:
+            from zest_fast.cli.runs import check_data
+            from zest_fast.integrations.datasets import digest_of_data
 
-        document = finetune_job(
-            job,
+            check_data(resume, progress, data, digest_of_data(data))
+        job = opened_job(ctx, console, **more)
+        from zest_fast.cli.finetuning import Wanted, finetune_job, settings_of_job
+
+        wanted = Wanted(
             layers=names,
             head=head,
             by=by,
@@ -189,16 +231,32 @@ def finetune(
             epochs=epochs,
             steps=steps,
             lr=lr,
+            masters=masters,
             out=out,
+            save_model=save_model,
+            save_every=save_every,
+            resume=None if resume is None or progress is None else (resume, progress),
+            dry_run=dry_run,
+            model=model,
+            data=data,
+            stream=stream,
+            data_settings=settings_of_job(job, ctx.params),
+            params=dict(ctx.params),
             written=typed(ctx),
-            console=console,
         )
+        document = finetune_job(job, wanted, console)
     if as_json:
         show.json_document(document)
+    elif dry_run:
+        show.results().print("dry run: nothing was trained and nothing is saved", highlight=False)
     else:
         show.finetuning_table(document)
+    if dry_run:
+        return
     if document["not_saved"]:
         raise OSError(f"--out {document['not_saved']}; what was trained is saved as {document['delta']}")
+    if document["model_not_saved"]:
+        raise OSError(f"{document['model_not_saved']}; zest-fast merge makes it of the delta, {document['delta']}")
 
 
 @app.command()

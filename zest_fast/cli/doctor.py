@@ -14,6 +14,10 @@ from zest_fast.kernels.collector import best_backend
 
 _OPTIONAL = {
     "transformers": "models and tokenizers of transformers: pip install 'zest_fast[transformers]'",
+    "peft": "LoRA on the best layers: pip install peft",
+    "accelerate": "Trainer, and loops of several processes: pip install accelerate",
+    "bitsandbytes": "frozen weights in nf4: pip install 'zest_fast[quant]'",
+    "ray": "sweeps on a cluster: pip install 'zest_fast[ray]'",
     "matplotlib": "heat maps: pip install 'zest_fast[plot]'",
     "triton": "GPU kernels: comes with a CUDA build of torch",
     "mlxtend": "the demo: pip install 'zest_fast[demo]'",

@@ -1,182 +1,497 @@
-"""What `zest-fast finetune` does with an opened job: profile, rank, train, save, report."""
+"""What `zest-fast finetune` does with an opened job: profile, rank, plan, train, save, report."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from zest_fast import PrefixCache, SelectiveBackward, choose, profile, rank
+from zest_fast import PrefixCache, SelectiveBackward, choose, plan, profile, rank
 from zest_fast import probe as run_probe
-from zest_fast.cli import show
+from zest_fast.cli import runs, show
 from zest_fast.cli.interrupts import listening
 from zest_fast.cli.job import Job, to_device
 from zest_fast.cli.options import split_names
 from zest_fast.cli.saving import save_somewhere
-from zest_fast.cli.training import evaluate, train
+from zest_fast.cli.training import evaluate, optimizer_for, train
+from zest_fast.finetuning.trainable_layers import chosen_layers, head_layers
 from zest_fast.foundation.options import Checkpoint, Frozen, Preference
 from zest_fast.foundation.text_table import printable
+from zest_fast.integrations.datasets import digest_of_data
+from zest_fast.integrations.merging import DataSettings, merge_folder, save_model_folder
+from zest_fast.lean.master_weights import LOW
 from zest_fast.probing.collecting import collect
 from zest_fast.profiling.heads import find_head, is_language_model
+from zest_fast.ranking.ranking import Ranking
+from zest_fast.streaming.checkpoints import read_packed
+
+_RUN_STATES = 4  # times what trains: weights, two moments, a float32 master
 
 
-def finetune_job(
-    job: Job,
-    *,
-    layers: Sequence[str] | None,
-    head: str,
-    by: str | None,
-    probe: float | None,
-    top: int,
-    prefer: Preference,
-    max_memory: str | None,
-    checkpoint: Checkpoint | None,
-    frozen: Frozen | None,
-    cache: Path | None,
-    cache_limit: str,
-    epochs: int,
-    steps: int | None,
-    lr: float,
-    out: Path,
-    written: Collection[str],
-    console: Console,
-) -> dict[str, Any]:
-    """Trains `layers` and the head; returns the report, ready for JSON.
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks for.
 
     layers: None = the `top` ones of a ranking, by a metric or (by=None) by the Ranker that ships.
-    probe: the share of a sweep's cost that a probe may take, to be mixed into that ranking; None = no probe.
     head: "auto", "none", or the names of modules, separated by commas.
+    probe: the share of a sweep's cost that a probe may take, to be mixed into that ranking; None = no probe.
     prefer, max_memory, checkpoint, frozen: as for `choose` and SelectiveBackward.
     cache, cache_limit: folder and limit of a PrefixCache; None = no cache.
-    written: the parameters of the command line, for the notes on those without effect.
+    masters: float32 masters of what trains in bfloat16 or float16.
+    save_model: a folder for the tuned model; None = the delta alone. save_every: steps; None = never.
+    resume: the file of an interrupted run, and what it says. dry_run: stop before training.
+    data_settings: how data became batches. params: those of the command; written: those that were written on the
+    command parameters of the line, for the notes on those without effect.
     """
-    ranking, explanation = None, None
-    if layers is None:
-        batch = job.first_batch()
-        with console.status("profiling one batch"):
-            profiled = profile(job.model, batch, metrics=None if by is None else [by])
-        found = None
-        if probe is not None:
-            with console.status("probing"):
-                batches = collect(job.model, job.loaders.train, lambda one: to_device(one, job.device))
-                found = run_probe(job.model, batches, layers=profiled.names, budget=probe, progress=console.is_terminal)
-        ranking = rank(profiled, by=by, probe=found)
-        if prefer == "score" and max_memory is None:
-            layers = ranking.top(top)
-        else:  # counts on the model itself, for which not every model is made
-            settings: dict[str, Any] = {
-                "prefer": prefer,
-                "max_memory": max_memory,
-                "checkpoint": checkpoint,
-                "frozen": frozen,
-            }
-            layers = choose(ranking, top, model=job.model, batch=batch, **settings)
-            explanation = layers.explanation
-    elif max_memory is not None or prefer != "score":
-        raise ValueError("--max-memory and --prefer choose among ranked layers, and --layers names them: leave one out")
-    chosen_head = _head(job, head, layers)
-    kept = None
-    if cache is not None:
-        kept = PrefixCache(cache, limit=cache_limit, samples=_samples(job), eval_prefix=True)
-    options: dict[str, Any] = {"checkpoint": checkpoint, "frozen": frozen, "cache": kept}
-    with SelectiveBackward(job.model, layers, head=chosen_head, **options) as tuned:
-        show.notes(console, job, written)  # once nothing is refused any more: an error is one line
-        parameters = list(tuned.parameters())
-        before = _score(job)
-        total_steps = steps if steps is not None else epochs * _rounds_length(job)
-        recipe = {"optimizer": "AdamW", "lr": lr, "planned_steps": total_steps}
-        losses: list[float] = []
-        with listening() as interrupts, _progress(console, total_steps) as report:
 
-            def told(step: int, loss: float) -> None:
-                if step == 1 and kept is not None:
-                    console.print(f"note: cache: {printable(kept.forecast)}", highlight=False, markup=False)
-                report(step, loss)
+    layers: Sequence[str] | None
+    head: str
+    by: str | None
+    probe: float | None
+    top: int
+    prefer: Preference
+    max_memory: str | None
+    checkpoint: Checkpoint | None
+    frozen: Frozen | None
+    cache: Path | None
+    cache_limit: str
+    epochs: int
+    steps: int | None
+    lr: float
+    masters: bool
+    out: Path
+    save_model: Path | None
+    save_every: int | None
+    resume: tuple[Path, runs.Progress] | None
+    dry_run: bool
+    model: str
+    data: str
+    stream: bool
+    data_settings: DataSettings
+    params: dict[str, Any]
+    written: Collection[str]
 
-            try:
-                training = train(
-                    job.model,
-                    parameters,
-                    job.loaders.train,
-                    epochs=epochs,
-                    steps=steps,
-                    lr=lr,
-                    device=job.device,
-                    report=told,
-                    losses=losses,
-                    stop=lambda: interrupts.happened,
-                )
-            except Exception as error:
-                if not interrupts.happened:
-                    if not losses:
-                        raise
-                    raise _with_what_was_saved(error, tuned, out, ranking, recipe, losses) from error
-                # The workers of a DataLoader hear Ctrl-C, too, and their end is an error here.
-                training = None
-        if training is None or (interrupts.happened and len(losses) < total_steps):
-            raise KeyboardInterrupt(_save_partial(tuned, out, ranking, recipe, losses))
-        saved, not_there = save_somewhere(
-            lambda path: tuned.save(path, ranking=ranking, recipe={**recipe, "steps": len(losses)}), out
+
+@dataclass(frozen=True)
+class _Choice:
+    """What trains and why. ranking: a Ranking, or what a run says of one; None where layers were named."""
+
+    layers: Sequence[str]
+    head: str | list[str] | None
+    ranking: Any = None
+    explanation: str | None = None
+
+    @property
+    def by(self) -> str | None:
+        return self.ranking.by if isinstance(self.ranking, Ranking) else (self.ranking or {}).get("by")
+
+    @property
+    def note(self) -> str | None:
+        return self.ranking.note if isinstance(self.ranking, Ranking) else (self.ranking or {}).get("note")
+
+
+def settings_of_job(job: Job, params: Mapping[str, Any]) -> DataSettings:
+    """What a delta says of the data that it was trained on."""
+    frozen = params["frozen"]
+    if params["stream"]:
+        packed = read_packed(Path(params["model"]))
+        frozen = None if packed is None else packed.format
+    return DataSettings(
+        task=job.loaded.task,
+        text_column=params["text_column"],
+        label_column=params["label_column"],
+        max_length=params["max_length"],
+        image_size=params["image_size"],
+        batch_size=params["batch_size"],
+        seed=params["seed"],
+        validation_share=params["validation_share"] if job.own_batches else 0.0,
+        digest=digest_of_data(params["data"]),
+        new_head=job.loaded.new_head,
+        frozen=frozen,
+    )
+
+
+def finetune_job(job: Job, wanted: Wanted, console: Console) -> dict[str, Any]:
+    """Trains what is wanted and the head; returns the report, ready for JSON."""
+    if wanted.save_model is not None and not hasattr(job.model, "save_pretrained"):
+        raise ValueError(
+            f"--save-model: {wanted.model} is a {type(job.model).__name__} without save_pretrained, of which no folder "
+            "can be made; leave it out, and put the delta into the model with zest_fast.apply_delta"
         )
+    choice, batch = _choose(job, wanted, console)
+    lines, planned = _plan(job, wanted, choice, batch, console)
+    batch = None  # which may lie on a GPU
+    if wanted.dry_run:
+        _say(console, job, wanted, lines)
+        return _dry_report(job, choice, planned)
+    kept = None
+    if wanted.cache is not None:
+        kept = PrefixCache(wanted.cache, limit=wanted.cache_limit, samples=_samples(job), eval_prefix=True)
+    options: dict[str, Any] = {"checkpoint": wanted.checkpoint, "frozen": wanted.frozen, "cache": kept}
+    with SelectiveBackward(job.model, choice.layers, head=choice.head, **options) as tuned:
+        return _Run(job, wanted, console, choice, tuned, kept).report(lines, planned)
+
+
+def _say(console: Console, job: Job, wanted: Wanted, lines: Sequence[str]) -> None:
+    """What will be done and what to know about it, once nothing is refused any more: an error is one line."""
+    for line in lines:
+        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+    show.notes(console, job, wanted.written)
+
+
+class _Run:
+    """One training, from the first score to the saved delta and folder."""
+
+    def __init__(
+        self,
+        job: Job,
+        wanted: Wanted,
+        console: Console,
+        choice: _Choice,
+        tuned: SelectiveBackward,
+        kept: PrefixCache | None,
+    ) -> None:
+        self.job, self.wanted, self.console, self.choice, self.tuned, self.kept = (
+            job,
+            wanted,
+            console,
+            choice,
+            tuned,
+            kept,
+        )
+        self.total = wanted.steps if wanted.steps is not None else wanted.epochs * _rounds_length(job)
+        self.recipe: dict[str, Any] = {
+            "optimizer": "AdamW",
+            "lr": wanted.lr,
+            "planned_steps": self.total,
+            "model": wanted.model,
+            "batch_size": wanted.data_settings.batch_size,
+        }
+        self.losses: list[float] = []
+        self.before: dict[str, Any] | None = None
+        self.run_file = runs.run_file(wanted.out)
+        self._resumable = self.run_file if wanted.resume is None else wanted.resume[0]
+        self.saved_at = 0 if wanted.resume is None else len(wanted.resume[1].losses)  # the step of the run's last file
+
+    def report(self, lines: Sequence[str], planned: dict[str, Any] | None) -> dict[str, Any]:
+        job, wanted, tuned, choice = self.job, self.wanted, self.tuned, self.choice
+        parameters = list(tuned.parameters())
+        optimizer = optimizer_for(parameters, wanted.lr, masters=wanted.masters)
+        self.recipe["masters"] = "float32" if getattr(optimizer, "master_weights", False) else None
+        _check_space(wanted, parameters, job.model)
+        _say(self.console, job, wanted, lines)
+        self._say_masters(optimizer)
+        place = None
+        if wanted.resume is None:
+            self.before = _score(job)
+        else:
+            file, found = wanted.resume
+            place, self.before = found.place, found.before
+            if len(found.losses) >= self.total:
+                raise ValueError(f"--resume {file} was at step {len(found.losses)} of {self.total} already: it is over")
+        training = self._train(parameters, optimizer, place)
+        saved, not_there = save_somewhere(lambda path: self._save(path, steps=len(self.losses)), wanted.out)
         try:
-            if interrupts.happened:
+            if training is None:
                 raise KeyboardInterrupt
             after = _score(job)  # when the weights are safe already
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"training was over, and the trained layers are saved as {saved}") from None
         cut, problem = tuned.cut, _problem(tuned)
-    return {
-        "layers": list(layers),
-        "by": ranking.by if ranking is not None else None,
-        "note": ranking.note if ranking is not None else None,
-        "choice": explanation,
-        "trainable": list(tuned.trainable_names),
-        "cut": cut,
-        "trainable_parameters": sum(parameter.numel() for parameter in parameters),
-        "parameters": sum(parameter.numel() for parameter in job.model.parameters()),
-        "steps": len(training.losses),
-        "training_loss": training.losses,
-        "before": before,
-        "after": after,
-        "seconds_per_step": training.seconds_per_step,
-        "peak_memory_bytes": training.peak_memory,
-        "cache": None if kept is None else str(kept),
-        "device": str(job.device),
-        "delta": str(saved),
-        "not_saved": None if not_there is None else f"{out} could not be written ({_reason(not_there)})",
-        "verified": problem is None,
-        "problem": problem,
+        folder, no_folder = self._save_folder(saved)
+        return {
+            "layers": list(choice.layers),
+            "by": choice.by,
+            "note": choice.note,
+            "choice": choice.explanation,
+            "plan": planned,
+            "trainable": list(tuned.trainable_names),
+            "cut": cut,
+            "trainable_parameters": sum(parameter.numel() for parameter in parameters),
+            "parameters": sum(parameter.numel() for parameter in job.model.parameters()),
+            "steps": len(self.losses),
+            "training_loss": self.losses,
+            "before": self.before,
+            "after": after,
+            "seconds_per_step": training.seconds_per_step,
+            "peak_memory_bytes": training.peak_memory,
+            "cache": None if self.kept is None else str(self.kept),
+            "device": str(job.device),
+            "delta": str(saved),
+            "not_saved": None if not_there is None else f"{wanted.out} could not be written ({_reason(not_there)})",
+            "model": folder,
+            "model_not_saved": no_folder,
+            "verified": problem is None,
+            "problem": problem,
+        }
+
+    def _say_masters(self, optimizer: Any) -> None:
+        masters = getattr(optimizer, "master_bytes", 0)
+        text = f"what trains keeps float32 masters ({masters / 2**20:,.1f} MiB), so that no step is rounded away"
+        if not masters:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                text = self.tuned.summary(optimizer).rounding
+        if text:
+            self.console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
+
+    def _train(self, parameters: list[Any], optimizer: Any, place: Any) -> Any:
+        """The Training; None where Ctrl-C came in the last step. Raises KeyboardInterrupt that says what was saved."""
+        wanted, kept = self.wanted, self.kept
+        with listening() as interrupts, _progress(self.console, self.total) as report:
+
+            def told(step: int, loss: float, here: Callable[[], dict[str, Any]]) -> None:
+                if step == 1 and kept is not None:
+                    self.console.print(f"note: cache: {printable(kept.forecast)}", highlight=False, markup=False)
+                report(step, loss)
+                if wanted.save_every is not None and step % wanted.save_every == 0 and step < self.total:
+                    self._save_run(optimizer, here())
+
+            def resume() -> None:
+                assert wanted.resume is not None
+                self.tuned.resume(wanted.resume[0], optimizer)
+                self.losses.extend(wanted.resume[1].losses)
+
+            try:
+                training = train(
+                    self.job.model,
+                    optimizer,
+                    self.job.loaders.train,
+                    epochs=wanted.epochs,
+                    steps=wanted.steps,
+                    lr=wanted.lr,
+                    device=self.job.device,
+                    report=told,
+                    losses=self.losses,
+                    stop=lambda: interrupts.happened,
+                    place=place,
+                    resume=resume,
+                )
+            except Exception as error:
+                if not interrupts.happened:
+                    if not self.losses:
+                        raise
+                    raise self._with_what_was_saved(error) from error
+                # The workers of a DataLoader hear Ctrl-C, too, and their end is an error here.
+                training = None
+            if training is not None and interrupts.happened and self.saved_at < len(self.losses) < self.total:
+                self._save_run(optimizer, training.place)
+        if len(self.losses) >= self.total and interrupts.happened:
+            return None
+        if training is None or interrupts.happened:
+            raise KeyboardInterrupt(self._save_partial())
+        return training
+
+    def _save(self, path: Path, **more: Any) -> None:
+        settings = {key: value for key, value in asdict(self.wanted.data_settings).items() if value is not None}
+        names = self.job.loaded.class_names or ()
+        self.tuned.save(
+            path, ranking=self.choice.ranking, recipe={**self.recipe, **more}, class_names=names, data=settings
+        )
+
+    def _save_run(self, optimizer: Any, place: dict[str, Any]) -> None:
+        """The state from which `--resume` goes on; where it cannot be written, training goes on all the same."""
+        choice, wanted = self.choice, self.wanted
+        heads = head_layers(self.job.model, choice.head)
+        progress = runs.Progress(
+            kind=runs.KIND,
+            options={name: wanted.params[name] for name in runs.OPTIONS},
+            data=wanted.data,
+            digest=wanted.data_settings.digest,
+            layers=list(choice.layers),
+            head=[part.name for part in heads],
+            cached=wanted.cache is not None,
+            ranking=_plain_ranking(choice.ranking),
+            explanation=choice.explanation,
+            before=self.before,
+            losses=list(self.losses),
+            place=place,
+        )
+        try:
+            self.tuned.save_run(self.run_file, optimizer, progress=progress.plain())
+            self.saved_at, self._resumable = len(self.losses), self.run_file
+        except OSError as error:
+            text = printable(f"note: {self.run_file} could not be written ({_reason(error)})")
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _save_partial(self) -> str:
+        """Saves what an unfinished run has trained beside `out`, marked as such in its recipe; says where."""
+        done, out = len(self.losses), self.wanted.out
+        if not done:
+            return "no step was done, nothing is saved"
+        path = out.with_name(f"{out.stem}.interrupted{out.suffix}")
+        saved, _ = save_somewhere(lambda file: self._save(file, steps=done, interrupted=True), path)
+        again = f"--resume {self._resumable} goes on after step {self.saved_at}; " if self.saved_at else ""
+        return f"{again}the layers as they were after step {done} of {self.total} are saved as {saved}"
+
+    def _with_what_was_saved(self, error: Exception) -> Exception:
+        """The error that ended the training, and where the steps before it are."""
+        try:
+            told = self._save_partial()
+        except (OSError, RuntimeError) as failure:  # a disk is full, or what was trained is not finite
+            told = f"what was trained until then is not saved ({failure})"
+        text = str(error) or type(error).__name__
+        return RuntimeError(f"{text}; {told}")
+
+    def _save_folder(self, delta: Path) -> tuple[str | None, str | None]:
+        """The folder of the tuned model and why it was not written. The delta is there: nothing is lost."""
+        out = self.wanted.save_model
+        if out is None:
+            return None, None
+        loaded = self.job.loaded
+        try:
+            if self.wanted.stream:  # of mapped weights: from the files that they are in
+                merge_folder(self.wanted.model, delta, out)
+            else:
+                self.tuned.remove()  # plain weights in the place of packed ones
+                save_model_folder(loaded, out, loaded.class_names or ())
+        except Exception as error:  # whatever save_pretrained of a stranger's model raises: the delta is there
+            reason = _reason(error) if isinstance(error, OSError) else _first_line(error)
+            return None, f"--save-model {out} could not be written ({reason})"
+        return str(out), None
+
+
+def _choose(job: Job, wanted: Wanted, console: Console) -> tuple[_Choice, Any]:
+    """The layers that were named, that a run had chosen, or the best ones of a ranking; and a batch to plan by.
+
+    The batch is None where none can be had without moving the data loader on.
+    """
+    if wanted.resume is not None:
+        run = wanted.resume[1]
+        return _Choice(run.layers, run.head or None, run.ranking, run.explanation), None
+    if wanted.layers is not None:
+        chosen = _Choice(wanted.layers, _head(job, wanted.head, wanted.layers))
+        return chosen, job.first_batch() if wanted.dry_run else job.any_batch()
+    batch, by = job.first_batch(), wanted.by
+    with console.status("profiling one batch"):
+        profiled = profile(job.model, batch, metrics=None if by is None else [by])
+    found = None
+    if wanted.probe is not None:
+        with console.status("probing"):
+            batches = collect(job.model, job.loaders.train, lambda one: to_device(one, job.device))
+            found = run_probe(
+                job.model, batches, layers=profiled.names, budget=wanted.probe, progress=console.is_terminal
+            )
+    ranking = rank(profiled, by=by, probe=found)
+    layers: Any = ranking.top(wanted.top) if wanted.prefer == "score" and wanted.max_memory is None else None
+    explanation = None
+    if layers is None:  # counts on the model itself, for which not every model is made
+        settings: dict[str, Any] = {
+            "prefer": wanted.prefer,
+            "max_memory": wanted.max_memory,
+            "checkpoint": wanted.checkpoint,
+            "frozen": wanted.frozen,
+        }
+        layers = choose(ranking, wanted.top, model=job.model, batch=batch, **settings)
+        explanation = layers.explanation
+    return _Choice(layers, _head(job, wanted.head, layers), ranking, explanation), batch
+
+
+def _plan(
+    job: Job, wanted: Wanted, choice: _Choice, batch: Any, console: Console
+) -> tuple[list[str], dict[str, Any] | None]:
+    """Lines that say what will train, why, and what a step will hold; and the latter for the report.
+
+    None where no plan can be made: not every model runs on tensors without contents.
+    """
+    chosen_layers(job.model, choice.layers)  # raises what SelectiveBackward would, as the next one
+    head_layers(job.model, choice.head)
+    lines = ["training " + ", ".join(choice.layers)]
+    if choice.note:
+        lines.append(f"ranking: {choice.note}")
+    if choice.explanation:
+        lines.append(f"choice: {choice.explanation}")
+    found = None
+    if wanted.stream:
+        lines.append("plan: zest-fast plan --stream makes one of weights that stay on disk")
+    elif batch is not None:
+        try:
+            with console.status("planning a step"):
+                found = plan(
+                    job.model,
+                    choice.layers,
+                    batch=batch,
+                    head=choice.head,
+                    optimizer=_planned_optimizer(job, wanted),
+                    checkpoint=wanted.checkpoint,
+                    frozen=wanted.frozen,
+                )
+        except Exception as error:  # of a model whose code needs values, whatever that raises
+            lines.append(f"plan: none can be made of this model ({type(error).__name__}: {_first_line(error)})")
+        else:
+            parts = ", ".join(f"{kind} {size / 2**20:,.1f}" for kind, size in found.breakdown.items() if size)
+            lines.append(
+                f"plan: a step takes {found.peak_bytes / 2**20:,.1f} MiB of tensors at its peak ({parts}) and "
+                f"{found.flops / 1e9:,.3g} GFLOP, {found.setting.size}; backward ends at {found.cut}"
+            )
+    if found is None:
+        return lines, None
+    return lines, {
+        "peak_bytes": found.peak_bytes,
+        "flops": found.flops,
+        "breakdown": found.breakdown,
+        "trainable_parameters": found.trainable_parameters,
+        "cut": found.cut,
     }
 
 
-def _save_partial(
-    tuned: SelectiveBackward, out: Path, ranking: Any, recipe: dict[str, Any], losses: list[float]
-) -> str:
-    """Saves what an unfinished run has trained beside `out`, marked as such in its recipe; says where."""
-    done, planned = len(losses), recipe["planned_steps"]
-    if not done:
-        return "no step was done, nothing is saved"
-    recipe = {**recipe, "steps": done, "interrupted": True}
-    path = out.with_name(f"{out.stem}.interrupted{out.suffix}")
-    saved, _ = save_somewhere(lambda file: tuned.save(file, ranking=ranking, recipe=recipe), path)
-    return f"the layers as they were after step {done} of {planned} are saved as {saved}"
+def _planned_optimizer(job: Job, wanted: Wanted) -> str:
+    low = wanted.masters and any(parameter.dtype in LOW for parameter in job.model.parameters())
+    return "adamw-masters" if low else "adamw-foreach" if job.device.type == "cuda" else "adamw"
 
 
-def _with_what_was_saved(
-    error: Exception, tuned: SelectiveBackward, out: Path, ranking: Any, recipe: dict[str, Any], losses: list[float]
-) -> Exception:
-    """The error that ended the training, and where the steps before it are."""
-    try:
-        told = _save_partial(tuned, out, ranking, recipe, losses)
-    except (OSError, RuntimeError) as failure:  # a disk is full, or what was trained is not finite
-        told = f"what was trained until then is not saved ({failure})"
-    text = str(error) or type(error).__name__
-    return RuntimeError(f"{text}; {told}")
+def _dry_report(job: Job, choice: _Choice, planned: dict[str, Any] | None) -> dict[str, Any]:
+    parts = (*chosen_layers(job.model, choice.layers), *head_layers(job.model, choice.head))
+    names = {id(parameter): name for name, parameter in job.model.named_parameters()}
+    return {
+        "dry_run": True,
+        "layers": list(choice.layers),
+        "by": choice.by,
+        "note": choice.note,
+        "choice": choice.explanation,
+        "trainable": list(dict.fromkeys(names[id(parameter)] for part in parts for parameter in part.parameters)),
+        "plan": planned,
+        "device": str(job.device),
+        "class_names": job.loaded.class_names,
+    }
+
+
+def _check_space(wanted: Wanted, parameters: Sequence[Any], model: Any) -> None:
+    """Raises ValueError where the disk has no room for what is saved in the end, before hours are spent on it."""
+    trained = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    runs_too = _RUN_STATES * sum(4 * parameter.numel() for parameter in parameters)
+    needs = {wanted.out: ("--out", trained + (runs_too if wanted.save_every is not None else 0))}
+    if wanted.save_model is not None:
+        whole = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        needs[wanted.save_model] = ("--save-model", whole)
+    for path, (written, size) in needs.items():
+        with suppress(OSError):
+            free = shutil.disk_usage(Path(os.path.realpath(path)).parent).free
+            if free < size:
+                raise ValueError(
+                    f"{written} {path} will take about {math.ceil(size / 2**20):,} MiB, and {free / 2**20:,.0f} MiB "
+                    "are free there; name another disk or make room"
+                )
+
+
+def _plain_ranking(ranking: Any) -> Any:
+    if not isinstance(ranking, Ranking):
+        return ranking
+    scores = [None if math.isnan(score) else score for score in ranking.scores.tolist()]
+    return {"by": ranking.by, "names": list(ranking.names), "scores": scores, "note": ranking.note}
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "no message")[:200]
 
 
 def _reason(error: OSError) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from zest_fast.finetuning.delta_files import read_delta
 from zest_fast.integrations.datasets import ImageFolder, Loaders, class_names, make_loaders, open_data
+from zest_fast.integrations.merging import load_base, put_delta
 from zest_fast.integrations.pretrained import LoadedModel, Streamed, find_task, load_model
 from zest_fast.integrations.references import is_reference
 from zest_fast.integrations.tables import Table
@@ -23,6 +26,7 @@ class Job:
     loaders: Loaders
     device: torch.device
     without_effect: dict[str, str]  #: options that this model and data have no use for, and why
+    own_batches: bool  #: whether the loaders are ours; not the user's
 
     @property
     def model(self) -> torch.nn.Module:
@@ -35,6 +39,14 @@ class Job:
             raise ValueError("the data yields no batch")
         return to_device(batch, self.device)
 
+    def any_batch(self) -> Any:
+        """One as large as those that train, without moving the data loader on; None of a loader of the user's."""
+        loader: Any = self.loaders.train
+        if not self.own_batches:
+            return None
+        count = min(len(loader.dataset), loader.batch_size)
+        return to_device(loader.collate_fn([loader.dataset[place] for place in range(count)]), self.device)
+
 
 def open_job(
     model: str,
@@ -45,10 +57,11 @@ def open_job(
     seed: int,
     device: str,
     streamed: Streamed | None = None,
+    delta: Path | None = None,
     **batching: Any,
 ) -> Job:
-    """streamed: of a model whose frozen weights stay on disk. `batching`: the remaining keywords of make_loaders. A
-    fresh head is drawn from `seed`.
+    """streamed: of a model whose frozen weights stay on disk. delta: a file that is put into the model. `batching`:
+    the remaining keywords of make_loaders. A fresh head is drawn from `seed`.
     """
     torch.manual_seed(seed)
     opened = open_data(data)
@@ -66,15 +79,26 @@ def open_job(
     elif isinstance(opened, Table) and label_column is not None:
         names = class_names(opened.column(label_column))
     target = pick_device("cpu" if streamed is not None and device == "auto" else device)
-    if streamed is not None:
-        streamed = replace(streamed, device=str(target))  # for good: such a model is not moved
-    loaded = load_model(model, task=task, class_names=names, streamed=streamed)
+    if delta is not None:
+        loaded = _with_delta(model, delta)
+    else:
+        if streamed is not None:
+            streamed = replace(streamed, device=str(target))  # for good: such a model is not moved
+        loaded = load_model(model, task=task, class_names=names, streamed=streamed)
     _check_kind(opened, data, task)
     if names is not None and loaded.class_names is None:
         _check_outputs(loaded, len(names))
     loaders = make_loaders(opened, loaded, label_column=label_column, seed=seed, **batching)
     loaded.model.to(target)
-    return Job(loaded, loaders, target, _without_effect(opened, data, task, is_reference(model)))
+    without_effect = _without_effect(opened, data, task, is_reference(model))
+    return Job(loaded, loaders, target, without_effect, not isinstance(opened, Loaders))
+
+
+def _with_delta(model: str, file: Path) -> LoadedModel:
+    delta = read_delta(file)
+    loaded = load_base(model, delta)
+    put_delta(loaded.model, file, delta)
+    return replace(loaded, class_names=delta.class_names or loaded.class_names, fresh=())
 
 
 def pick_device(name: str) -> torch.device:

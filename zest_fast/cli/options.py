@@ -35,7 +35,7 @@ LabelColumn = Annotated[
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples in a batch.")]
 MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens of a text; by default what the model takes.")]
 ImageSize = Annotated[
-    int | None, typer.Option(min=1, help="Pixels of both sides; by default the model's image processor, or 224.")
+    int | None, typer.Option(min=1, help="Pixels of both sides; by default as the model says, or 224.")
 ]
 Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Of the shuffle, the split and a fresh head.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
@@ -117,6 +117,20 @@ def _try_to_write(target: Path, what: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             trial.unlink(missing_ok=True)
+
+
+def check_new_folder(path: Path | None, option: str) -> None:
+    """Of a folder that must not be there yet, in one that is: fails before the work rather than after it."""
+    if path is None:
+        return
+    from zest_fast.integrations.references import nearest_path
+
+    if os.path.lexists(path):
+        raise ValueError(f"{option} {path} is there already; name a new folder")
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise ValueError(f"{option}: the folder around {path} does not exist; {nearest_path(parent)}")
+    _try_to_write(parent / path.absolute().name, f"{option} {path}")
 
 
 def check_folder(path: Path, option: str = "--out") -> None:

@@ -29,7 +29,8 @@ def plan(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="llama-7b, bert-base, resnet-50 ..., a config.json or its folder, a hub id, or module:function.",
+            help="llama-7b, bert-base, resnet-50 ..., a config.json or its folder, a hub id, module:function, or the "
+            "YAML of a trainer (as --file).",
             show_default=False,
         ),
     ] = None,
@@ -43,7 +44,10 @@ def plan(
     image_size: Annotated[int | None, typer.Option(min=1, help="Pixels of both sides.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32, bfloat16-mixed.")] = "bfloat16",
     optimizer: Annotated[
-        str, typer.Option(help="adamw, adamw-8bit, sgd ...; with -in-backward one gradient is alive at a time.")
+        str,
+        typer.Option(
+            help="adamw, adamw-8bit, sgd ...; behind it -masters: float32 ones; -in-backward: one gradient at a time."
+        ),
     ] = "adamw",
     lean: Annotated[bool, typer.Option(help="Save only what the gradient of inputs needs, above the cut.")] = True,
     checkpoint: Annotated[str | None, typer.Option(help="above-cut: recompute the blocks above the cut.")] = None,
@@ -68,10 +72,12 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Peak memory and FLOPs of a training step, by a dry run without weights and without a GPU."""
+    if model is not None and file is None and model.endswith((".yml", ".yaml")):
+        file, model = Path(model), None
     if model is None and file is None:
         raise ValueError("pass a model, or --file with a configuration of a trainer")
     sizes: dict[str, Any] = {"sequence_length": sequence_length, "image_size": image_size}
-    said = {"lean", "checkpoint", "frozen", "stream", "file", "profile", "probe"} & typed(ctx)
+    said = {"lean", "checkpoint", "frozen", "stream", "profile", "probe"} & typed(ctx) | ({"file"} if file else set())
     if fit is not None and said:
         raise ValueError(f"--fit chooses how memory is saved, and --{min(said)} says it: leave one out")
     how = None

@@ -128,8 +128,8 @@ def finetuning_table(report: Mapping[str, Any]) -> None:
         "layers": "\n".join(report["layers"]),
         "backward ends at": str(report["cut"]),
         "trainable parameters": f"{report['trainable_parameters']:,} of {report['parameters']:,} ({share:.1%})",
-        "validation before": _score(report["before"]),
-        "validation after": _score(report["after"]),
+        "validation before": score_line(report["before"]),
+        "validation after": score_line(report["after"]),
         "seconds per step": f"{report['seconds_per_step']:.3f}",
         "peak memory" if "cuda" in report["device"] else "peak memory of the process": "unknown"
         if peak is None
@@ -139,6 +139,8 @@ def finetuning_table(report: Mapping[str, Any]) -> None:
     }
     if report["choice"] is not None:
         rows["layers"] = report["choice"]
+    if report["model"] is not None:
+        rows["model"] = report["model"]
     if report["cache"] is not None:
         rows["cache"] = report["cache"]
     for label, value in rows.items():
@@ -171,7 +173,7 @@ def _marked(name: str, info: Mapping[str, Any]) -> str:
     return f"{name} (head)" if info["head"] else name
 
 
-def _score(score: Mapping[str, Any] | None) -> str:
+def score_line(score: Mapping[str, Any] | None) -> str:
     if score is None:
         return "no validation data"
     return f"loss {score['loss']:.4f}, accuracy {score['accuracy']:.1%} of {score['predictions']:,}"

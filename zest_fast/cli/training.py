@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from zest_fast.cli.job import to_device
+from zest_fast.cli.runs import Rounds
 from zest_fast.integrations.datasets import IGNORED
+from zest_fast.lean.master_weights import LOW, MasterWeights
 from zest_fast.profiling.heads import is_language_model, unwrap
 from zest_fast.profiling.loss import call_model, logits_of, own_loss
 
@@ -30,6 +32,7 @@ class Training:
     losses: list[float]  #: one a step
     seconds_per_step: float  #: median, data loading included
     peak_memory: int | None  #: bytes; see peak_memory
+    place: dict[str, Any]  #: in the data, of the last batch; see Rounds
 
 
 def loss_and_predictions(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -94,33 +97,46 @@ def evaluate(model: torch.nn.Module, loader: DataLoader[Any], device: torch.devi
     return Score(total / count, right / count, int(count))
 
 
+def optimizer_for(parameters: Sequence[torch.nn.Parameter], lr: float, *, masters: bool) -> torch.optim.Optimizer:
+    """AdamW; with float32 masters of what is in bfloat16 or float16, where that is wanted and there is any."""
+    if masters and any(parameter.dtype in LOW for parameter in parameters):
+        return MasterWeights(parameters, lr=lr)
+    return torch.optim.AdamW(parameters, lr=lr)
+
+
 def train(
     model: torch.nn.Module,
-    parameters: Sequence[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
     loader: DataLoader[Any],
     *,
     epochs: int,
     steps: int | None,
     lr: float,
     device: torch.device,
-    report: Callable[[int, float], None],
+    report: Callable[[int, float, Callable[[], dict[str, Any]]], None],
     losses: list[float],
     stop: Callable[[], bool] = lambda: False,
+    place: Mapping[str, Any] | None = None,
+    resume: Callable[[], None] = lambda: None,
 ) -> Training:
-    """AdamW over `parameters`; `steps` counts before `epochs`. report(step, loss) is called after every step.
+    """`steps` counts before `epochs`. report(step, loss, place) is called after every step, place() for its place.
 
     losses: gets the loss of each step that was done, also where an error ends the training. stop: asked after each
-    step whether it was the last.
+    step whether it was the last. place: in the data, of the last step of a run that goes on; resume: puts weights,
+    optimizer, random state and losses of that run back.
     Raises RuntimeError when the loss is not finite.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=lr)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    batches = itertools.islice(_rounds(loader, epochs if steps is None else None), steps)
+    rounds = Rounds(loader, epochs if steps is None else None, place)
+    if place is not None:
+        rounds.prepare()
+        resume()
+    batches = itertools.islice(rounds, None if steps is None else max(0, steps - len(losses)))
     seconds: list[float] = []
     model.train()
     started = time.perf_counter()
-    for step, batch in enumerate(batches, start=1):
+    for step, batch in enumerate(batches, start=len(losses) + 1):
         loss, _, _ = loss_and_predictions(model, to_device(batch, device))
         if not torch.isfinite(loss):
             raise RuntimeError(f"the loss is {loss.item()} at step {step}; try a smaller --lr than {lr:g}")
@@ -129,22 +145,12 @@ def train(
         optimizer.zero_grad()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - started)
+        report(step, losses[-1], lambda: rounds.place)
         started = time.perf_counter()
-        report(step, losses[-1])
         if stop():
             break
     model.eval()
-    return Training(losses, sorted(seconds)[len(seconds) // 2], peak_memory(device))
-
-
-def _rounds(loader: DataLoader[Any], epochs: int | None) -> Iterator[Any]:
-    """Batches of so many rounds through the data, or of any number of them; a loader that runs dry is an error."""
-    for epoch in itertools.count() if epochs is None else range(epochs):
-        count = 0
-        for count, batch in enumerate(loader, start=1):  # noqa: B007
-            yield batch
-        if not count:
-            raise ValueError(f"the data yield no batch in round {epoch + 1} of training; check the loader and its size")
+    return Training(losses, sorted(seconds)[len(seconds) // 2], peak_memory(device), rounds.place)
 
 
 def peak_memory(device: torch.device) -> int | None:

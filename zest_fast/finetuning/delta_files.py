@@ -2,8 +2,9 @@
 
 The tensors are the trained parameters (whole, not differences: loading is exact to the bit) and the buffers that
 changed, under their names in the model. The metadata tells which layers trained, how they were chosen and trained where
-the user says so, the dtypes of the model, and holds a hash of everything frozen and a checksum of the file's own
-contents. Version 2, written before, had no checksum; it is read as it is.
+the user says so, what the outputs are called and how data became batches, the dtypes of the model, and holds a hash of
+everything frozen and a checksum of the file's own contents. Version 3, written before, said nothing of classes and
+data, version 2 had no checksum either; both are read as they are.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from zest_fast.foundation.version import __version__
 from zest_fast.ranking.ranking import Ranking
 
 FORMAT = "zest_fast.delta"
-VERSION = 3
+VERSION = 4
+_WITHOUT_CLASSES = 3
 _WITHOUT_CHECKSUM = 2
 
 
@@ -36,7 +38,8 @@ class Delta:
     """layers, head: what trained. base: hash of the frozen parameters, and of the buffers as they were found.
 
     dtypes: of the parameters of the whole model. ranking, recipe: how the layers were chosen and trained, as plain
-    JSON; None where nobody said.
+    JSON; None where nobody said. class_names: in the order of the outputs, () where nobody said. data: how data became
+    batches (task, columns, lengths), as plain JSON.
     """
 
     layers: tuple[str, ...]
@@ -47,10 +50,12 @@ class Delta:
     dtypes: tuple[str, ...] = ()
     ranking: Any = None
     recipe: Any = None
+    class_names: tuple[str, ...] = ()
+    data: Any = None
 
 
 def write_delta(path: str | os.PathLike[str], delta: Delta) -> Path:
-    """Write `delta` completely or not at all. Raises TypeError for a ranking or recipe that is no JSON.
+    """Write `delta` completely or not at all. Raises TypeError for a ranking, recipe or data that are no JSON.
 
     Sharded tensors are gathered by all processes and written by the first.
     """
@@ -64,6 +69,8 @@ def write_delta(path: str | os.PathLike[str], delta: Delta) -> Path:
         "dtypes": json.dumps(delta.dtypes),
         "ranking": _as_json("ranking", delta.ranking),
         "recipe": _as_json("recipe", delta.recipe),
+        "class_names": json.dumps(delta.class_names),
+        "data": _as_json("data", delta.data),
         "torch": torch.__version__,
         "zest_fast": __version__,
     }
@@ -91,10 +98,10 @@ def read_delta(path: str | os.PathLike[str]) -> Delta:
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
             version = int(metadata["version"])
-            if version in (VERSION, _WITHOUT_CHECKSUM):
+            if version in (VERSION, _WITHOUT_CLASSES, _WITHOUT_CHECKSUM):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
                 _check_sum(version, metadata, tensors)
-                return _delta(metadata, tensors)
+                return _delta(version, metadata, tensors)
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # decoders of a file from somebody else raise whatever they meet
@@ -103,7 +110,7 @@ def read_delta(path: str | os.PathLike[str]) -> Delta:
             "something else; save it again, or name a file that SelectiveBackward.save wrote"
         ) from error
     raise ValueError(
-        f"{os.fspath(path)!r} has format version {version}, this zest_fast reads versions {_WITHOUT_CHECKSUM} and "
+        f"{os.fspath(path)!r} has format version {version}, this zest_fast reads versions {_WITHOUT_CHECKSUM} to "
         f"{VERSION}: " + ("upgrade zest_fast" if version > VERSION else "save it again")
     )
 
@@ -129,7 +136,7 @@ def _check_sum(version: int, metadata: Mapping[str, str], tensors: Mapping[str, 
         raise ValueError("its contents do not have its checksum: bits were lost, or somebody has edited it")
 
 
-def _delta(metadata: Mapping[str, str], tensors: dict[str, torch.Tensor]) -> Delta:
+def _delta(version: int, metadata: Mapping[str, str], tensors: dict[str, torch.Tensor]) -> Delta:
     """Raises ValueError for an entry of another type than `write_delta` writes."""
     layers, head, dtypes, buffers = (
         names_in(key, json.loads(metadata[key])) for key in ("layers", "head", "dtypes", "buffers")
@@ -137,8 +144,14 @@ def _delta(metadata: Mapping[str, str], tensors: dict[str, torch.Tensor]) -> Del
     if unknown := sorted(set(buffers) - set(tensors)):
         raise ValueError(f"it names a buffer {unknown[0]!r} and has no tensor of this name")
     ranking, recipe = (json.loads(metadata[key]) for key in ("ranking", "recipe"))
+    class_names: tuple[str, ...] = ()
+    data: Any = None
+    if version > _WITHOUT_CLASSES:
+        class_names = names_in("class_names", json.loads(metadata["class_names"]))
+        data = json.loads(metadata["data"])
     changed = {name: tensors.pop(name) for name in buffers}
-    return Delta(layers, head, hash_in(metadata["base"]), tensors, changed, dtypes, ranking, recipe)
+    base = hash_in(metadata["base"])
+    return Delta(layers, head, base, tensors, changed, dtypes, ranking, recipe, class_names, data)
 
 
 def names_in(key: str, value: Any) -> tuple[str, ...]:
@@ -179,7 +192,8 @@ def check_tensors(kind: str, saved: Mapping[str, torch.Tensor], there: Mapping[s
 def _as_json(argument: str, value: Any) -> str:
     if isinstance(value, Ranking):
         scores = [None if score != score else score for score in value.scores.tolist()]  # JSON knows no NaN
-        value = {"by": value.by, "names": value.names, "scores": scores}
+        note = {"note": value.note} if value.note else {}
+        value = {"by": value.by, "names": value.names, "scores": scores, **note}
     elif is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     try:

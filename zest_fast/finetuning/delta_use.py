@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from safetensors.torch import save_file, save_model
@@ -15,7 +17,7 @@ from zest_fast.finetuning.delta_files import Delta, check_tensors, read_delta
 from zest_fast.finetuning.digests import Base, saved_buffers
 from zest_fast.finetuning.quantised_weights import QuantisedLinear
 from zest_fast.foundation.interrupts import HeldInterrupts
-from zest_fast.foundation.replacing import replacing
+from zest_fast.foundation.replacing import new_folder, replacing
 
 
 def apply_delta(model: nn.Module, path: str | os.PathLike[str]) -> Delta:
@@ -56,19 +58,23 @@ def apply_delta(model: nn.Module, path: str | os.PathLike[str]) -> Delta:
 def merge_delta(model: nn.Module, path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
     """Write the whole state of `model` with the delta in it, as safetensors; the model stays as it is.
 
-    `safetensors.torch.load_model(model, out)` reads it, into a plain model also where the weights of this one are kept
-    in int8 or nf4: they are written as they are rounded.
+    `safetensors.torch.load_model(model, out)` reads a file, `from_pretrained(out)` the folder of a model of
+    transformers; both also where the weights of this one are kept in int8 or nf4: they are written as they are rounded.
+    `zest-fast merge` makes a folder of a folder, with its tokenizer, and mostly without loading the model.
 
     Args:
         model: the base, as for `apply_delta`.
         path: the delta.
-        out: the file to write; an existing one is replaced at once or kept.
+        out: a file to write, an existing one is replaced at once or kept; or, where the name has no ending or ends in
+            "/", a new folder: what the model's own `save_pretrained` writes, with the class names of the delta in its
+            configuration, else model.safetensors.
 
     Returns:
         The path of `out`.
 
     Raises:
         ValueError: as `apply_delta` does; nothing is written then.
+        FileExistsError: `out` is a folder that is there already.
 
     Examples:
         >>> import copy, zest_fast
@@ -85,14 +91,59 @@ def merge_delta(model: nn.Module, path: str | os.PathLike[str], out: str | os.Pa
         >>> base[0].weight.sum().item()
         32.0
     """
-    with DeltaSwitch(model) as switch, replacing(out) as temporary:
-        switch.use(path)
-        packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantisedLinear)}
-        if packed:
-            save_file(_unpacked(model, packed), str(temporary), {"format": "pt"})
+    into = new_folder(out) if _names_a_folder(out) else replacing(out)
+    with into as place, DeltaSwitch(model) as switch:
+        delta = read_delta(path)
+        switch._use(path, delta)
+        if not place.is_dir():
+            _save_file(model, place)
+        elif hasattr(model, "save_pretrained"):
+            packed = _packed(model)
+            save: Any = model.save_pretrained
+            save(place, **({"state_dict": _unpacked(model, packed)} if packed else {}))
+            name_classes(place, delta.class_names)
         else:
-            save_model(model, str(temporary), {"format": "pt"})
+            _save_file(model, place / "model.safetensors")
+        _write_through(place)
     return Path(out)
+
+
+def name_classes(folder: Path, class_names: Sequence[str]) -> None:
+    """Let the configuration in a folder call its outputs so, where there are as many; without names nothing changes."""
+    file = folder / "config.json"
+    if not class_names or not file.exists():
+        return
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if len(config.get("id2label") or (0, 1)) != len(class_names):  # transformers leaves out its default of two
+        return
+    config["id2label"] = {str(output): name for output, name in enumerate(class_names)}
+    config["label2id"] = {name: output for output, name in enumerate(class_names)}
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _names_a_folder(out: str | os.PathLike[str]) -> bool:
+    path, written = Path(out), os.fspath(out)
+    return path.is_dir() or written.endswith(("/", os.sep)) or (not path.suffix and not os.path.lexists(path))
+
+
+def _write_through(place: Path) -> None:
+    """On disk before a name points to it (`replacing` does that of its own file)."""
+    for file in place.iterdir() if place.is_dir() else ():
+        with open(file, "rb+") as written:
+            os.fsync(written.fileno())
+
+
+def _save_file(model: nn.Module, file: Path) -> None:
+    packed = _packed(model)
+    if packed:
+        save_file(_unpacked(model, packed), str(file), {"format": "pt"})
+    else:
+        save_model(model, str(file), {"format": "pt"})
+
+
+def _packed(model: nn.Module) -> dict[str, QuantisedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantisedLinear)}
 
 
 def _unpacked(model: nn.Module, packed: Mapping[str, QuantisedLinear]) -> dict[str, torch.Tensor]:
@@ -156,10 +207,12 @@ class DeltaSwitch:
         Raises:
             ValueError: as `apply_delta` does; nothing changes then.
         """
-        if path is None:
+        return self._use(path, None if path is None else read_delta(path))
+
+    def _use(self, path: str | os.PathLike[str] | None, delta: Delta | None) -> DeltaSwitch:
+        if path is None or delta is None:
             fresh: dict[str, torch.Tensor] = {}
         else:
-            delta = read_delta(path)
             _check_fit(path, delta, self._model, self._base)
             fresh = {**delta.parameters, **delta.buffers}
         there = _tensors(self._model)

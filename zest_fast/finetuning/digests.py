@@ -36,15 +36,20 @@ class Base:
 
         Raises ValueError where a tensor could not be read.
         """
-        state = hashlib.blake2b(digest_size=32)
-        for name in sorted(set(self.digests) - set(without)):
-            if self.digests[name] == UNHASHED:
-                raise ValueError(
-                    f"{name!r} is on the meta device (offloaded) or of a kind without plain bytes: a delta cannot "
-                    "vouch for its base; load it first"
-                )
-            state.update(f"{name}|{self.digests[name]}\n".encode())
-        return state.hexdigest()
+        return hash_of(self.digests, without)
+
+
+def hash_of(digests: Mapping[str, str], without: Collection[str]) -> str:
+    """As Base.hash, of digests by name."""
+    state = hashlib.blake2b(digest_size=32)
+    for name in sorted(set(digests) - set(without)):
+        if digests[name] == UNHASHED:
+            raise ValueError(
+                f"{name!r} is on the meta device (offloaded) or of a kind without plain bytes: a delta cannot "
+                "vouch for its base; load it first"
+            )
+        state.update(f"{name}|{digests[name]}\n".encode())
+    return state.hexdigest()
 
 
 def digest_of_modules(model: nn.Module, modules: Iterable[str], single: Iterable[str] = ()) -> str:

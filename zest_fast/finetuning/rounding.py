@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zest_fast.finetuning.sharding import is_sharded
+from zest_fast.lean.master_weights import MasterWeights
 
 _SAMPLE = 1 << 16  # entries of each parameter
 _ENOUGH = 0.95  # of the weights should be able to move
@@ -44,9 +45,9 @@ class Lost:
     def __str__(self) -> str:
         return (
             f"{self.share:.0%} of the {self.count:,} chosen weights in {self.dtype} cannot move at a learning rate of "
-            f"{self.rate:g}: a step of that size is below half of their last digit, and rounded away. Let the chosen "
-            f"layers be float32 (under torch.autocast), take an optimizer with float32 master weights, or a rate of "
-            f"{self.enough:.1g}, at which {_ENOUGH:.0%} of them move"
+            f"{self.rate:g}: a step of that size is below half of their last digit, and rounded away. Take "
+            f"zest_fast.MasterWeights as the optimizer, let the chosen layers be float32 (under torch.autocast), or "
+            f"take a rate of {self.enough:.1g}, at which {_ENOUGH:.0%} of them move"
         )
 
 
@@ -54,8 +55,7 @@ def lost_steps(optimizer: Any, chosen: Mapping[str, nn.Parameter]) -> Lost | Non
     """What rounding takes from a step of `optimizer`, where that is known: of those like Adam from the rate, of SGD
     from gradients that are there. None where (nearly) all weights in low precision can move, or nothing is known.
     """
-    while hasattr(getattr(optimizer, "optimizer", None), "param_groups"):  # accelerate's is around another
-        optimizer = optimizer.optimizer
+    optimizer = _innermost(optimizer)
     if any(getattr(optimizer, name, False) for name in _EXACT):
         return None
     own = {id(parameter) for parameter in chosen.values()}
@@ -81,6 +81,12 @@ def lost_steps(optimizer: Any, chosen: Mapping[str, nn.Parameter]) -> Lost | Non
         return None
     enough = max(needed) if _bounds_step(optimizer) else max(rates) * 10
     return Lost(" and ".join(sorted(dtypes)), sum(counts), max(rates), sum(stuck) / sum(counts), enough)
+
+
+def _innermost(optimizer: Any) -> Any:
+    while hasattr(getattr(optimizer, "optimizer", None), "param_groups"):  # accelerate's is around another
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _step(optimizer: Any, group: Mapping[str, Any], rate: float, parameter: Tensor) -> Tensor | None:
@@ -109,17 +115,34 @@ class Samples:
             if _is_low(parameter) and parameter.dim() > 1
         }
 
-    def moved(self, chosen: Mapping[str, nn.Parameter]) -> tuple[str, float] | None:
-        """The types, and the share of the weights in them that are not where they were; None without such."""
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def moved(self, chosen: Mapping[str, nn.Parameter], optimizer: Any = None) -> tuple[str, float] | None:
+        """The types, and the share of the weights in them that are not where they were; None without such.
+
+        Of weights that `optimizer` keeps masters of, the share of these.
+        """
         dtypes, counts, moved = set(), 0, 0.0
         for name, (dtype, before) in self._found.items():
             now = chosen[name]
             if now.dtype != dtype or is_sharded(now) or (sample := _sample(now)).shape != before.shape:
                 continue
+            master = _master(optimizer, now)
+            sample = sample if master is None else _sample(master)
             dtypes.add(str(dtype).removeprefix("torch."))
             counts += now.numel()
-            moved += now.numel() * float((sample != before).float().mean())
+            moved += now.numel() * float((sample != before.to(sample.dtype)).float().mean())
         return (" and ".join(sorted(dtypes)), moved / counts) if counts else None
+
+
+def _master(optimizer: Any, parameter: Tensor) -> Tensor | None:
+    if not isinstance(optimizer, MasterWeights):
+        return None
+    try:
+        return optimizer.master_of(parameter)
+    except KeyError:
+        return None
 
 
 def _is_low(parameter: Tensor) -> bool:
@@ -133,12 +156,12 @@ def _sample(tensor: Tensor) -> Tensor:
 
 def complaints(samples: Samples, chosen: Mapping[str, nn.Parameter], optimizer: Any) -> Iterator[str]:
     """What there is to say after training of weights that rounding has kept in their places."""
-    found = samples.moved(chosen)
+    found = samples.moved(chosen, _innermost(optimizer))
     if found is not None and 0 < found[1] < 0.9:  # none at all is an error, said elsewhere
         yield (
             f"only {found[1]:.0%} of the chosen weights in {found[0]} have moved: the steps of the others were rounded "
-            "away, or they had no gradient. Let the chosen layers be float32 (under torch.autocast), raise the rate, "
-            "or take an optimizer with float32 master weights"
+            "away, or they had no gradient. Take zest_fast.MasterWeights as the optimizer, let the chosen layers be "
+            "float32 (under torch.autocast), or raise the rate"
         )
     if optimizer is not None and (lost := lost_steps(optimizer, chosen)) is not None:
         yield str(lost)

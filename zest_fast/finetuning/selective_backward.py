@@ -7,6 +7,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import torch
 from torch import nn
 
 from zest_fast.finetuning.cut import Cut, remove_copied_cut
-from zest_fast.finetuning.delta_files import Delta, check_tensors, read_delta, write_delta
+from zest_fast.finetuning.delta_files import Delta, check_tensors, names_in, read_delta, write_delta
 from zest_fast.finetuning.digests import Base, digest_of_modules, digests, saved_buffers
+from zest_fast.finetuning.first_step import FirstStep
 from zest_fast.finetuning.moving_buffers import MovingBuffers
 from zest_fast.finetuning.optimizer_check import check_optimizer
 from zest_fast.finetuning.quantised_models import UnpackedLayers
@@ -128,6 +130,7 @@ class SelectiveBackward(Removable):
         self._optimizer: weakref.ref[Any] | None = None  # the one that was last seen
         self._handles: list[Any] = []  # whatever has .remove()
         self._unpacked: UnpackedLayers | None = None
+        self._first_step: FirstStep | None = None
         try:
             with HeldInterrupts():
                 self._choose(checkpoint)
@@ -179,6 +182,9 @@ class SelectiveBackward(Removable):
             self._handles.append(passes)
         self._cut = Cut(self.model, self._chosen(), self._buffers, self._leave_compiled_code, passes)
         self._handles.append(self._cut)
+        if self._samples:
+            self._first_step = FirstStep(self._chosen, self._remember)
+            self._handles.append(self._first_step)
         mark_wrapped(self.model)
 
     def _leave_compiled_code(self, modules: frozenset[int]) -> None:
@@ -229,6 +235,8 @@ class SelectiveBackward(Removable):
     def _rounding(self, optimizer: Any) -> str:
         self._remember(optimizer)
         lost = lost_steps(optimizer, self._chosen())
+        if self._first_step is not None:
+            self._first_step.told = True  # here
         if lost is not None:
             warnings.warn(str(lost), stacklevel=3)
         return "" if lost is None else str(lost)
@@ -270,22 +278,35 @@ class SelectiveBackward(Removable):
         """What frozen weights are kept in: "int8", "nf4" or None."""
         return None if self._quantised is None or self._removed else self._quantised.format
 
-    def save(self, path: str | os.PathLike[str], *, ranking: Any = None, recipe: Any = None) -> Path:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        ranking: Any = None,
+        recipe: Any = None,
+        class_names: Iterable[str] = (),
+        data: Any = None,
+    ) -> Path:
         """Write the trained parameters and the buffers that changed as a safetensors delta.
 
         Args:
             path: an existing file is replaced at once or kept, also where the disk is full.
             ranking: how the layers were chosen, for the record: a Ranking, a dataclass or plain data.
             recipe: how they were trained, likewise.
+            class_names: what the outputs are called, in their order, where the model is a classifier.
+            data: how data became batches (columns, max length), for whoever evaluates it; likewise.
 
         Returns:
             The path.
 
         Raises:
             RuntimeError: a trained parameter is not finite; nothing is written.
+            TypeError: class_names is one string, or something of the rest is no plain data; nothing is written.
+            ValueError: a class name twice; nothing is written.
             OSError: the file cannot be written.
         """
-        return write_delta(path, self._delta(ranking, recipe))
+        names = _class_names(class_names)
+        return write_delta(path, replace(self._delta(), ranking=ranking, recipe=recipe, class_names=names, data=data))
 
     def load(self, path: str | os.PathLike[str]) -> SelectiveBackward:
         """Put a saved delta into the model, exact to the bit.
@@ -412,7 +433,7 @@ class SelectiveBackward(Removable):
             raise RuntimeError(f"the model has no {gone!r} any more: its module was replaced after wrapping")
         return {name: there[name] for name in self.trainable_names}
 
-    def _delta(self, ranking: Any = None, recipe: Any = None) -> Delta:
+    def _delta(self) -> Delta:
         if broken := not_finite(self._chosen()):
             raise RuntimeError(f"{some(map(repr, broken))} is not finite (was the loss NaN?): nothing is written")
         buffers = saved_buffers(self.model)
@@ -424,8 +445,6 @@ class SelectiveBackward(Removable):
             parameters=self._chosen(),
             buffers={name: buffer for name, buffer in buffers.items() if name in changed},
             dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in self.model.parameters()})),
-            ranking=ranking,
-            recipe=recipe,
         )
 
     def _check(self, path: str | os.PathLike[str], delta: Delta) -> None:
@@ -484,6 +503,15 @@ class SelectiveBackward(Removable):
 
 def _names(parts: tuple[Part, ...]) -> tuple[str, ...]:
     return tuple(part.name for part in parts)
+
+
+def _class_names(names: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise TypeError(f"class_names must be names, one for each output, not the single string {names!r}")
+    names = tuple(names)
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise TypeError(f"class_names must be strings, and {wrong[0]!r} is a {type(wrong[0]).__name__}")
+    return names_in("class_names", names)
 
 
 def _stateful(

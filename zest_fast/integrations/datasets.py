@@ -6,6 +6,7 @@ Reading (`open_data`) comes before the model is loaded, since a fresh head needs
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 import re
@@ -68,6 +69,29 @@ def open_data(source: str) -> Table | ImageFolder | Loaders:
     return _open_images(path) if path.is_dir() else read_table(path)
 
 
+def digest_of_data(source: str) -> str | None:
+    """Of what a table holds, or of the names and sizes of images; None for `module:function`, of which nobody knows.
+
+    Raises ValueError as open_data does where there is no such file.
+    """
+    if is_reference(source):
+        return None
+    path = Path(source)
+    if not path.exists():
+        raise ValueError(f"data {source!r} does not exist; {nearest_path(path)}")
+    state = hashlib.blake2b(digest_size=16)
+    if path.is_dir():
+        folder = _open_images(path)
+        for file, label in zip(folder.files, folder.labels, strict=True):
+            state.update(f"{label}/{file.name}|{file.stat().st_size}\n".encode(errors="surrogateescape"))
+    else:
+        check_regular(path)
+        with open(path, "rb") as table:
+            while block := table.read(1 << 20):
+                state.update(block)
+    return state.hexdigest()
+
+
 def class_names(labels: Sequence[Any]) -> tuple[str, ...]:
     """The classes among `labels`, sorted: integers (also written as text) by value, everything else as text.
 
@@ -99,7 +123,7 @@ def make_loaders(
     max_length: tokens kept of a text; None = what the tokenizer and the model's positions allow.
     same_length: pad every text to the tokens of the longest, so that a sample is the same in every batch.
     image_size: pixels of both sides of an image, then scaled to 0..1 and normalised with ImageNet's mean and deviation;
-        None = the model's image processor, or 224 where it has none.
+        None = the model's image processor, or where it has none the size in its configuration, or 224.
     """
     if isinstance(data, Loaders):
         return data
@@ -313,7 +337,7 @@ def _longest(loaded: LoadedModel) -> int:
 def _image_collate(loaded: LoadedModel, image_size: int | None) -> Collate:
     image_module = _pillow()
     processor = loaded.processor if image_size is None else None
-    size = image_size or DEFAULT_IMAGE_SIZE
+    size = image_size or _size_of_model(loaded.model) or DEFAULT_IMAGE_SIZE
     mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
     std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
 
@@ -331,6 +355,14 @@ def _image_collate(loaded: LoadedModel, image_size: int | None) -> Collate:
         return (pixels, targets) if loaded.task is None else {"pixel_values": pixels, "labels": targets}
 
     return collate
+
+
+def _size_of_model(model: Any) -> int | None:
+    """Pixels of both sides as its configuration says it; None where it does not, or where they differ."""
+    size = getattr(getattr(model, "config", None), "image_size", None)
+    if isinstance(size, list | tuple) and len(set(size)) == 1:
+        size = size[0]
+    return size if type(size) is int and size > 0 else None
 
 
 def _processed(images: list[Any], processor: Any, source: str) -> torch.Tensor:

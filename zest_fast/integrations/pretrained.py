@@ -46,6 +46,7 @@ class LoadedModel:
         str, ...
     ] = ()  #: parameters that are newly drawn: not in the checkpoint, or of a head that was replaced
     notes: tuple[str, ...] = ()  #: what was decided while loading and the user should know, a sentence each
+    new_head: bool = False  #: whether the head was made for the classes of the data
 
 
 def find_task(source: str) -> str | None:
@@ -68,6 +69,7 @@ def load_model(
     task: str | None = None,
     class_names: Sequence[str] | None = None,
     streamed: Streamed | None = None,
+    dtype: torch.dtype | None = None,
 ) -> LoadedModel:
     """Loads the model that `source` names.
 
@@ -78,6 +80,7 @@ def load_model(
         name, or that has so many outputs where the classes are their numbers. Else a fresh one is drawn from torch's
         random state, and `.notes` says what was replaced and why. A multi-label head is refused.
     streamed: its frozen weights stay on disk (`open_streamed`); a folder is needed, and a head that is kept.
+    dtype: of the weights; None = as the checkpoint has them. Not of a `module:function`, nor of a streamed one.
 
     Code that comes with the weights is never run, and names in the folder's files that lead out of it are refused;
     links in it are followed, since the caches of the hub are made of them.
@@ -106,7 +109,7 @@ def load_model(
         return _open_streamed(source, task, made_for, head, streamed)
     if Path(source).is_dir():
         _check_weights(Path(source))
-    model, missing, replaced = _from_pretrained(source, task, head.changes, config.num_labels)
+    model, missing, replaced = _from_pretrained(source, task, head.changes, config.num_labels, dtype)
     if head.changes and made_for == task and not replaced:  # of the same size, so that it was loaded
         replaced = _redraw_head(model)
     notes = [*head.notes]
@@ -117,7 +120,8 @@ def load_model(
             f"{source} brings code of its own ({own}), which is not run: {type(model).__name__} of transformers is used"
         )
     fresh = tuple(sorted({*missing, *replaced}))
-    return LoadedModel(model.eval(), source, task, _processor(source, task, model), head.names, fresh, tuple(notes))
+    processor, new_head = _processor(source, task, model), bool(head.changes)
+    return LoadedModel(model.eval(), source, task, processor, head.names, fresh, tuple(notes), new_head)
 
 
 @dataclass(frozen=True)
@@ -394,7 +398,7 @@ def _is_path(source: str) -> bool:
 
 
 def _from_pretrained(
-    source: str, task: str, changes: dict[str, Any], trained_labels: int
+    source: str, task: str, changes: dict[str, Any], trained_labels: int, dtype: torch.dtype | None
 ) -> tuple[torch.nn.Module, tuple[str, ...], tuple[str, ...]]:
     """The model, the parameters that the checkpoint lacks, and those of a head of another size."""
     transformers = _transformers()
@@ -406,6 +410,7 @@ def _from_pretrained(
                 output_loading_info=True,
                 ignore_mismatched_sizes=bool(changes),
                 trust_remote_code=False,
+                **({} if dtype is None else {_dtype_argument(transformers): dtype}),
                 **changes,
             )
     except Exception as error:
@@ -431,6 +436,11 @@ def _from_pretrained(
     return model, missing, tuple(sorted(key[0] for key in report["mismatched_keys"]))
 
 
+def _dtype_argument(transformers: Any) -> str:
+    """How versions before 4.56 call it."""
+    return "dtype" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56) else "torch_dtype"
+
+
 def _check_something_fits(source: str, model: Any, missing: tuple[str, ...], unexpected: Sequence[str]) -> None:
     """Weights under other names (of a wrapper, another library) leave a model at random values behind the head, too."""
     base = getattr(model, model.base_model_prefix, model)
@@ -450,7 +460,12 @@ def _processor(source: str, task: str, model: torch.nn.Module) -> Any | None:
     if task == "image-classification":
         if folder.is_dir() and not (folder / "preprocessor_config.json").exists():
             return None
-        return _load(transformers.AutoImageProcessor, source)
+        try:
+            return _load(transformers.AutoImageProcessor, source)
+        except ValueError as error:
+            if folder.is_dir() or "preprocessor_config.json" not in str(error) or "code of its own" in str(error):
+                raise
+            return None  # the hub has the model, and no such file of it
     # From a folder without its files AutoTokenizer makes an empty vocabulary up, and every word would be unknown.
     if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZERS):
         return None

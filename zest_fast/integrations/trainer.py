@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback
 
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.finetuning.trainable_layers import layer_names
+from zest_fast.lean.master_weights import LOW, MasterWeights
 from zest_fast.prefix.cache import PrefixCache
 from zest_fast.probing.budget import TooFewSamples
 from zest_fast.probing.collecting import collect
@@ -168,6 +169,7 @@ def prepare(
     *,
     by: Any = None,
     probe: float | Literal["auto"] | None = "auto",
+    masters: bool = True,
     **options: Any,
 ) -> SelectiveBackward:
     """Freeze all but `layers` in a Trainer that is there already, before its `train()`.
@@ -180,6 +182,9 @@ def prepare(
         probe: where `layers` is how many, the share of a sweep's cost that `zest_fast.probe` may take on the trainer's
             own training data before they are ranked; "auto" = 0.05 where the Ranker has not seen the model, none where
             it has or `by` says how to rank; None = never.
+        masters: where what trains is bfloat16 or float16, let the optimizer that the arguments name step float32
+            masters (`zest_fast.MasterWeights`); False = as Trainer does. Not with DeepSpeed and FSDP, nor where
+            `optimizer_cls_and_kwargs` or an optimizer of another making says how; the log says so.
         **options: those of ZestCallback.
 
     Returns:
@@ -200,7 +205,29 @@ def prepare(
     callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
     trainer.add_callback(callback)
     assert callback.tuned is not None
+    if masters and any(parameter.dtype in LOW for parameter in callback.tuned.parameters()):
+        _keep_masters(trainer)
     return callback.tuned
+
+
+def _keep_masters(trainer: Any) -> None:
+    """Let Trainer build its optimizer around masters, where it makes one of a list of parameters."""
+    why = None
+    if getattr(trainer, "is_deepspeed_enabled", False) or getattr(trainer, "is_fsdp_enabled", False):
+        why = "DeepSpeed and FSDP shard what an optimizer holds"
+    elif getattr(trainer, "optimizer_cls_and_kwargs", ()) is not None:
+        why = "optimizer_cls_and_kwargs names an optimizer, or this version of transformers takes none"
+    else:
+        kind, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+            why = f"{kind} is built by other means than from parameters"
+        elif {"params", "model", "optimizer_dict"} & options.keys():
+            why = f"{kind.__name__} chooses its parameters itself"
+    if why is not None:
+        _log.warning("no float32 masters of what trains in low precision: %s", why)
+        return
+    trainer.optimizer_cls_and_kwargs = (MasterWeights, {"build": kind, **options})
+    _log.info("what trains keeps float32 masters: %s around %s", MasterWeights.__name__, kind.__name__)
 
 
 def _best(trainer: Trainer, n: int, by: Any, share: float | Literal["auto"] | None) -> tuple[str, ...]:

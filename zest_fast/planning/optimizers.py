@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from zest_fast.foundation.nearest import nearest
+from zest_fast.lean.master_weights import MasterWeights
 
 Build = Callable[[Sequence[nn.Parameter]], Optimizer]
 
 IN_BACKWARD = "-in-backward"
+MASTERS = "-masters"  #: float32 ones of what trains in bfloat16 or float16
 
 
 class EightBitAdamW(Optimizer):
@@ -52,10 +54,11 @@ OPTIMIZERS: dict[str, Build] = {
 
 
 def check_optimizer(name: object) -> None:
-    """Raises ValueError unless it is a name of OPTIMIZERS, with "-in-backward" behind it or not, or a function."""
+    """Raises ValueError unless it is a name of OPTIMIZERS, with "-masters" and "-in-backward" behind it or not, or a
+    function."""
     if callable(name):
         return
-    known = [*OPTIMIZERS, *(known + IN_BACKWARD for known in OPTIMIZERS)]
+    known = [f"{known}{masters}{how}" for how in ("", IN_BACKWARD) for masters in ("", MASTERS) for known in OPTIMIZERS]
     if name not in known:
         raise ValueError(
             f"optimizer={name!r} is unknown; {nearest(name, known)}; or pass a function of the parameters that returns "
@@ -70,5 +73,8 @@ def is_in_backward(optimizer: str | Build) -> bool:
 
 def build_optimizer(optimizer: str | Build, parameters: Sequence[nn.Parameter]) -> Optimizer:
     if isinstance(optimizer, str):
-        optimizer = OPTIMIZERS[optimizer.removesuffix(IN_BACKWARD)]
+        name = optimizer.removesuffix(IN_BACKWARD)
+        optimizer = OPTIMIZERS[name.removesuffix(MASTERS)]
+        if name.endswith(MASTERS):
+            return MasterWeights(parameters, optimizer)
     return optimizer(parameters)

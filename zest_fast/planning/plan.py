@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from zest_fast.foundation.options import Checkpoint, Frozen, MetricNames, PlannedDevice
 from zest_fast.planning.blocks import layout_of
@@ -21,12 +24,14 @@ from zest_fast.profiling.heads import unwrap
 
 def plan(
     model_or_config: Any,
-    layers: Iterable[str] | str | None,
+    layers: Iterable[str] | str | int | None,
     *,
-    batch_size: int,
+    batch_size: int | None = None,
+    batch: Any = None,
+    loss_fn: Callable[..., Tensor] | None = None,
     sequence_length: int | None = None,
     image_size: int | None = None,
-    dtype: Any = "bfloat16",
+    dtype: Any = "auto",
     optimizer: str | Build = "adamw",
     lean: bool = True,
     checkpoint: Checkpoint | None = None,
@@ -42,15 +47,19 @@ def plan(
             folder, which stand for their causal LM or classifier; or the name of one: llama-7b, llama-13b, llama-3-8b,
             mistral-7b, gpt2, bert-base, bert-large, vit-base, resnet-50, mobilenet-v2, efficientnet-b0.
         layers: names as for SelectiveBackward; "all" = full fine-tuning; None = whatever requires a gradient in the
-            model as it is (one of PEFT, say).
+            model as it is (one of PEFT, say); a number = so many layers from the lowest block up, evenly, for a plan
+            before they are chosen.
         batch_size: samples of a step.
+        batch: a batch in place of the three sizes, as for `profile`: only shapes and dtypes are read, and whether
+            attention_mask masks anything.
+        loss_fn: as for `profile`, with a batch.
         sequence_length: tokens of a sample; texts are unpadded.
         image_size: pixels of both sides.
         dtype: of weights and inputs: "bfloat16", "float16", "float32"; "bfloat16-mixed" = float32 under autocast; None
-            = as the model has it.
+            = as the model has it; "auto" = bfloat16, with a batch None.
         optimizer: adamw, adamw-foreach (what torch takes on CUDA unless told otherwise), adamw-fused, adamw-8bit, adam,
-            sgd, sgd-momentum; with "-in-backward" behind it each gradient is used and dropped at once; or a function of
-            the parameters that returns a torch.optim.Optimizer.
+            sgd, sgd-momentum; with "-masters" behind it MasterWeights around it, with "-in-backward" each gradient is
+            used and dropped at once; or a function of the parameters that returns a torch.optim.Optimizer.
         lean: as for SelectiveBackward, which the dry run uses.
         checkpoint: as for SelectiveBackward. With "all", any checkpoint= means the gradient checkpointing of
             transformers.
@@ -80,11 +89,15 @@ def plan(
         >>> step.peak_bytes < full.peak_bytes
         True
     """
+    sizes = _sizes(batch, batch_size, sequence_length, image_size, loss_fn)
+    if dtype == "auto":
+        dtype = "bfloat16" if batch is None else None
+    name, skeleton = named_model(model_or_config)
+    if isinstance(layers, Integral) and not isinstance(layers, bool):
+        layers = layout_of(skeleton).stand_ins(operator.index(layers), 0)
     setting = Setting(
         layers=_layers(layers),
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        image_size=image_size,
+        **sizes,
         dtype=dtype_name(dtype),
         optimizer=optimizer,
         lean=lean,
@@ -94,16 +107,55 @@ def plan(
         device=("cpu" if stream else _device(model_or_config)) if device is None else device,
         stream=stream,
     )
-    name, skeleton = named_model(model_or_config)
-    return plan_setting(name, skeleton, setting, _notes(skeleton))
+    return plan_setting(name, skeleton, setting, _notes(skeleton), batch, loss_fn)
 
 
-def plan_setting(name: str, skeleton: nn.Module, setting: Setting, notes: tuple[str, ...] = ()) -> Plan:
+def _sizes(
+    batch: Any,
+    batch_size: int | None,
+    sequence_length: int | None,
+    image_size: int | None,
+    loss_fn: Callable[..., Tensor] | None,
+) -> dict[str, Any]:
+    """Those of the setting; of a batch the number of samples and, of token ids, the length."""
+    said = {"batch_size": batch_size, "sequence_length": sequence_length, "image_size": image_size}
+    if batch is None:
+        if batch_size is None:
+            raise TypeError("plan needs batch_size= with the sizes of a sample, or batch=")
+        if loss_fn is not None:
+            raise ValueError("loss_fn is of a batch: pass batch= with it")
+        return said
+    if given := [name for name, value in said.items() if value is not None]:
+        raise ValueError(f"batch= says its sizes, and {given[0]}= too: leave one of them out")
+    first = next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), None)
+    if first is None:
+        raise ValueError(f"batch: a batch of tensors is needed, and this {type(batch).__name__} holds none")
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    length = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
+    return {"batch_size": max(1, first.shape[0]), "sequence_length": length}
+
+
+def plan_setting(
+    name: str,
+    skeleton: nn.Module,
+    setting: Setting,
+    notes: tuple[str, ...] = (),
+    batch: Any = None,
+    loss_fn: Callable[..., Tensor] | None = None,
+) -> Plan:
     """A plan of a model on the meta device, which stays as it is."""
     layout = layout_of(skeleton)
 
     def again(other: Setting) -> Plan:
-        return make_plan(name, other, dry_step(skeleton, layout, other), layout, again, notes)
+        if batch is not None and sizes_of(other) != sizes_of(setting):
+            raise ValueError(
+                "this plan is of a batch, whose sizes cannot be changed: plan with batch_size= and the sizes of a "
+                "sample for a table of others"
+            )
+        return make_plan(name, other, dry_step(skeleton, layout, other, batch, loss_fn), layout, again, notes)
+
+    def sizes_of(one: Setting) -> tuple[int | None, ...]:
+        return one.batch_size, one.sequence_length, one.image_size
 
     return again(setting)
 
@@ -235,7 +287,7 @@ def _notes(model: nn.Module) -> tuple[str, ...]:
     return ("config.use_cache is True: keys and values of every block are kept for nothing; set it to False to train",)
 
 
-def _layers(layers: Iterable[str] | str | None) -> tuple[str, ...] | str | None:
+def _layers(layers: Iterable[str] | str | int | None) -> tuple[str, ...] | str | None:
     if layers is None or layers == "all":
         return layers
     if isinstance(layers, str) or not isinstance(layers, Iterable):

@@ -182,14 +182,15 @@ class _Training:
     def __init__(self, parameters: list[nn.Parameter], setting: Setting, ledger: Ledger, names: dict[int, str]) -> None:
         self._parameters, self._ledger, self._names = parameters, ledger, names
         self._in_backward = is_in_backward(setting.optimizer)
-        groups = [[p] for p in parameters] if self._in_backward else [parameters]
-        self._optimizers = [build_optimizer(setting.optimizer, group) for group in groups]
+        self._groups = [[p] for p in parameters] if self._in_backward else [parameters]
+        self._optimizer = setting.optimizer
         self._accumulating = setting.accumulating and not self._in_backward
         for index, parameter in enumerate(parameters):
             parameter.register_post_accumulate_grad_hook(self._arrived(index))
 
     def warm_up(self) -> None:
         """An update with empty gradients, so that the states are there: a step before the one that counts."""
+        self._optimizers = [build_optimizer(self._optimizer, group) for group in self._groups]
         for parameter in self._parameters:
             parameter.grad = torch.empty_like(parameter)
             self._ledger.relabel(parameter.grad, "gradients", self._names[id(parameter)])

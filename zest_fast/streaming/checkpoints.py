@@ -101,6 +101,14 @@ class Checkpoint:
     def file_of(self, name: str) -> str:
         return self._homes[name].path.name
 
+    def place_of(self, name: str) -> int:
+        """Of its first byte in that file."""
+        return self._homes[name].entries[name].start
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(file.path.name for file in self._homes.values()))
+
 
 def plain_checkpoint(folder: Path) -> Checkpoint:
     """What `save_pretrained` wrote: model.safetensors, or shards and their index.

@@ -1,0 +1,336 @@
+"""A folder of a model and a delta: a folder that from_pretrained and inference servers load.
+
+Where the tensors of the files are those of the model, by name, shape and dtype, the files are copied and what was
+trained is written over the bytes that it replaces: no model is loaded, and of its weights one at a time is read, to
+check that they are the base. Everything else (a head that the files do not hold, pickles, hub ids, a base that was
+quantised) takes the model in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zest_fast.finetuning.delta_files import Delta, check_tensors, read_delta
+from zest_fast.finetuning.delta_use import apply_delta, merge_delta, name_classes
+from zest_fast.finetuning.digests import digest, hash_of, saved_buffers
+from zest_fast.finetuning.quantised_formats import FORMATS
+from zest_fast.finetuning.selective_backward import SelectiveBackward
+from zest_fast.foundation.documents import parse_json, whole_file
+from zest_fast.foundation.interrupts import HeldInterrupts
+from zest_fast.foundation.replacing import new_folder, replacing
+from zest_fast.integrations.pretrained import TASKS, LoadedModel, load_model
+from zest_fast.integrations.quiet import quiet_transformers
+from zest_fast.integrations.references import is_reference
+from zest_fast.streaming.checkpoints import Checkpoint, plain_checkpoint, read_packed
+from zest_fast.streaming.empty_models import empty_model
+
+# Weights of another kind beside the safetensors, and what a trainer leaves: neither belongs to the merged model.
+_LEFT_OUT = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ckpt", ".gguf", ".pkl", ".ot")
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """How `zest-fast finetune` read model and data, as it writes that into a delta.
+
+    new_head: the head was drawn for the classes of the data. frozen: what the frozen weights were kept in. digest: of
+    the data, validation_share of which was held out by seed.
+    """
+
+    task: str | None = None
+    text_column: str = "text"
+    label_column: str | None = None
+    max_length: int | None = None
+    image_size: int | None = None
+    batch_size: int = 16
+    seed: int = 0
+    validation_share: float = 0.0
+    digest: str | None = None
+    new_head: bool = False
+    frozen: str | None = None
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "task": (str, type(None)),
+    "text_column": (str,),
+    "label_column": (str, type(None)),
+    "max_length": (int, type(None)),
+    "image_size": (int, type(None)),
+    "batch_size": (int,),
+    "seed": (int,),
+    "validation_share": (float, int),
+    "digest": (str, type(None)),
+    "new_head": (bool,),
+    "frozen": (str, type(None)),
+}
+
+
+def settings_of(delta: Delta) -> DataSettings:
+    """What a delta says of its data; the defaults where it was saved from a loop of the user's own.
+
+    Raises ValueError for a value of another type than is written there.
+    """
+    said = delta.data if isinstance(delta.data, dict) else {}
+    known = {key: value for key, value in said.items() if key in _KINDS}
+    for key, value in known.items():
+        if not isinstance(value, _KINDS[key]) or (isinstance(value, bool) and key != "new_head"):
+            raise ValueError(f"the delta's data[{key!r}] is {value!r:.80}; zest-fast finetune writes no such thing")
+    found = DataSettings(**known)
+    for key, allowed in (("task", TASKS), ("frozen", tuple(FORMATS))):
+        if getattr(found, key) not in (None, *allowed):
+            raise ValueError(f"the delta's data[{key!r}] is {getattr(found, key)!r:.80}; it may be one of {allowed}")
+    if not -(2**63) <= found.seed < 2**63 or not 0 <= found.validation_share < 1:
+        raise ValueError("the delta's data hold a seed or a validation share that no run can have had")
+    if min(found.batch_size, found.max_length or 1, found.image_size or 1) < 1:
+        raise ValueError("the delta's data hold a size below 1")
+    return found
+
+
+def load_base(source: str, delta: Delta) -> LoadedModel:
+    """The model that a delta was made on, as `zest-fast finetune` opened it; the delta is not in it yet.
+
+    A head that was new then is drawn again, in the sizes of the delta's class names. Raises what load_model raises.
+    """
+    said = settings_of(delta)
+    dtype = getattr(torch, delta.dtypes[0], None) if len(delta.dtypes) == 1 else None
+    if not isinstance(dtype, torch.dtype):
+        dtype = None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(said.seed)
+        names = (delta.class_names or None) if said.new_head else None
+        return load_model(source, task=said.task, class_names=names, dtype=dtype)
+
+
+def put_delta(model: nn.Module, path: str | os.PathLike[str], delta: Delta) -> None:
+    """Put a delta into its base, whose frozen weights are rounded as they were where it was trained quantised.
+
+    Raises ValueError where it does not fit; a model that was rounded stays rounded then.
+    """
+    frozen: Any = settings_of(delta).frozen
+    if frozen is None:
+        apply_delta(model, path)
+        return
+    with SelectiveBackward(model, delta.layers, head=list(delta.head) or None, frozen=frozen) as tuned:
+        tuned.load(path)
+
+
+def merge_folder(source: str, path: str | os.PathLike[str], out: str | os.PathLike[str]) -> str:
+    """Write the model of `source` with a delta in it; returns how, in a line.
+
+    source: a folder, a hub id, or `module:function`, of which `out` may be a .safetensors file. out: a new folder.
+    Raises ValueError where the delta is torn, foreign or does not fit, OSError where `out` cannot be written; nothing
+    is left then.
+    """
+    delta = read_delta(path)
+    if is_reference(source):
+        merge_delta(load_base(source, delta).model, path, out)
+        return "the model was built and merged in memory"
+    patch = _patch(Path(source), path, delta) if _is_plain_folder(source) else None
+    if patch is not None:
+        with new_folder(out) as folder:
+            patch.write(folder)
+            name_classes(folder, delta.class_names)
+        return f"{len(patch.files)} of {len(patch.all_files)} weights files changed; no model was loaded"
+    loaded = load_base(source, delta)
+    put_delta(loaded.model, path, delta)
+    save_model_folder(loaded, out, delta.class_names)
+    frozen = settings_of(delta).frozen
+    rounded = f"; frozen weights are rounded to {frozen}, as they were while it trained" if frozen else ""
+    return f"the model was loaded and merged in memory{rounded}"
+
+
+def apply_to_folder(source: str, path: str | os.PathLike[str], *, check: bool = False) -> list[Path]:
+    """Put a delta into the files of a folder, in place; returns the files that are (check: would be) written anew.
+
+    Each is made whole beside the old one before the first takes its place. Raises ValueError where the delta does not
+    fit or the files cannot be changed so: then nothing is changed.
+    """
+    delta = read_delta(path)
+    folder = Path(source)
+    if not folder.is_dir():
+        raise ValueError(f"{source!r} is no folder, whose files could be changed: merge it into a new folder instead")
+    patch = _patch(folder, path, delta) if _is_plain_folder(source) else None
+    if patch is None:
+        raise ValueError(
+            f"{source!r} cannot be changed in place: its safetensors do not hold what the delta replaces, by name, "
+            "shape and dtype; merge it into a new folder instead"
+        )
+    changed = [*patch.files, folder / "config.json"]
+    if linked := [file for file in changed if file.is_symlink() or file.stat().st_nlink > 1]:
+        raise ValueError(
+            f"{str(linked[0])!r} is a link to a file that others use (such as the cache of the hub): merge it into a "
+            "new folder instead"
+        )
+    if not check:
+        patch.in_place()
+        name_classes(folder, delta.class_names)
+    return patch.files
+
+
+def save_model_folder(loaded: LoadedModel, out: str | os.PathLike[str], class_names: tuple[str, ...] = ()) -> None:
+    """A new folder with the model, its tokenizer or image processor, and the names of its classes.
+
+    Raises ValueError for a model that has no save_pretrained, OSError where it cannot be written.
+    """
+    model: Any = loaded.model
+    if not hasattr(model, "save_pretrained"):
+        raise ValueError(
+            f"{loaded.source!r} is a {type(model).__name__} without save_pretrained, of which no folder can be made: "
+            "leave the folder out, and put the delta into it with zest_fast.apply_delta"
+        )
+    with new_folder(out) as folder, quiet_transformers():
+        model.save_pretrained(folder)
+        if loaded.processor is not None:
+            loaded.processor.save_pretrained(folder)
+        name_classes(folder, class_names)
+        for file in folder.rglob("*"):
+            if file.is_file():
+                _sync(file)
+
+
+def _is_plain_folder(source: str) -> bool:
+    folder = Path(source)
+    if not folder.is_dir() or not sys.platform.startswith("linux"):
+        return False
+    if read_packed(folder) is not None:
+        raise ValueError(f"{source!r} holds packed weights: name the folder that was packed")
+    return any((folder / name).exists() for name in ("model.safetensors", _INDEX))
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """What to write where: bytes of tensors by file, offset first."""
+
+    folder: Path
+    pieces: dict[str, list[tuple[int, torch.Tensor]]]
+    all_files: tuple[str, ...]
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.folder / name for name in self.pieces]
+
+    def write(self, out: Path) -> None:
+        """The whole folder, with the pieces in it."""
+        for file in sorted(self.folder.iterdir()):
+            if file.is_file() and _belongs(file.name):
+                shutil.copyfile(file, out / file.name)
+                _sync(out / file.name)
+        templates = self.folder / "additional_chat_templates"
+        if templates.is_dir():
+            shutil.copytree(templates, out / templates.name)
+        for name in self.all_files:
+            shutil.copyfile(self.folder / name, out / name)
+            self._put(name, out / name)
+
+    def in_place(self) -> None:
+        with HeldInterrupts(), contextlib.ExitStack() as stack:
+            for name in self.pieces:
+                temporary = stack.enter_context(replacing(self.folder / name))
+                shutil.copyfile(self.folder / name, temporary)
+                self._put(name, temporary)
+
+    def _put(self, name: str, file: Path) -> None:
+        with open(file, "rb+") as stream:
+            for offset, tensor in self.pieces.get(name, ()):
+                stream.seek(offset)
+                stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _patch(folder: Path, path: str | os.PathLike[str], delta: Delta) -> _Patch | None:
+    """None where the files do not hold the tensors of the model as the delta has them.
+
+    Raises ValueError where they do, and are not the base.
+    """
+    checkpoint = plain_checkpoint(folder)
+    said = settings_of(delta)
+    if said.new_head or said.frozen is not None or not _one_dtype(folder, checkpoint, delta):
+        return None
+    model = empty_model(folder)
+    names = _aliases(model)
+    buffers = saved_buffers(model)
+    here = {name: [alias for alias in aliases if alias in checkpoint] for name, aliases in names.items()}
+    for name, tensor in {**dict(model.named_parameters()), **buffers}.items():
+        if not here[name] and name in buffers and name not in delta.buffers:
+            continue  # as the code computes it
+        if not here[name] or any(checkpoint.shape_and_dtype(a)[0] != tuple(tensor.shape) for a in here[name]):
+            return None
+    trained = {**delta.parameters, **delta.buffers}
+    if not trained.keys() <= here.keys():
+        return None
+    try:
+        for kind, values in (("parameter", delta.parameters), ("buffer", delta.buffers)):
+            check_tensors(kind, values, {name: checkpoint.parameter(here[name][0]) for name in values})
+        found = _digests(checkpoint, here, buffers, set(delta.parameters))
+        if found is None:
+            return None
+        if hash_of(found, without=delta.parameters) != delta.base:
+            raise ValueError(
+                "the other parameters or buffers of this folder differ from those it was trained on: name the folder "
+                "of its own base"
+            )
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)!r} does not fit {os.fspath(folder)!r}: {error}") from error
+    pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for name, tensor in trained.items():
+        for alias in here[name]:
+            pieces.setdefault(checkpoint.file_of(alias), []).append((checkpoint.place_of(alias), tensor))
+    return _Patch(folder, pieces, checkpoint.files)
+
+
+def _one_dtype(folder: Path, checkpoint: Checkpoint, delta: Delta) -> bool:
+    """Whether from_pretrained takes the weights as they lie in the files, in the dtype that the delta knows."""
+    dtypes = {str(checkpoint.shape_and_dtype(name)[1]).removeprefix("torch.") for name in checkpoint}
+    floating = {name for name in dtypes if getattr(torch, name).is_floating_point}
+    config = parse_json(whole_file(folder / "config.json"))
+    said = config.get("dtype", config.get("torch_dtype")) if isinstance(config, dict) else None
+    return len(floating) == 1 and floating == set(delta.dtypes) and said in (None, *floating)
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter and saved buffer, by the one that a delta has."""
+    tensors = {**dict(model.named_parameters()), **saved_buffers(model)}
+    ids = {id(tensor): name for name, tensor in tensors.items()}
+    names: dict[str, list[str]] = {name: [] for name in tensors}
+    every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    for name, tensor in every:
+        if id(tensor) in ids:
+            names[ids[id(tensor)]].append(name)
+    return names
+
+
+def _digests(
+    checkpoint: Checkpoint, here: Mapping[str, list[str]], buffers: Mapping[str, torch.Tensor], without: set[str]
+) -> dict[str, str] | None:
+    """Digests of what is not replaced, one tensor in memory at a time; None where tied names hold different weights."""
+    found = {}
+    for name, aliases in here.items():
+        if name in without:
+            continue
+        held = {digest(checkpoint.parameter(alias)) for alias in aliases} or {digest(buffers[name])}
+        if len(held) > 1:
+            return None
+        (found[name],) = held
+    return found
+
+
+def _belongs(name: str) -> bool:
+    """Configuration, tokenizer, licence: whatever is no weights, and the index of those that are merged."""
+    foreign_index = name.endswith(".index.json") and name != _INDEX
+    return not name.startswith(".") and not name.endswith(_LEFT_OUT) and not foreign_index
+
+
+def _sync(file: Path) -> None:
+    with open(file, "rb+") as stream:
+        os.fsync(stream.fileno())

@@ -1,126 +1,211 @@
-"""Two processes under DistributedDataParallel: gradients are those of the whole batch; sharded models are refused."""
+"""A watch of a model on several processes sees what one process with the whole batch does: DDP, FSDP2, HSDP, tensor
+parallelism. Processes are started twice, two and four, and run all cases one after the other."""
 
+from __future__ import annotations
+
+import copy
 import math
 
+import oracle
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from process_cases import TOLERANCE, assert_equal, assert_same_state, local, net, outcomes, share, token_loss, tokens
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import zest_fast
 
-PROCESSES = 2
 pytestmark = pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
+STEPS = 2
 
 
-def model_of():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 12), nn.ReLU(inplace=True), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3))
+# --- one training, on several processes and on one ----------------------------------------------------------------------
 
 
-def data():
-    x = torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(0))
-    return list(zip(x, x[..., :3].argmax(-1), strict=True))
+def whole_batches(count=1):
+    """Of one step, one for each micro-batch."""
+    x, y = tokens(8 * count)
+    return list(zip(x.split(8), y.split(8), strict=True))
 
 
-def loss_of(model, x, y):
-    return nn.functional.cross_entropy(model(x), y)
+def own_batches(rank, processes, count=1):
+    return [share(batch, rank, processes) for batch in whole_batches(count)]
 
 
-def test_gradients_are_those_of_all_processes(tmp_path):
-    multiprocessing.spawn(run, (str(tmp_path),), nprocs=PROCESSES)
+def optimizer_of(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
 
 
-def run(rank, folder):
-    """Runs in each process, where an assertion that fails ends the test."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
-    try:
-        for view in (False, True):
-            for accumulated in (1, 2):
-                compare(rank, view, accumulated)
-        in_backward(rank)
-        unwrapped(rank)
-        sharded()
-    finally:
-        distributed.destroy_process_group()
-
-
-def compare(rank, view, accumulated):
-    model, alone = model_of(), model_of()
-    parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=view)
-    optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (parallel, alone)]
-    log, expected = [], []
-    batches = data()
-    with (
-        zest_fast.watch(parallel, every=1, metrics="all", noise=True, updates=True, log=log.append) as watched,
-        zest_fast.watch(alone, every=1, metrics="all", noise=True, updates=True, log=expected.append) as one,
-    ):
-        for start in range(0, 4, accumulated):
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            for i, (x, y) in enumerate(batches[start : start + accumulated]):
-                own = slice(rank * 4, rank * 4 + 4)
-                if i + 1 < accumulated:
-                    with parallel.no_sync():
-                        (loss_of(parallel, x[own], y[own]) / accumulated).backward()
-                else:
-                    (loss_of(parallel, x[own], y[own]) / accumulated).backward()
-            optimizers[0].step()
-            for x, y in batches[start : start + accumulated]:
-                for part in (slice(0, 4), slice(4, 8)):
-                    (loss_of(alone, x[part], y[part]) / accumulated / PROCESSES).backward()
-            optimizers[1].step()
-    for found, wanted in zip(log, expected, strict=True):
-        for metric in wanted.profile.metrics:
-            if metric.startswith(("act_", "fisher", "noise")):
-                assert metric.startswith("noise") or not any(map(math.isnan, found.profile.column(metric)))
-                continue
-            # The sum over processes is another order: a few roundings of float32.
-            assert found.profile.column(metric) == pytest.approx(wanted.profile.column(metric), rel=1e-5, abs=1e-8)
-        assert any("act and fisher are those of the batch of this process" in note for note in found.notes)
-        assert found.profile.names == wanted.profile.names
-    # A process knows |g_i|² of its own parts: the mean of what they estimate is what one with all of them does.
-    for key, estimates in one._reporter._noise._estimates.items():
-        own = watched._reporter._noise._estimates[key]
-        mean = torch.tensor([(found.square, found.trace) for found in own], dtype=torch.float64)
-        distributed.all_reduce(mean)
-        for (square, trace), wanted in zip((mean / PROCESSES).tolist(), estimates, strict=True):
-            assert square == pytest.approx(wanted.square, rel=1e-4, abs=1e-7)
-            assert trace == pytest.approx(wanted.trace, rel=1e-4)
-
-
-def in_backward(rank):
-    """An optimizer in the backward pass sees the local gradient; what `.grad` holds then is not that of all."""
-    model = nn.parallel.DistributedDataParallel(model_of())
-    seen = []
-    handle = model.module[0].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    (x, y), *_ = data()
-    with zest_fast.watch(model, every=1) as watched:
-        loss_of(model, x[rank * 4 : rank * 4 + 4], y[rank * 4 : rank * 4 + 4]).backward()
-        whole = model.module[0].weight.grad.clone()
+def train(model, micro_batches, *, hold_back=False, clip=True, steps=STEPS):
+    """hold_back: gradients are brought together in the last micro-batch only."""
+    optimizer = optimizer_of(model)
+    for step in range(steps):
+        for i, (x, y) in enumerate(micro_batches):
+            brings_together(model, not hold_back or i + 1 == len(micro_batches))
+            (token_loss(model(x), y) / len(micro_batches)).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)  # less than any gradient here
         optimizer.step()
-    handle.remove()
-    assert seen and watched.last.profile["0"]["grad_norm"] == pytest.approx(float(whole.norm()), rel=1e-6)
+        optimizer.zero_grad(set_to_none=step % 2 == 1)
+    return optimizer
 
 
-def unwrapped(rank):
-    model = model_of()
-    parallel = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with zest_fast.watch(model, every=1, noise=True) as watched:
-        for x, y in data()[:2]:
-            loss_of(parallel, x, y).backward()
+def brings_together(model, on):
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = on
+    elif hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(on)
+
+
+def expected(model, micro_batches, *, clip=True, layers=None):
+    """Of each step what one process with the whole batch has, and how far each weight moved."""
+    x, y = (torch.cat(parts) for parts in zip(*micro_batches, strict=True))
+    optimizer, found = optimizer_of(model), []
+    for _ in range(STEPS):
+        now = copy.deepcopy(model)
+        spec = oracle.measure(now, lambda now=now: token_loss(now(x), y), layers)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer.zero_grad()
+        token_loss(model(x), y).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         optimizer.step()
-    notes = " ".join(watched.last.notes)
-    assert math.isnan(watched.last.totals["noise_scale"]) and "pass the model that DistributedDataParallel" in notes
-    assert "what is seen is of this process" in notes
+        moved = {
+            n: (float((p.detach() - before[n]).norm()), float(before[n].norm())) for n, p in model.named_parameters()
+        }
+        found.append((spec, moved))
+    return found
 
 
-def sharded():
+def watched(model, micro_batches, *, metrics="all", updates=True, layers=None, every=1, watching=None, **training):
+    log = []
+    options = {"metrics": metrics, "updates": updates, "layers": layers, **(watching or {})}
+    with zest_fast.watch(model, every=every, log=log.append, **options):
+        train(model, micro_batches, **training)
+    return log
+
+
+def assert_as_expected(log, specs):
+    assert [step.step for step in log] == list(range(STEPS))
+    for step, (spec, moved) in zip(log, specs, strict=True):
+        assert step.notes == () or all("did not meet" not in note for note in step.notes)
+        assert_equal(step.profile, spec)
+        weights = {spec.parameters[name]: values["grad_norm"] for name, values in spec.values.items()}
+        assert step.totals["grad_norm"] == pytest.approx(math.hypot(*weights.values()), rel=TOLERANCE)
+        ratio = math.hypot(*(moved[w][0] for w in weights)) / math.hypot(*(moved[w][1] for w in weights))
+        assert step.totals["update_ratio"] == pytest.approx(ratio, rel=TOLERANCE)
+        for name in spec.values:
+            a, b = moved[spec.parameters[name]]
+            assert step.profile[name]["update_ratio"] == pytest.approx(a / b, rel=TOLERANCE)
+
+
+def state_after(model, micro_batches, **training):
+    """What must be the same to the bit, watched or not."""
+    optimizer = train(model, micro_batches, **training)
+    return state(model, optimizer)
+
+
+def state(model, optimizer):
+    of_optimizer = [{key: local(x).clone() for key, x in s.items() if x is not None} for s in optimizer.state.values()]
+    return {
+        "weights": [local(p).clone() for p in model.parameters()],
+        "gradients": [None if p.grad is None else local(p.grad).clone() for p in model.parameters()],
+        "optimizer": of_optimizer,
+        "random": torch.get_rng_state(),
+    }
+
+
+def assert_bit_equal(make, micro_batches, *, watching=None, **training):
+    torch.manual_seed(7)
+    plain = state_after(make(), micro_batches, **training)
+    torch.manual_seed(7)
+    model = make()
+    with zest_fast.watch(model, every=1, metrics="all", updates=True, **(watching or {})):
+        optimizer = train(model, micro_batches, **training)
+    assert_same_state(plain, state(model, optimizer))
+
+
+# --- layouts ------------------------------------------------------------------------------------------------------------
+
+
+def mesh_of(*shape):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+
+
+def sharded(model=None, **options):
     from torch.distributed.fsdp import fully_shard
 
-    model = model_of()
-    fully_shard(model)
-    with pytest.raises(NotImplementedError, match=r"parameter '0\.weight' is a DTensor .* cannot be watched yet"):
-        zest_fast.watch(model)
+    model = model or net()
+    for block in (model.a, model.b):
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def in_ddp():
+    return DistributedDataParallel(net())
+
+
+def hsdp():
+    return sharded(mesh=mesh_of(2, distributed.get_world_size() // 2))
+
+
+def check(make, rank, processes, **training):
+    """Metrics with one micro-batch and with two, and that training is the same to the bit."""
+    for count in (1, 2):
+        own = own_batches(rank, processes, count)
+        for hold_back in {False, count > 1}:
+            log = watched(make(), own, hold_back=hold_back, **training)
+            assert_as_expected(log, expected(net(), whole_batches(count), **training))
+    watching = {"noise": True, "parts": True}
+    assert_bit_equal(make, own_batches(rank, processes, 2), watching=watching, hold_back=True, **training)
+
+
+def ddp_is_of_the_global_batch(rank, processes):
+    check(in_ddp, rank, processes)
+
+
+def fsdp_is_of_the_global_batch(rank, processes):
+    check(sharded, rank, processes)
+
+
+def hsdp_is_of_the_global_batch(rank, processes):
+    check(hsdp, rank, processes)
+
+
+ON_TWO = {
+    case.__name__: case
+    for case in (
+        ddp_is_of_the_global_batch,
+        fsdp_is_of_the_global_batch,
+    )
+}
+ON_FOUR = {
+    case.__name__: case
+    for case in (
+        ddp_is_of_the_global_batch,
+        fsdp_is_of_the_global_batch,
+        hsdp_is_of_the_global_batch,
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory):
+    return outcomes(ON_TWO, 2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def on_four(tmp_path_factory):
+    return outcomes(ON_FOUR, 4, tmp_path_factory.mktemp("four"))
+
+
+@pytest.mark.parametrize("case", ON_TWO)
+def test_two_processes(case, on_two):
+    assert not on_two[case], on_two[case]
+
+
+@pytest.mark.parametrize("case", ON_FOUR)
+def test_four_processes(case, on_four):
+    assert not on_four[case], on_four[case]

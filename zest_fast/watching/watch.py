@@ -23,9 +23,11 @@ from zest_fast.profiling.engine import Watching
 from zest_fast.profiling.functions import forwards_of, hooks_of, may_write, referred
 from zest_fast.profiling.layers import LayerSelection
 from zest_fast.profiling.metrics import METRIC_NAMES, METRICS, ON_REQUEST, select_metrics, statistics_needed
+from zest_fast.profiling.processes.layout import DDP
 from zest_fast.profiling.profile import is_being_profiled
 from zest_fast.profiling.taps import Routes
 from zest_fast.watching.logs.sinks import ChecksLayout, Closes, Sink, sink_for
+from zest_fast.watching.processes.together import Processes
 from zest_fast.watching.report import Reporter
 from zest_fast.watching.rounds import Round
 from zest_fast.watching.target import Rows, Target
@@ -33,6 +35,7 @@ from zest_fast.watching.watched_step import WatchedStep
 from zest_fast.watching.window import OF_WEIGHTS, Asked, Window
 
 Log = str | os.PathLike[str] | Sink
+Agreed = tuple[tuple[int, ...], bool]  # see Processes.open
 Samples = int | Callable[[tuple[Any, ...], Mapping[str, Any]], int]
 
 _NO_STEP = (
@@ -144,6 +147,11 @@ def watch(
     names = _metrics(metrics)
     target = Target(model, layers, frozen)
     rows = target.rows()
+    if histograms and target.layout is not None and target.layout.kind != DDP:
+        raise NotImplementedError(
+            f"histograms=True: each process has the entries of its shard ({target.layout.name}), and histograms of "
+            "these between different edges do not make up one; leave it out"
+        )
     kernels.pick_backend(backend, rows.layers[0].weight.parameter.device)
     modules = list(target.model.modules())
     asked = Asked(
@@ -171,6 +179,7 @@ class Watch(Removable):
         self._reporter = Reporter()
         self._routes = Routes()
         self._several: set[int] = set()
+        self._processes: Processes | None = None
         self._round = Round()
         self._first_step = first_step
         self._holders: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -205,6 +214,7 @@ class Watch(Removable):
             raise RuntimeError("the model, or a part of it, is watched already; leave that watch first")
         self._claimed = modules
         self._thread, self._began = threading.get_ident(), time.monotonic()
+        agreed = self._begin_together()
         try:
             with HeldInterrupts():
                 self._active = True
@@ -216,24 +226,51 @@ class Watch(Removable):
                     _Entered(Watching(self)),
                 ]
                 if self.steps % self._every == 0:
-                    self._open(self._rows, self.steps)
-        except BaseException:
-            self.remove()
+                    self._open(self._rows, self.steps, agreed)
+        except BaseException as error:
+            self._remove(error)
             raise
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, *trace: Any) -> None:
         try:
-            self.remove()
+            self._remove(error)
         except KeyboardInterrupt:  # before hooks were safe from it
-            self.remove()
+            self._remove(error)
             raise
 
     def remove(self) -> None:
         """Take every hook away. A step that has ended is logged, one that has not is dropped. A second call does
         nothing."""
+        self._remove(None)
+
+    def _begin_together(self) -> Agreed:
+        """Says to the other processes that this one watches; they need not be there yet."""
+        target, asked = self._target, self._asked
+        self._processes = None
+        if target.layout is not None:
+            watched = {"every": self._every, "metrics": asked.metrics, "updates": asked.updates, "noise": asked.noise}
+            self._processes = Processes(target.layout, (watched | {"parts": asked.parts},))
+            self._processes.begin()
+        try:
+            return self._agreed(self.steps) if self.steps % self._every == 0 else ((), False)
+        except BaseException as error:
+            self._leave(error)
+            raise
+
+    def _agreed(self, step: int) -> Agreed:
+        return self._processes.open(step, self._asked.needed) if self._processes is not None else ((), False)
+
+    def _leave(self, error: BaseException | None) -> None:
+        if self._processes is not None:
+            self._processes.leave(f"{type(error).__name__}: {error}" if error is not None else "it has ended")
+            self._processes = None
+
+    def _remove(self, error: BaseException | None) -> None:
         if not self._active:
             return
+        if error is not None and self._processes is not None:
+            self._processes.hurry()
         with HeldInterrupts():
             while self._handles:
                 self._handles.pop().remove()
@@ -242,15 +279,18 @@ class Watch(Removable):
                 self._window = None
             _watched.difference_update(self._claimed)
             self._active = False
-        if self._round.has_begun:
-            self._end_round()
-        self._close_logs()
+        try:
+            if self._round.has_begun:
+                self._end_round()
+        finally:
+            self._leave(error)
+            self._close_logs()
         if self._backwards and self.steps == self._first_step:
             warnings.warn(
                 f"zest_fast.watch saw {self._backwards} backward passes and no step of an optimizer of torch.optim "
                 "that holds a watched weight, so nothing was logged; call watched.step() after each step",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def step(self) -> None:
@@ -387,10 +427,10 @@ class Watch(Removable):
         self._holders.clear()
         self._others.clear()
         self._weights = self._rows.parameters_to_step
-        self._open(self._rows, step)
+        self._open(self._rows, step, self._agreed(step))
 
-    def _open(self, rows: Rows, step: int) -> None:
-        window = Window(self._target, rows, self._asked, step, self._routes, self._several, self._skipped)
+    def _open(self, rows: Rows, step: int, agreed: Agreed) -> None:
+        window = Window(self._target, rows, self._asked, step, self._routes, self._several, self._skipped, *agreed)
         self._window = window
         window.notes += self._notes
         self._notes = []
@@ -439,7 +479,7 @@ class Watch(Removable):
         step = self._window.step
         self._window.discard()
         self._notes += [why] if why else []
-        self._open(self._rows, step)
+        self._open(self._rows, step, self._agreed(step))
 
     def _open_logs(self) -> None:
         first = not torch.distributed.is_available() or not torch.distributed.is_initialized()
@@ -474,6 +514,8 @@ class Watch(Removable):
         window, self._pending = self._pending, None
         if window is None:
             return
+        if self._processes is not None:
+            self._processes.bring_together(window)
         step = self._reporter.step(window, time.monotonic() - self._began)
         self.last = step
         for number, sink in enumerate(self._sinks):

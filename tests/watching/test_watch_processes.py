@@ -36,9 +36,9 @@ def optimizer_of(model):
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
 
 
-def train(model, micro_batches, *, hold_back=False, clip=True, steps=STEPS):
+def train(model, micro_batches, *, hold_back=False, clip=True, steps=STEPS, optimizer=None):
     """hold_back: gradients are brought together in the last micro-batch only."""
-    optimizer = optimizer_of(model)
+    optimizer = optimizer or optimizer_of(model)
     for step in range(steps):
         for i, (x, y) in enumerate(micro_batches):
             brings_together(model, not hold_back or i + 1 == len(micro_batches))
@@ -174,11 +174,313 @@ def hsdp_is_of_the_global_batch(rank, processes):
     check(hsdp, rank, processes)
 
 
+# --- FSDP2 --------------------------------------------------------------------------------------------------------------
+
+
+def fsdp_with_its_options(rank, processes):
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    own, specs = own_batches(rank, processes), expected(net(), whole_batches())
+    kept = {"reshard_after_forward": 2 if processes == 4 else False}
+    for options in ({}, kept, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}):
+        model = sharded(mesh=mesh_of(processes), **options)
+        optimizer, shards = optimizer_of(model), [id(p) for p in model.parameters()]
+        with torch.no_grad():
+            model(own[0][0])
+        assert shards != [id(p) for p in model.parameters()]  # the root at least stays gathered
+        assert_as_expected(watched(model, own, optimizer=optimizer), specs)
+
+
+def fsdp_of_uneven_and_empty_shards(rank, processes):
+    sizes = {"width": 7, "inner": 1, "words": 20}
+    log = watched(sharded(net(**sizes)), own_batches(rank, processes))
+    assert_as_expected(log, expected(net(**sizes), whole_batches()))
+
+
+def fsdp_in_mixed_precision(rank, processes):
+    """Gradients are those that the optimizer gets: of the float32 shards."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model, seen = sharded(net().float(), mp_policy=policy), []
+    (x, y), *_ = own_batches(rank, processes)
+    with zest_fast.watch(model, every=1, metrics="all", noise=True, parts=True) as watch:
+        token_loss(model(x).float(), y).backward()
+        seen = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+        values = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+        optimizer_of(model).step()
+    assert not watch.last.notes, watch.last.notes
+    for row in watch.last.profile.info.values():
+        of_row = watch.last.profile[name_of(row)]
+        g, w = seen[row["parameter"]].double(), values[row["parameter"]].double()
+        assert of_row["grad_norm"] == pytest.approx(float(g.norm()), rel=TOLERANCE)
+        assert of_row["snip"] == pytest.approx(float((g * w).abs().sum()), rel=TOLERANCE)
+        assert of_row["weight_std"] == pytest.approx(float(w.std(correction=0)), rel=TOLERANCE)
+    (part,) = watch.last.parts
+    assert all(map(math.isfinite, part.column("grad_norm"))) and "noise_scale" in watch.last.totals
+
+
+def name_of(row):
+    return row["module"]
+
+
+def fsdp_of_what_is_frozen(rank, processes):
+    """Rows that do not train have weights and outputs; what is frozen or thawed in between is followed."""
+    model, alone = sharded(), net()
+    own = own_batches(rank, processes)
+    model.a.up.weight.requires_grad_(False)
+    log = []
+    with zest_fast.watch(model, every=1, metrics="all", frozen=True, log=log.append):
+        train(model, own, steps=1, clip=False)
+        model.b.up.weight.requires_grad_(False)
+        train(model, own, steps=2, clip=False)
+    (spec, _), *_ = expected(alone, whole_batches())
+    for metric in ("weight_std", "act_std", "act_mean"):
+        assert log[0].profile["a.up"][metric] == pytest.approx(spec.values["a.up"][metric], rel=TOLERANCE, abs=1e-9)
+    assert math.isnan(log[0].profile["a.up"]["grad_norm"]) and log[0].profile["b.up"]["grad_norm"] > 0
+    assert math.isnan(log[2].profile["b.up"]["grad_norm"]) and log[2].profile["b.up"]["weight_std"] > 0
+
+
+def fsdp_that_reduces_never(rank, processes):
+    """An optimizer that steps while FSDP2 holds gradients back steps without them, and the step says so."""
+    model, (x, y) = sharded(), own_batches(rank, processes)[0]
+    optimizer = optimizer_of(model)
+    with zest_fast.watch(model, every=1) as watch:
+        model.set_requires_gradient_sync(False)
+        for _ in range(2):
+            token_loss(model(x), y).backward()
+        optimizer.step()
+        assert any("held gradients back" in note for note in watch.last.notes)
+        assert all(math.isnan(row) for row in watch.last.profile.column("grad_norm"))
+        model.set_requires_gradient_sync(True)
+        token_loss(model(x), y).backward()
+        optimizer.step()
+    assert watch.last.totals["grad_norm"] > 0 and watch.last.step == 1
+
+
+def fsdp_of_two_dimensions_of_gradients(rank, processes):
+    """HSDP that reduces over shards in each micro-batch, and over replicas in the last."""
+    model, own = hsdp(), own_batches(rank, processes, 2)
+    specs = expected(net(), whole_batches(2))
+    log = []
+    with zest_fast.watch(model, every=1, metrics="all", updates=True, log=log.append):
+        optimizer = optimizer_of(model)
+        for step in range(STEPS):
+            for i, (x, y) in enumerate(own):
+                model.set_requires_all_reduce(i == 1)
+                (token_loss(model(x), y) / 2).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_as_expected(log, specs)
+
+
+def optimizers_in_the_backward_pass(rank, processes):
+    """FSDP2 calls hooks of a shard once its gradient is reduced."""
+    model, seen = sharded(), {}
+
+    def step(p):
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    log, (x, y) = [], own_batches(rank, processes)[0]
+    with zest_fast.watch(model, every=1, metrics="all", updates=True, log=log.append):
+        for _ in range(STEPS):
+            token_loss(model(x), y).backward()
+    assert [one.step for one in log] == list(range(STEPS)), seen
+    (spec, _), *_ = expected(net(), whole_batches())
+    assert_equal(log[0].profile, spec)
+    assert log[0].totals["update_ratio"] > 0
+
+
+# --- noise scale, parts, overflow, histograms ---------------------------------------------------------------------------
+
+
+def noise_is_of_the_micro_batches_of_all(rank, processes):
+    """By its definition: McCandlish et al. 2018, A.1, from |g|² of each micro-batch of each process and of their mean."""
+    parts = [batch for r in range(processes) for batch in own_batches(r, processes, 2)]
+    gradients = []
+    for x, y in parts:
+        model = net()
+        token_loss(model(x), y).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    count, samples = len(parts), len(parts[0][0])
+
+    def scale(weights):
+        one = [sum(float(g[w].square().sum()) for w in weights) for g in gradients]
+        of_mean = sum(float((sum(g[w] for g in gradients) / count).square().sum()) for w in weights)
+        square = (count * of_mean - sum(one) / count) / (count - 1)
+        return (sum(one) / count - square) * samples / square if square > 0 else math.nan
+
+    for make in (in_ddp, sharded):
+        for hold_back in (False, True):
+            own = own_batches(rank, processes, 2)
+            options = {"metrics": None, "watching": {"noise": True}, "clip": False, "steps": 1}
+            (step,) = watched(make(), own, hold_back=hold_back, **options)
+            weights = {name: row["parameter"] for name, row in step.profile.info.items()}
+            for name, weight in weights.items():
+                assert step.profile[name]["noise_scale"] == pytest.approx(scale([weight]), rel=TOLERANCE, nan_ok=True)
+            assert step.totals["noise_scale"] == pytest.approx(scale(weights.values()), rel=TOLERANCE)
+            assert not step.notes
+
+
+def parts_are_of_the_micro_batches_of_each(rank, processes):
+    own = own_batches(rank, processes, 2)
+    for make in (in_ddp, sharded):
+        (step,) = watched(make(), own, watching={"parts": True}, steps=1, hold_back=True)
+        assert len(step.parts) == 2
+        for part, (x, y) in zip(step.parts, own, strict=True):
+            alone = net()
+            spec = oracle.measure(alone, lambda alone=alone, x=x, y=y: token_loss(alone(x), y) / 2)
+            assert part.loss == pytest.approx(spec.loss, rel=TOLERANCE)
+            for name in spec.values:
+                for metric in part.metrics:
+                    error = oracle.relative_error(metric, part[name][metric], spec.values[name], spec.numel[name])
+                    assert error < TOLERANCE, (name, metric)
+                assert "of the micro-batch of this process" in part.info[name]["note"]
+
+
+def one_overflow_is_an_overflow_of_all(rank, processes):
+    for make in (in_ddp, sharded):
+        model, (x, y) = make(), own_batches(rank, processes)[0]
+        optimizer = optimizer_of(model)
+        with zest_fast.watch(model, every=1) as watch:
+            scale = float("inf") if rank == 1 else 1.0
+            (token_loss(model(x), y) * scale).backward()
+            optimizer.step()
+        assert watch.last.overflow and not math.isfinite(watch.last.profile.loss)
+
+
+def histograms_are_of_whole_weights(rank, processes):
+    own = own_batches(rank, processes)
+    (step,) = watched(in_ddp(), own, watching={"histograms": True}, steps=1)
+    counts, _ = step.histograms["head"]["gradient"]
+    assert counts.sum() == 160
+    with pytest.raises(NotImplementedError, match=r"histograms=True: .*shard \(FSDP2\)"):
+        zest_fast.watch(sharded(), histograms=True)
+
+
+# --- tensor parallelism -------------------------------------------------------------------------------------------------
+
+
+def tensor_parallel(plan, model=None):
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    return parallelize_module(model or net(), mesh_of(distributed.get_world_size()), plan)
+
+
+def plans():
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+        SequenceParallel,
+    )
+
+    blocks = {f"{b}.up": ColwiseParallel() for b in "ab"} | {f"{b}.down": RowwiseParallel() for b in "ab"}
+    split = {f"{b}.up": ColwiseParallel(input_layouts=Shard(1)) for b in "ab"}
+    split |= {f"{b}.down": RowwiseParallel(output_layouts=Shard(1)) for b in "ab"}
+    norms = {name: SequenceParallel() for name in ("a.norm", "b.norm", "norm")}
+    enter = {"a": PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=True)}
+    last = {"head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())}
+    return {"blocks": blocks, "sequence parallel": split | norms | enter | last}
+
+
+def tensor_parallel_is_of_the_whole_layer(rank, processes):
+    for plan in plans().values():
+        for count in (1, 2):
+            log = watched(tensor_parallel(plan), whole_batches(count), clip=False)
+            assert_as_expected(log, expected(net(), whole_batches(count), clip=False))
+    watching = {"noise": True, "parts": True}
+    make = lambda: tensor_parallel(plans()["sequence parallel"])  # noqa: E731
+    assert_bit_equal(make, whole_batches(2), watching=watching, clip=False)
+
+
+def tensor_parallel_parts_and_noise(rank, processes):
+    batches, model = whole_batches(2), tensor_parallel(plans()["blocks"])
+    (step,) = watched(model, batches, clip=False, steps=1, watching={"parts": True, "noise": True})
+    gradients = []
+    for part, (x, y) in zip(step.parts, batches, strict=True):
+        alone = net()
+        spec = oracle.measure(alone, lambda alone=alone, x=x, y=y: token_loss(alone(x), y) / 2)
+        for name in spec.values:
+            for metric in part.metrics:
+                error = oracle.relative_error(metric, part[name][metric], spec.values[name], spec.numel[name])
+                assert error < TOLERANCE, (name, metric)
+        gradients.append(spec.values)
+    (spec, _), *_ = expected(net(), batches, clip=False)
+    for name, values in spec.values.items():
+        one = [g[name]["grad_norm"] ** 2 * 4 for g in gradients]
+        square = 2 * values["grad_norm"] ** 2 - sum(one) / 2
+        scale = (sum(one) / 2 - square) * 8 / square if square > 0 else math.nan
+        assert step.profile[name]["noise_scale"] == pytest.approx(scale, rel=TOLERANCE, nan_ok=True)
+
+
+class Gated(nn.Module):
+    """A router that every process holds whole, in a region where each has a part of the sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.gate, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20)
+
+    def forward(self, x):
+        return self.head(self.gate(self.embed(x)))
+
+
+def gated():
+    torch.manual_seed(1)
+    return Gated().double()
+
+
+def tensor_parallel_gradients_that_are_parts_of_sums(rank, processes):
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import PrepareModuleOutput, SequenceParallel
+
+    cut = PrepareModuleOutput(output_layouts=Replicate(), desired_output_layouts=Shard(1))
+    gate = SequenceParallel(use_local_output=False)
+    join = PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate())
+    model = tensor_parallel({"embed": cut, "gate": gate}, gated())
+    tensor_parallel({"gate": join}, model)
+    (x, y), *_ = whole_batches()
+    token_loss(model(x), y).backward()
+    assert any(placement.is_partial() for placement in model.gate.weight.grad.placements)
+    model.zero_grad()
+    log = watched(model, whole_batches(), clip=False)
+    assert_as_expected(log, expected(gated(), whole_batches(), clip=False))
+
+
+def tensor_parallel_of_different_batches_is_said(rank, processes):
+    model = tensor_parallel(plans()["blocks"])
+    with pytest.warns(RuntimeWarning, match=r"did not meet at step 0 \(the loss differs between processes"):
+        log = watched(model, own_batches(rank, processes), clip=False)
+    for step in log:
+        assert math.isnan(step.profile.loss) and all(map(math.isnan, step.profile.column("grad_norm")))
+        assert any("loss differs" in note for note in step.notes)
+
+
 ON_TWO = {
     case.__name__: case
     for case in (
         ddp_is_of_the_global_batch,
         fsdp_is_of_the_global_batch,
+        fsdp_with_its_options,
+        fsdp_of_uneven_and_empty_shards,
+        fsdp_in_mixed_precision,
+        fsdp_of_what_is_frozen,
+        fsdp_that_reduces_never,
+        optimizers_in_the_backward_pass,
+        noise_is_of_the_micro_batches_of_all,
+        parts_are_of_the_micro_batches_of_each,
+        one_overflow_is_an_overflow_of_all,
+        histograms_are_of_whole_weights,
+        tensor_parallel_is_of_the_whole_layer,
+        tensor_parallel_parts_and_noise,
+        tensor_parallel_gradients_that_are_parts_of_sums,
+        tensor_parallel_of_different_batches_is_said,
     )
 }
 ON_FOUR = {
@@ -187,6 +489,11 @@ ON_FOUR = {
         ddp_is_of_the_global_batch,
         fsdp_is_of_the_global_batch,
         hsdp_is_of_the_global_batch,
+        fsdp_with_its_options,
+        fsdp_of_uneven_and_empty_shards,
+        fsdp_of_two_dimensions_of_gradients,
+        noise_is_of_the_micro_batches_of_all,
+        tensor_parallel_is_of_the_whole_layer,
     )
 }
 

@@ -185,7 +185,10 @@ class PartGradients:
 
 def _mark(p: Tensor) -> object:
     """Something that is another one once a backward pass has added to ``.grad``."""
-    return None if p.grad is None else (id(p.grad), local_part(p.grad)._version)
+    if p.grad is None:
+        return None
+    # Autograd counts what it adds to a DTensor, FSDP2 adds to the shard inside of it.
+    return id(p.grad), p.grad._version, local_part(p.grad)._version
 
 
 def _is_nonzero(gradient: Tensor) -> bool:

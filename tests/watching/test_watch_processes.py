@@ -5,6 +5,12 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import signal
+import threading
+import time
+import warnings
+from contextlib import contextmanager
 
 import oracle
 import pytest
@@ -14,6 +20,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import zest_fast
+from zest_fast.watching.processes import step_meeting
 
 pytestmark = pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
 STEPS = 2
@@ -462,6 +469,197 @@ def tensor_parallel_of_different_batches_is_said(rank, processes):
         assert any("loss differs" in note for note in step.notes)
 
 
+# --- processes that do not meet, and training that goes on --------------------------------------------------------------
+
+
+@contextmanager
+def short_limits():
+    names = ("TIME_LIMIT_S", "AGAIN_S", "_LATER_S")
+    before, start = [getattr(step_meeting, name) for name in names], time.monotonic()
+    step_meeting.TIME_LIMIT_S, step_meeting.AGAIN_S, step_meeting._LATER_S = 0.4, 0.2, 0.2
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(step_meeting, name, value)
+    assert time.monotonic() - start < 10
+
+
+def train_apart(model, rank, processes, steps):
+    """Without a collective, so that no process waits for another."""
+    optimizer, (x, y) = optimizer_of(model), own_batches(rank, processes)[0]
+    for _ in range(steps):
+        with model.no_sync():
+            token_loss(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield
+
+
+def notes_of(log):
+    return ["; ".join(step.notes) for step in log]
+
+
+def one_process_alone_watches(rank, processes):
+    """The others do not come: said once, and training is the same. What DDP has brought together stays."""
+    for make in (in_ddp, sharded, lambda: tensor_parallel(plans()["sequence parallel"])):
+        split = make not in (in_ddp, sharded)
+        own = whole_batches() if split else own_batches(rank, processes)
+        plain = state_after(make(), own, clip=False)
+        model, log = make(), []
+        if rank == 0:
+            with (
+                short_limits(),
+                pytest.warns(RuntimeWarning, match=r"did not meet at step 0 \(process 1 has not come within 0 s") as said,
+                zest_fast.watch(model, every=1, metrics="all", updates=True, log=log.append),
+            ):
+                optimizer = train(model, own, clip=False)
+            (text,) = [str(one.message) for one in said if "zest_fast" in str(one.message)]
+            assert "it has begun no watch" in text
+        else:
+            optimizer = train(model, own, clip=False)
+        assert_same_state(plain, state(model, optimizer))
+        for (spec, _), step in zip(expected(net(), whole_batches(), clip=False), log, strict=bool(log)):
+            assert math.isnan(step.profile.loss) and "the processes did not meet at this step" in step.notes[-1]
+            assert math.isnan(step.profile["head"]["fisher"]) and math.isnan(step.profile["head"]["act_std"])
+            if make is in_ddp:
+                assert step.profile["head"]["snip"] == pytest.approx(spec.values["head"]["snip"], rel=TOLERANCE)
+                assert step.totals["update_ratio"] > 0
+            else:
+                assert all(map(math.isnan, step.profile.values.flatten())) and math.isnan(step.totals["grad_norm"])
+                assert math.isnan(step.totals["update_ratio"])
+        distributed.barrier()
+
+
+def processes_that_log_at_other_steps(rank, processes):
+    model, log = in_ddp(), []
+    with (
+        short_limits(),
+        pytest.warns(RuntimeWarning, match=r"step 0 \(process 1 watches otherwise than process 0: .*'every': 2"),
+        zest_fast.watch(model, every=1 + rank, metrics="all", log=log.append),
+    ):
+        train(model, own_batches(rank, processes), steps=3)
+    assert [step.step for step in log] == [[0, 1, 2], [0, 2]][rank]
+    assert all("did not meet" in notes for notes in notes_of(log))
+    assert all(step.profile["head"]["snip"] > 0 for step in log)
+    distributed.barrier()
+
+
+def processes_with_other_layers(rank, processes):
+    model = in_ddp()
+    with pytest.warns(RuntimeWarning, match=r"process 1 watches other layers than process 0: a.up"):
+        watched(model, own_batches(rank, processes), layers=["head", "a.up"][: 2 - rank])
+
+
+def one_process_leaves(rank, processes):
+    """By an error, or because it has done all its steps: no other waits for it."""
+    model, log = in_ddp(), []
+
+    def run():
+        with zest_fast.watch(model, every=1, metrics="all", log=log.append):
+            for step, _ in enumerate(train_apart(model, rank, processes, 3)):
+                if rank == 1 and step == 1:
+                    raise KeyError("a bad sample")
+
+    start = time.monotonic()
+    if rank == 1:
+        with pytest.raises(KeyError, match="a bad sample"):
+            run()
+    else:
+        with pytest.warns(RuntimeWarning, match=r"step 2 \(process 1 has left its watch \(KeyError: 'a bad sample'\)"):
+            run()
+        assert len(log) == 3
+    assert time.monotonic() - start < 10
+    assert_as_expected(
+        watched(in_ddp(), own_batches(rank, processes)), expected(net(), whole_batches())
+    )  # the next watch begins anew
+
+
+def one_process_counts_otherwise(rank, processes):
+    model, log = in_ddp(), []
+    (x, y), *_ = own_batches(rank, processes)
+    optimizer = optimizer_of(model)
+    with short_limits(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with zest_fast.watch(model, every=2, metrics="all", log=log.append) as watch:
+            for step in range(5):
+                token_loss(model(x), y).backward()
+                optimizer.step()
+                if rank == 1 and step == 0:
+                    watch.steps += 2
+    assert [step.step for step in log] == [[0, 2, 4], [0, 4, 6]][rank]
+    assert ["did not meet" in notes for notes in notes_of(log)] == [False, True, True]
+    distributed.barrier()
+
+
+def one_process_is_late(rank, processes):
+    """One step is lost, and the next one is not."""
+    model, log = in_ddp(), []
+    with short_limits(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with zest_fast.watch(model, every=1, metrics="all", log=log.append):
+            for step, _ in enumerate(train_apart(model, rank, processes, 4)):
+                if step == 0 and rank == 1:
+                    time.sleep(1.0)
+                elif step == 1:
+                    distributed.barrier()
+    assert ["did not meet" in notes for notes in notes_of(log)] == [False, True, False, False], notes_of(log)
+    assert [math.isnan(step.profile.loss) for step in log] == [False, True, False, False]
+
+
+def gradients_that_were_not_averaged_are_said(rank, processes):
+    model, log = in_ddp(), []
+    with zest_fast.watch(model, every=1, log=log.append):
+        list(train_apart(model, rank, processes, 1))
+    assert math.isnan(log[0].profile["head"]["snip"])
+    assert "it differs between processes: the gradients of this step were not averaged" in notes_of(log)[0]
+    model, log = in_ddp(), []
+    if rank == 1:
+        with torch.no_grad():
+            model.module.b.up.weight[0, 0] += 1e-3
+    with zest_fast.watch(model, every=1, log=log.append):
+        train(model, own_batches(rank, processes), steps=1)
+    assert "b.up: gradient undefined: its weight differs between processes" in notes_of(log)[0]
+    assert math.isnan(log[0].profile["b.up"]["weight_std"]) and log[0].profile["a.up"]["weight_std"] > 0
+
+
+def ctrl_c_while_it_waits(rank, processes):
+    """The watch ends, and leaves nothing."""
+    if rank == 0:
+        model = in_ddp()
+        timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt), zest_fast.watch(model, every=1):
+            steps = train_apart(model, rank, processes, 1)
+            timer.start()
+            list(steps)
+        assert not model.module.head._forward_hooks
+    else:
+        in_ddp()
+    distributed.barrier()
+
+
+def wrappers_that_are_not_known_are_refused(rank, processes):
+    from torch.distributed._composable.replicate import replicate
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        flat = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+    with pytest.raises(NotImplementedError, match=r"the model is a FullyShardedDataParallel \(FSDP1\)"):
+        zest_fast.watch(flat)
+    with pytest.raises(NotImplementedError, match=r"was given to replicate\(\)"):
+        zest_fast.watch(replicate(net()))
+    engine = type("DeepSpeedEngine", (nn.Sequential,), {"__module__": "deepspeed.runtime.engine"})
+    with pytest.raises(NotImplementedError, match=r"the model is a DeepSpeedEngine of DeepSpeed"):
+        zest_fast.watch(engine(net()))
+    with pytest.raises(NotImplementedError, match=r"'embed.weight' is a DTensor .*noise_scale takes whole models"):
+        zest_fast.noise_scale(sharded(), own_batches(rank, processes, 3))
+    model = in_ddp().module
+    log = watched(model, own_batches(rank, processes, 2), steps=1, watching={"noise": True})
+    assert "what is seen is of this process" in notes_of(log)[0]
+    assert "pass the model that DistributedDataParallel returned" in notes_of(log)[0]
+
+
 ON_TWO = {
     case.__name__: case
     for case in (
@@ -481,6 +679,15 @@ ON_TWO = {
         tensor_parallel_parts_and_noise,
         tensor_parallel_gradients_that_are_parts_of_sums,
         tensor_parallel_of_different_batches_is_said,
+        processes_that_log_at_other_steps,
+        processes_with_other_layers,
+        one_process_leaves,
+        one_process_counts_otherwise,
+        one_process_is_late,
+        gradients_that_were_not_averaged_are_said,
+        wrappers_that_are_not_known_are_refused,
+        ctrl_c_while_it_waits,
+        one_process_alone_watches,
     )
 }
 ON_FOUR = {

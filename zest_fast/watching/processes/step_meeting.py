@@ -11,6 +11,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -57,10 +58,8 @@ class StepMeeting:
 
     def leave(self, why: str) -> None:
         """Says that it will not come any more; does not wait."""
-        try:
+        with suppress(Exception):  # the store may be gone, and with it whoever would read this
             self._set("at", self._me, (_HAS_LEFT, why))
-        except Exception:
-            return  # the store is gone, and with it whoever would read this
 
     def hurry(self) -> None:
         """From now on nobody is waited for as long as usual."""
@@ -75,13 +74,19 @@ class StepMeeting:
         try:
             found = self._exchange(mark, message, merge)
         except Apart:
-            self.hurry()
+            self._give_up(mark)
             raise
         except Exception as error:  # of the store, whose process is gone
-            self.hurry()
+            self._give_up(mark)
             raise Apart(f"the store of the processes failed ({type(error).__name__}: {error})") from error
         self._limit = TIME_LIMIT_S
         return found
+
+    def _give_up(self, mark: Mark) -> None:
+        """This process goes on; what it said here is of a step that will be past when another one reads it."""
+        self.hurry()
+        with suppress(Exception):
+            self._set("at", self._me, (*mark, 1))
 
     def _exchange(self, mark: Mark, message: T, merge: Callable[[list[T]], R]) -> R:
         first = self._ranks[0]

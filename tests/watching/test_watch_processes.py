@@ -7,6 +7,7 @@ import copy
 import math
 import os
 import signal
+import tempfile
 import threading
 import time
 import warnings
@@ -16,6 +17,7 @@ import oracle
 import pytest
 import torch
 from process_cases import TOLERANCE, assert_equal, assert_same_state, local, net, outcomes, share, token_loss, tokens
+from small_models import llama
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.skipif(not distributed.is_gloo_available(), reason="nee
 STEPS = 2
 
 
-# --- one training, on several processes and on one ----------------------------------------------------------------------
+# --- one training, on several processes and on one --------------------------------------------------------------------
 
 
 def whole_batches(count=1):
@@ -132,7 +134,7 @@ def assert_bit_equal(make, micro_batches, *, watching=None, **training):
     assert_same_state(plain, state(model, optimizer))
 
 
-# --- layouts ------------------------------------------------------------------------------------------------------------
+# --- layouts ----------------------------------------------------------------------------------------------------------
 
 
 def mesh_of(*shape):
@@ -181,7 +183,7 @@ def hsdp_is_of_the_global_batch(rank, processes):
     check(hsdp, rank, processes)
 
 
-# --- FSDP2 --------------------------------------------------------------------------------------------------------------
+# --- FSDP2 ------------------------------------------------------------------------------------------------------------
 
 
 def fsdp_with_its_options(rank, processes):
@@ -209,7 +211,7 @@ def fsdp_in_mixed_precision(rank, processes):
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model, seen = sharded(net().float(), mp_policy=policy), []
+    model = sharded(net().float(), mp_policy=policy)
     (x, y), *_ = own_batches(rank, processes)
     with zest_fast.watch(model, every=1, metrics="all", noise=True, parts=True) as watch:
         token_loss(model(x).float(), y).backward()
@@ -272,7 +274,7 @@ def fsdp_of_two_dimensions_of_gradients(rank, processes):
     log = []
     with zest_fast.watch(model, every=1, metrics="all", updates=True, log=log.append):
         optimizer = optimizer_of(model)
-        for step in range(STEPS):
+        for _ in range(STEPS):
             for i, (x, y) in enumerate(own):
                 model.set_requires_all_reduce(i == 1)
                 (token_loss(model(x), y) / 2).backward()
@@ -284,7 +286,7 @@ def fsdp_of_two_dimensions_of_gradients(rank, processes):
 
 def optimizers_in_the_backward_pass(rank, processes):
     """FSDP2 calls hooks of a shard once its gradient is reduced."""
-    model, seen = sharded(), {}
+    model = sharded()
 
     def step(p):
         optimizers[p].step()
@@ -297,17 +299,17 @@ def optimizers_in_the_backward_pass(rank, processes):
     with zest_fast.watch(model, every=1, metrics="all", updates=True, log=log.append):
         for _ in range(STEPS):
             token_loss(model(x), y).backward()
-    assert [one.step for one in log] == list(range(STEPS)), seen
+    assert [one.step for one in log] == list(range(STEPS))
     (spec, _), *_ = expected(net(), whole_batches())
     assert_equal(log[0].profile, spec)
     assert log[0].totals["update_ratio"] > 0
 
 
-# --- noise scale, parts, overflow, histograms ---------------------------------------------------------------------------
+# --- noise scale, parts, overflow, histograms -------------------------------------------------------------------------
 
 
 def noise_is_of_the_micro_batches_of_all(rank, processes):
-    """By its definition: McCandlish et al. 2018, A.1, from |g|² of each micro-batch of each process and of their mean."""
+    """By its definition (McCandlish et al. 2018, A.1): from |g|² of each micro-batch of each process, and of the mean."""
     parts = [batch for r in range(processes) for batch in own_batches(r, processes, 2)]
     gradients = []
     for x, y in parts:
@@ -361,6 +363,24 @@ def one_overflow_is_an_overflow_of_all(rank, processes):
         assert watch.last.overflow and not math.isfinite(watch.last.profile.loss)
 
 
+def steps_that_a_scaler_skips(rank, processes):
+    """On all processes alike, where one has a gradient that is not finite; the next try is another meeting."""
+    for make in (in_ddp, sharded):
+        model, log, own = make(), [], own_batches(rank, processes)[0]
+        optimizer, scaler = optimizer_of(model), torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100)
+        with zest_fast.watch(model, every=1, metrics="all", updates=True, log=log.append):
+            for step in range(3):
+                factor = float("inf") if step == 0 and rank == 1 else 1.0
+                scaler.scale(token_loss(model(own[0]), own[1]) * factor).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+        assert [(one.step, one.overflow) for one in log] == [(0, True), (0, False), (1, False)]
+        assert not any("did not meet" in note for one in log for note in one.notes)
+        for one, (spec, _) in zip(log[1:], expected(net(), whole_batches(), clip=False), strict=True):
+            assert_equal(one.profile, spec)
+
+
 def histograms_are_of_whole_weights(rank, processes):
     own = own_batches(rank, processes)
     (step,) = watched(in_ddp(), own, watching={"histograms": True}, steps=1)
@@ -370,7 +390,7 @@ def histograms_are_of_whole_weights(rank, processes):
         zest_fast.watch(sharded(), histograms=True)
 
 
-# --- tensor parallelism -------------------------------------------------------------------------------------------------
+# --- tensor parallelism -----------------------------------------------------------------------------------------------
 
 
 def tensor_parallel(plan, model=None):
@@ -469,7 +489,7 @@ def tensor_parallel_of_different_batches_is_said(rank, processes):
         assert any("loss differs" in note for note in step.notes)
 
 
-# --- processes that do not meet, and training that goes on --------------------------------------------------------------
+# --- processes that do not meet, and training that goes on ------------------------------------------------------------
 
 
 @contextmanager
@@ -510,7 +530,9 @@ def one_process_alone_watches(rank, processes):
         if rank == 0:
             with (
                 short_limits(),
-                pytest.warns(RuntimeWarning, match=r"did not meet at step 0 \(process 1 has not come within 0 s") as said,
+                pytest.warns(
+                    RuntimeWarning, match=r"did not meet at step 0 \(process 1 has not come within 0 s"
+                ) as said,
                 zest_fast.watch(model, every=1, metrics="all", updates=True, log=log.append),
             ):
                 optimizer = train(model, own, clip=False)
@@ -607,6 +629,37 @@ def one_process_is_late(rank, processes):
     assert [math.isnan(step.profile.loss) for step in log] == [False, True, False, False]
 
 
+def trainer_hands_over_the_model_in_its_wrapper(rank, processes):
+    """By way of accelerate: Trainer's callbacks get what is inside."""
+    transformers = pytest.importorskip("transformers")
+    from zest_fast.integrations.trainer import WatchCallback
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # accelerate asks for them, and does not use them
+    ids = torch.arange(128).reshape(8, 16) % 40
+    rows, log, alone = [{"input_ids": row, "labels": row} for row in ids], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            folder, max_steps=1, per_device_train_batch_size=8 // processes, use_cpu=True, ddp_backend="gloo",
+            report_to=[], save_strategy="no", disable_tqdm=True, learning_rate=1e-3,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model, copied = llama().double(), llama().double()
+        copied.load_state_dict(model.state_dict())
+        for again in range(2):
+            callback = WatchCallback(every=1, metrics="all", noise=True, log=log.append)
+            transformers.Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback]).train()
+            assert len(log) == again + 1 and not log[-1].notes, log[-1].notes
+    with zest_fast.watch(copied, every=1, metrics="all", log=alone.append) as watch:
+        copied.train()(input_ids=ids, labels=ids).loss.backward()
+        watch.step()
+    for metric in oracle.METRICS:
+        assert log[0].profile.column(metric) == pytest.approx(alone[0].profile.column(metric), rel=1e-6, abs=1e-12)
+    assert log[0].profile.loss == pytest.approx(alone[0].profile.loss, rel=TOLERANCE)
+    assert "on 2 processes (DistributedDataParallel)" in log[0].profile.info[log[0].profile.names[0]]["note"]
+    distributed.barrier()
+
+
 def gradients_that_were_not_averaged_are_said(rank, processes):
     model, log = in_ddp(), []
     with zest_fast.watch(model, every=1, log=log.append):
@@ -674,6 +727,7 @@ ON_TWO = {
         noise_is_of_the_micro_batches_of_all,
         parts_are_of_the_micro_batches_of_each,
         one_overflow_is_an_overflow_of_all,
+        steps_that_a_scaler_skips,
         histograms_are_of_whole_weights,
         tensor_parallel_is_of_the_whole_layer,
         tensor_parallel_parts_and_noise,
@@ -723,3 +777,9 @@ def test_two_processes(case, on_two):
 @pytest.mark.parametrize("case", ON_FOUR)
 def test_four_processes(case, on_four):
     assert not on_four[case], on_four[case]
+
+
+@pytest.mark.slow  # Trainer is imported in each process
+def test_trainer(tmp_path):
+    case = trainer_hands_over_the_model_in_its_wrapper
+    assert outcomes({case.__name__: case}, 2, tmp_path) == {case.__name__: ""}

@@ -82,8 +82,9 @@ def watch(
     `torch.compile` returned or compiled in place.
 
     Args:
-        model: as the loop calls it: plain, or what DistributedDataParallel or torch.compile returned. Under
-            DistributedDataParallel gradients are those of all processes, `act_*` and `fisher` of this one.
+        model: as the loop calls it: plain, sharded (FSDP2, tensor parallel), or what DistributedDataParallel or
+            torch.compile returned. On several processes every one watches, and figures are of all of them; a process
+            that does not come to a logged step is waited for 60 seconds at most, and costs figures, never the training.
         every: optimizer steps from one that is logged to the next; step 0, the first, is logged.
         metrics: names as of `profile`; None = those of weights and gradients, "all" = all that one pass yields.
         layers: as of `profile`.
@@ -93,8 +94,8 @@ def watch(
             names it once, `.failures` counts, and the next step is tried again.
         frozen: also layers that do not train: their weights, outputs and, above the cut, fisher. No gradient of theirs
             exists in an ordinary backward pass.
-        parts: also each micro-batch by itself, before its gradient is accumulated.
-        histograms: also histograms of weights and gradients.
+        parts: also each micro-batch by itself, before its gradient is accumulated or averaged over processes.
+        histograms: also histograms of weights and gradients; not of sharded ones.
         updates: also `update_ratio`, ‖W_after - W_before‖ / ‖W_before‖. A copy of each watched weight is held while the
             optimizer steps. With optimizers in the backward pass one weight at a time is held.
         noise: also the gradient noise scale (McCandlish et al. 2018), from the gradients of micro-batches that are
@@ -116,7 +117,7 @@ def watch(
         TypeError, ValueError: an argument that does not fit; metrics that take passes of their own.
         RuntimeError: the model, or a part of it, is watched already; later, in the loop, an optimizer that runs the
             model by itself (L-BFGS). When the watch begins, as `sink_for`, and ValueError for the log of another model.
-        NotImplementedError: sharded parameters (DTensor, FSDP), TorchScript.
+        NotImplementedError: FSDP1, DeepSpeed and other layouts that `profile` refuses, TorchScript.
 
     Examples:
         >>> import torch, zest_fast

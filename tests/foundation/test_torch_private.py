@@ -449,6 +449,9 @@ def test_fsdp_keeps_its_books_as_it_did(one_process: None) -> None:
     with torch.no_grad():
         model(torch.ones(1, 3))
     assert private.is_gathered(group)
+    (weight, bias), shards_of = model.parameters(), private.fsdp_shards(group)
+    assert [id(shards_of[id(p)]) for p in (weight, bias)] == [id(p) for p in shards]
+    assert [(id(a), id(b)) for a, b in private.fsdp_whole(group)] == list(zip(map(id, shards), shards_of, strict=True))
     assert [id(p) for p in private.fsdp_gathered(group)] == [id(p) for p in model.parameters()]
     assert private.fsdp_divides_by(group) is None and not private.fsdp_takes_unused(group)
     model.set_gradient_divide_factor(3.0)
@@ -460,7 +463,9 @@ def test_fsdp_keeps_its_books_as_it_did(one_process: None) -> None:
     model(torch.ones(1, 3)).float().sum().backward()
     model.set_requires_gradient_sync(True)
     assert "were not reduced" in private.fsdp_accumulates(group)
+    assert [gradient.shape for gradient in private.fsdp_unreduced(group)] == [(2, 3), (2,)]
     private.settle_fsdp(model, [group])
     assert not private.fsdp_accumulates(group) and not private.is_gathered(group)
+    assert private.fsdp_unreduced(group) == []
     private.set_fsdp_dtypes(group, (None, None))
     assert private.fsdp_dtypes(group) == (None, None)

@@ -92,10 +92,9 @@ def test_estimates_are_without_bias_for_parts_of_different_sizes():
     """|g_i|² = G² + t/b_i in the mean; the estimator gets G² and t back from those means exactly."""
     square, trace, sizes = 3.0, 40.0, [4, 8, 8, 16]
     squares = [square + trace / b for b in sizes]
-    for processes in (1, 3):
-        parts = len(sizes) * processes
-        of_mean = square + trace * processes * sum(1 / b for b in sizes) / parts**2
-        found = noise.estimate(squares, of_mean, sizes, processes)
+    for copies in (1, 3):
+        of_mean = square + trace * sum(1 / b for b in sizes) / len(sizes) ** 2 / copies
+        found = noise.estimate(squares * copies, of_mean, sizes * copies)
         assert (found.square, found.trace) == pytest.approx((square, trace))
 
 

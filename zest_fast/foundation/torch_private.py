@@ -320,6 +320,32 @@ def fsdp_gathered(group: Any) -> list[Tensor]:
     return [p for one in group.fsdp_params for name in names if (p := getattr(one, name, None)) is not None]
 
 
+def fsdp_shards(group: Any) -> dict[int, Tensor]:
+    """The shards of a group by the id of what stands in their place while it is gathered."""
+    names = ("_unsharded_param", "_sharded_post_forward_param")
+    return {
+        id(p): one.sharded_param
+        for one in group.fsdp_params
+        for name in names
+        if (p := getattr(one, name, None)) is not None
+    }
+
+
+def fsdp_whole(group: Any) -> list[tuple[Tensor, Tensor]]:
+    """The shard and the whole parameter of it that autograd sees, for those that have been gathered once."""
+    return [
+        (one.sharded_param, p) for one in group.fsdp_params if (p := getattr(one, "_unsharded_param", None)) is not None
+    ]
+
+
+def fsdp_unreduced(group: Any) -> list[Tensor]:
+    """Gradients that a group keeps to itself, until a backward pass in which it reduces."""
+    found = [one.unsharded_accumulated_grad for one in group.fsdp_params]
+    found += [p.grad for p in fsdp_gathered(group)]
+    found.append(getattr(group, "_partial_reduce_output", None))
+    return [gradient for gradient in found if gradient is not None]
+
+
 def is_gathered(group: Any) -> bool:
     """Whether the modules hold other parameters now, in the place of shards."""
     return not group.is_sharded

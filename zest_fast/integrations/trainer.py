@@ -9,6 +9,7 @@ freezes later, at the beginning of training, leaves the optimizer with the old o
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import operator
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from zest_fast.finetuning.selective_backward import SelectiveBackward
@@ -26,7 +28,7 @@ from zest_fast.prefix.cache import PrefixCache
 from zest_fast.probing.budget import TooFewSamples
 from zest_fast.probing.collecting import collect
 from zest_fast.probing.probe import probe as run_probe
-from zest_fast.profiling.profile import profile
+from zest_fast.profiling.profile import profile, unwrapped
 from zest_fast.ranking.ranking import Ranking, rank
 from zest_fast.watching.watch import Log, Watch, watch
 
@@ -128,8 +130,8 @@ class WatchCallback(TrainerCallback):
     """`zest_fast.watch` while a Trainer trains: `Trainer(model=model, callbacks=[WatchCallback(log=...)], ...)`.
 
     Gradient accumulation, mixed precision, clipping and evaluation in between are those of the Trainer, and nothing of
-    its training changes by a bit. With several processes Trainer hands over the model without its wrapper, so that
-    `noise` has nothing to say there.
+    its training changes by a bit. With several processes figures are of all of them, as of `zest_fast.watch`: callbacks
+    get the model without its DistributedDataParallel, which is looked for.
 
     Args:
         every: optimizer steps from one that is logged to the next.
@@ -151,7 +153,7 @@ class WatchCallback(TrainerCallback):
         """Weights are where they will train, and nothing has run."""
         self.remove()  # of a training that ended in an exception, of which nobody tells a callback
         options = {"first_step": state.global_step, **self.options}
-        self.watched = watch(model, self.every, log=self.log, **options)
+        self.watched = watch(_as_it_is_called(model), self.every, log=self.log, **options)
         self.watched.__enter__()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -161,6 +163,20 @@ class WatchCallback(TrainerCallback):
         """Take every hook away, after a training that ended in an exception. A second call does nothing."""
         if self.watched is not None:
             self.watched.remove()
+
+
+def _as_it_is_called(model: Any) -> Any:
+    """The DistributedDataParallel around a model, where there is one: Trainer has it, and hands over what is inside."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return model
+    inside = unwrapped(model)[1]
+    gc.collect()  # that of a training before may still lie around
+    found: list[Any] = [
+        one
+        for one in gc.get_objects()
+        if issubclass(type(one), nn.parallel.DistributedDataParallel) and unwrapped(one)[1] is inside
+    ]
+    return found[0] if len(found) == 1 else model
 
 
 def prepare(

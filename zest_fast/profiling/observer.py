@@ -98,9 +98,13 @@ class Statistics:
             )
         self._gradients[layer.weight] = found
 
-    @naming_the_layer
     def weight_gradient(self, weight: Weight, dw: Tensor) -> None:
-        self._gradients[weight] = layer_rules.weight_gradient_moments(self.collector, dw, weight.parameter)
+        self.reduce(weight, dw, weight.parameter)
+
+    @naming_the_layer
+    def reduce(self, weight: Weight, dw: Tensor, w: Tensor) -> None:
+        """Statistics of a gradient and of a weight, or of the parts of them that lie here."""
+        self._gradients[weight] = layer_rules.weight_gradient_moments(self.collector, dw, w)
 
     @naming_the_layer
     def output_gradient(self, layer: Layer, y: Callable[[], Tensor], g: Tensor, only_use: bool) -> None:

@@ -488,7 +488,8 @@ class Taps(AbstractContextManager["Taps"]):
                 self.with_other_weights[module] = self.with_other_weights.get(module, 0) + 1
             if not isinstance(output, Tensor) or output.dtype not in DTYPES:
                 return None
-            deferred = self._watched.as_it_is and not is_plain(output)  # it may be computed when it is looked at
+            # It may be computed when it is looked at.
+            deferred = self._watched.as_it_is and not (is_plain(output) or is_distributed(output))
             if deferred or is_transformed(output):
                 why = "it ran inside of torch.func or forward-mode differentiation"
                 if deferred:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zest_fast.kernels.storage import has_storage
 from zest_fast.profiling.layers import Layer
+from zest_fast.profiling.processes.local import local_part
 from zest_fast.profiling.taps import ModuleHook
 
 Found = Callable[[], Any]  # moments, once they are fetched
@@ -109,8 +110,9 @@ class Calls:
             return
         call, self._call = self._call, None
         for tensor in _tensors(output):
-            if has_storage(tensor):
-                self.returned.add(tensor.data_ptr())
+            own = local_part(tensor.detach())
+            if has_storage(own):
+                self.returned.add(own.data_ptr())
             if tensor.grad_fn is not None and call is not None:
                 # A hook after the node: one before it would look like a hook of the user's to the taps.
                 tensor.grad_fn.register_hook(self._counting(call))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zest_fast.foundation.torch_private import post_accumulate_hooks, run_first
 from zest_fast.profiling.layers import Weight
+from zest_fast.profiling.processes.local import is_distributed, local_part
 
 Receive = Callable[[Weight, Tensor], None]
 _IN_PARTS = "its gradient arrived in several parts (reentrant checkpointing of a weight with several uses)"
@@ -27,12 +28,21 @@ class AccumulatedGradients:
         weights: those that train.
         receive: gets a weight and its accumulated gradient, after each backward pass that changed it.
         averaged: whether ``.grad`` is complete only when the backward pass is over (data parallelism).
+        held: gradients that FSDP2 has not reduced yet, and keeps to itself: those of the micro-batches before.
     """
 
-    def __init__(self, weights: Iterable[Weight], receive: Receive, averaged: bool) -> None:
+    def __init__(
+        self,
+        weights: Iterable[Weight],
+        receive: Receive,
+        averaged: bool,
+        held: Callable[[], Iterable[Tensor]] = list,
+    ) -> None:
         self._weights = list(weights)
         self._receive = receive
         self._averaged = averaged
+        self._held = held
+        self._held_before: object = None
         self._running = False
         self._marks: dict[Weight, object] = {}
         self._left: dict[Weight, object] = {}  # by the last backward pass
@@ -59,11 +69,12 @@ class AccumulatedGradients:
         self._running = True
         self._read.clear()
         self._marks = {weight: _mark(weight.parameter) for weight in self._weights}
+        self._held_before = self._mark_of_held()
 
     def end(self) -> bool:
         """Whether the backward pass added to any of the gradients."""
         self._running = False
-        added = bool(self._read)
+        added = bool(self._read) or self._mark_of_held() != self._held_before
         for weight in self._weights:
             if weight in self._read and not (self._averaged and weight.parameter.grad is not None):
                 continue
@@ -82,6 +93,8 @@ class AccumulatedGradients:
 
     def are_gone(self) -> bool:
         """Whether there are weights, and none has a gradient, or only zeros that were not left by a backward pass."""
+        if self.are_held_back():
+            return False
         for weight in self._weights:
             gradient = weight.parameter.grad
             if gradient is not None and (_mark(weight.parameter) == self._left.get(weight) or _is_nonzero(gradient)):
@@ -90,7 +103,15 @@ class AccumulatedGradients:
 
     def are_there(self) -> bool:
         """Whether any weight has a gradient that is not 0."""
-        return any(w.parameter.grad is not None and _is_nonzero(w.parameter.grad) for w in self._weights)
+        there = any(w.parameter.grad is not None and _is_nonzero(w.parameter.grad) for w in self._weights)
+        return there or self.are_held_back()
+
+    def are_held_back(self) -> bool:
+        """Whether FSDP2 has gradients that it has not reduced."""
+        return any(True for _ in self._held())
+
+    def _mark_of_held(self) -> object:
+        return [(id(gradient), gradient._version) for gradient in self._held()]
 
     def include(self, inputs: Iterable[Any]) -> bool:
         """Whether a backward pass that accumulates into these tensors only concerns any of the weights."""
@@ -164,9 +185,16 @@ class PartGradients:
 
 def _mark(p: Tensor) -> object:
     """Something that is another one once a backward pass has added to ``.grad``."""
-    return None if p.grad is None else (id(p.grad), p.grad._version)
+    if p.grad is None:
+        return None
+    # Autograd counts what it adds to a DTensor, FSDP2 adds to the shard inside of it.
+    return id(p.grad), p.grad._version, local_part(p.grad)._version
 
 
 def _is_nonzero(gradient: Tensor) -> bool:
+    if is_distributed(gradient):
+        gradient = local_part(gradient)
+        if not gradient.numel():
+            return True  # for all that this process knows
     values = gradient.coalesce().values() if gradient.layout == torch.sparse_coo else gradient
     return bool(values.any())

@@ -26,14 +26,14 @@ class Estimate:
     trace: float
 
 
-def estimate(squares: Sequence[float], square_of_mean: float, sizes: Sequence[float], processes: int = 1) -> Estimate:
+def estimate(squares: Sequence[float], square_of_mean: float, sizes: Sequence[float]) -> Estimate:
     """From the parts of one batch that weigh the same.
 
-    squares: |g_i|² of the mean gradient of each part. square_of_mean: |mean g_i|² over all parts of all processes, of
-    which these are the parts of one. sizes: samples of each part; unequal ones enter by their harmonic mean.
+    squares: |g_i|² of the mean gradient of each part. square_of_mean: |mean g_i|² over all parts. sizes: samples of
+    each part; unequal ones enter by their harmonic mean.
     """
-    parts = len(squares) * processes
-    mean = sum(squares) / len(squares)
+    parts = len(squares)
+    mean = sum(squares) / parts
     square = (parts * square_of_mean - mean) / (parts - 1)
     return Estimate(square, (mean - square) / (sum(1 / size for size in sizes) / len(sizes)))
 

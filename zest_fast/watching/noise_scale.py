@@ -18,9 +18,9 @@ from zest_fast.profiling.borrowing.model_state import ModelState
 from zest_fast.profiling.layers import LayerSelection, Weight, find_layers, select_layers
 from zest_fast.profiling.loss import loss_of
 from zest_fast.profiling.on_request.gradient_pass import GradientPass
+from zest_fast.profiling.processes.local import is_distributed
 from zest_fast.profiling.profile import eager, require_usable, unwrapped
 from zest_fast.watching.noise import estimate
-from zest_fast.watching.target import require_whole
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def noise_scale(
     _, model = unwrapped(model)
     modules = dict(model.named_modules())
     require_usable(modules)
-    require_whole(model)
+    _require_whole(model)
     chosen = select_layers(find_layers(modules), layers)
     losses = [loss_of(model, batch, loss_fn, None) for batch in batches]
     weights: list[Tensor] = [layer.weight.parameter for layer in chosen]
@@ -226,3 +226,19 @@ def _samples(batch: Any, number: int) -> int:
             return value.shape[0]
         todo = _inside(value) + todo
     raise ValueError(f"batches[{number}]: no tensor whose first dimension counts samples")
+
+
+def _require_whole(model: nn.Module) -> None:
+    """Refuses sharded models: a pass of one process alone would wait for the others for ever."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise NotImplementedError(
+                f"module {name!r} is sharded by FullyShardedDataParallel: noise_scale takes whole models; "
+                "watch(noise=True) takes sharded ones (FSDP2)"
+            )
+    for name, p in model.named_parameters():
+        if is_distributed(p):
+            raise NotImplementedError(
+                f"parameter {name!r} is a DTensor (fully_shard, tensor parallel): noise_scale takes whole models; "
+                "watch(noise=True) takes sharded ones"
+            )

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from zest_fast.foundation.nearest import some
 from zest_fast.profiling.layer_profile import LayerProfile
@@ -16,9 +15,10 @@ from zest_fast.profiling.metrics import METRICS
 from zest_fast.profiling.table import depths, head_or_none, missing_output, other_weights, row_info
 from zest_fast.watching.logs.lines import Layout
 from zest_fast.watching.noise import RunningNoise, estimate
+from zest_fast.watching.processes.together import DID_NOT_MEET
 from zest_fast.watching.target import Rows, Target
 from zest_fast.watching.watched_step import WatchedStep
-from zest_fast.watching.window import OF_WEIGHTS, Asked, Part, Window
+from zest_fast.watching.window import OF_WEIGHTS, Asked, Part, Window, number
 from zest_fast.watching.window_statistics import WindowStatistics
 from zest_fast.watching.words import History
 
@@ -47,7 +47,7 @@ class Reporter:
                 head=layer.module_name == head,
                 trainable=rows.subject.trainable[layer],
                 nonfinite=0,
-                notes=[],
+                notes=[target.note],
             )
             for layer in rows.layers
         }
@@ -83,7 +83,9 @@ class _Step:
             extra["update_ratio"] = self._update_ratios(totals)
         if self._asked.noise:
             extra |= self._noise_scales(totals)
-        profile = self._profile(self._statistics, self._asked.metrics, self._loss(), self._scale, extra)
+        profile = self._profile(
+            self._statistics, self._asked.metrics, window.loss, self._scale, extra, window.target.note
+        )
         nonfinite = {name: int(row["nonfinite"]) for name, row in profile.info.items()}
         self._notes += self._history.notes(self._norms(), nonfinite)
         parts = [self._part(part) for part in window.parts] if self._asked.parts else []
@@ -119,10 +121,6 @@ class _Step:
     def _has_overflown(self) -> bool:
         return any(found.gradient.nonfinite for found in self._statistics.gradients.values())
 
-    def _loss(self) -> float:
-        values = [_number(loss, scale) for loss, scale in self._window.losses]
-        return math.fsum(values) if values and all(map(math.isfinite, values)) else (sum(values) if values else NAN)
-
     def _profile(
         self,
         statistics: WindowStatistics,
@@ -130,6 +128,7 @@ class _Step:
         loss: float,
         scale: float,
         extra: Mapping[str, Mapping[Layer, float]],
+        note: str,
     ) -> LayerProfile:
         values = np.full((len(self._layers), len(metrics) + len(extra)), NAN)
         info: dict[str, dict[str, Any]] = {}
@@ -147,7 +146,7 @@ class _Step:
                 head=layer.module_name == self._head,
                 trainable=window.rows.subject.trainable[layer],
                 nonfinite=nonfinite,
-                notes=self._row_notes[layer],
+                notes=[*self._row_notes[layer], note],
             )
         return LayerProfile(
             [layer.name for layer in self._layers],
@@ -163,7 +162,9 @@ class _Step:
         metrics = [name for name in self._asked.metrics if METRICS[name].needs <= OF_WEIGHTS]
         for weight in part.wrong:
             part.statistics.gradients.pop(weight, None)
-        return self._profile(part.statistics, metrics, _number(part.loss, part.scale), part.scale, {})
+        layout = self._window.target.layout
+        of = "of the micro-batch of this process" if layout is not None and layout.splits_the_batch else ""
+        return self._profile(part.statistics, metrics, number(part.loss, part.scale), part.scale, {}, of)
 
     def _uncovered(self) -> dict[str, str]:
         rows = {id(weight.parameter) for weight in self._window.rows.weights}
@@ -211,15 +212,10 @@ class _Step:
                 "gradients carry different loss scales, so that their statistics are NaN: scaled and unscaled losses "
                 "were accumulated, or those of two GradScalers"
             )
-        if window.target.processes > 1 and window.taps is not None:
-            self._notes.append(
-                f"act and fisher are those of the batch of this process, one of {window.target.processes}; gradients "
-                "are those of all"
-            )
         if window.target.is_shared_unseen:
             self._notes.append(
-                "several processes run, and the watched model is not wrapped by DistributedDataParallel: what is seen "
-                "is of this process"
+                "several processes run, and the watched model is neither wrapped by DistributedDataParallel nor "
+                "sharded: what is seen is of this process"
             )
 
     def _update_ratios(self, totals: dict[str, float]) -> dict[Layer, float]:
@@ -231,7 +227,8 @@ class _Step:
             totals["update_ratio"] = _ratio(moved, before)
         else:
             totals["update_ratio"] = NAN
-            self._notes.append("update_ratio undefined: no step of an optimizer of torch.optim was seen")
+            if not self._window.did_not_meet:
+                self._notes.append("update_ratio undefined: no step of an optimizer of torch.optim was seen")
         return {layer: _ratio(*norms[layer.weight]) if layer.weight in norms else NAN for layer in self._layers}
 
     def _noise_scales(self, totals: dict[str, float]) -> dict[str, dict[Layer, float]]:
@@ -246,39 +243,38 @@ class _Step:
 
     def _add_noise(self) -> str:
         """Adds the estimates of this step; why it has none, where it has none."""
-        window = self._window
-        parts, processes = window.parts, window.target.processes
-        if len(parts) * processes < 2:
+        window, parts = self._window, self._window.squares
+        if window.did_not_meet:
+            return DID_NOT_MEET
+        if len(parts) < 2:
             return "it takes two or more micro-batches that are accumulated, or zest_fast.noise_scale"
         if window.target.is_shared_unseen:
             return "gradients may be averages over processes; pass the model that DistributedDataParallel returned"
         if window.stale:
             return "the accumulated gradient is not the sum of the parts (gradients of before were not cleared)"
-        sizes = [part.samples for part in parts]
+        sizes = [samples for samples, _ in parts]
         if not all(isinstance(size, int) and size > 0 for size in sizes):
             return "the number of samples of a micro-batch is not known; pass samples="
         if math.isnan(self._scale):
             return "losses carry different scales"
+        share = window.target.layout.share if window.target.layout is not None else 1.0
         total_squares, total_square, complete = np.zeros(len(parts)), 0.0, True
         for weight in window.rows.weights:
             norm = self._gradient_norm(self._statistics, weight, self._scale)
             if norm is None:
                 continue
-            squares = []
-            for part in parts:
-                of_part = self._gradient_norm(part.statistics, weight, part.scale)
-                squares.append(NAN if weight in part.wrong else (of_part or 0.0) ** 2)
-            square_of_mean = norm**2 / len(parts) ** 2
+            squares = [of_part.get(weight, 0.0) for _, of_part in parts]
+            square_of_mean = (norm / (share * len(parts))) ** 2
             self._noise.add(
                 weight.layers[0].parameter_name,
-                estimate(squares, square_of_mean, sizes, processes),  # type: ignore[arg-type]
+                estimate(squares, square_of_mean, sizes),  # type: ignore[arg-type]
             )
             total_squares += squares
             total_square += square_of_mean
             complete = complete and all(map(math.isfinite, squares))
         if not complete:
             return "the gradient of a weight arrives in several parts, or is not finite; its layer is left out"
-        self._noise.add(_ALL, estimate(list(total_squares), total_square, sizes, processes))  # type: ignore[arg-type]
+        self._noise.add(_ALL, estimate(list(total_squares), total_square, sizes))  # type: ignore[arg-type]
         return ""
 
     def _histograms(self) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
@@ -291,10 +287,6 @@ class _Step:
                 counts, edges = self._window.histograms[layer.weight]
                 own["gradient"] = (counts, edges / self._scale)
         return found
-
-
-def _number(loss: Tensor | None, scale: float) -> float:
-    return NAN if loss is None else float(loss) / scale
 
 
 def _ratio(a: float, b: float) -> float:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zest_fast.foundation.nearest import some
-from zest_fast.foundation.torch_private import is_compiled_in_place
+from zest_fast.foundation.torch_private import fsdp_shards, fsdp_unreduced, is_compiled_in_place
 from zest_fast.profiling.layers import Layer, LayerSelection, Weight, find_layers, unsupported
+from zest_fast.profiling.processes.layout import Layout, layout_of
 from zest_fast.profiling.profile import require_usable, unwrapped
 from zest_fast.profiling.table import Subject
 
@@ -24,6 +26,8 @@ class Rows:
     layers: tuple[Layer, ...]
     compiled: frozenset[Layer]
     """Those whose module runs in compiled code, which sees no hooks."""
+    shards: dict[int, Tensor] = field(default_factory=dict)
+    """Of FSDP2 the parameters that train, by the id of what stands in their place while they are gathered."""
 
     @property
     def weights(self) -> list[Weight]:
@@ -37,7 +41,7 @@ class Rows:
         own = [p for layer in self.layers for p in (layer.weight.parameter, *layer.module.parameters(recurse=False))]
         if not any(p.requires_grad for p in own):
             own += [p for p in self.subject.model.parameters() if p.requires_grad]
-        return {id(p) for p in own}
+        return {id(self.shards.get(id(p), p)) for p in own}
 
 
 class Target:
@@ -58,14 +62,15 @@ class Target:
         ):
             self._selection = list(selection)  # a generator, which is asked again at every logged step
         self._frozen = frozen
+        self.layout: Layout | None = None
+        """How the model lies on several processes; None where it lies on this one alone. Known with the first rows."""
         self._names: list[str] = []
         self._seen: dict[str, nn.Parameter] = {}
 
     def rows(self) -> Rows:
-        """The rows of the first step. Raises what ``select_layers`` and ``profile`` raise, and NotImplementedError for
-        sharded parameters."""
+        """The rows of the first step. Raises what ``select_layers`` and ``profile`` raise."""
         modules = dict(self.model.named_modules())
-        require_whole(self.model)
+        self.layout = layout_of(unwrapped(self.called)[0], modules, accumulates=True)
         require_usable(modules)
         rows = self._of(Subject.of(self.model, modules, self._selection))
         if not rows.layers:
@@ -115,51 +120,51 @@ class Target:
 
     def replaced_since(self, rows: Rows) -> list[Layer]:
         """Rows that do not stand for what is in the model now."""
-        now = dict(self.model.named_parameters(remove_duplicate=False))
-        return [layer for layer in rows.layers if now.get(layer.parameter_name) is not layer.weight.parameter]
+        now: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
+        shards = self._shards()
+        found = {name: shards.get(id(p), p) for name, p in now.items()}
+        return [layer for layer in rows.layers if found.get(layer.parameter_name) is not layer.weight.parameter]
+
+    def unreduced(self) -> list[Tensor]:
+        """Gradients that FSDP2 keeps to itself until it reduces."""
+        return [gradient for group in self._groups for gradient in fsdp_unreduced(group)]
 
     @property
-    def processes(self) -> int:
-        """Over how many processes gradients are averaged, 1 where the model is not data-parallel."""
-        if isinstance(self.called, nn.parallel.DistributedDataParallel):
-            return torch.distributed.get_world_size(self.called.process_group)
-        return 1
+    def note(self) -> str:
+        """Of how many processes the figures are; empty where it is this one alone."""
+        return "" if self.layout is None else self.layout.note
 
     @property
     def is_shared_unseen(self) -> bool:
         """Whether there are several processes of which the model itself tells nothing."""
         distributed = torch.distributed
         return (
-            not isinstance(self.called, nn.parallel.DistributedDataParallel)
+            self.layout is None
+            and not isinstance(unwrapped(self.called)[0], nn.parallel.DistributedDataParallel)
             and distributed.is_available()
             and distributed.is_initialized()
             and distributed.get_world_size() > 1
         )
 
+    def _shards(self) -> dict[int, Tensor]:
+        return {key: shard for group in self._groups for key, shard in fsdp_shards(group).items()}
+
+    @property
+    def _groups(self) -> list[Any]:
+        return self.layout.groups if self.layout is not None else []
+
     def _of(self, subject: Subject) -> Rows:
+        shards: Any = self._shards()
+        for layer in subject.layers:  # a gathered module holds the whole parameter, which no optimizer knows
+            layer.weight.parameter = shards.get(id(layer.weight.parameter), layer.weight.parameter)
         layers = tuple(layer for layer in subject.chosen if self._frozen or layer.weight.parameter.requires_grad)
         compiled: set[nn.Module] = set()
         for module in self.called.modules():
             if hasattr(module, "_orig_mod") or is_compiled_in_place(module):
                 compiled.update(module.modules())
-        return Rows(subject, layers, frozenset(layer for layer in layers if layer.called_module in compiled))
+        seen_by_none = frozenset(layer for layer in layers if layer.called_module in compiled)
+        return Rows(subject, layers, seen_by_none, shards)
 
     def _remember(self, rows: Rows) -> None:
         self._names = self._names or [layer.name for layer in rows.subject.chosen]
         self._seen = {layer.name: layer.weight.parameter for layer in rows.layers}
-
-
-def require_whole(model: nn.Module) -> None:
-    """The one place that refuses sharded models: statistics of shards would have to be merged over processes, by
-    ``Moments.merge``, where ``Window.close`` finishes its statistics."""
-    for name, module in model.named_modules():
-        if type(module).__name__ == "FullyShardedDataParallel":
-            raise NotImplementedError(
-                f"module {name!r} is sharded by FullyShardedDataParallel: sharded models cannot be watched yet"
-            )
-    for name, p in model.named_parameters():
-        if hasattr(p, "full_tensor"):
-            raise NotImplementedError(
-                f"parameter {name!r} is a DTensor (fully_shard, tensor parallel): sharded models cannot be watched "
-                "yet; watch a model whose parameters are whole, as under DistributedDataParallel"
-            )

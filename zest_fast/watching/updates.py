@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zest_fast.kernels import Collector
 from zest_fast.profiling.layers import Weight
+from zest_fast.profiling.processes.local import local_part
 
 
 class Updates:
@@ -24,7 +25,7 @@ class Updates:
         self._backend = backend
         self._before: dict[Weight, Tensor] = {}
         self.norms: dict[Weight, tuple[float, float]] = {}
-        """‖W_after - W_before‖, ‖W_before‖."""
+        """‖W_after - W_before‖, ‖W_before‖: of the shard of this process, until those of others are there."""
 
     def before(self, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer is about to step."""
@@ -32,14 +33,14 @@ class Updates:
             for p in group["params"]:
                 weight = self._by_parameter.get(id(p))
                 if weight is not None:
-                    self._before[weight] = p.detach().clone()
+                    self._before[weight] = local_part(p.detach()).clone()
 
     def after(self) -> None:
         """It has stepped."""
         for weight in list(self._before):
             before = self._before.pop(weight)
             wide = torch.promote_types(before.dtype, torch.float32)  # two weights of bfloat16 differ by what it lacks
-            difference = weight.parameter.detach().to(wide) - before
+            difference = local_part(weight.parameter.detach()).to(wide) - before
             collector = Collector(self._backend)
             moved, was = collector.moments([difference, before])
             collector.fetch()

@@ -23,9 +23,11 @@ from zest_fast.profiling.engine import Watching
 from zest_fast.profiling.functions import forwards_of, hooks_of, may_write, referred
 from zest_fast.profiling.layers import LayerSelection
 from zest_fast.profiling.metrics import METRIC_NAMES, METRICS, ON_REQUEST, select_metrics, statistics_needed
+from zest_fast.profiling.processes.layout import DDP
 from zest_fast.profiling.profile import is_being_profiled
 from zest_fast.profiling.taps import Routes
 from zest_fast.watching.logs.sinks import ChecksLayout, Closes, Sink, sink_for
+from zest_fast.watching.processes.together import Processes
 from zest_fast.watching.report import Reporter
 from zest_fast.watching.rounds import Round
 from zest_fast.watching.target import Rows, Target
@@ -33,6 +35,7 @@ from zest_fast.watching.watched_step import WatchedStep
 from zest_fast.watching.window import OF_WEIGHTS, Asked, Window
 
 Log = str | os.PathLike[str] | Sink
+Agreed = tuple[tuple[int, ...], bool]  # see Processes.open
 Samples = int | Callable[[tuple[Any, ...], Mapping[str, Any]], int]
 
 _NO_STEP = (
@@ -79,8 +82,9 @@ def watch(
     `torch.compile` returned or compiled in place.
 
     Args:
-        model: as the loop calls it: plain, or what DistributedDataParallel or torch.compile returned. Under
-            DistributedDataParallel gradients are those of all processes, `act_*` and `fisher` of this one.
+        model: as the loop calls it: plain, sharded (FSDP2, tensor parallel), or what DistributedDataParallel or
+            torch.compile returned. On several processes every one watches, and figures are of all of them; a process
+            that does not come to a logged step is waited for 60 seconds at most, and costs figures, never the training.
         every: optimizer steps from one that is logged to the next; step 0, the first, is logged.
         metrics: names as of `profile`; None = those of weights and gradients, "all" = all that one pass yields.
         layers: as of `profile`.
@@ -90,8 +94,8 @@ def watch(
             names it once, `.failures` counts, and the next step is tried again.
         frozen: also layers that do not train: their weights, outputs and, above the cut, fisher. No gradient of theirs
             exists in an ordinary backward pass.
-        parts: also each micro-batch by itself, before its gradient is accumulated.
-        histograms: also histograms of weights and gradients.
+        parts: also each micro-batch by itself, before its gradient is accumulated or averaged over processes.
+        histograms: also histograms of weights and gradients; not of sharded ones.
         updates: also `update_ratio`, ‖W_after - W_before‖ / ‖W_before‖. A copy of each watched weight is held while the
             optimizer steps. With optimizers in the backward pass one weight at a time is held.
         noise: also the gradient noise scale (McCandlish et al. 2018), from the gradients of micro-batches that are
@@ -113,7 +117,7 @@ def watch(
         TypeError, ValueError: an argument that does not fit; metrics that take passes of their own.
         RuntimeError: the model, or a part of it, is watched already; later, in the loop, an optimizer that runs the
             model by itself (L-BFGS). When the watch begins, as `sink_for`, and ValueError for the log of another model.
-        NotImplementedError: sharded parameters (DTensor, FSDP), TorchScript.
+        NotImplementedError: FSDP1, DeepSpeed and other layouts that `profile` refuses, TorchScript.
 
     Examples:
         >>> import torch, zest_fast
@@ -144,6 +148,11 @@ def watch(
     names = _metrics(metrics)
     target = Target(model, layers, frozen)
     rows = target.rows()
+    if histograms and target.layout is not None and target.layout.kind != DDP:
+        raise NotImplementedError(
+            f"histograms=True: each process has the entries of its shard ({target.layout.name}), and histograms of "
+            "these between different edges do not make up one; leave it out"
+        )
     kernels.pick_backend(backend, rows.layers[0].weight.parameter.device)
     modules = list(target.model.modules())
     asked = Asked(
@@ -171,6 +180,7 @@ class Watch(Removable):
         self._reporter = Reporter()
         self._routes = Routes()
         self._several: set[int] = set()
+        self._processes: Processes | None = None
         self._round = Round()
         self._first_step = first_step
         self._holders: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -205,6 +215,7 @@ class Watch(Removable):
             raise RuntimeError("the model, or a part of it, is watched already; leave that watch first")
         self._claimed = modules
         self._thread, self._began = threading.get_ident(), time.monotonic()
+        agreed = self._begin_together()
         try:
             with HeldInterrupts():
                 self._active = True
@@ -216,24 +227,51 @@ class Watch(Removable):
                     _Entered(Watching(self)),
                 ]
                 if self.steps % self._every == 0:
-                    self._open(self._rows, self.steps)
-        except BaseException:
-            self.remove()
+                    self._open(self._rows, self.steps, agreed)
+        except BaseException as error:
+            self._remove(error)
             raise
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, *trace: Any) -> None:
         try:
-            self.remove()
+            self._remove(error)
         except KeyboardInterrupt:  # before hooks were safe from it
-            self.remove()
+            self._remove(error)
             raise
 
     def remove(self) -> None:
         """Take every hook away. A step that has ended is logged, one that has not is dropped. A second call does
         nothing."""
+        self._remove(None)
+
+    def _begin_together(self) -> Agreed:
+        """Says to the other processes that this one watches; they need not be there yet."""
+        target, asked = self._target, self._asked
+        self._processes = None
+        if target.layout is not None:
+            watched = {"every": self._every, "metrics": asked.metrics, "updates": asked.updates, "noise": asked.noise}
+            self._processes = Processes(target.layout, (watched | {"parts": asked.parts},))
+            self._processes.begin()
+        try:
+            return self._agreed(self.steps) if self.steps % self._every == 0 else ((), False)
+        except BaseException as error:
+            self._leave(error)
+            raise
+
+    def _agreed(self, step: int) -> Agreed:
+        return self._processes.open(step, self._asked.needed) if self._processes is not None else ((), False)
+
+    def _leave(self, error: BaseException | None) -> None:
+        if self._processes is not None:
+            self._processes.leave(f"{type(error).__name__}: {error}" if error is not None else "it has ended")
+            self._processes = None
+
+    def _remove(self, error: BaseException | None) -> None:
         if not self._active:
             return
+        if error is not None and self._processes is not None:
+            self._processes.hurry()
         with HeldInterrupts():
             while self._handles:
                 self._handles.pop().remove()
@@ -242,15 +280,18 @@ class Watch(Removable):
                 self._window = None
             _watched.difference_update(self._claimed)
             self._active = False
-        if self._round.has_begun:
-            self._end_round()
-        self._close_logs()
+        try:
+            if self._round.has_begun:
+                self._end_round()
+        finally:
+            self._leave(error)
+            self._close_logs()
         if self._backwards and self.steps == self._first_step:
             warnings.warn(
                 f"zest_fast.watch saw {self._backwards} backward passes and no step of an optimizer of torch.optim "
                 "that holds a watched weight, so nothing was logged; call watched.step() after each step",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def step(self) -> None:
@@ -387,10 +428,10 @@ class Watch(Removable):
         self._holders.clear()
         self._others.clear()
         self._weights = self._rows.parameters_to_step
-        self._open(self._rows, step)
+        self._open(self._rows, step, self._agreed(step))
 
-    def _open(self, rows: Rows, step: int) -> None:
-        window = Window(self._target, rows, self._asked, step, self._routes, self._several, self._skipped)
+    def _open(self, rows: Rows, step: int, agreed: Agreed) -> None:
+        window = Window(self._target, rows, self._asked, step, self._routes, self._several, self._skipped, *agreed)
         self._window = window
         window.notes += self._notes
         self._notes = []
@@ -439,7 +480,7 @@ class Watch(Removable):
         step = self._window.step
         self._window.discard()
         self._notes += [why] if why else []
-        self._open(self._rows, step)
+        self._open(self._rows, step, self._agreed(step))
 
     def _open_logs(self) -> None:
         first = not torch.distributed.is_available() or not torch.distributed.is_initialized()
@@ -474,6 +515,8 @@ class Watch(Removable):
         window, self._pending = self._pending, None
         if window is None:
             return
+        if self._processes is not None:
+            self._processes.bring_together(window)
         step = self._reporter.step(window, time.monotonic() - self._began)
         self.last = step
         for number, sink in enumerate(self._sinks):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,18 +14,26 @@ from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.kernels.storage import has_storage
 from zest_fast.profiling.layers import Layer, Weight
 from zest_fast.profiling.metrics import FISHER, GRADIENT, GRADIENT_ABS, OUTPUT, PRODUCT, PRODUCT_ABS, WEIGHT
+from zest_fast.profiling.processes.layout import DDP, FSDP2, Layout
+from zest_fast.profiling.processes.local import is_distributed, local_part
 from zest_fast.profiling.taps import Routes, Taps
 from zest_fast.profiling.watched import Watched
 from zest_fast.watching.calls import Calls
 from zest_fast.watching.gradients import AccumulatedGradients, PartGradients
 from zest_fast.watching.histograms import histogram
 from zest_fast.watching.loss_scales import LossScales
+from zest_fast.watching.processes.gathered_gradients import GatheredPartGradients
+from zest_fast.watching.processes.shared_window import SharedWindowStatistics, WholeWeights
 from zest_fast.watching.target import Rows, Target
 from zest_fast.watching.updates import Updates
 from zest_fast.watching.window_statistics import WindowStatistics
 
 OF_WEIGHTS = frozenset({WEIGHT, GRADIENT, GRADIENT_ABS, PRODUCT, PRODUCT_ABS})
 """What is read where weights and gradients lie, without hooks on modules."""
+_UNREDUCED = (
+    "FSDP2 held gradients back when the step was taken (set_requires_gradient_sync(False), or set_requires_all_reduce "
+    "of HSDP, in the last backward pass): shown is what .grad has, without them"
+)
 _COMPILED = "its module is compiled, and compiled code sees no hooks"
 
 
@@ -55,6 +64,12 @@ class Part:
     samples: int | None = None
     wrong: dict[Weight, str] = field(default_factory=dict)
 
+    def squares(self, weights: Iterable[Weight]) -> dict[Weight, float]:
+        """|g|² of each, without the scale; NaN where it is not known."""
+        gradients, unknown = self.statistics.gradients, {*self.wrong, *self.statistics.missed_weights}
+        norms = {weight: gradients[weight].gradient.norm if weight in gradients else 0.0 for weight in weights}
+        return {weight: math.nan if weight in unknown else (norm / self.scale) ** 2 for weight, norm in norms.items()}
+
 
 class Window:
     """See above. ``open`` it before the first forward of the step, ``close`` it before the optimizer moves the weights.
@@ -67,6 +82,8 @@ class Window:
         routes: what steps before have found out about the model.
         several: weights (by id) whose gradient arrives in several parts; added to.
         skipped: called when a gradient scaler ended the iteration without a step.
+        mark: by what the processes that share the model know the step.
+        together: whether all of them watch it, where that is asked beforehand (tensor parallelism).
     """
 
     def __init__(
@@ -78,8 +95,11 @@ class Window:
         routes: Routes,
         several: set[int],
         skipped: Callable[[], None],
+        mark: tuple[int, ...] = (),
+        together: bool = False,
     ) -> None:
-        self.target, self.rows, self.asked, self.step = target, rows, asked, step
+        self.target, self.rows, self.asked, self.step, self.mark = target, rows, asked, step, mark
+        self._together = together
         self.notes: list[str] = []
         self.backwards = 0
         self.was_skipped = False
@@ -87,6 +107,12 @@ class Window:
         self.histograms: dict[Weight, tuple[np.ndarray, np.ndarray]] = {}
         self.weight_histograms: dict[Weight, tuple[np.ndarray, np.ndarray]] = {}
         self.losses: list[tuple[Tensor | None, float]] = []
+        self.loss = math.nan
+        """The sum of these without scales, of all processes; known once the window is closed."""
+        self.squares: list[tuple[int | None, dict[Weight, float]]] = []
+        """Samples and |g|² of each part, of all processes; known once the window is closed."""
+        self.did_not_meet = False
+        """Whether it has the figures of this process only, and what is not whole is gone."""
         self.stale = False
         """Whether the accumulated gradient is not the sum of the parts."""
         self._running = False
@@ -94,13 +120,36 @@ class Window:
         trained = [weight for weight in rows.weights if weight.parameter.requires_grad]
         self.updates = Updates(trained, asked.backend) if asked.updates else None
         self.scales = LossScales(asked.grad_scaler, skipped)
-        self.gradients = AccumulatedGradients(trained, self._receive, averaged=target.processes > 1)
-        self._part_gradients = PartGradients(trained, self._receive, several)
-        self.statistics = WindowStatistics(
-            asked.needed | OF_WEIGHTS, asked.backend, lambda: self.calls.current, self._may_be_written
+        layout = target.layout
+        held = target.unreduced if layout is not None and layout.kind == FSDP2 else list
+        self.gradients = AccumulatedGradients(
+            trained, self._receive, averaged=layout is not None and layout.kind == DDP, held=held
         )
+        self._part_gradients = (
+            GatheredPartGradients(trained, self._receive, several, layout)
+            if layout is not None and layout.kind == FSDP2
+            else PartGradients(trained, self._receive, several)
+        )
+        self.statistics = self._statistics(layout, asked.needed | OF_WEIGHTS, outputs=True)
         self.calls = Calls(self.statistics.counted_outputs, lambda: self._running, asked.samples)
         self.taps = self._taps(routes)
+
+    def _statistics(self, layout: Layout | None, needed: frozenset[str], *, outputs: bool) -> WindowStatistics:
+        call = (lambda: self.calls.current) if outputs else (lambda: None)
+        if layout is None:
+            return WindowStatistics(needed, self.asked.backend, call, self._may_be_written)
+        return SharedWindowStatistics(
+            needed, self.asked.backend, call, self._may_be_written, layout, self.rows.layers, self._together
+        )
+
+    def _statistics_of_a_part(self) -> WindowStatistics:
+        """Of gradients before they are averaged: with DDP and FSDP2 those of this process's own micro-batch."""
+        layout = self.target.layout
+        if isinstance(self._part_gradients, GatheredPartGradients):
+            return WholeWeights(OF_WEIGHTS, self.asked.backend, self._part_gradients.gathered)
+        if layout is None or layout.splits_the_batch:
+            return WindowStatistics(OF_WEIGHTS, self.asked.backend)
+        return self._statistics(layout, OF_WEIGHTS, outputs=False)
 
     def _taps(self, routes: Routes) -> Taps | None:
         """Hooks on modules, only where outputs are asked for: they cost a little, and code that is compiled while they
@@ -142,12 +191,12 @@ class Window:
             self.stale = self.gradients.are_there()
         scale = self.scales.of_this_backward()
         roots = [root for root in roots if isinstance(root, Tensor)]
-        loss = roots[0].detach().clone() if len(roots) == 1 and roots[0].numel() == 1 else None
+        loss = _copy_of_a_loss(roots[0]) if len(roots) == 1 and roots[0].numel() == 1 else None
         self.losses.append((loss, scale))
         self.backwards += 1
         self._running = True
         if self.asked.parts or self.asked.noise:
-            part = Part(WindowStatistics(OF_WEIGHTS, self.asked.backend), loss, scale)
+            part = Part(self._statistics_of_a_part(), loss, scale)
             self.parts.append(part)
             self._part_gradients.begin(part.statistics.weight_gradient)
         self.gradients.begin()
@@ -177,6 +226,8 @@ class Window:
         """The step is about to be taken: numbers are fetched, hooks go."""
         if not self.backwards:
             self.gradients.read_what_is_there()
+        if self.gradients.are_held_back():
+            self.notes.append(_UNREDUCED)
         if self.taps is not None:
             self.taps.tell_what_was_missed()
         self.discard()
@@ -190,6 +241,8 @@ class Window:
         for part in self.parts:
             part.statistics.finish(self.rows.layers)
         self.statistics.finish(self.rows.layers)
+        self.loss = _sum([number(*loss) for loss in self.losses])
+        self.squares = [(part.samples, part.squares(self.rows.weights)) for part in self.parts]
 
     def ran_again(self, why: str) -> None:
         """Backward passes of the step were no parts of one gradient; what stands is the last."""
@@ -213,6 +266,24 @@ class Window:
     @property
     def layers_that_train(self) -> list[Layer]:
         return [layer for layer in self.rows.layers if self.rows.subject.trainable[layer]]
+
+
+def number(loss: Tensor | None, scale: float) -> float:
+    """A loss without its scale, NaN where it is not known."""
+    return math.nan if loss is None else float(loss) / scale
+
+
+def _sum(values: list[float]) -> float:
+    if not values:
+        return math.nan
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+
+
+def _copy_of_a_loss(loss: Any) -> Tensor | None:
+    """None where it is a part of a loss, which other processes have the rest of."""
+    if is_distributed(loss) and not all(placement.is_replicate() for placement in loss.placements):
+        return None
+    return local_part(loss.detach()).clone()
 
 
 class _Exit:

@@ -10,7 +10,8 @@ from zest_fast.profiling.layers import Layer, Weight, unsupported
 from zest_fast.profiling.observer import Statistics
 from zest_fast.watching.calls import Call
 
-_REFUSALS = (ValueError, TypeError, NotImplementedError)
+REFUSALS = (ValueError, TypeError, NotImplementedError)
+"""Of kernels."""
 
 
 class WindowStatistics(Statistics):
@@ -46,20 +47,20 @@ class WindowStatistics(Statistics):
             return None
         try:
             call.add(layer, self._output_moments(y))
-        except _REFUSALS as error:
+        except REFUSALS as error:
             self.missed(layer, str(error), outputs=True)
         return call.count
 
     def output_gradient(self, layer: Layer, y: Callable[[], Tensor], g: Tensor, only_use: bool) -> None:
         try:
             super().output_gradient(layer, y, g, only_use)
-        except _REFUSALS as error:
+        except REFUSALS as error:
             self.missed(layer, str(error), outputs=False)
 
     def weight_gradient(self, weight: Weight, dw: Tensor) -> None:
         try:
             super().weight_gradient(weight, dw)
-        except _REFUSALS as error:
+        except REFUSALS as error:
             self.missed_weights[weight] = str(error)
 
     def untouched(self, layer: Layer) -> None:

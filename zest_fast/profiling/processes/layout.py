@@ -48,17 +48,24 @@ class Layout:
         return self.kind != TENSOR_PARALLEL
 
     @property
+    def note(self) -> str:
+        """What a table says of the processes whose figures it has."""
+        what, count = "of the global batch, " if self.splits_the_batch else "", len(self.ranks)
+        return f"{what}on {count} process{'es' if count > 1 else ''} ({self.name})"
+
+    @property
     def groups(self) -> list[Any]:
         """Of FSDP2."""
         return [group for unit in self.units for group in fsdp_groups(unit)]
 
 
-def layout_of(model: nn.Module, modules: dict[str, nn.Module]) -> Layout | None:
+def layout_of(model: nn.Module, modules: dict[str, nn.Module], *, accumulates: bool = False) -> Layout | None:
     """How the model lies on processes; None where it lies on this one alone.
 
     Args:
         model: in its DistributedDataParallel, if it is in one.
         modules: those of the model inside, by name.
+        accumulates: whether FSDP2 may be in the middle of an accumulation of gradients.
 
     Raises:
         NotImplementedError: a layout of which metrics would be wrong; the message says what to do.
@@ -80,7 +87,7 @@ def layout_of(model: nn.Module, modules: dict[str, nn.Module]) -> Layout | None:
             )
         return _ddp(model)
     if units:
-        return _fsdp(units, distributed, modules)
+        return _fsdp(units, distributed, modules, accumulates)
     return _tensor_parallel(distributed) if distributed else None
 
 
@@ -129,9 +136,11 @@ def _ddp(model: nn.parallel.DistributedDataParallel) -> Layout | None:
     return Layout(DDP, tuple(ranks), group, 1 / len(ranks), name=DDP)
 
 
-def _fsdp(units: list[nn.Module], distributed: dict[str, Any], modules: dict[str, nn.Module]) -> Layout:
+def _fsdp(
+    units: list[nn.Module], distributed: dict[str, Any], modules: dict[str, nn.Module], accumulates: bool
+) -> Layout:
     groups = [group for unit in units for group in fsdp_groups(unit)]
-    for group in groups:
+    for group in groups if not accumulates else ():
         if why := fsdp_accumulates(group):
             raise ValueError(
                 f"a group of FSDP2 is in the middle of an accumulation of gradients: {why}; finish the step first, "

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from zest_fast.kernels.moments import SquaredProducts
-from zest_fast.profiling import layer_rules
 from zest_fast.profiling.layers import Layer, Weight, channel_dim, is_transformers_conv1d
-from zest_fast.profiling.observer import Statistics, naming_the_layer
+from zest_fast.profiling.observer import Statistics
 from zest_fast.profiling.processes.gradient_mean import GradientMeans
 from zest_fast.profiling.processes.layout import DDP, Layout, is_a_copy
 from zest_fast.profiling.processes.local import is_distributed, local_part
@@ -36,7 +35,7 @@ class SharedStatistics(Statistics):
         layout: Layout,
         layers: Sequence[Layer],
     ) -> None:
-        super().__init__(needed, backend, may_be_written)
+        super().__init__(needed, backend, may_be_written=may_be_written)
         self._layout = layout
         self._is_first = torch.distributed.get_rank() == layout.ranks[0]
         self._layers = list(layers)
@@ -58,7 +57,7 @@ class SharedStatistics(Statistics):
     def begin(self, order: Iterable[Weight], absent: Iterable[Weight]) -> None:
         """Before the backward pass: in which order DDP forms means."""
         if self._layout.kind == DDP:
-            self.means = GradientMeans(self._layout.group, self._reduce, list(order), set(absent))
+            self.means = GradientMeans(self._layout.group, self.reduce, list(order), set(absent))
 
     def end(self) -> None:
         """After it, also where it failed."""
@@ -81,13 +80,9 @@ class SharedStatistics(Statistics):
         if self.means is not None:
             self.came_again |= not self.means.arrived(weight, dw)
         elif is_distributed(dw):
-            self._reduce(weight, local_part(_placed_as(dw, weight.parameter)), local_part(weight.parameter))
+            self.reduce(weight, local_part(_placed_as(dw, weight.parameter)), local_part(weight.parameter))
         else:
-            self._reduce(weight, local_part(dw), local_part(weight.parameter))
-
-    @naming_the_layer
-    def _reduce(self, weight: Weight, dw: Tensor, w: Tensor) -> None:
-        self._gradients[weight] = layer_rules.weight_gradient_moments(self.collector, dw, w)
+            self.reduce(weight, local_part(dw), local_part(weight.parameter))
 
     def output_gradient(self, layer: Layer, y: Callable[[], Tensor], g: Tensor, only_use: bool) -> None:
         if layer in self.missed_gradients:
@@ -131,8 +126,9 @@ class SharedStatistics(Statistics):
             return is_a_copy(p)
         return not self._is_first and (whole_on_each or not self._layout.splits_the_batch)
 
-    def report(self, taps: Taps, names: dict[Any, str], loss: Tensor) -> Report:
+    def report(self, taps: Taps | None, names: dict[Any, str], loss: float, loss_is_half: bool) -> Report:
         """After ``finish``; names: of all modules."""
+        order, uses, others = (taps.order, taps.uses, taps.with_other_weights) if taps else ({}, {}, {})
         own, copies = Part(), Part()
         for layer, moments in self.outputs.items():
             (copies if layer in self._copied_outputs else own).outputs[self._place[layer]] = moments
@@ -152,15 +148,15 @@ class SharedStatistics(Statistics):
             missed_outputs={self._place[layer]: why for layer, why in self.missed_outputs.items()},
             missed_gradients={self._place[layer]: why for layer, why in self.missed_gradients.items()},
             overwritten={self._place[layer] for layer in self.overwritten},
-            order=[names[module] for module in sorted(taps.order, key=taps.order.__getitem__) if module in names],
-            uses={names[module]: count for module, count in taps.uses.items() if module in names},
-            with_other_weights={names[m]: count for m, count in taps.with_other_weights.items() if m in names},
+            order=[names[module] for module in sorted(order, key=order.__getitem__) if module in names],
+            uses={names[module]: count for module, count in uses.items() if module in names},
+            with_other_weights={names[m]: count for m, count in others.items() if m in names},
             backends=set(self.collector.used),
-            loss=float(local_part(loss.detach())),
-            loss_is_half=loss.dtype.itemsize < 4,
+            loss=loss,
+            loss_is_half=loss_is_half,
         )
 
-    def take(self, report: Report, taps: Taps, modules: dict[str, Any]) -> None:
+    def take(self, report: Report, taps: Taps | None, modules: dict[str, Any]) -> None:
         """Puts what all processes found in the place of what this one did."""
         layers = self._layers
         self.outputs = {layers[i]: found for i, found in report.own.outputs.items()}
@@ -171,6 +167,8 @@ class SharedStatistics(Statistics):
         self.missed_gradients = {layers[i]: why for i, why in report.missed_gradients.items()}
         self.overwritten = {layers[i] for i in report.overwritten}
         self.collector.used = set(report.backends)
+        if taps is None:
+            return
         taps.order = {modules[name]: i for i, name in enumerate(report.order)}
         taps.uses = {modules[name]: count for name, count in report.uses.items()}
         taps.with_other_weights = {modules[name]: count for name, count in report.with_other_weights.items()}

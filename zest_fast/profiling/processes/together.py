@@ -126,9 +126,7 @@ class Together(Alone):
         self._meeting: Meeting = meeting_of(layout.ranks)
         self._is_over = False
         self._statistics: SharedStatistics | None = None
-        processes = len(layout.ranks)
-        what = "of the global batch, " if layout.splits_the_batch else ""
-        self.note = f"{what}on {processes} process{'es' if processes > 1 else ''} ({layout.name})"
+        self.note = layout.note
         self.on_request_refused = (
             f"takes passes of its own, which are not brought together over processes ({layout.name}): profile one "
             "process's copy with whole weights"
@@ -321,7 +319,7 @@ class Together(Alone):
         statistics.finish(layers)
         names = [layer.name for layer in layers]
         half = {i for i, layer in enumerate(layers) if layer.weight.parameter.dtype.itemsize < 4}
-        report = statistics.report(taps, self._names, loss)
+        report = statistics.report(taps, self._names, float(local_part(loss.detach())), loss.dtype.itemsize < 4)
         whole = self._exchange(
             report, lambda reports: merged(reports, names, half, self._layout.share, self._layout.splits_the_batch)
         )

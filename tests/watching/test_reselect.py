@@ -213,13 +213,16 @@ def test_the_prefix_cache_learns_the_new_cut(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)  # kernels round other batch sizes otherwise
 
 
-def test_modules_that_were_compiled_in_place_follow():
+@pytest.mark.parametrize("in_place", [False, True])
+def test_compiled_code_follows(in_place):
     model, plain = net(), net()
     plain.load_state_dict(model.state_dict())
     for one in (model, plain):
         one.eval()
     tuned, other = SelectiveBackward(model, ["6"]), SelectiveBackward(plain, ["6"])
-    whole = torch.compile(model, backend="aot_eager")
+    whole = model if in_place else torch.compile(model, backend="aot_eager")
+    for module in model if in_place else ():
+        module.compile(backend="aot_eager")
     for layers in (["6"], ["2"], ["4"]):
         tuned.exchange(layers), other.exchange(layers)
         for one in (whole, plain):
@@ -317,6 +320,28 @@ def test_states_come_back_with_the_layer_where_they_are_kept():
             assert all(torch.equal(found[key], left[key]) and torch.equal(left[key], before[key]) for key in before)
         train(model, optimizer, batches(1))
         assert float(optimizer.state[model[6].weight]["step"]) == (3 if states == "keep" else 1)
+
+
+def test_layers_that_somebody_else_exchanged_are_found_in_their_groups():
+    model = net()
+    tuned = SelectiveBackward(model, ["6"])
+    optimizer = torch.optim.AdamW(groups_of(tuned))
+    reselect = Reselect(tuned, optimizer, every=1, by=Order("0"), margin=0)
+    tuned.exchange(["2"])
+    with pytest.raises(ValueError, match=r"lacks '2\.weight'"):
+        reselect.step(batches(1)[0])
+    for group, own in zip(optimizer.param_groups, groups_of(tuned), strict=True):
+        group["params"][:] = [p for _, p in own["params"]]
+        group["param_names"][:] = [name for name, _ in own["params"]]
+    assert reselect.step(batches(1)[0]).entered == ("0",)
+    assert [group["param_names"][0] for group in optimizer.param_groups] == ["0.weight", "0.bias", "9.weight"]
+
+
+def test_the_ranker_that_ships_chooses_where_nothing_else_is_said():
+    tuned = SelectiveBackward(net(), ["6"])
+    reselect = Reselect(tuned, adamw(tuned), every=1, margin=0)
+    reselect.step(batches(1)[0])
+    assert reselect.ranking.by == "Ranker" and tuned.layers == reselect.ranking.top(1)
 
 
 # Whole or not at all
@@ -601,3 +626,21 @@ def refused_in_a_process(rank, folder):
             Reselect(tuned, adamw(tuned))
     finally:
         distributed.destroy_process_group()
+
+
+# Beside a watch
+
+
+def test_a_watch_follows_an_exchange_and_sees_none_of_the_profiles():
+    model = net()
+    tuned = SelectiveBackward(model, ["6"])
+    optimizer = adamw(tuned)
+    reselect = Reselect(tuned, optimizer, every=2, by=Order("0"), margin=0)
+    logged = []
+    with zest_fast.watch(model, every=1, metrics="all", log=logged.append):
+        train(model, optimizer, batches(4), reselect)
+    assert [step.step for step in logged] == [0, 1, 2, 3]
+    trained = [{n for n in step.profile.names if np.isfinite(step.profile[n]["grad_norm"])} for step in logged]
+    assert trained == [{"6", "9"}, {"6", "9"}, {"9"}, {"0", "9"}]
+    assert logged[2].notes == ("6: no gradient reached it",)  # the watch of a step begins where the one before ends
+    assert any("watched from this step on: 0" in note for note in logged[3].notes)

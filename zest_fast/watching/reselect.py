@@ -137,8 +137,8 @@ class Reselect:
         self._loss_fn, self._closure, self._metrics = loss_fn, closure, metrics
         self._keeps = states == "keep"
         self._kept: dict[str, Any] = {}  # optimizer states by parameter name
+        self._places: dict[str, _Place] = {}
         self._check()
-        self._places = {part.name: self._place_of(part) for part in chosen_layers(tuned.model, tuned.layers)}
         self.steps = 0
         self.exchanges: list[Exchange] = []
         self.ranking: Ranking | None = None
@@ -195,7 +195,7 @@ class Reselect:
         return done
 
     def _check(self) -> None:
-        """Raises what an exchange would, so that nothing is found out in the middle of one."""
+        """Raises what an exchange would, so that nothing is found out in the middle of one; knows the groups then."""
         tuned, optimizer = self.tuned, self.optimizer
         tuned.check_exchange(tuned.layers)
         check_optimizer(optimizer, _training(tuned), tuned.model)
@@ -217,6 +217,8 @@ class Reselect:
                     f"optimizer: {name!r} is stepped within the backward pass (optimizer_in_backward), which does not "
                     "follow an exchange; step after it"
                 )
+        parts = chosen_layers(tuned.model, tuned.layers)  # others than before where somebody else exchanged them
+        self._places = {part.name: self._places.get(part.name) or self._place_of(part) for part in parts}
 
     def _place_of(self, part: Part) -> _Place:
         weight, *biases = (self._group_of(parameter) for parameter in part.parameters)

@@ -10,11 +10,12 @@
     cache, reduced          then one torch expression for each metric of "all"
     ... , not logged        a step between two that are logged
 
-One thread, interleaved, each step in hooks of its own; a round takes every kind of step once, and the plain and the
-watched one that is not logged twice, each after a step that is not timed: a watch looks at an optimizer that is new to
-it. The mean overhead at k is (logged + (k - 1) not logged) / k, relative to plain. Then the same in two and four
-processes under DistributedDataParallel (gloo), for a small BERT. Writes bench/results/watch.json after every model and
-goes on where it stopped: about twelve minutes on an idle machine of two cores.
+Processor time of one thread, interleaved, each step in hooks of its own; a round takes every kind of step once, and
+the plain and the watched one that is not logged twice, each after a step that is not timed: a watch looks at an
+optimizer that is new to it. The mean overhead at k is (logged + (k - 1) not logged) / k, relative to plain. Then the
+same in two and four processes under DistributedDataParallel (gloo), by the clock, for a small BERT. Writes
+bench/results/watch.json after every model and goes on where it stopped: about twelve minutes on an idle machine of two
+cores.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import gc
 import json
 import random
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -51,6 +53,7 @@ CASES = (  # those of bench.profile, language models with half the batch
 def main() -> None:
     options = _options()
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")  # of the first layer, and as meant
     path = (options.out or RESULTS) / "watch.json"
     done: dict[str, dict[str, Any]] = {}
     if path.exists() and not options.again:
@@ -96,15 +99,21 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     """One model in this process."""
     model, batch = case.build()
     loops = loops_of(model, batch)
+    gc.collect()
+    gc.freeze()  # what is there by now is not looked at again before each step
+    try:
+        times = timed(loops, rounds, partial(one_step, clock=time.process_time))
+    finally:
+        gc.unfreeze()
     return {
         "model": case.model,
         "shape": case.shape,
         "parameters": sum(p.numel() for p in model.parameters()),
-        **summary(timed(loops, rounds, one_step)),
+        **summary(times),
     }
 
 
-def one_step(loop: Loop, before: int = 0) -> float:
+def one_step(loop: Loop, before: int = 0, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds, once the hooks are in and so many steps were taken."""
     with loop:
         for _ in range(before):
@@ -112,9 +121,9 @@ def one_step(loop: Loop, before: int = 0) -> float:
         gc.collect()
         gc.disable()
         try:
-            began = time.perf_counter()
+            began = clock()
             loop.step()
-            return time.perf_counter() - began
+            return clock() - began
         finally:
             gc.enable()
 

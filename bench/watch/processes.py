@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def _run(rank: int, count: int, rounds: int, tiny: bool, folder: str) -> None:
     from bench.watch.loops import loops_of
 
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
     try:
         case = TINY[0] if tiny else SMALL

@@ -24,12 +24,12 @@ def watch_text(document: dict) -> str:
 
 
 LEGEND = (
-    "Time of a step that is logged, as a multiple of a plain one (forward, backward, AdamW), with the interval of the "
-    "median. *watch*: ten metrics of each weight and its gradient; *torch reductions*: the same ten, one expression "
-    "each; *all metrics*: outputs and fisher too, as *cache, reduced* takes them from outputs and gradients that "
-    "module hooks have kept (TransformerLens' way; *cache* keeps and computes nothing). Histograms: a watch's of "
-    "weights and gradients of the layers beside its ten metrics, wandb's of the gradients of all parameters. Processes "
-    "share the cores of one machine."
+    "Processor time of a step that is logged, as a multiple of a plain one (forward, backward, AdamW), with the "
+    "interval of the median. *watch*: ten metrics of each weight and its gradient; *torch reductions*: the same ten, "
+    "one expression each; *all metrics*: outputs and fisher too, as *cache, reduced* takes them from outputs and "
+    "gradients that module hooks have kept (TransformerLens' way; *cache* keeps and computes nothing). Histograms: a "
+    "watch's of weights and gradients of the layers beside its ten metrics, wandb's of the gradients of all "
+    "parameters. Processes share the cores of one machine, and are measured by the clock."
 )
 MEANS = (
     "Mean overhead where each k-th step is logged, in percent of a plain step, and that of a step between: a watch "

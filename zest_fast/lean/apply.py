@@ -63,15 +63,15 @@ class LeanHandle(Removable):
         """Go by what trains now: what was left plain for that and is frozen keeps less. What trains runs plainly by
         itself; it is in `skipped` then."""
         modules = dict(model.named_modules())
+        trains = {name for name, module in modules.items() if owns_trainable(module)}
         for kind, names in list(self.applied.items()):
-            staying = tuple(name for name in names if not owns_trainable(modules[name]))
-            self.skipped |= {name: _TRAINS for name in names if name not in staying}
-            self.applied[kind] = staying
-        plain = [name for name, why in self.skipped.items() if why == _TRAINS and not owns_trainable(modules[name])]
-        for name in sorted(plain, key=list(modules).index):
-            _apply_to(name, modules[name], set(), self)
-            if self.skipped[name] == _TRAINS:
-                del self.skipped[name]
+            self.skipped |= {name: _TRAINS for name in names if name in trains}
+            self.applied[kind] = tuple(name for name in names if name not in trains)
+        for name, module in modules.items():
+            if self.skipped.get(name) == _TRAINS and name not in trains:
+                _apply_to(name, module, set(), self)
+                if self.skipped[name] == _TRAINS:
+                    del self.skipped[name]
         self.applied = {kind: names for kind, names in self.applied.items() if names}
 
     def has_put_into(self, module: nn.Module) -> bool:

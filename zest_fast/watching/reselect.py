@@ -57,8 +57,8 @@ class Reselect:
     A layer that enters takes the places of the one that it replaces in the optimizer's groups: rates, weight decay and
     schedulers, which go by groups, act on it as they are. Its weight goes where a weight was, its bias where a bias
     was; where there was none, where another layer's bias is, or else to its weight. It starts without an optimizer
-    state, at the rate of that moment. What leaves is frozen with what it has learned,
-    has no gradient, and is in `tuned.save()`.
+    state, at the rate of that moment. What leaves is frozen with what it has learned, has no gradient, and is in
+    `tuned.save()`.
 
     Whether it pays is another matter: see docs/watch.md for what was measured.
 

@@ -165,15 +165,18 @@ def reselect_text(document: dict) -> str:
     for arm in ARMS:
         cells = [_accuracy([run["test_accuracy"] for run in _runs(pair, arm)]) for pair in pairs]
         exchanged = statistics.mean(run["exchanged"] for pair in pairs for run in _runs(pair, arm))
-        rows.append([arm, *cells, _difference(above_static(pairs, arm)), f"{exchanged:.1f}"])
-    head = ["arm", *(pair["pair"] for pair in pairs), "above static, points", "layers exchanged"]
+        above = above_static(pairs, arm)
+        better, worse = sum(value > 0 for value in above), sum(value < 0 for value in above)
+        counts = f"{better} / {worse} of {len(above)}" if arm in AGAIN else "–"
+        rows.append([arm, *cells, _difference(above), counts, f"{exchanged:.1f}"])
+    head = ["arm", *(pair["pair"] for pair in pairs), "above static, points", "runs better / worse", "layers exchanged"]
     return "\n\n".join([markdown_table(head, rows), LEGEND, finding(pairs)])
 
 
 LEGEND = (
     "Accuracy on the test split in percent, mean over three seeds ± its standard error over them. *Above static*: the "
-    "difference of the two runs of a seed, mean over seeds and pairs ± its standard error over all of these. *Layers "
-    "exchanged*: in a run, of five that train, at three choices."
+    "difference of the two runs of a seed, mean over seeds and pairs ± its standard error over all of these, and how "
+    "many are above and below 0. *Layers exchanged*: in a run, of five that train, at three choices."
 )
 
 

@@ -176,7 +176,7 @@ def test_a_pair_is_run_at_the_rate_of_each_arm_and_goes_on(tmp_path, monkeypatch
     monkeypatch.setattr(reselected, "PAIRS", ("toy/digits",))
     document = json.loads(reselected.collect(tmp_path, tmp_path / "out").read_text())
     text = readme.BLOCKS["reselect"][-1](document)
-    assert f"| {reselected.STATIC} |" in text and "| – | 0.0 |" in text
+    assert f"| {reselected.STATIC} |" in text and "| – | – | 0.0 |" in text
 
 
 def runs_of(**accuracies):

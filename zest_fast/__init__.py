@@ -18,6 +18,7 @@ __all__ = [
     "Ranker",
     "Ranking",
     "Recipe",
+    "Reselect",
     "SelectiveBackward",
     "WatchLog",
     "WatchedStep",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from zest_fast.watching.logs.sinks import sink_for
     from zest_fast.watching.logs.watch_log import WatchLog, load_watch
     from zest_fast.watching.noise_scale import NoiseScale, noise_scale
+    from zest_fast.watching.reselect import Reselect
     from zest_fast.watching.watch import watch
     from zest_fast.watching.watched_step import WatchedStep
 
@@ -97,6 +99,7 @@ else:
         "Ranker": "zest_fast.ranking.ranker",
         "Ranking": "zest_fast.ranking.ranking",
         "Recipe": "zest_fast.sweeping.recipe",
+        "Reselect": "zest_fast.watching.reselect",
         "SelectiveBackward": "zest_fast.finetuning.selective_backward",
         "WatchLog": "zest_fast.watching.logs.watch_log",
         "WatchedStep": "zest_fast.watching.watched_step",

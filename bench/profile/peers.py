@@ -63,7 +63,7 @@ def reductions_after_backward(model: nn.Module, batch: Batch) -> Table:
     with _hooks() as hooks:
         hooks += [m.register_forward_hook(partial(_keep_output, outputs, name)) for name, m in layers.items()]
         model(**batch).loss.backward()
-    table = {name: _written_out(module, outputs[name]) for name, module in layers.items()}
+    table = {name: written_out(module, y.detach(), y.grad) for name, module in layers.items() for y in [outputs[name]]}
     model.zero_grad(set_to_none=True)
     return table
 
@@ -73,8 +73,8 @@ def _keep_output(outputs: dict[str, Tensor], name: str, module: nn.Module, input
     outputs[name] = output
 
 
-def _written_out(module: nn.Module, output: Tensor) -> dict[str, float]:
-    y, dy, w, dw = output.detach(), output.grad, module.weight.detach(), module.weight.grad
+def written_out(module: nn.Module, y: Tensor, dy: Tensor) -> dict[str, float]:
+    w, dw = module.weight.detach(), module.weight.grad
     product = w * dw
     values = {
         "weight_mean": w.mean(),

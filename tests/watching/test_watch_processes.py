@@ -309,7 +309,7 @@ def optimizers_in_the_backward_pass(rank, processes):
 
 
 def noise_is_of_the_micro_batches_of_all(rank, processes):
-    """By its definition (McCandlish et al. 2018, A.1): from |g|² of each micro-batch of each process, and of the mean."""
+    """By its definition (McCandlish et al. 2018, A.1): |g|² of each micro-batch of each process, and the mean's."""
     parts = [batch for r in range(processes) for batch in own_batches(r, processes, 2)]
     gradients = []
     for x, y in parts:

@@ -43,6 +43,7 @@ class Cut:
     module that is never called, because its parent uses its weight directly (nn.MultiheadAttention.out_proj), counts
     where the parent runs.
     skipped: the outermost modules that made no graph in that pass; empty before.
+    compiled: ids of the modules in compiled code, as far as passes have shown them.
 
     Several threads may run the model at the same time; the first of them shows the order of use.
 
@@ -68,7 +69,7 @@ class Cut:
         """
         self._cache = cache
         self._model, self._buffers = model, buffers
-        self._compiled: frozenset[int] = frozenset()
+        self.compiled: frozenset[int] = frozenset()
         self._on_compiled = on_compiled
         self._chosen = dict(chosen)
         self._places = _places(model, chosen)
@@ -92,6 +93,25 @@ class Cut:
             del self._model.forward
         self._model.__dict__.pop("_replicate_for_data_parallel", None)
         self._model.__dict__.update({name: self._found[name] for name in self._found if name not in vars(self._model)})
+
+    def follow(self, chosen: Mapping[str, nn.Parameter], cache: CachedPasses | None) -> None:
+        """Others train now, whose flags are set already; the next pass shows their order of use."""
+        self._cache = cache
+        self._chosen = dict(chosen)
+        self._places = _places(self._model, chosen)
+        self._first_backward.remove()
+        self._first_backward = FirstBackward(chosen)
+        self._plan(_trained(self._model))
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a forward pass runs, in any thread."""
+        return bool(self._running)
+
+    @property
+    def had_a_backward_pass(self) -> bool:
+        """Since these train: whether a gradient has arrived at one of them."""
+        return self._first_backward.has_come
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """The forward pass of the model."""
@@ -158,8 +178,8 @@ class Cut:
                 "call .remove() and wrap again, or set requires_grad"
             )
         compiled = compiled_modules(self._model)
-        if compiled != self._compiled:
-            self._compiled = compiled
+        if compiled != self.compiled:
+            self.compiled = compiled
             self._on_compiled(compiled)
             self._unhook([name for name in self._handles if id(self._model.get_submodule(name)) in compiled])
         for module, name in self._places:
@@ -211,7 +231,7 @@ class Cut:
         self._met: dict[str, None] = {}  # the outermost below the cut, and the holders of what trains on the way there
         self._learning = True
         for name in first.values():
-            if not name or id(modules[name]) in self._compiled:
+            if not name or id(modules[name]) in self.compiled:
                 continue
             if id(modules[name]) in holders:
                 self._hook_holder(name, modules[name])

@@ -20,9 +20,13 @@ class FirstBackward:
             for name, parameter in chosen.items()
         ]
 
+    @property
+    def has_come(self) -> bool:
+        return len(self._waiting) < self._chosen
+
     def check(self) -> None:
         """Warn of the weights that got no gradient, once, if there was a backward pass."""
-        if not self._handles or len(self._waiting) == self._chosen:
+        if not self._handles or not self.has_come:
             return
         self.remove()
         if self._waiting:

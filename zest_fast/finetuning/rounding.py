@@ -109,11 +109,14 @@ class Samples:
     """Some entries of each chosen weight in low precision as they are now: how many have moved?"""
 
     def __init__(self, chosen: Mapping[str, nn.Parameter]) -> None:
-        self._found = {
-            name: (parameter.dtype, _sample(parameter))
-            for name, parameter in chosen.items()
-            if _is_low(parameter) and parameter.dim() > 1
-        }
+        self._found: dict[str, tuple[torch.dtype, Tensor]] = {}
+        self.add(chosen)
+
+    def add(self, chosen: Mapping[str, nn.Parameter]) -> None:
+        """What trains from now on; of what is known already, the older sample stays."""
+        for name, parameter in chosen.items():
+            if _is_low(parameter) and parameter.dim() > 1 and name not in self._found:
+                self._found[name] = parameter.dtype, _sample(parameter)
 
     def __bool__(self) -> bool:
         return bool(self._found)
@@ -125,6 +128,8 @@ class Samples:
         """
         dtypes, counts, moved = set(), 0, 0.0
         for name, (dtype, before) in self._found.items():
+            if name not in chosen:
+                continue
             now = chosen[name]
             if now.dtype != dtype or is_sharded(now) or (sample := _sample(now)).shape != before.shape:
                 continue

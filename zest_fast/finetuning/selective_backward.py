@@ -17,16 +17,16 @@ from torch import nn
 
 from zest_fast.finetuning.cut import Cut, remove_copied_cut
 from zest_fast.finetuning.delta_files import Delta, check_tensors, names_in, read_delta, write_delta
-from zest_fast.finetuning.digests import Base, digest_of_modules, digests, saved_buffers
+from zest_fast.finetuning.digests import Base, digest, digest_of_modules, digests, saved_buffers
 from zest_fast.finetuning.first_step import FirstStep
 from zest_fast.finetuning.moving_buffers import MovingBuffers
 from zest_fast.finetuning.optimizer_check import check_optimizer
-from zest_fast.finetuning.quantised_models import UnpackedLayers
+from zest_fast.finetuning.quantised_models import UnpackedLayers, can_be_unpacked
 from zest_fast.finetuning.quantised_weights import QuantisedWeights, weight_counts
 from zest_fast.finetuning.recomputation import AboveCut, InputGradients
 from zest_fast.finetuning.rounding import Samples, complaints, lost_steps
 from zest_fast.finetuning.run_state import Objects, Stateful, random_state, read_run, set_random_state, write_run
-from zest_fast.finetuning.sharding import put
+from zest_fast.finetuning.sharding import is_sharded, put
 from zest_fast.finetuning.summary import Summary
 from zest_fast.finetuning.trainable_layers import Part, chosen_layers, head_layers
 from zest_fast.finetuning.verification import not_finite, verify
@@ -131,6 +131,10 @@ class SelectiveBackward(Removable):
         self._handles: list[Any] = []  # whatever has .remove()
         self._unpacked: UnpackedLayers | None = None
         self._first_step: FirstStep | None = None
+        self._passes: CachedPasses | None = None
+        # Layers that trained before an exchange, and rest since: digests of their parameters when they were frozen.
+        self._left: dict[str, dict[str, str]] = {}
+        self._fresh: tuple[str, ...] = ()  # parameters that the last exchange let train
         try:
             with HeldInterrupts():
                 self._choose(checkpoint)
@@ -176,11 +180,10 @@ class SelectiveBackward(Removable):
             self._handles.append(AboveCut(self.model))
         self._handles.append(InputGradients(self.model))
         self._buffers = MovingBuffers(self.model)
-        passes = None
         if self._cache is not None:
-            passes = CachedPasses(self._cache, self.model, partial(digest_of_modules, self.model))
-            self._handles.append(passes)
-        self._cut = Cut(self.model, self._chosen(), self._buffers, self._leave_compiled_code, passes)
+            self._passes = CachedPasses(self._cache, self.model, partial(digest_of_modules, self.model))
+            self._handles.append(self._passes)
+        self._cut = Cut(self.model, self._chosen(), self._buffers, self._leave_compiled_code, self._passes)
         self._handles.append(self._cut)
         if self._samples:
             self._first_step = FirstStep(self._chosen, self._remember)
@@ -190,6 +193,139 @@ class SelectiveBackward(Removable):
     def _leave_compiled_code(self, modules: frozenset[int]) -> None:
         if self._lean is not None:
             self._lean.take_out(modules)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers that train beside the head."""
+        return _names(self._layers)
+
+    @property
+    def former_layers(self) -> tuple[str, ...]:
+        """Those that trained before an exchange, and are frozen with what they learned."""
+        return tuple(self._left)
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """What trains as the head."""
+        return _names(self._head)
+
+    def exchange(self, layers: Iterable[str]) -> SelectiveBackward:
+        """Let these layers train from now on, in the place of those that do; the head stays.
+
+        Between two steps. The cut, lean saving, checkpointing and the prefix cache (which learns the new cut from the
+        next batch) follow; an optimizer does not: `zest_fast.Reselect` exchanges in both. A layer that leaves is frozen
+        with what it has learned, its `.grad` is None, `.save()` writes it, and `.verify()` holds it against the moment
+        that it left. Ctrl-C waits; it is done whole or not at all.
+
+        Args:
+            layers: all that train beside the head, as when the model was wrapped.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: a layer that does not exist or cannot train, or nothing that would train.
+            NotImplementedError: frozen="int8" or "nf4", layers that bitsandbytes has quantised, several processes, or
+                sharded parameters.
+            RuntimeError: after `.remove()`, or within a forward pass. The model is untouched in each case.
+        """
+        layers = tuple(layers)
+        names = self.check_exchange(layers)
+        fresh, old = chosen_layers(self.model, layers), chosen_layers(self.model, self.layers)
+        head = head_layers(self.model, self.head) if self._head else ()  # with the parameters that are there now
+        trained, there = self._chosen(), dict(self.model.named_parameters())
+        leaving = {name: parameter for name, parameter in trained.items() if name not in names}
+        entering = {name: there[name] for name in names if name not in trained}
+        left = {name: found for name, found in self._left.items() if name not in _names(fresh)}
+        for part in old:
+            found = {n: digest(p) for n, p in leaving.items() if any(p is own for own in part.parameters)}
+            if any(found[name] != self._base.digests.get(name) for name in found):
+                left[part.name] = found
+        with HeldInterrupts():
+            before = {name: vars(self)[name] for name in _OF_A_CHOICE}
+            flags = [(parameter, parameter.requires_grad) for parameter in there.values()]
+            try:
+                self._samples.add(entering)
+                self._layers, self._head, self.trainable_names = fresh, head, names
+                self._left, self._fresh = left, tuple(entering)
+                for parameter in leaving.values():
+                    parameter.requires_grad_(False)
+                for parameter in entering.values():
+                    parameter.requires_grad_(True)
+                self._follow()
+            except BaseException:
+                vars(self).update(before)
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
+                self._follow()
+                raise
+            for parameter in leaving.values():
+                parameter.grad = None
+        return self
+
+    def check_exchange(self, layers: Iterable[str]) -> tuple[str, ...]:
+        """Whether `exchange` could be done; changes nothing.
+
+        Args:
+            layers: as for `exchange`.
+
+        Returns:
+            The parameters that would train, by name.
+
+        Raises:
+            ValueError, NotImplementedError, RuntimeError: as `exchange`.
+        """
+        parts = chosen_layers(self.model, layers)
+        if self._removed:
+            raise RuntimeError("exchange: the model is not wrapped any more (.remove() was called); wrap it again")
+        if not parts and not self._head:
+            raise ValueError("exchange: nothing would train: layers is empty and there is no head")
+        if self._quantised is not None:
+            raise NotImplementedError(
+                f"exchange: with frozen={self._quantised.format!r} what is frozen is packed and rounded for good, and "
+                "layers cannot be exchanged during a run; wrap without frozen="
+            )
+        for part in parts:
+            if any(map(can_be_unpacked, part.parameters)):
+                raise NotImplementedError(
+                    f"exchange: {part.name!r} is quantised by bitsandbytes, and layers are unpacked only when the "
+                    "model is wrapped; choose it there, or another layer"
+                )
+            if any(getattr(parameter, "pages", None) is not None for parameter in part.parameters):
+                raise NotImplementedError(
+                    f"exchange: {part.name!r} stays on disk (open_streamed), and cannot train there; name it in train= "
+                    "when the model is opened"
+                )
+        sharded = next((name for name, p in self.model.named_parameters() if is_sharded(p)), None)
+        if sharded is not None:
+            raise NotImplementedError(
+                f"exchange: {sharded!r} is sharded over processes (FSDP, tensor parallel), where layers cannot be "
+                "exchanged during a run"
+            )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            processes = torch.distributed.get_world_size()
+            if processes > 1:
+                raise NotImplementedError(
+                    f"exchange: one of {processes} processes: DistributedDataParallel averages the gradients of what "
+                    "trained when it was built, and not of layers that are exchanged later"
+                )
+        if self._cut.is_running:
+            raise RuntimeError("exchange: within a forward pass of the model; call it between two steps")
+        head = head_layers(self.model, self.head) if self._head else ()
+        own = {id(parameter) for part in (*parts, *head) for parameter in part.parameters}
+        return tuple(name for name, parameter in self.model.named_parameters() if id(parameter) in own)
+
+    def _follow(self) -> None:
+        """All that goes by what trains."""
+        if self._lean is not None:
+            self._lean.follow(self.model)
+            self._lean.take_out(self._cut.compiled)
+        if self._passes is not None and self._cache is not None:
+            self._passes.remove()
+            passes = CachedPasses(self._cache, self.model, partial(digest_of_modules, self.model))
+            self._handles[self._handles.index(self._passes)] = passes
+            self._passes = passes
+        self._cut.follow(self._chosen(), self._passes)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What trains, for the optimizer: each parameter once, in the order of `trainable_names`."""
@@ -250,7 +386,8 @@ class SelectiveBackward(Removable):
         return check_optimizer(optimizer, self._chosen(), self.model, replaced)
 
     def verify(self) -> str:
-        """After training: every chosen weight moved and is finite, and all that is frozen is bit for bit as it was.
+        """After training: every chosen weight moved and is finite, and all that is frozen is bit for bit as it was
+        (what trained before an exchange: as it was when it left).
 
         Takes a second for each GB and core. With FSDP2 (`fully_shard`) every process has to call it, as `.save()` and
         `.load()`: shards are gathered one by one. Warns where weights in bfloat16 or float16 have not moved, since
@@ -266,9 +403,13 @@ class SelectiveBackward(Removable):
         """
         if self._removed and self._quantised is not None:
             raise RuntimeError("verify: the quantised weights are unpacked since .remove(); call .verify() before it")
-        found = verify(self.model, self._base, self._chosen(), self._buffers.names)
+        untried = () if self._cut.had_a_backward_pass else self._fresh
+        found = verify(
+            self.model, self._base, self._chosen(), self._buffers.names, left=self._digests_left(), untried=untried
+        )
         optimizer = self._optimizer() if self._optimizer is not None else None
-        for complaint in complaints(self._samples, self._chosen(), optimizer):
+        tried = {name: parameter for name, parameter in self._ever().items() if name not in untried}
+        for complaint in complaints(self._samples, tried, optimizer):
             warnings.warn(f"verify: {complaint}", stacklevel=2)
             found += f"; {complaint}"
         return found
@@ -352,9 +493,15 @@ class SelectiveBackward(Removable):
             The path.
 
         Raises:
-            RuntimeError: a trained parameter is not finite; nothing is written.
+            RuntimeError: a trained parameter is not finite, or layers were exchanged, which `resume` would not know;
+                nothing is written.
             OSError: the file cannot be written.
         """
+        if self._left:
+            raise RuntimeError(
+                f"save_run: {some(map(repr, self._left))} trained before an exchange, and a run with exchanges cannot "
+                "be resumed; .save() writes what was trained"
+            )
         self._remember(optimizer)
         return write_run(path, self._delta(), _stateful(optimizer, scheduler, others), progress)
 
@@ -379,7 +526,10 @@ class SelectiveBackward(Removable):
         Raises:
             ValueError: the file is torn or foreign, or does not fit this model, these layers or these objects.
                 Everything is then as it was.
+            RuntimeError: layers were exchanged since the model was wrapped.
         """
+        if self._left:
+            raise RuntimeError("resume: layers were exchanged since this model was wrapped; wrap it anew first")
         run = read_run(path)
         self._check(path, run.delta)
         self._remember(optimizer)
@@ -427,22 +577,33 @@ class SelectiveBackward(Removable):
 
     def _chosen(self) -> dict[str, nn.Parameter]:
         """By name, so that parameters that were replaced since (`load_state_dict(assign=True)`) are the new ones."""
+        return self._named(self.trainable_names)
+
+    def _ever(self) -> dict[str, nn.Parameter]:
+        """What trains, and what did before an exchange."""
+        return self._named((*self.trainable_names, *self._digests_left()))
+
+    def _digests_left(self) -> dict[str, str]:
+        found = {name: one for digests in self._left.values() for name, one in digests.items()}
+        return {name: one for name, one in found.items() if name not in self.trainable_names}  # but what is tied
+
+    def _named(self, names: tuple[str, ...]) -> dict[str, nn.Parameter]:
         there = dict(self.model.named_parameters())
-        gone = next((name for name in self.trainable_names if name not in there), None)
+        gone = next((name for name in names if name not in there), None)
         if gone is not None:
             raise RuntimeError(f"the model has no {gone!r} any more: its module was replaced after wrapping")
-        return {name: there[name] for name in self.trainable_names}
+        return {name: there[name] for name in names}
 
     def _delta(self) -> Delta:
-        if broken := not_finite(self._chosen()):
+        if broken := not_finite(self._ever()):
             raise RuntimeError(f"{some(map(repr, broken))} is not finite (was the loss NaN?): nothing is written")
         buffers = saved_buffers(self.model)
         changed = {name for name, now in digests(buffers).items() if now != self._base.digests.get(name)}
         return Delta(
-            layers=_names(self._layers),
+            layers=(*self.layers, *self._left),
             head=_names(self._head),
-            base=self._base.hash(without=self.trainable_names),
-            parameters=self._chosen(),
+            base=self._base.hash(without=self._ever()),
+            parameters=self._ever(),
             buffers={name: buffer for name, buffer in buffers.items() if name in changed},
             dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in self.model.parameters()})),
         )
@@ -454,19 +615,20 @@ class SelectiveBackward(Removable):
             raise ValueError(f"{os.fspath(path)!r} does not fit: {error}") from error
 
     def _check_fit(self, delta: Delta) -> None:
-        for argument, saved, ours in (("layers", delta.layers, self._layers), ("head", delta.head, self._head)):
-            if set(saved) != set(_names(ours)):
+        layers = (*self.layers, *self._left)
+        for argument, saved, ours in (("layers", delta.layers, layers), ("head", delta.head, self.head)):
+            if set(saved) != set(ours):
                 raise ValueError(
-                    f"it was saved with {argument}={list(saved)}, this model is wrapped with {list(_names(ours))}; "
+                    f"it was saved with {argument}={list(saved)}, this model is wrapped with {list(ours)}; "
                     f"wrap it with the same {argument}"
                 )
-        parameters = self._chosen()
+        parameters = self._ever()
         missing = sorted(set(parameters) - set(delta.parameters))
         if missing:
             raise ValueError(f"it lacks the parameter {missing[0]!r}")
         check_tensors("parameter", delta.parameters, parameters)
         check_tensors("buffer", delta.buffers, saved_buffers(self.model))
-        if delta.base != self._base.hash(without=self.trainable_names):
+        if delta.base != self._base.hash(without=parameters):
             raise ValueError(
                 "the frozen parameters or buffers of this model differ from those it was trained on: "
                 "load the same base weights in the same dtype first"
@@ -474,15 +636,17 @@ class SelectiveBackward(Removable):
 
     @torch.no_grad()
     def _put(self, delta: Delta) -> None:
-        for name, parameter in self._chosen().items():
+        there = self._ever()
+        for name, parameter in there.items():
             put(parameter, delta.parameters[name])
+        self._left = {layer: {name: digest(there[name]) for name in found} for layer, found in self._left.items()}
         self._buffers.names.update(delta.buffers)
         for name, buffer in saved_buffers(self.model).items():  # one that had not changed is as it was when wrapped
             put(buffer, delta.buffers.get(name, self._base.buffers.get(name, buffer)))
 
     def _kept(self) -> dict[str, torch.Tensor]:
         """What `_put` writes to."""
-        return {**self._chosen(), **saved_buffers(self.model)}
+        return {**self._ever(), **saved_buffers(self.model)}
 
     @torch.no_grad()
     def _put_back(self, before: Mapping[str, torch.Tensor]) -> None:
@@ -512,6 +676,10 @@ def _class_names(names: Iterable[str]) -> tuple[str, ...]:
     if wrong := [name for name in names if not isinstance(name, str)]:
         raise TypeError(f"class_names must be strings, and {wrong[0]!r} is a {type(wrong[0]).__name__}")
     return names_in("class_names", names)
+
+
+_OF_A_CHOICE = ("_layers", "_head", "trainable_names", "_left", "_fresh")
+"""What an exchange changes, beside that which goes by it."""
 
 
 def _stateful(

@@ -64,6 +64,22 @@ def head_layers(model: nn.Module, head: str | Iterable[str] | None) -> tuple[Par
     return tuple(selected)
 
 
+def layers_that_can_train(model: nn.Module, head: Iterable[str]) -> frozenset[str]:
+    """Rows that could train beside the `head` (names of its modules) as they are in memory now: not those whose weight
+    is the head's too, quantised, on the meta device or on disk."""
+    taken = {id(parameter) for part in head_layers(model, head) for parameter in part.parameters}
+    return frozenset(
+        name for name, part in _rows(model).items() if _is_plain(part) and id(part.parameters[0]) not in taken
+    )
+
+
+def _is_plain(part: Part) -> bool:
+    return all(
+        (p.is_floating_point() or p.is_complex()) and not p.is_meta and getattr(p, "pages", None) is None
+        for p in part.parameters
+    )
+
+
 def layer_names(
     layers: Any, n: int | None = None, *, argument: str = "layers", takes_n: bool = True
 ) -> tuple[str, ...]:

@@ -13,28 +13,43 @@ from zest_fast.foundation.nearest import some
 
 
 def verify(
-    model: nn.Module, base: Base, chosen: Mapping[str, nn.Parameter], moving: Collection[str] = frozenset()
+    model: nn.Module,
+    base: Base,
+    chosen: Mapping[str, nn.Parameter],
+    moving: Collection[str] = frozenset(),
+    *,
+    left: Mapping[str, str] | None = None,
+    untried: Collection[str] = frozenset(),
 ) -> str:
     """Raise RuntimeError, naming each, unless every chosen weight moved and all else is bit for bit as it was.
 
     base: of the model when it was wrapped. Biases and other vectors may rest (some have no gradient by construction),
     and buffers beside a parameter that trains (batch norm in a head) may change, and those that the model's own forward
     pass moves (`moving`). Returns what was found, with the names of the latter.
+
+    left: digests of what trained and was frozen during the run, at that moment: it has to be as it was then, and
+    finite.
+    untried: of the chosen, what there has been no backward pass for yet; it may rest.
     """
+    left = left or {}
     frozen = dict(model.named_parameters())
     for name in chosen:
         frozen.pop(name, None)
     buffers = saved_buffers(model)
-    places = {name.rpartition(".")[0] for name in chosen}
+    places = {name.rpartition(".")[0] for name in (*chosen, *left)}
     still = {**frozen, **{name: buffer for name, buffer in buffers.items() if name.rpartition(".")[0] not in places}}
     now = digests({**still, **chosen})
-    before = base.digests
+    before = {**base.digests, **left}
     changed = [name for name in still if name in before and now[name] != before[name]]
     found = {
         "chosen, but did not move (no gradient, no step, or steps too small for the dtype)": [
-            name for name, parameter in chosen.items() if parameter.dim() > 1 and now[name] == before[name]
+            name
+            for name, parameter in chosen.items()
+            if parameter.dim() > 1 and now[name] == before[name] and name not in untried
         ],
-        "chosen, but not finite any more (was the loss NaN?)": not_finite(chosen),
+        "chosen, but not finite any more (was the loss NaN?)": not_finite(
+            {**chosen, **{name: frozen[name] for name in left if name in frozen}}
+        ),
         "frozen, but changed": [name for name in changed if name not in moving or name not in buffers],
         "not there when the model was wrapped": [name for name in still if name not in before],
         "gone since the model was wrapped": sorted(before.keys() - frozen.keys() - buffers.keys() - chosen.keys()),
@@ -44,6 +59,10 @@ def verify(
     if problems:
         raise RuntimeError("verify: " + "; ".join(problems))
     report = "verified: every chosen weight moved, every frozen tensor is bit for bit as it was"
+    if left:
+        report += f" ({len(left)} that trained before an exchange: as when they left)"
+    if untried:
+        report += f"; not trained yet, since there was no backward pass after the exchange: {some(map(repr, untried))}"
     if changed:
         report += (
             f", but for buffers that the model's own forward pass moves in train mode, whatever is frozen (such as the "

@@ -1,5 +1,5 @@
-"""SelectiveBackward and watch in transformers' Trainer: freeze before the optimizer exists, check that it holds what
-trains, and see how.
+"""SelectiveBackward, watch and Reselect in transformers' Trainer: freeze before the optimizer exists, check that it
+holds what trains, see how, and choose again.
 
 Trainer builds its optimizer from the parameters that require a gradient when `train()` is called. A callback that
 freezes later, at the beginning of training, leaves the optimizer with the old ones; one at the end of Trainer's
@@ -30,6 +30,7 @@ from zest_fast.probing.collecting import collect
 from zest_fast.probing.probe import probe as run_probe
 from zest_fast.profiling.profile import profile, unwrapped
 from zest_fast.ranking.ranking import Ranking, rank
+from zest_fast.watching.reselect import Reselect
 from zest_fast.watching.watch import Log, Watch, watch
 
 DELTA = "zest_delta.safetensors"
@@ -163,6 +164,81 @@ class WatchCallback(TrainerCallback):
         """Take every hook away, after a training that ended in an exception. A second call does nothing."""
         if self.watched is not None:
             self.watched.remove()
+
+
+class ReselectCallback(TrainerCallback):
+    """`zest_fast.Reselect` while a Trainer trains: `Trainer(callbacks=[zest, ReselectCallback(zest, every=200)], ...)`.
+
+    The batch that is profiled is the last one that the model was called with in the step; nothing is taken from the
+    data loader. The last step of a training chooses nothing any more.
+
+    Args:
+        tuned: the ZestCallback, or what `prepare` returned.
+        every: optimizer steps from one choice to the next.
+        **options: others of `zest_fast.Reselect`.
+
+    Attributes:
+        reselect: that of the last `train()`; `.exchanges` says what was done.
+
+    Raises:
+        RuntimeError: training begins without a SelectiveBackward, or from a checkpoint: its optimizer states are those
+            of the layers that trained when it was written. Of a step: the model was not called with keyword arguments
+            (compiled code shows no call): give a fixed `batch=`.
+        TypeError, ValueError, NotImplementedError: as `zest_fast.Reselect`, when training begins.
+    """
+
+    def __init__(self, tuned: ZestCallback | SelectiveBackward, every: int = 200, **options: Any) -> None:
+        self._source, self.every, self.options = tuned, every, options
+        self.reselect: Reselect | None = None
+        self._batch: Any = None
+        self._hook: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """The optimizer holds what trains."""
+        self._unhook()
+        tuned = self._source.tuned if isinstance(self._source, ZestCallback) else self._source
+        if tuned is None:
+            raise RuntimeError(
+                "ReselectCallback: its ZestCallback is in no Trainer; pass both in Trainer(callbacks=[...])"
+            )
+        if state.global_step:
+            raise RuntimeError(
+                f"ReselectCallback: training goes on at step {state.global_step} of a checkpoint, whose optimizer "
+                "states belong to the layers that trained when it was written; start anew, or leave the callback out"
+            )
+        self.reselect = Reselect(tuned, optimizer, every=self.every, **self.options)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.reselect is not None and (self.reselect.steps + 1) % self.every == 0:
+            self._hook = self.reselect.tuned.model.register_forward_pre_hook(self._seen, with_kwargs=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After the step: of the optimizer, and of the schedule."""
+        reselect, batch = self.reselect, self._batch
+        self._unhook()
+        if reselect is None:
+            return
+        if state.global_step >= state.max_steps or (reselect.steps + 1) % self.every:
+            reselect.steps += 1
+            return
+        if batch is None and not reselect.has_a_batch:
+            raise RuntimeError(
+                "ReselectCallback saw no call of the model with keyword arguments in this step; give it a fixed batch="
+            )
+        reselect.step(None if reselect.has_a_batch else batch)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._unhook()
+
+    def _seen(self, module: Any, args: Any, kwargs: Any) -> None:
+        if not args and kwargs:
+            self._batch = dict(kwargs)
+
+    def _unhook(self) -> None:
+        self._batch = None
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
 
 def _as_it_is_called(model: Any) -> Any:

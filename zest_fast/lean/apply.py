@@ -12,7 +12,7 @@ from torch import nn
 
 from zest_fast.foundation.nearest import nearest
 from zest_fast.foundation.removable import Removable
-from zest_fast.lean.forward import LeanForward
+from zest_fast.lean.forward import LeanForward, owns_trainable
 from zest_fast.lean.kinds import kind_of
 
 
@@ -58,6 +58,21 @@ class LeanHandle(Removable):
         for forward in self._forwards:
             if id(forward.module) in modules:
                 forward.remove()
+
+    def follow(self, model: nn.Module) -> None:
+        """Go by what trains now: what was left plain for that and is frozen keeps less. What trains runs plainly by
+        itself; it is in `skipped` then."""
+        modules = dict(model.named_modules())
+        trains = {name for name, module in modules.items() if owns_trainable(module)}
+        for kind, names in list(self.applied.items()):
+            self.skipped |= {name: _TRAINS for name in names if name in trains}
+            self.applied[kind] = tuple(name for name in names if name not in trains)
+        for name, module in modules.items():
+            if self.skipped.get(name) == _TRAINS and name not in trains:
+                _apply_to(name, module, set(), self)
+                if self.skipped[name] == _TRAINS:
+                    del self.skipped[name]
+        self.applied = {kind: names for kind, names in self.applied.items() if names}
 
     def has_put_into(self, module: nn.Module) -> bool:
         return any(forward.module is module for forward in self._forwards)
@@ -116,15 +131,21 @@ def _apply(model: nn.Module, trains: set[int], handle: LeanHandle) -> None:
     for name, module in model.named_modules():
         if _is_ligers(module):
             handle.skipped[name] = f"Liger's kernels run it ({type(module).__name__})"
-            continue
-        kind = kind_of(module)
-        if kind is None or handle.has_put_into(module):
-            continue
-        forwards = _why_plain(module, trains) or kind.forwards(module)
-        if isinstance(forwards, str):
-            handle.skipped[name] = forwards
-        else:
-            handle.put_in(kind.name, name, forwards)
+        elif kind_of(module) is not None and not handle.has_put_into(module):
+            _apply_to(name, module, trains, handle)
+
+
+def _apply_to(name: str, module: nn.Module, trains: set[int], handle: LeanHandle) -> None:
+    kind = kind_of(module)
+    assert kind is not None
+    if handle.has_put_into(module):  # and is lean again
+        handle.put_in(kind.name, name, ())
+        return
+    forwards = _why_plain(module, trains) or kind.forwards(module)
+    if isinstance(forwards, str):
+        handle.skipped[name] = forwards
+    else:
+        handle.put_in(kind.name, name, forwards)
 
 
 _TRAINS = "it trains"

@@ -1,0 +1,1 @@
+"""What a watch costs a training loop, beside what people do without it: `python -m bench.watch`."""

@@ -51,7 +51,7 @@ class Part:
 
     statistics: WindowStatistics
     loss: Tensor | None
-    scale: float
+    scale: float = 1.0
     samples: int | None = None
     wrong: dict[Weight, str] = field(default_factory=dict)
 
@@ -140,14 +140,14 @@ class Window:
         """The user's backward pass begins."""
         if not self.backwards and self.asked.noise:
             self.stale = self.gradients.are_there()
-        scale = self.scales.of_this_backward()
+        self.scales.begin_backward()
         roots = [root for root in roots if isinstance(root, Tensor)]
         loss = roots[0].detach().clone() if len(roots) == 1 and roots[0].numel() == 1 else None
-        self.losses.append((loss, scale))
+        self.losses.append((loss, 1.0))  # the scale is known when it is over
         self.backwards += 1
         self._running = True
         if self.asked.parts or self.asked.noise:
-            part = Part(WindowStatistics(OF_WEIGHTS, self.asked.backend), loss, scale)
+            part = Part(WindowStatistics(OF_WEIGHTS, self.asked.backend), loss)
             self.parts.append(part)
             self._part_gradients.begin(part.statistics.weight_gradient)
         self.gradients.begin()
@@ -165,10 +165,13 @@ class Window:
             self.parts[-1].wrong.update(self._part_gradients.wrong)
             self.parts[-1].samples = self.calls.samples_of_part()
         if self.gradients.end() or arrived:
+            scale = self.scales.of_this_backward()
+            self.losses[-1] = (self.losses[-1][0], scale)
+            if self.parts:
+                self.parts[-1].scale = scale
             return True
         self.backwards -= 1
         self.losses.pop()
-        self.scales.forget_this_backward()
         if self.parts:
             self.parts.pop()
         return False

@@ -306,7 +306,7 @@ class Watch(Removable):
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():  # a compiled step runs no hook: watched.step() has to tell
             return
-        if steps_around(optimizer) > 1:  # the step of a class within that of a class derived from it
+        if self._is_within_a_step():
             return
         self._late = False
         if not self._holds(optimizer):
@@ -335,7 +335,7 @@ class Watch(Removable):
             running.updates.before(optimizer)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling() or steps_around(optimizer) > 1:
+        if torch.compiler.is_compiling() or self._is_within_a_step():
             return
         if self._late or not self._holds(optimizer):
             self._late = False
@@ -361,6 +361,11 @@ class Watch(Removable):
         weights = (layer.weight.parameter for layer in self._rows.layers)
         if self._round.is_complete(p for p in weights if p.grad is not None):
             self._end_round()
+
+    def _is_within_a_step(self) -> bool:
+        """Whether the step whose hook runs is a part of another one: of a class derived from its own, or of an optimizer
+        that steps others (Lookahead)."""
+        return any(self._holds(outer) for outer in steps_around()[1:])
 
     def _holds(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether it has a watched weight. One that has none may get some: in a step within the backward pass it may

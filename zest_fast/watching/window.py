@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from zest_fast.foundation.interrupts import HeldInterrupts
+from zest_fast.foundation.nearest import some
 from zest_fast.kernels.storage import has_storage
 from zest_fast.profiling.layers import Layer, Weight
 from zest_fast.profiling.metrics import FISHER, GRADIENT, GRADIENT_ABS, OUTPUT, PRODUCT, PRODUCT_ABS, WEIGHT
@@ -25,6 +26,10 @@ from zest_fast.watching.window_statistics import WindowStatistics
 
 OF_WEIGHTS = frozenset({WEIGHT, GRADIENT, GRADIENT_ABS, PRODUCT, PRODUCT_ABS})
 """What is read where weights and gradients lie, without hooks on modules."""
+_NOT_CLEARED = (
+    "gradients of before were not cleared, and are part of those of the step; loss, act and fisher are of its own "
+    "backward passes"
+)
 _COMPILED = "its module is compiled, and compiled code sees no hooks"
 
 
@@ -138,7 +143,7 @@ class Window:
 
     def begin_backward(self, roots: Any) -> None:
         """The user's backward pass begins."""
-        if not self.backwards and self.asked.noise:
+        if not self.backwards:
             self.stale = self.gradients.are_there()
         self.scales.begin_backward()
         roots = [root for root in roots if isinstance(root, Tensor)]
@@ -152,19 +157,26 @@ class Window:
             self._part_gradients.begin(part.statistics.weight_gradient)
         self.gradients.begin()
         if self.taps is not None:
+            self.statistics.begin_pass()
             self.taps.begin_backward(roots)
 
     def end_backward(self) -> bool:
-        """It is over, and all that it accumulated is there. False where it was that of another model."""
+        """It is over, and all that it accumulated is there. False where it was that of another model, also one that
+        went through this one while nothing of it trained (a discriminator in the step of its generator)."""
         self._running = False
         arrived = self.taps is not None and self.taps.end_backward()
-        if arrived:
+        ours = self.gradients.end() or (arrived and any(p.requires_grad for p in self.target.model.parameters()))
+        if self.taps is not None and not ours:
+            self.statistics.forget_pass()
+        elif arrived:
             self.statistics.end_pass()
         if self.parts:
             self._part_gradients.end()
             self.parts[-1].wrong.update(self._part_gradients.wrong)
             self.parts[-1].samples = self.calls.samples_of_part()
-        if self.gradients.end() or arrived:
+        if ours:
+            if self.backwards == 1 and self.stale:
+                self.notes.append(_NOT_CLEARED)
             scale = self.scales.of_this_backward()
             self.losses[-1] = (self.losses[-1][0], scale)
             if self.parts:
@@ -175,6 +187,29 @@ class Window:
         if self.parts:
             self.parts.pop()
         return False
+
+    def look_for_cleared(self) -> None:
+        """Another backward pass of the step begins: what was cleared since the last one is forgotten."""
+        cleared = self.gradients.cleared()
+        for weight in cleared:
+            self.statistics.forget_gradient(weight)
+        if cleared:
+            self.stale = True
+            self.notes.append(
+                f"{_names(cleared)}: the gradient was cleared between two backward passes of the step; loss, act and "
+                "fisher are of all of them"
+            )
+
+    def look_for_changed(self) -> None:
+        """The step is about to be taken with the gradients that are there now."""
+        for weight in self.gradients.taken_away():
+            self.statistics.missed_weights.setdefault(weight, "it was cleared before the step")
+        replaced = self.gradients.replaced()
+        if replaced:
+            self.notes.append(
+                f"{_names(replaced)}: another gradient was put into .grad after the backward pass; shown is the one "
+                "that the pass left"
+            )
 
     def close(self) -> None:
         """The step is about to be taken: numbers are fetched, hooks go."""
@@ -216,6 +251,10 @@ class Window:
     @property
     def layers_that_train(self) -> list[Layer]:
         return [layer for layer in self.rows.layers if self.rows.subject.trainable[layer]]
+
+
+def _names(weights: Iterable[Weight]) -> str:
+    return some(layer.name for weight in weights for layer in weight.layers)
 
 
 class _Exit:

@@ -290,3 +290,31 @@ def test_histograms_of_a_wide_range_hold_every_entry(entries):
     counts, edges = histogram(x)
     assert counts.sum() == len(entries) and counts[0] == counts[-1] == 1
     assert edges[0] == x[0].item() and edges[-1] == x[-1].item()
+
+
+# A cache of what is below the cut
+
+
+def test_passes_by_which_a_cache_is_held_against_the_model_do_not_count(tmp_path):
+    """At the first steps the cache runs the model several times within one call of it."""
+
+    def train(cache):
+        torch.manual_seed(0)
+        model, log = nn.Sequential(*[nn.Linear(6, 6) for _ in range(4)], nn.Linear(6, 3)).eval(), []
+        with zest_fast.SelectiveBackward(model, ["2"], cache=cache) as tuned:
+            optimizer = torch.optim.SGD(tuned.parameters(), lr=0.1)
+            with zest_fast.watch(model, every=1, metrics="all", frozen=True, log=log.append):
+                for _ in range(3):
+                    for x, y in batches(2):
+                        (loss_of(model, x, y) / 2).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        return log
+
+    for found, plain in zip(train(zest_fast.PrefixCache(tmp_path)), train(None), strict=True):
+        for layer in ("2", "3", "4"):
+            for metric in plain.profile.metrics:
+                expected = float(plain.profile[layer][metric])
+                assert float(found.profile[layer][metric]) == pytest.approx(expected, rel=1e-6, nan_ok=True), metric
+            assert found.profile.info[layer]["uses"] == 1
+        assert math.isnan(found.profile["0"]["act_std"]) and "act" in found.profile.info["0"]["note"]

@@ -68,8 +68,9 @@ def watch(
 
     Steps are counted by the optimizers of torch.optim that hold a watched weight; for others call `watched.step()`
     after each of their steps. A step of several optimizers is one, which ends when all have stepped or the next
-    backward pass begins; optimizers that step inside of the backward pass end it there. A step that a GradScaler skips
-    is logged, marked as `overflow`, and logged again under the same number when it is tried again.
+    backward pass of the model begins; optimizers that step inside of the backward pass end it there. A step that a
+    GradScaler skips is logged, marked as `overflow`, and logged again under the same number when it is tried again; a
+    fused optimizer skips within its own step, which counts.
 
     By default nothing is put into the forward. `act_*` and `fisher` take hooks on the modules and hold each layer's
     input and output until its gradient is there, as `profile` does; outputs count where a gradient comes back to their

@@ -35,17 +35,23 @@ def test_current_task_is_known_in_backward_only() -> None:
     assert min(seen) >= 0 and len(set(seen)) == 2
 
 
-def test_steps_around_counts_those_of_base_classes_and_of_this_optimizer_only() -> None:
+def test_steps_around_are_those_of_base_classes_and_of_optimizers_that_step_others() -> None:
     class Derived(torch.optim.SGD):
         def step(self, closure=None):
             return super().step(closure)
 
-    seen: list[tuple[int, int]] = []
-    p, q = leaf(2), leaf(2)
-    derived, other = Derived([p], lr=0.1), torch.optim.SGD([q], lr=0.1)
-    derived.register_step_pre_hook(lambda *_: seen.append((private.steps_around(derived), private.steps_around(other))))
+    class Outer(torch.optim.SGD):
+        def step(self, closure=None):
+            return derived.step(closure)
+
+    seen: list[list[torch.optim.Optimizer]] = []
+    torch.optim.SGD([leaf(2)], lr=0.1)  # the first of a class lets its step run hooks
+    derived, outer = Derived([leaf(2)], lr=0.1), Outer([leaf(2)], lr=0.1)
+    derived.register_step_pre_hook(lambda *_: seen.append(private.steps_around()))
     derived.step()
-    assert seen == [(1, 0), (2, 0)]
+    outer.step()
+    assert seen == [[derived], [derived, derived], [derived, outer], [derived, derived, outer]]
+    assert private.steps_around() == []
 
 
 def test_run_first_decides_in_which_order_the_engine_calls_hooks() -> None:

@@ -93,14 +93,15 @@ def inputs_of_checkpoint() -> tuple[bool, ...] | None:
 _of_a_step = torch.optim.Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
 
-def steps_around(optimizer: torch.optim.Optimizer) -> int:
-    """How many calls of an optimizer's `step` run, as seen from its step hooks: that of a derived class and that of its
-    base class both run them, and nothing public tells the one step that they are.
+def steps_around() -> list[torch.optim.Optimizer]:
+    """The optimizers of which a call of `step` runs, as seen from a step hook, the innermost first: that of a derived
+    class and that of its base class both run the hooks, and so does an optimizer that another one steps. Nothing public
+    tells the one step that they are.
     """
-    frame, found = sys._getframe(1), 0
+    frame, found = sys._getframe(1), []
     while frame is not None:
-        if frame.f_code is _of_a_step and frame.f_locals.get("self") is optimizer:
-            found += 1
+        if frame.f_code is _of_a_step:
+            found.append(frame.f_locals["self"])
         frame = frame.f_back  # type: ignore[assignment]
     return found
 

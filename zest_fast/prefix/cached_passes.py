@@ -27,6 +27,7 @@ from zest_fast.prefix.passes import Before, Kept, Passes, floats_of, part_of, un
 from zest_fast.prefix.placeholders import Unkept
 from zest_fast.prefix.sample_keys import Samples
 from zest_fast.profiling.heads import unwrap
+from zest_fast.profiling.watched import unwatched
 
 FORMAT = 1
 _CHECKED = 64
@@ -124,7 +125,7 @@ class CachedPasses:
         if isinstance(samples, Samples) and self._busy.acquire(blocking=False):
             try:
                 # What cannot be is said by the pass that comes next.
-                with contextlib.suppress(NotReusable), self._passes.by(forward), undone(self._model):
+                with contextlib.suppress(NotReusable), self._passes.by(forward), undone(self._model), unwatched():
                     self._known(samples)
                     _log.info("prefix cache: %s", self._cache.forecast)
             finally:
@@ -146,13 +147,15 @@ class CachedPasses:
         return forward(*args, **keywords)
 
     def _run(self, samples: Samples) -> Any:
-        layout, kept = self._known(samples)
+        with unwatched():
+            layout, kept = self._known(samples)
         output = self._passes.from_cut(layout.boundary, samples, kept)
         found = floats_of(output)
         if any(isinstance(leaf, Unkept) for leaf in found):
             raise NotReusable("the output depends on what was not kept")
         if any(type(leaf) is Tensor and leaf.numel() <= _LOOKED_AT and bool(leaf.isnan().any()) for leaf in found):
-            self._compare(layout, samples, kept)  # NaN of its own, or of a placeholder that code hid from torch
+            with unwatched():
+                self._compare(layout, samples, kept)  # NaN of its own, or of a placeholder that code hid from torch
         self._warn_of_keys(output)
         return output
 

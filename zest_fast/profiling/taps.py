@@ -46,7 +46,7 @@ from zest_fast.profiling.held import Held, Keeper, Overwritten
 from zest_fast.profiling.layer_rules import has_output_rule, has_tile_rule, linear_gradient, output_again
 from zest_fast.profiling.layers import Layer, Weight
 from zest_fast.profiling.processes.local import is_distributed, stands_for
-from zest_fast.profiling.watched import Watched
+from zest_fast.profiling.watched import Watched, is_unwatched
 
 
 class Observer(Protocol):
@@ -429,6 +429,8 @@ class Taps(AbstractContextManager["Taps"]):
 
     def _before(self, tiled: _Counts | None) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if is_unwatched():
+                return
             if not self._is_own_call():
                 if tiled is not None:
                     tiled.seen_elsewhere[threading.get_ident()] = tiled.freezes - tiled.frozen
@@ -457,7 +459,7 @@ class Taps(AbstractContextManager["Taps"]):
         )
 
     def _count(self, module: nn.Module, args: Any) -> None:
-        if current_task() == self._outer and self._is_own_call():
+        if current_task() == self._outer and self._is_own_call() and not is_unwatched():
             self.order.setdefault(module, len(self.order))
             self.uses[module] = self.uses.get(module, 0) + 1
 
@@ -465,6 +467,8 @@ class Taps(AbstractContextManager["Taps"]):
         places = [_place(layer) for layer in layers]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+            if is_unwatched():
+                return None
             observed = [layer for layer in layers if layer.output_module is module]
             if not self._is_own_call():
                 return self._elsewhere(observed, tiled, first_input(args, kwargs), output)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from zest_fast.profiling.metrics import BACKWARD, FISHER, OUTPUT
@@ -30,3 +33,21 @@ def watched_for(needed: frozenset[str]) -> Watched:
         gradients=bool(needed & (BACKWARD - {FISHER})),
         output_gradients=FISHER in needed,
     )
+
+
+_beside = threading.local()
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Around passes on this thread that are none of the user's, though they run within a call of the user's model (by
+    which a cache is held against it): taps see nothing of them."""
+    before, _beside.runs = is_unwatched(), True
+    try:
+        yield
+    finally:
+        _beside.runs = before
+
+
+def is_unwatched() -> bool:
+    return getattr(_beside, "runs", False)

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.foundation.torch_private import post_accumulate_hooks, run_first
 from zest_fast.profiling.layers import Weight
 from zest_fast.profiling.processes.local import is_distributed, local_part
 
 Receive = Callable[[Weight, Tensor], None]
+Mark = tuple[int, ...] | None
 _IN_PARTS = "its gradient arrived in several parts (reentrant checkpointing of a weight with several uses)"
 
 
@@ -44,8 +46,8 @@ class AccumulatedGradients:
         self._held = held
         self._held_before: object = None
         self._running = False
-        self._marks: dict[Weight, object] = {}
-        self._left: dict[Weight, object] = {}  # by the last backward pass
+        self._marks: dict[Weight, Mark] = {}
+        self._left: dict[Weight, Mark] = {}  # by the last backward pass
         self._read: dict[Weight, int] = {}  # by hooks in this backward pass, and the gradient that was there
         self._handles: dict[Weight, Any] = {}
         self.in_parts: set[Weight] = set()
@@ -58,8 +60,11 @@ class AccumulatedGradients:
 
     def _hook(self) -> None:
         """Where its user has hooks now, ours comes first."""
-        for weight in self._weights:
-            if weight not in self._handles and post_accumulate_hooks(weight.parameter):
+        hooked = [w for w in self._weights if w not in self._handles and post_accumulate_hooks(w.parameter)]
+        if not hooked:
+            return
+        with HeldInterrupts():
+            for weight in hooked:
                 handle = weight.parameter.register_post_accumulate_grad_hook(self._before_the_users(weight))
                 self._handles[weight] = handle
                 run_first(post_accumulate_hooks(weight.parameter), handle.id)
@@ -85,6 +90,30 @@ class AccumulatedGradients:
         self._left = {weight: _mark(weight.parameter) for weight in self._weights}
         return added
 
+    def cleared(self) -> list[Weight]:
+        """Weights whose gradient of before somebody has cleared since the last backward pass."""
+        return [
+            weight
+            for weight in self._weights
+            if self._left.get(weight) is not None
+            and _mark(weight.parameter) != self._left[weight]
+            and (weight.parameter.grad is None or not _is_nonzero(weight.parameter.grad))
+        ]
+
+    def taken_away(self) -> list[Weight]:
+        """Weights that have no gradient any more."""
+        return [w for w in self._weights if self._left.get(w) is not None and w.parameter.grad is None]
+
+    def replaced(self) -> list[Weight]:
+        """Weights that hold another tensor as their gradient than the last backward pass left."""
+        return [
+            weight
+            for weight in self._weights
+            if (left := self._left.get(weight)) is not None
+            and weight.parameter.grad is not None
+            and id(weight.parameter.grad) != left[0]
+        ]
+
     def read_what_is_there(self) -> None:
         """For a step without a backward pass: gradients that its user put there."""
         for weight in self._weights:
@@ -102,8 +131,11 @@ class AccumulatedGradients:
         return bool(self._weights)
 
     def are_there(self) -> bool:
-        """Whether any weight has a gradient that is not 0."""
-        there = any(w.parameter.grad is not None and _is_nonzero(w.parameter.grad) for w in self._weights)
+        """Whether any weight that trains now has a gradient that is not 0."""
+        there = any(
+            w.parameter.requires_grad and w.parameter.grad is not None and _is_nonzero(w.parameter.grad)
+            for w in self._weights
+        )
         return there or self.are_held_back()
 
     def are_held_back(self) -> bool:
@@ -183,7 +215,12 @@ class PartGradients:
         return hook
 
 
-def _mark(p: Tensor) -> object:
+def marks(weights: Iterable[Weight]) -> list[Mark]:
+    """Other ones once a backward pass has added to the gradient of any of these."""
+    return [_mark(weight.parameter) for weight in weights]
+
+
+def _mark(p: Tensor) -> Mark:
     """Something that is another one once a backward pass has added to ``.grad``."""
     if p.grad is None:
         return None

@@ -27,7 +27,9 @@ def histogram(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
     if low == high:
         low, high = low - 0.5, high + 0.5
     counts = np.zeros(BINS)
+    wide = x.dtype == torch.float64 or high - low > torch.finfo(torch.float32).max
+    dtype = torch.float64 if wide else torch.float32
     for part in flat.split(_AT_ONCE):
-        finite = part[torch.isfinite(part)].float()
+        finite = part[torch.isfinite(part)].to(dtype)
         counts += torch.histc(finite, BINS, low, high).double().cpu().numpy()
     return counts, np.linspace(low, high, BINS + 1)

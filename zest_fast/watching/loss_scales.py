@@ -2,7 +2,7 @@
 
 A scaled loss looks like any other. Where the scaler is not handed over, ``torch.amp.GradScaler.scale`` and ``update``
 tell of themselves while a logged step lasts: then, and only then, functions that call the originals stand in their
-place.
+place, and a hook on the node of each scaled loss tells that the backward pass went through it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,21 @@ _originals: dict[str, Callable[..., Any]] = {}
 class LossScales(AbstractContextManager["LossScales"]):
     """The scales of the losses of one step.
 
+    A scaler counts in the backward passes that go through a loss that it has scaled: the loss of another model, or a
+    second one of this, may be scaled otherwise or not at all.
+
     Args:
-        grad_scaler: whatever has ``get_scale()``; None = whichever ``torch.amp.GradScaler`` is used on this thread.
-        updated: called after a scaler was updated, which ends an iteration that it skipped.
+        grad_scaler: whatever has ``get_scale()``, which counts in every pass; None = each ``torch.amp.GradScaler``
+            whose losses come from this thread.
+        skipped: called after a scaler was updated and lowered its scale, which ends an iteration that it skipped.
     """
 
-    def __init__(self, grad_scaler: Any, updated: Callable[[], None]) -> None:
-        self._scalers = [grad_scaler] if grad_scaler is not None else []
-        self._updated = updated
+    def __init__(self, grad_scaler: Any, skipped: Callable[[], None]) -> None:
+        self._given = [grad_scaler] if grad_scaler is not None else []
+        self._skipped = skipped
         self._thread = threading.get_ident()
+        self._arrived: list[Any] = []  # scalers of the backward pass that runs
+        self._known: list[Any] = list(self._given)  # of the step
         self._used: list[float] = []
 
     def __enter__(self) -> LossScales:
@@ -49,15 +55,15 @@ class LossScales(AbstractContextManager["LossScales"]):
                 for name, original in _originals.items():
                     setattr(torch.amp.GradScaler, name, original)
 
+    def begin_backward(self) -> None:
+        self._arrived = list(self._given)
+
     def of_this_backward(self) -> float:
-        """The factor that the loss of the backward pass that begins carries; NaN where two scalers differ."""
-        scales = {float(scaler.get_scale()) for scaler in self._scalers} or {1.0}
+        """The factor that the loss of the backward pass that ends carried; NaN where two scalers differ."""
+        scales = {float(scaler.get_scale()) for scaler in self._arrived} or {1.0}
+        self._known += self._arrived
         self._used.append(scales.pop() if len(scales) == 1 else float("nan"))
         return self._used[-1]
-
-    def forget_this_backward(self) -> None:
-        """It was that of another model."""
-        self._used.pop()
 
     @property
     def of_the_gradient(self) -> float:
@@ -65,29 +71,46 @@ class LossScales(AbstractContextManager["LossScales"]):
         used = set(self._used) or {1.0}
         return used.pop() if len(used) == 1 else float("nan")
 
-    def _scaled_by(self, scaler: Any) -> None:
-        if threading.get_ident() == self._thread and not any(known is scaler for known in self._scalers):
-            self._scalers.append(scaler)
+    def _arrives(self, scaler: Any, thread: int) -> None:
+        if thread == self._thread and not any(known is scaler for known in self._arrived):
+            self._arrived.append(scaler)
 
     def _was_updated(self, scaler: Any) -> None:
-        if any(known is scaler for known in self._scalers):
-            self._updated()
+        if any(known is scaler for known in self._known):
+            self._skipped()
 
 
 def _telling_scale(original: Callable[..., Any]) -> Callable[..., Any]:
     def scale(self: Any, outputs: Any) -> Any:
-        for listener in tuple(_listeners):
-            listener._scaled_by(self)
-        return original(self, outputs)
+        thread = threading.get_ident()  # of the loop: a GPU has a thread of its own for the backward pass
+
+        def arrived(*_: Any) -> None:
+            for listener in tuple(_listeners):  # those of now: a step may begin after its forward
+                listener._arrives(self, thread)
+
+        def told(scaled: Any) -> Any:
+            if isinstance(scaled, torch.Tensor):
+                if scaled.grad_fn is not None:
+                    scaled.grad_fn.register_hook(arrived)
+            elif isinstance(scaled, list | tuple):
+                for one in scaled:
+                    told(one)
+            else:
+                return map(told, scaled)  # what the original returns for any other iterable
+            return scaled
+
+        return told(original(self, outputs))
 
     return scale
 
 
 def _telling_update(original: Callable[..., Any]) -> Callable[..., Any]:
     def update(self: Any, *arguments: Any, **options: Any) -> Any:
+        before = self.get_scale()
         result = original(self, *arguments, **options)
-        for listener in tuple(_listeners):
-            listener._was_updated(self)
+        if self.get_scale() < before or arguments or options:  # given a new scale it does not tell
+            for listener in tuple(_listeners):
+                listener._was_updated(self)
         return result
 
     return update

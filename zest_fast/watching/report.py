@@ -187,9 +187,15 @@ class _Step:
         if layer.weight in self._statistics.missed_weights:
             notes.append(f"gradient undefined: {self._statistics.missed_weights[layer.weight]}")
         elif layer.weight not in self._statistics.gradients:
-            trains = self._window.rows.subject.trainable[layer]
-            notes.append("no gradient reached it" if trains else "gradient undefined: it does not train")
+            notes.append(self._missing_gradient(layer))
         return [note for note in dict.fromkeys(notes) if note]
+
+    def _missing_gradient(self, layer: Layer) -> str:
+        if self._window.rows.subject.trainable[layer]:
+            return "no gradient reached it"
+        if layer.weight.parameter.requires_grad:
+            return "gradient undefined: it was frozen when the step before ended; seen from the next logged step on"
+        return "gradient undefined: it does not train"
 
     def _missing_output(self, layer: Layer) -> str:
         found = missing_output(layer, self._statistics)

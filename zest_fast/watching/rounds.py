@@ -25,12 +25,16 @@ class Round:
         self.has_begun = False
         """Whether one of them has stepped."""
         self.backward_since = False
-        """Whether a backward pass was seen since the step before ended."""
+        """Whether a backward pass of the model was seen since the step before ended."""
+        self.other_since = False
+        """The same of backward passes that added to no gradient of the model."""
 
     def belongs_to_the_last(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a step that an optimizer takes now is a part of the one that has ended."""
         if self.has_begun or self.backward_since or self._first:
             return False
+        if self.other_since and optimizer not in self._known:
+            return False  # of weights that are new, perhaps
         return optimizer not in self._last or optimizer in self._in_backward
 
     def has_stepped(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -64,4 +68,4 @@ class Round:
 
     def end(self) -> None:
         self._last, self._stepped = self._stepped, weakref.WeakSet()
-        self._first = self.has_begun = self.backward_since = False
+        self._first = self.has_begun = self.backward_since = self.other_since = False

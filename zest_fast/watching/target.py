@@ -35,6 +35,11 @@ class Rows:
         return list({layer.weight: None for layer in self.layers})
 
     @property
+    def weights_of_the_model(self) -> list[Weight]:
+        """Those of all its layers, watched or not."""
+        return list({layer.weight: None for layer in self.subject.layers})
+
+    @property
     def parameters_to_step(self) -> set[int]:
         """Ids of the parameters by which the optimizers of this training are known: the weights and what their modules
         hold beside them; where none of these trains, all that does."""

@@ -26,6 +26,7 @@ from zest_fast.profiling.metrics import METRIC_NAMES, METRICS, ON_REQUEST, selec
 from zest_fast.profiling.processes.layout import DDP
 from zest_fast.profiling.profile import is_being_profiled
 from zest_fast.profiling.taps import Routes
+from zest_fast.watching.gradients import Mark, marks
 from zest_fast.watching.logs.sinks import ChecksLayout, Closes, Sink, sink_for
 from zest_fast.watching.processes.together import Processes
 from zest_fast.watching.report import Reporter
@@ -70,8 +71,9 @@ def watch(
 
     Steps are counted by the optimizers of torch.optim that hold a watched weight; for others call `watched.step()`
     after each of their steps. A step of several optimizers is one, which ends when all have stepped or the next
-    backward pass begins; optimizers that step inside of the backward pass end it there. A step that a GradScaler skips
-    is logged, marked as `overflow`, and logged again under the same number when it is tried again.
+    backward pass of the model begins; optimizers that step inside of the backward pass end it there. A step that a
+    GradScaler skips is logged, marked as `overflow`, and logged again under the same number when it is tried again; a
+    fused optimizer skips within its own step, which counts.
 
     By default nothing is put into the forward. `act_*` and `fisher` take hooks on the modules and hold each layer's
     input and output until its gradient is there, as `profile` does; outputs count where a gradient comes back to their
@@ -189,6 +191,7 @@ class Watch(Removable):
         self._window: Window | None = None  # of the step that runs
         self._pending: Window | None = None  # closed, of a step that its optimizers have begun to take
         self._in_backward = False
+        self._marks: list[Mark] = []
         self._stepped_in_backward = False
         self._late = False
         self._stepping = False  # within an optimizer's step that runs a closure
@@ -313,8 +316,6 @@ class Watch(Removable):
             return None  # backward(inputs=...), for the gradient of something else
         if self._window is not None and any(is_being_profiled(layer.module) for layer in self._rows.layers):
             return None
-        if self._round.has_begun and not self._stepping:
-            self._end_round()
         window = self._window
         if window is not None and window.backwards and not self._stepping and window.gradients.are_gone():
             self._cleared_without_a_step()
@@ -324,18 +325,26 @@ class Watch(Removable):
                     "act and fisher undefined: the forward began before the step without update was over"
                 )
         self._in_backward = True
+        self._marks = marks(self._rows.weights_of_the_model)
         if window is not None:
+            if window.backwards and not self._stepping:
+                window.look_for_cleared()
             window.begin_backward(roots)
         return self._ended
 
     def _ended(self, completed: bool) -> None:
         self._in_backward = False
-        self._round.backward_since = True
         self._backwards += 1
-        if self._window is not None:
-            ours = self._window.end_backward()
-            if ours and not completed:
-                self._reopen("a backward pass of this step failed, and the step began anew")
+        window = self._window
+        ours = window is not None and window.end_backward()
+        if ours or self._stepped_in_backward or marks(self._rows.weights_of_the_model) != self._marks:
+            if self._round.has_begun and not self._stepping and not self._stepped_in_backward:
+                self._end_round()
+            self._round.backward_since = True
+        else:
+            self._round.other_since = True
+        if window is not None and ours and not completed:
+            self._reopen("a backward pass of this step failed, and the step began anew")
         if self._stepped_in_backward:
             self._stepped_in_backward = False
             if self._window is not None:
@@ -347,7 +356,7 @@ class Watch(Removable):
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():  # a compiled step runs no hook: watched.step() has to tell
             return
-        if steps_around(optimizer) > 1:  # the step of a class within that of a class derived from it
+        if self._is_within_a_step():
             return
         self._late = False
         if not self._holds(optimizer):
@@ -358,6 +367,8 @@ class Watch(Removable):
                 "zest_fast.watch does not watch it: train with another optimizer, or without watch"
             )
         if self._in_backward:
+            if self._round.has_begun and not self._stepped_in_backward:
+                self._end_round()
             if self._window is not None and self._window.updates is not None:
                 self._window.updates.before(optimizer)
             return
@@ -370,13 +381,14 @@ class Watch(Removable):
         self._stepping = _has_closure(args, kwargs)
         self._backwards_before = self._backwards
         if self._window is not None and not self._stepping and not self._round.has_begun:
+            self._window.look_for_changed()
             self._close()
         running = self._pending if self._round.has_begun or not self._stepping else self._window
         if running is not None and running.updates is not None:
             running.updates.before(optimizer)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling() or steps_around(optimizer) > 1:
+        if torch.compiler.is_compiling() or self._is_within_a_step():
             return
         if self._late or not self._holds(optimizer):
             self._late = False
@@ -402,6 +414,11 @@ class Watch(Removable):
         weights = (layer.weight.parameter for layer in self._rows.layers)
         if self._round.is_complete(p for p in weights if p.grad is not None):
             self._end_round()
+
+    def _is_within_a_step(self) -> bool:
+        """Whether the step whose hook runs is a part of another one: of a class derived from its own, or of an
+        optimizer that steps others (Lookahead)."""
+        return any(self._holds(outer) for outer in steps_around()[1:])
 
     def _holds(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether it has a watched weight. One that has none may get some: in a step within the backward pass it may

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from zest_fast.foundation.interrupts import HeldInterrupts
+from zest_fast.foundation.nearest import some
 from zest_fast.kernels.storage import has_storage
 from zest_fast.profiling.layers import Layer, Weight
 from zest_fast.profiling.metrics import FISHER, GRADIENT, GRADIENT_ABS, OUTPUT, PRODUCT, PRODUCT_ABS, WEIGHT
@@ -33,6 +34,10 @@ OF_WEIGHTS = frozenset({WEIGHT, GRADIENT, GRADIENT_ABS, PRODUCT, PRODUCT_ABS})
 _UNREDUCED = (
     "FSDP2 held gradients back when the step was taken (set_requires_gradient_sync(False), or set_requires_all_reduce "
     "of HSDP, in the last backward pass): shown is what .grad has, without them"
+)
+_NOT_CLEARED = (
+    "gradients of before were not cleared, and are part of those of the step; loss, act and fisher are of its own "
+    "backward passes"
 )
 _COMPILED = "its module is compiled, and compiled code sees no hooks"
 
@@ -60,7 +65,7 @@ class Part:
 
     statistics: WindowStatistics
     loss: Tensor | None
-    scale: float
+    scale: float = 1.0
     samples: int | None = None
     wrong: dict[Weight, str] = field(default_factory=dict)
 
@@ -187,40 +192,73 @@ class Window:
 
     def begin_backward(self, roots: Any) -> None:
         """The user's backward pass begins."""
-        if not self.backwards and self.asked.noise:
+        if not self.backwards:
             self.stale = self.gradients.are_there()
-        scale = self.scales.of_this_backward()
+        self.scales.begin_backward()
         roots = [root for root in roots if isinstance(root, Tensor)]
         loss = _copy_of_a_loss(roots[0]) if len(roots) == 1 and roots[0].numel() == 1 else None
-        self.losses.append((loss, scale))
+        self.losses.append((loss, 1.0))  # the scale is known when it is over
         self.backwards += 1
         self._running = True
         if self.asked.parts or self.asked.noise:
-            part = Part(self._statistics_of_a_part(), loss, scale)
+            part = Part(self._statistics_of_a_part(), loss)
             self.parts.append(part)
             self._part_gradients.begin(part.statistics.weight_gradient)
         self.gradients.begin()
         if self.taps is not None:
+            self.statistics.begin_pass()
             self.taps.begin_backward(roots)
 
     def end_backward(self) -> bool:
-        """It is over, and all that it accumulated is there. False where it was that of another model."""
+        """It is over, and all that it accumulated is there. False where it was that of another model, also one that
+        went through this one while nothing of it trained (a discriminator in the step of its generator)."""
         self._running = False
         arrived = self.taps is not None and self.taps.end_backward()
-        if arrived:
+        ours = self.gradients.end() or (arrived and any(p.requires_grad for p in self.target.model.parameters()))
+        if self.taps is not None and not ours:
+            self.statistics.forget_pass()
+        elif arrived:
             self.statistics.end_pass()
         if self.parts:
             self._part_gradients.end()
             self.parts[-1].wrong.update(self._part_gradients.wrong)
             self.parts[-1].samples = self.calls.samples_of_part()
-        if self.gradients.end() or arrived:
+        if ours:
+            if self.backwards == 1 and self.stale:
+                self.notes.append(_NOT_CLEARED)
+            scale = self.scales.of_this_backward()
+            self.losses[-1] = (self.losses[-1][0], scale)
+            if self.parts:
+                self.parts[-1].scale = scale
             return True
         self.backwards -= 1
         self.losses.pop()
-        self.scales.forget_this_backward()
         if self.parts:
             self.parts.pop()
         return False
+
+    def look_for_cleared(self) -> None:
+        """Another backward pass of the step begins: what was cleared since the last one is forgotten."""
+        cleared = self.gradients.cleared()
+        for weight in cleared:
+            self.statistics.forget_gradient(weight)
+        if cleared:
+            self.stale = True
+            self.notes.append(
+                f"{_names(cleared)}: the gradient was cleared between two backward passes of the step; loss, act and "
+                "fisher are of all of them"
+            )
+
+    def look_for_changed(self) -> None:
+        """The step is about to be taken with the gradients that are there now."""
+        for weight in self.gradients.taken_away():
+            self.statistics.missed_weights.setdefault(weight, "it was cleared before the step")
+        replaced = self.gradients.replaced()
+        if replaced:
+            self.notes.append(
+                f"{_names(replaced)}: another gradient was put into .grad after the backward pass; shown is the one "
+                "that the pass left"
+            )
 
     def close(self) -> None:
         """The step is about to be taken: numbers are fetched, hooks go."""
@@ -284,6 +322,10 @@ def _copy_of_a_loss(loss: Any) -> Tensor | None:
     if is_distributed(loss) and not all(placement.is_replicate() for placement in loss.placements):
         return None
     return local_part(loss.detach()).clone()
+
+
+def _names(weights: Iterable[Weight]) -> str:
+    return some(layer.name for weight in weights for layer in weight.layers)
 
 
 class _Exit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor
 
@@ -33,6 +34,7 @@ class WindowStatistics(Statistics):
     ) -> None:
         super().__init__(needed, backend, may_be_written)
         self._call = call
+        self._before: list[tuple[dict[Layer, list[Any]], dict[Layer, int]]] = []
         self.missed_weights: dict[Weight, str] = {}
         """Weights whose gradient could not be read, and why."""
 
@@ -68,6 +70,27 @@ class WindowStatistics(Statistics):
             self.missed(layer, "a gradient reached its weight, and none was seen at its output", outputs=False)
         else:
             super().untouched(layer)
+
+    def begin_pass(self) -> None:
+        """A backward pass begins, which may turn out to be no part of the step."""
+        self._before = [(found, {layer: len(of) for layer, of in found.items()}) for found in self._of_uses()]
+
+    def forget_pass(self) -> None:
+        """It was none: outputs that it counted are not the step's."""
+        for found, before in self._before:
+            for layer in list(found):
+                del found[layer][before.get(layer, 0) :]
+                if not found[layer]:
+                    del found[layer]
+        self._products.clear()
+        self._fisher.clear()
+
+    def _of_uses(self) -> list[dict[Layer, list[Any]]]:
+        return [self._outputs, self._outputs_again]
+
+    def forget_gradient(self, weight: Weight) -> None:
+        """It was cleared, and is no part of what the step will take."""
+        self._gradients.pop(weight, None)
 
     def reached(self, weight: Weight) -> bool:
         """Whether a gradient of it was read."""

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import zest_fast
 from zest_fast.watching.processes import step_meeting
+from zest_fast.watching.processes.shared_window import SharedWindowStatistics
 
 pytestmark = pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs gloo")
 STEPS = 2
@@ -167,6 +168,10 @@ def check(make, rank, processes, **training):
         for hold_back in {False, count > 1}:
             log = watched(make(), own, hold_back=hold_back, **training)
             assert_as_expected(log, expected(net(), whole_batches(count), **training))
+    log = watched(make(), own, metrics=None, hold_back=True)  # without hooks on modules every micro-batch counts
+    assert [step.profile.loss for step in log] == pytest.approx(
+        [spec.loss for spec, _ in expected(net(), whole_batches(2))], rel=TOLERANCE
+    )
     watching = {"noise": True, "parts": True}
     assert_bit_equal(make, own_batches(rank, processes, 2), watching=watching, hold_back=True, **training)
 
@@ -309,7 +314,7 @@ def optimizers_in_the_backward_pass(rank, processes):
 
 
 def noise_is_of_the_micro_batches_of_all(rank, processes):
-    """By its definition (McCandlish et al. 2018, A.1): |g|² of each micro-batch of each process, and the mean's."""
+    """By its definition (McCandlish et al. 2018, A.1), from |g|² of every micro-batch, and of their mean."""
     parts = [batch for r in range(processes) for batch in own_batches(r, processes, 2)]
     gradients = []
     for x, y in parts:
@@ -676,6 +681,65 @@ def gradients_that_were_not_averaged_are_said(rank, processes):
     assert math.isnan(log[0].profile["b.up"]["weight_std"]) and log[0].profile["a.up"]["weight_std"] > 0
 
 
+def what_one_process_cannot_read_is_not_there(rank, processes):
+    """A part must not pass for the whole."""
+    reduce = SharedWindowStatistics.reduce
+
+    def refusing(self, weight, dw, w):
+        if rank == 1 and weight.layers[0].name == "b.up":
+            raise ValueError("its gradient is odd")
+        reduce(self, weight, dw, w)
+
+    SharedWindowStatistics.reduce = refusing
+    try:
+        for make in (in_ddp, sharded):
+            (step,) = watched(make(), own_batches(rank, processes), steps=1)
+            assert math.isnan(step.profile["b.up"]["snip"]) and math.isnan(step.profile["b.up"]["weight_std"])
+            assert "b.up: gradient undefined: its gradient is odd" in step.notes
+            assert step.profile["a.up"]["snip"] > 0 and step.profile["b.up"]["act_std"] > 0
+    finally:
+        SharedWindowStatistics.reduce = reduce
+
+
+class Way(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.a, self.b, self.head = (
+            nn.Embedding(20, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 20),
+        )
+
+    def forward(self, x, way):
+        y = self.a(self.embed(x))
+        z = self.b(y)
+        return self.head(y if way else z)
+
+
+def a_layer_that_counts_on_some_processes(rank, processes):
+    """Its gradient is that of all; of its outputs nothing says how many samples the others have."""
+    torch.manual_seed(1)
+    alone, log = Way().double(), []
+    model = DistributedDataParallel(copy.deepcopy(alone), find_unused_parameters=True)
+    (x, y), *_ = own_batches(rank, processes)
+    with zest_fast.watch(model, every=1, metrics="all", log=log.append):
+        optimizer = optimizer_of(model)
+        token_loss(model(x, rank == 0), y).backward()
+        optimizer.step()
+    parts = [batches[0] for batches in (own_batches(r, processes) for r in range(processes))]
+    spec = oracle.measure(
+        alone, lambda: sum(token_loss(alone(x, r == 0), y) for r, (x, y) in enumerate(parts)) / processes
+    )
+    found = log[0].profile
+    for name in ("a", "b", "head"):
+        for metric in set(oracle.METRICS) - {"fisher"}:
+            error = oracle.relative_error(metric, found[name][metric], spec.values[name], spec.numel[name])
+            assert error < TOLERANCE, (name, metric)
+    assert math.isnan(found["b"]["fisher"]) and "fisher undefined" in found.info["b"]["note"]
+    assert found["a"]["fisher"] > 0
+
+
 def ctrl_c_while_it_waits(rank, processes):
     """The watch ends, and leaves nothing."""
     if rank == 0:
@@ -739,6 +803,8 @@ ON_TWO = {
         one_process_counts_otherwise,
         one_process_is_late,
         gradients_that_were_not_averaged_are_said,
+        what_one_process_cannot_read_is_not_there,
+        a_layer_that_counts_on_some_processes,
         wrappers_that_are_not_known_are_refused,
         ctrl_c_while_it_waits,
         one_process_alone_watches,
@@ -753,8 +819,6 @@ ON_FOUR = {
         fsdp_with_its_options,
         fsdp_of_uneven_and_empty_shards,
         fsdp_of_two_dimensions_of_gradients,
-        noise_is_of_the_micro_batches_of_all,
-        tensor_parallel_is_of_the_whole_layer,
     )
 }
 

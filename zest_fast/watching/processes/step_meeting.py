@@ -136,7 +136,7 @@ class StepMeeting:
                     "the same watches in the same order, and log at the same steps"
                 )
             time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_WAIT_S)
+            pause = min(1.25 * pause, _LONGEST_WAIT_S)
 
     def _set(self, what: str, rank: int, value: Any) -> None:
         self._store.set(f"{self._prefix}/{what}/{rank}", pickle.dumps(value))

@@ -256,7 +256,7 @@ def _merged(reports: list[_StepReport], names: list[str], half: set[int], layout
     _require_the_same(reports, layout)
     missed = dict(kv for r in reports for kv in r.missed_weights.items())
     if layout.kind == DDP:
-        missed |= _gradients_that_differ([r.statistics for r in reports])
+        missed = _gradients_that_differ([r.statistics for r in reports]) | missed
         for r in reports[1:]:
             r.statistics.copies = PartOfAReport()
     _require_gradients_on_all([r.statistics for r in reports])

@@ -38,7 +38,7 @@ from bench.models import STANDARD, TINY, Case, bert, llama
 from bench.watch.loops import Loop, loops_of
 from bench.watch.processes import measure_processes
 
-ROUNDS = 7
+ROUNDS = 6
 BETWEEN = 2  # steps of these in a round: their difference is what a watch costs between two logged steps
 REPEATED = ("plain", "watch, not logged")
 EVERY = (1, 10, 100)

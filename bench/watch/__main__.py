@@ -14,8 +14,8 @@ Processor time of one thread, interleaved, each step in hooks of its own; a roun
 the plain and the watched one that is not logged twice, each after a step that is not timed: a watch looks at an
 optimizer that is new to it. The mean overhead at k is (logged + (k - 1) not logged) / k, relative to plain. Then the
 same in two and four processes under DistributedDataParallel (gloo), by the clock, for a small BERT. Writes
-bench/results/watch.json after every model and goes on where it stopped: about twelve minutes on an idle machine of two
-cores.
+bench/results/watch.json after every model and goes on where it stopped: about a quarter of an hour on an idle machine
+of two cores.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from bench.models import STANDARD, TINY, Case, bert, llama
 from bench.watch.loops import Loop, loops_of
 from bench.watch.processes import measure_processes
 
-ROUNDS = 7
+ROUNDS = 5
 BETWEEN = 2  # steps of these in a round: their difference is what a watch costs between two logged steps
 REPEATED = ("plain", "watch, not logged")
 EVERY = (1, 10, 100)

@@ -25,6 +25,7 @@ from zest_fast.finetuning.delta_files import Delta, hash_in, names_in, reason
 from zest_fast.finetuning.digests import add_tensor
 from zest_fast.finetuning.sharding import is_sharded
 from zest_fast.foundation.replacing import check_regular, replacing
+from zest_fast.lean.optimizer import ELEMENTWISE
 
 FORMAT = "zest_fast.run"
 VERSION = 2
@@ -225,7 +226,7 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Mapping
                 raise ValueError(f"{wrong}param_groups[{at}] lacks {key!r}")
     parameters = dict(zip(numbers, own, strict=True))
     expected: dict[int, set[str]] = {}
-    if type(optimizer) in _ELEMENTWISE:
+    if type(optimizer) in ELEMENTWISE:
         for group in groups:
             expected |= dict.fromkeys(group["params"], _names_of_moments(type(optimizer), group, wrong))
     for number, values in moments.items():
@@ -264,21 +265,6 @@ def _check_moment(place: str, moment: torch.Tensor, parameter: torch.Tensor) -> 
             f"{place} has shape {list(moment.shape)}, {moment.dtype}, {moment.layout}; its parameter "
             f"{list(parameter.shape)}, {parameter.dtype}, {parameter.layout}"
         )
-
-
-# Those whose moments have the shape of the parameter.
-_ELEMENTWISE = (
-    torch.optim.Adadelta,
-    torch.optim.Adagrad,
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.Rprop,
-    torch.optim.SGD,
-)
 
 
 def _count(group: Mapping[str, Any]) -> int:

@@ -13,23 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zest_fast.lean.optimizer import adamw
+from zest_fast.lean.optimizer import ELEMENTWISE, adamw
 
 LOW = (torch.bfloat16, torch.float16)
-
-# Those that update each parameter by itself: one float32 gradient is alive at a time.
-_ONE_BY_ONE = (
-    torch.optim.Adadelta,
-    torch.optim.Adagrad,
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.Rprop,
-    torch.optim.SGD,
-)
 
 
 class MasterWeights(torch.optim.Optimizer):
@@ -145,7 +131,7 @@ class MasterWeights(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if isinstance(self.inner, _ONE_BY_ONE):
+        if isinstance(self.inner, ELEMENTWISE):  # one float32 gradient is alive at a time
             for group in self.param_groups:
                 for parameter in group["params"]:
                     self._step([(group, [parameter])])

@@ -10,6 +10,20 @@ from torch import Tensor, nn
 
 from zest_fast.foundation.removable import Removable
 
+ELEMENTWISE = (
+    torch.optim.Adadelta,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.SGD,
+)
+"""Those that update each parameter by itself, entry by entry: their moments have its shape."""
+
 
 def adamw(parameters: Iterable[Any], lr: float = 1e-3, **options: Any) -> torch.optim.AdamW:
     """torch.optim.AdamW that makes no copy of the weights while it steps.

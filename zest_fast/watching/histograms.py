@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,12 +18,16 @@ def histogram(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
     if x.layout != torch.strided:
         x = x.coalesce().to_dense()
     flat = x.reshape(-1)
-    low, high = float("inf"), float("-inf")
-    for part in flat.split(_AT_ONCE):
-        finite = part[torch.isfinite(part)]
-        if finite.numel():
-            least, greatest = finite.aminmax()
-            low, high = min(low, float(least)), max(high, float(greatest))
+    low, high, every = float("inf"), float("-inf"), True
+    for part in flat.split(_AT_ONCE) if flat.numel() else ():
+        least, greatest = map(float, part.aminmax())
+        if not (math.isfinite(least) and math.isfinite(greatest)):
+            every = False
+            part = part[torch.isfinite(part)]
+            if not part.numel():
+                continue
+            least, greatest = map(float, part.aminmax())
+        low, high = min(low, least), max(high, greatest)
     if low > high:
         return np.zeros(BINS), np.linspace(0.0, 1.0, BINS + 1)
     if low == high:
@@ -30,6 +36,6 @@ def histogram(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
     wide = x.dtype == torch.float64 or high - low > torch.finfo(torch.float32).max
     dtype = torch.float64 if wide else torch.float32
     for part in flat.split(_AT_ONCE):
-        finite = part[torch.isfinite(part)].to(dtype)
-        counts += torch.histc(finite, BINS, low, high).double().cpu().numpy()
+        part = part if every else part[torch.isfinite(part)]
+        counts += torch.histc(part.to(dtype), BINS, low, high).double().cpu().numpy()
     return counts, np.linspace(low, high, BINS + 1)

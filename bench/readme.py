@@ -244,7 +244,8 @@ LEGENDS = {
     "each pass from the input. Planning and the passes that fill the caches count; head and profiles do not. The "
     "range is that of the rounds.",
     "prefix_cache": "Processor time of one thread. *A step* of a later epoch, interleaved with the same step without "
-    "the cache and with one of full fine-tuning. *4 epochs*: all steps of a run, the first epoch's computing and "
+    "the cache and with one of full fine-tuning. *At best*: that step without its forward pass up to the cut, which is "
+    "what reading in no time would leave. *4 epochs*: all steps of a run, the first epoch's computing and "
     "writing among them; not interleaved. Both runs start from the same seed and see the same batches.",
     "kernels": "All threads. The read bandwidth is that of the fastest of three read-only torch passes over as many "
     "bytes in the same rounds. *Lean torch*: shared sums over cache-sized blocks; it and torch.compile lose digits on "

@@ -282,7 +282,7 @@ def test_finetune_streams_to_the_device_that_it_is_told(run, tmp_path, monkeypat
     monkeypatch.setattr(job, "pick_device", lambda name: asked.append(name) or torch.device("cpu"))
     monkeypatch.setattr(opening, "_transfer", lambda device: asked.append(device) or transfer)
     streamed = document(run(*words, "--device", "cuda:1"))
-    assert asked == ["cuda:1", "cpu"]  # the second stands for the first
+    assert asked == ["cuda:1", "cuda:1", "cpu"]  # checked first, then opened; the last stands for it
     assert streamed["training_loss"] == plain["training_loss"] and len(transfer.copies) > 10
 
 

@@ -89,7 +89,7 @@ def test_texts_and_a_model_folder_with_two_workers_and_again(run, tmp_path) -> N
         ((*USERS, "--head-share", 0.7), "leave -4 of 40 samples to train on"),
         (("zest_sweep_user:net", "zest_sweep_user:ragged"), "pad all samples alike"),
         ((*USERS, "--workers", 0), "workers is 0"),
-        ((*USERS, "--workers", 2, "--slurm", "timeout_min=60"), "slurm is for workers='slurm:N'"),
+        ((*USERS, "--workers", 2, "--slurm", "timeout_min=60"), "slurm is for --workers 'slurm:N'"),
         ((*USERS, "--workers", "slurm:2", "--slurm", "timeout_min"), "expected key=value"),
         ((*USERS, "--workers", "slurm:2", "--slurm", "qos=a", "--slurm", "qos=b"), "qos is given twice"),
         ((*USERS, "--out", "records.csv"), "'.csv'"),

@@ -134,7 +134,8 @@ def command(*words) -> list[str]:
 
 def environment() -> dict[str, str]:
     root = str(Path(__file__).parents[2])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]), "TERM": "xterm"}
+    inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    return {**inherited, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]), "TERM": "xterm"}
 
 
 def test_into_a_pipe_that_cannot_show_blocks(log: Path) -> None:

@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 
 import zest_fast.cli.show as show
 import zest_fast.demo
-from zest_fast.cli import app, job
+from zest_fast.cli import app
+from zest_fast.cli.jobs import job
 from zest_fast.integrations.pretrained import load_model
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.streaming import opening

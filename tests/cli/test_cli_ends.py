@@ -341,7 +341,7 @@ def read_until(process, words) -> None:
 
 
 TELLING = """
-import zest_fast.cli.training as training
+import zest_fast.cli.jobs.training as training
 from zest_ends_user import *
 evaluate, train = training.evaluate, training.train
 
@@ -393,7 +393,7 @@ def test_ctrl_c_after_the_training_leaves_the_whole_delta(run, home, monkeypatch
         if len(scored) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("zest_fast.cli.finetuning._score", score)
+    monkeypatch.setattr("zest_fast.cli.jobs.finetuning._score", score)
     result = run("finetune", NET, BATCHES, "--layers", "b", "--out", "d.safetensors")
     assert result.exit_code == 130 and result.stdout == ""
     assert result.stderr.splitlines()[-1] == (

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from zest_fast.cli import app
-from zest_fast.cli.training import loss_and_predictions
+from zest_fast.cli.jobs.training import loss_and_predictions
 from zest_fast.integrations.pretrained import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,8 @@ from checkpoints import TEXTS, save_bert, save_digits, save_jsonl, save_llama, s
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from zest_fast.cli import app, finetuning
+from zest_fast.cli import app
+from zest_fast.cli.jobs import finetuning
 from zest_fast.finetuning.delta_files import read_delta
 from zest_fast.finetuning.run_state import read_run
 
@@ -250,10 +251,12 @@ def test_every_option_is_checked_before_anything_is_loaded(run, home, words, par
 
 def test_a_disk_without_room_is_found_out_before_training(run, home, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("zest_fast.cli.finetuning.shutil.disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
-    monkeypatch.setattr("zest_fast.cli.finetuning.train", lambda *a, **b: pytest.fail("trained"))
+    monkeypatch.setattr(
+        "zest_fast.cli.jobs.finetuning.shutil.disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000)
+    )
+    monkeypatch.setattr("zest_fast.cli.jobs.finetuning.train", lambda *a, **b: pytest.fail("trained"))
     refused(run(*BERT, *LAYER, "--steps", 1), "--out delta.safetensors will take about 1 MiB", "make room")
-    monkeypatch.setattr("zest_fast.cli.finetuning.shutil.disk_usage", lambda path: usage(10**9, 0, 10_000))
+    monkeypatch.setattr("zest_fast.cli.jobs.finetuning.shutil.disk_usage", lambda path: usage(10**9, 0, 10_000))
     refused(run(*BERT, *LAYER, "--steps", 1, "--save-model", "m"), "--save-model m will take")
     refused(run(*BERT, *LAYER, "--steps", 1, "--save-every", 1), "--out")
 
@@ -444,7 +447,7 @@ def test_a_folder_that_cannot_be_written_leaves_the_delta_and_says_how_to_go_on(
     def broken(*arguments, **options):
         raise RuntimeError("Some tensors share memory")
 
-    monkeypatch.setattr("zest_fast.cli.finetuning.save_model_folder", broken)
+    monkeypatch.setattr("zest_fast.cli.jobs.finetuning.save_model_folder", broken)
     result = run(*BERT, *LAYER, "--steps", 1, "--save-model", "served", "--json")
     assert result.exit_code == 2 and json.loads(result.stdout)["model_not_saved"]
     last = result.stderr.splitlines()[-1]

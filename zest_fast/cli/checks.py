@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
+from zest_fast.cli.options import option
 from zest_fast.foundation.byte_counts import memory_bytes
 from zest_fast.foundation.nearest import nearest
 from zest_fast.foundation.options import Backend, Checkpoint, Frozen, MetricName, Preference
@@ -34,26 +35,22 @@ def check_options(params: Mapping[str, Any]) -> None:
     for name in _RATES:
         rate = params.get(name)
         if rate is not None and not math.isfinite(rate):  # which the bounds of an option let through
-            raise ValueError(f"{_option(name)} {rate:g} is no rate: a finite number is needed")
+            raise ValueError(f"{option(name)} {rate:g} is no rate: a finite number is needed")
     if params.get("frozen") == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError("--frozen nf4 needs bitsandbytes: pip install 'zest_fast[quant]'")
     if params.get("device") not in (None, "auto"):
-        from zest_fast.cli.job import pick_device
+        from zest_fast.cli.jobs.job import pick_device
 
         pick_device(params["device"])
 
 
 def _among(name: str, value: str | None, allowed: Iterable[str]) -> None:
     if value is not None and value not in tuple(allowed):
-        raise ValueError(f"{_option(name)} {value!r} is unknown; {nearest(value, allowed)}")
+        raise ValueError(f"{option(name)} {value!r} is unknown; {nearest(value, allowed)}")
 
 
 def _size(name: str, value: str) -> None:
     try:
         memory_bytes(value)
     except ValueError:
-        raise ValueError(f"{_option(name)} {value!r} is no size; write 16GB (10^9 bytes) or 16GiB (2^30)") from None
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+        raise ValueError(f"{option(name)} {value!r} is no size; write 16GB (10^9 bytes) or 16GiB (2^30)") from None

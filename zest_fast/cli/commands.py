@@ -173,7 +173,7 @@ def finetune(
     progress = None
     if resume is not None:
         check_readable(resume, "run")
-        from zest_fast.cli.runs import read_progress, resumed_options
+        from zest_fast.cli.jobs.runs import read_progress, resumed_options
 
         progress = read_progress(resume)
         ctx.params |= resumed_options(resume, progress, ctx.params, typed(ctx))
@@ -209,12 +209,12 @@ def finetune(
                 chosen = progress.head or None
             more["streamed"] = Streamed(tuple(names or ()), chosen)
         if progress is not None and resume is not None:
-            from zest_fast.cli.runs import check_data
+            from zest_fast.cli.jobs.runs import check_data
             from zest_fast.integrations.datasets import digest_of_data
 
             check_data(resume, progress, data, digest_of_data(data))
         job = opened_job(ctx, console, **more)
-        from zest_fast.cli.finetuning import Wanted, finetune_job, settings_of_job
+        from zest_fast.cli.jobs.finetuning import Wanted, finetune_job, settings_of_job
 
         wanted = Wanted(
             layers=names,

@@ -125,5 +125,5 @@ def _print(a: Path, b: Path, found: Differences) -> None:
             lines.append(f"only in {where}: {some(names)}")
     if found.partial:
         lines.append("a delta holds what was trained alone: what it lacks is as in its base")
-    for line in lines:
-        console.print(show.printable(line), highlight=False, markup=False, soft_wrap=True)
+    for text in lines:
+        show.line(console, text)

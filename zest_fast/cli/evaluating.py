@@ -62,7 +62,7 @@ def evaluate(
     if held_out and "seed" in typed(ctx):
         raise ValueError("--held-out is drawn by the seed of the delta, and --seed names another: leave one out")
     with work(model, data) as console:
-        from zest_fast.cli.training import evaluate as score
+        from zest_fast.cli.jobs.training import evaluate as score
         from zest_fast.integrations.datasets import digest_of_data
 
         more: dict[str, Any] = {"validation_share": 0.0}
@@ -88,12 +88,14 @@ def evaluate(
             )
         show.notes(console, job, typed(ctx))
         if delta is not None and known and not held_out:
-            _note(console, f"{delta} was trained on these data, on {1 - said.validation_share:.0%} of them; --held-out")
+            show.note(
+                console, f"{delta} was trained on these data, on {1 - said.validation_share:.0%} of them; --held-out"
+            )
         loader = job.loaders.validation
         if loader is None:
             loader = job.loaders.train
         elif not held_out:
-            _note(console, f"{data} returns a pair: the second loader is scored")
+            show.note(console, f"{data} returns a pair: the second loader is scored")
         with console.status("scoring"):
             found = score(job.model, loader, job.device)
     document = {"model": model, "data": data, "delta": None if delta is None else str(delta), **asdict(found)}
@@ -101,7 +103,3 @@ def evaluate(
         show.json_document(document | {"class_names": job.loaded.class_names})
     else:
         typer.echo(show.score_line(asdict(found)))
-
-
-def _note(console: Any, text: str) -> None:
-    console.print(show.printable(f"note: {text}"), highlight=False, markup=False, soft_wrap=True)

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from zest_fast.cli.job import Job
+    from zest_fast.cli.jobs.job import Job
 
 MODEL_HELP = "A hub id, a model folder, or module:function that returns a torch.nn.Module."
 DATA_HELP = (
@@ -168,7 +168,7 @@ def opened_job(ctx: typer.Context, console: Console, **instead: Any) -> Job:
     instead: of these, what is not the user's to say.
     """
     with console.status("loading model and data"):
-        from zest_fast.cli.job import open_job
+        from zest_fast.cli.jobs.job import open_job
 
         return open_job(**{name: ctx.params[name] for name in _OF_A_JOB if name in ctx.params} | instead)
 

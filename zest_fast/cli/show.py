@@ -18,7 +18,7 @@ from zest_fast.cli.options import option
 if TYPE_CHECKING:
     import pandas
 
-    from zest_fast.cli.job import Job
+    from zest_fast.cli.jobs.job import Job
     from zest_fast.profiling.layer_profile import LayerProfile
     from zest_fast.ranking.ranking import Ranking
 
@@ -165,8 +165,17 @@ def sweep_table(document: Mapping[str, Any]) -> None:
 def notes(console: Console, job: Job, written: Collection[str] = ()) -> None:
     """What the user should know about model and data before the figures. written: parameters of the command line."""
     unused = [f"{option(name)} has no effect: {why}" for name, why in job.without_effect.items() if name in written]
-    for note in (*job.loaded.notes, *job.loaders.notes, *unused):
-        console.print(printable(f"note: {note}"), highlight=False, markup=False, soft_wrap=True)
+    for text in (*job.loaded.notes, *job.loaders.notes, *unused):
+        note(console, text)
+
+
+def note(console: Console, text: str) -> None:
+    line(console, f"note: {text}")
+
+
+def line(console: Console, text: str) -> None:
+    """One line, as long as it is."""
+    console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def _marked(name: str, info: Mapping[str, Any]) -> str:

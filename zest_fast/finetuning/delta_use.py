@@ -104,7 +104,6 @@ def merge_delta(model: nn.Module, path: str | os.PathLike[str], out: str | os.Pa
             name_classes(place, delta.class_names)
         else:
             _save_file(model, place / "model.safetensors")
-        _write_through(place)
     return Path(out)
 
 
@@ -125,13 +124,6 @@ def name_classes(folder: Path, class_names: Sequence[str]) -> None:
 def _names_a_folder(out: str | os.PathLike[str]) -> bool:
     path, written = Path(out), os.fspath(out)
     return path.is_dir() or written.endswith(("/", os.sep)) or (not path.suffix and not os.path.lexists(path))
-
-
-def _write_through(place: Path) -> None:
-    """On disk before a name points to it (`replacing` does that of its own file)."""
-    for file in place.iterdir() if place.is_dir() else ():
-        with open(file, "rb+") as written:
-            os.fsync(written.fileno())
 
 
 def _save_file(model: nn.Module, file: Path) -> None:

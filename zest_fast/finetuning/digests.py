@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from zest_fast.finetuning.sharding import is_sharded, whole
+from zest_fast.finetuning.sharding import whole
 from zest_fast.foundation.torch_private import FakeTensor
+from zest_fast.profiling.processes.local import is_distributed
 
 _AT_ONCE = 1 << 23  # bytes of a mapped weight that are resident while it is hashed
 UNHASHED = ""  # the digest of what is not there to be read
@@ -71,7 +72,7 @@ def digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
     Sharded ones are gathered one by one, by every process in the same order.
     """
-    if any(map(is_sharded, tensors.values())):
+    if any(map(is_distributed, tensors.values())):
         return {name: digest(whole(tensor)) for name, tensor in tensors.items()}
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return dict(zip(tensors, threads.map(digest, tensors.values()), strict=True))

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zest_fast.finetuning.sharding import is_sharded
 from zest_fast.lean.master_weights import MasterWeights
+from zest_fast.profiling.processes.local import is_distributed
 
 _SAMPLE = 1 << 16  # entries of each parameter
 _ENOUGH = 0.95  # of the weights should be able to move
@@ -55,7 +55,7 @@ def lost_steps(optimizer: Any, chosen: Mapping[str, nn.Parameter]) -> Lost | Non
     """What rounding takes from a step of `optimizer`, where that is known: of those like Adam from the rate, of SGD
     from gradients that are there. None where (nearly) all weights in low precision can move, or nothing is known.
     """
-    optimizer = _innermost(optimizer)
+    optimizer = innermost(optimizer)
     if any(getattr(optimizer, name, False) for name in _EXACT):
         return None
     own = {id(parameter) for parameter in chosen.values()}
@@ -83,8 +83,9 @@ def lost_steps(optimizer: Any, chosen: Mapping[str, nn.Parameter]) -> Lost | Non
     return Lost(" and ".join(sorted(dtypes)), sum(counts), max(rates), sum(stuck) / sum(counts), enough)
 
 
-def _innermost(optimizer: Any) -> Any:
-    while hasattr(getattr(optimizer, "optimizer", None), "param_groups"):  # accelerate's is around another
+def innermost(optimizer: Any) -> Any:
+    """The optimizer itself, which accelerate wraps into another."""
+    while hasattr(getattr(optimizer, "optimizer", None), "param_groups"):
         optimizer = optimizer.optimizer
     return optimizer
 
@@ -131,7 +132,7 @@ class Samples:
             if name not in chosen:
                 continue
             now = chosen[name]
-            if now.dtype != dtype or is_sharded(now) or (sample := _sample(now)).shape != before.shape:
+            if now.dtype != dtype or is_distributed(now) or (sample := _sample(now)).shape != before.shape:
                 continue
             master = _master(optimizer, now)
             sample = sample if master is None else _sample(master)
@@ -151,7 +152,9 @@ def _master(optimizer: Any, parameter: Tensor) -> Tensor | None:
 
 
 def _is_low(parameter: Tensor) -> bool:
-    return parameter.dtype in _BITS and parameter.numel() > 0 and not parameter.is_meta and not is_sharded(parameter)
+    return (
+        parameter.dtype in _BITS and parameter.numel() > 0 and not parameter.is_meta and not is_distributed(parameter)
+    )
 
 
 def _sample(tensor: Tensor) -> Tensor:
@@ -161,7 +164,7 @@ def _sample(tensor: Tensor) -> Tensor:
 
 def complaints(samples: Samples, chosen: Mapping[str, nn.Parameter], optimizer: Any) -> Iterator[str]:
     """What there is to say after training of weights that rounding has kept in their places."""
-    found = samples.moved(chosen, _innermost(optimizer))
+    found = samples.moved(chosen, innermost(optimizer))
     if found is not None and 0 < found[1] < 0.9:  # none at all is an error, said elsewhere
         yield (
             f"only {found[1]:.0%} of the chosen weights in {found[0]} have moved: the steps of the others were rounded "

@@ -23,9 +23,9 @@ import torch
 
 from zest_fast.finetuning.delta_files import Delta, hash_in, names_in, reason
 from zest_fast.finetuning.digests import add_tensor
-from zest_fast.finetuning.sharding import is_sharded
 from zest_fast.foundation.replacing import check_regular, replacing
 from zest_fast.lean.optimizer import ELEMENTWISE
+from zest_fast.profiling.processes.local import is_distributed
 
 FORMAT = "zest_fast.run"
 VERSION = 2
@@ -62,7 +62,7 @@ def write_run(
     Raises TypeError, naming it, for a state that is not made of tensors, numbers, strings and containers of these;
     ValueError where tensors are sharded over processes.
     """
-    sharded = next((name for name, tensor in delta.parameters.items() if is_sharded(tensor)), None)
+    sharded = next((name for name, tensor in delta.parameters.items() if is_distributed(tensor)), None)
     if sharded is not None:
         raise ValueError(
             f"{sharded!r} is sharded over processes (FSDP2), and so is the optimizer's state: save the run with "

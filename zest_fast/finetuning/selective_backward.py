@@ -26,7 +26,7 @@ from zest_fast.finetuning.quantised_weights import QuantisedWeights, weight_coun
 from zest_fast.finetuning.recomputation import AboveCut, InputGradients
 from zest_fast.finetuning.rounding import Samples, complaints, lost_steps
 from zest_fast.finetuning.run_state import Objects, Stateful, random_state, read_run, set_random_state, write_run
-from zest_fast.finetuning.sharding import is_sharded, put
+from zest_fast.finetuning.sharding import put
 from zest_fast.finetuning.summary import Summary
 from zest_fast.finetuning.trainable_layers import Part, chosen_layers, head_layers
 from zest_fast.finetuning.verification import not_finite, verify
@@ -40,6 +40,7 @@ from zest_fast.lean.apply import apply_lean
 from zest_fast.lean.frozen_norms import keep_frozen_norms_in_eval
 from zest_fast.prefix.cache import PrefixCache
 from zest_fast.prefix.cached_passes import CachedPasses
+from zest_fast.profiling.processes.local import is_distributed
 
 
 class SelectiveBackward(Removable):
@@ -296,7 +297,7 @@ class SelectiveBackward(Removable):
                     f"exchange: {part.name!r} stays on disk (open_streamed), and cannot train there; name it in train= "
                     "when the model is opened"
                 )
-        sharded = next((name for name, p in self.model.named_parameters() if is_sharded(p)), None)
+        sharded = next((name for name, p in self.model.named_parameters() if is_distributed(p)), None)
         if sharded is not None:
             raise NotImplementedError(
                 f"exchange: {sharded!r} is sharded over processes (FSDP, tensor parallel), where layers cannot be "

@@ -48,8 +48,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         mode = _create(temporary, target)
         yield temporary
         temporary.chmod(mode)  # some writers (safetensors) leave a file that nobody else can read
-        with open(temporary, "rb+") as written:  # on disk before the name points to it, also after a power cut
-            os.fsync(written.fileno())
+        _to_disk(temporary)
         os.replace(temporary, target)
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None and str(error.filename).startswith(str(folder)):
@@ -66,8 +65,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a folder beside `path` to write into; it gets the name `path` only when the block ends well.
 
-    An exception or a full disk leaves nothing. What writers that were killed left is removed first. Files are to be
-    on disk (fsync) when the block ends. Errors of the operating system name `path`.
+    An exception or a full disk leaves nothing. What writers that were killed left is removed first. Errors of the
+    operating system name `path`.
     Raises FileExistsError where `path` is there already, FileNotFoundError without the folder around it.
     """
     target = Path(os.path.abspath(path))
@@ -82,6 +81,9 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         folder.mkdir(mode=0o700)
         yield folder
+        for file in folder.rglob("*"):
+            if file.is_file():
+                _to_disk(file)
         folder.chmod(0o777 & ~_umask())
         os.rename(folder, target)
     except OSError as error:
@@ -116,6 +118,12 @@ def _create(temporary: Path, target: Path) -> int:
         return there
     finally:
         os.close(descriptor)
+
+
+def _to_disk(file: Path) -> None:
+    """Before a name points to it: so it is whole after a power cut, too."""
+    with open(file, "rb" if os.name == "posix" else "rb+") as written:
+        os.fsync(written.fileno())
 
 
 def _temporary(target: Path) -> Path:

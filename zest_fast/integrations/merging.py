@@ -193,9 +193,6 @@ def save_model_folder(loaded: LoadedModel, out: str | os.PathLike[str], class_na
         if loaded.processor is not None:
             loaded.processor.save_pretrained(folder)
         name_classes(folder, class_names)
-        for file in folder.rglob("*"):
-            if file.is_file():
-                _sync(file)
 
 
 def _is_plain_folder(source: str) -> bool:
@@ -224,7 +221,6 @@ class _Patch:
         for file in sorted(self.folder.iterdir()):
             if file.is_file() and _belongs(file.name):
                 shutil.copyfile(file, out / file.name)
-                _sync(out / file.name)
         templates = self.folder / "additional_chat_templates"
         if templates.is_dir():
             shutil.copytree(templates, out / templates.name)
@@ -244,8 +240,6 @@ class _Patch:
             for offset, tensor in self.pieces.get(name, ()):
                 stream.seek(offset)
                 stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            stream.flush()
-            os.fsync(stream.fileno())
 
 
 def _patch(folder: Path, path: str | os.PathLike[str], delta: Delta) -> _Patch | None:
@@ -329,8 +323,3 @@ def _belongs(name: str) -> bool:
     """Configuration, tokenizer, licence: whatever is no weights, and the index of those that are merged."""
     foreign_index = name.endswith(".index.json") and name != _INDEX
     return not name.startswith(".") and not name.endswith(_LEFT_OUT) and not foreign_index
-
-
-def _sync(file: Path) -> None:
-    with open(file, "rb+") as stream:
-        os.fsync(stream.fileno())

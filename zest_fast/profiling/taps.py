@@ -31,6 +31,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from zest_fast.foundation.removable import Leaving
 from zest_fast.foundation.torch_private import (
     current_task,
     forward_hooks,
@@ -206,7 +207,7 @@ class Taps(AbstractContextManager["Taps"]):
         )
 
     def __enter__(self) -> Taps:
-        self._handles.append(_Ended(Watching(self)))
+        self._handles.append(Leaving(Watching(self).__enter__()))
         by_module: dict[nn.Module, list[Layer]] = {}
         for layer in self._layers:
             by_module.setdefault(layer.called_module, []).append(layer)
@@ -728,17 +729,6 @@ class ModuleHook:
 
 def _do_nothing(*args: Any) -> None:
     """What a hook does in a copy."""
-
-
-class _Ended:
-    """A context that is entered, as a handle among others."""
-
-    def __init__(self, context: AbstractContextManager[Any]) -> None:
-        self._context = context
-        context.__enter__()
-
-    def remove(self) -> None:
-        self._context.__exit__(None, None, None)
 
 
 def run_until_it_stands(

@@ -142,11 +142,9 @@ def _write(source: Path, folder: Path, checkpoint: Checkpoint, layers: Mapping[s
     for beside in sorted(source.iterdir()):
         if beside.is_file() and beside.suffix in _BESIDE and beside.name not in (INDEX, DOCUMENT):
             shutil.copyfile(beside, folder / beside.name)
-            _to_disk(folder / beside.name)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
     source_sizes = {file: (source / file).stat().st_size for file in files}
     (folder / DOCUMENT).write_text(document(format, sizes, source, source_sizes, documented), encoding="utf-8")
-    _to_disk(folder / DOCUMENT)
 
 
 def _parts(name: str) -> list[str]:
@@ -158,8 +156,3 @@ def _packed(name: str, weight: Tensor, format: str) -> dict[str, Tensor]:
         raise ValueError(f"frozen={format!r}: {name!r} holds weights that are not finite; mend them first")
     packed, scale = FORMATS[format].pack(weight)
     return {"packed": packed, "scale": scale}
-
-
-def _to_disk(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -63,5 +62,3 @@ class ShardWriter:
                     raise ValueError(f"more tensors were written than were announced: {len(self._entries)}")
                 self._file.seek(0)
                 self._file.write(self._header.to_bytes(8, "little") + header)
-                self._file.flush()
-                os.fsync(self._file.fileno())

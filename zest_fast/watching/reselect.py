@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zest_fast.finetuning.optimizer_check import check_optimizer
+from zest_fast.finetuning.rounding import innermost
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.finetuning.trainable_layers import Part, chosen_layers, layers_that_can_train
 from zest_fast.foundation.interrupts import HeldInterrupts
@@ -133,7 +134,7 @@ class Reselect:
             raise TypeError(f"by must be a metric name or have .predict(profile), not {type(by).__name__}")
         if not tuned.layers:
             raise ValueError("tuned trains no layer beside the head: there is nothing to exchange")
-        self.tuned, self.optimizer = tuned, _innermost(optimizer)
+        self.tuned, self.optimizer = tuned, innermost(optimizer)
         self._every, self._by, self._margin, self._batch = operator.index(every), by, float(margin), batch
         self._loss_fn, self._closure, self._metrics = loss_fn, closure, metrics
         self._keeps = states == "keep"
@@ -302,13 +303,6 @@ class _Place(NamedTuple):
 
 
 _WITHOUT_NEW_PARAMETERS = ("LBFGS", "Muon", "Adagrad")
-
-
-def _innermost(optimizer: Any) -> Any:
-    """accelerate's is around another."""
-    while hasattr(getattr(optimizer, "optimizer", None), "param_groups"):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def _training(tuned: SelectiveBackward) -> dict[str, nn.Parameter]:

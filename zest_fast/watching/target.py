@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Rows:
         """Every weight of the rows, once."""
         return list({layer.weight: None for layer in self.layers})
 
-    @property
+    @cached_property  # it is asked for in every backward pass
     def weights_of_the_model(self) -> list[Weight]:
         """Those of all its layers, watched or not."""
         return list({layer.weight: None for layer in self.subject.layers})

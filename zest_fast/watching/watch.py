@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from zest_fast import kernels
 from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.foundation.options import Backend, MetricNames
-from zest_fast.foundation.removable import Removable
+from zest_fast.foundation.removable import Leaving, Removable
 from zest_fast.foundation.torch_private import current_task, steps_around
 from zest_fast.profiling.engine import Watching
 from zest_fast.profiling.functions import forwards_of, hooks_of, may_write, referred
@@ -227,7 +227,7 @@ class Watch(Removable):
                 self._handles = [
                     register_optimizer_step_pre_hook(self._before_step),
                     register_optimizer_step_post_hook(self._after_step),
-                    _Entered(Watching(self)),
+                    Leaving(Watching(self).__enter__()),
                 ]
                 if self.steps % self._every == 0:
                     self._open(self._rows, self.steps, agreed)
@@ -549,17 +549,6 @@ class Watch(Removable):
                         RuntimeWarning,
                         stacklevel=2,
                     )
-
-
-class _Entered:
-    """A context that is entered, as a handle among others."""
-
-    def __init__(self, context: Any) -> None:
-        self._context = context
-        context.__enter__()
-
-    def remove(self) -> None:
-        self._context.__exit__(None, None, None)
 
 
 def _metrics(metrics: MetricNames | None) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.foundation.nearest import some
+from zest_fast.foundation.removable import Leaving
 from zest_fast.kernels.storage import has_storage
 from zest_fast.profiling.layers import Layer, Weight
 from zest_fast.profiling.metrics import FISHER, GRADIENT, GRADIENT_ABS, OUTPUT, PRODUCT, PRODUCT_ABS, WEIGHT
@@ -173,14 +174,14 @@ class Window:
         """Hooks, with Ctrl-C held back until all are there."""
         with HeldInterrupts():
             self.scales.__enter__()
-            self._handles.append(_Exit(self.scales))
+            self._handles.append(Leaving(self.scales))
             self._handles.append(self.gradients)
             if self.asked.parts or self.asked.noise:
                 self._handles += self._part_gradients.hook()
             if self.taps is not None or (self.asked.noise and not isinstance(self.asked.samples, int)):
                 self._handles += self.calls.hook(self.target.called)
             if self.taps is not None:
-                self._handles.append(_Exit(self.taps))
+                self._handles.append(Leaving(self.taps))
                 self.taps.__enter__()
 
     def discard(self) -> None:
@@ -326,13 +327,3 @@ def _copy_of_a_loss(loss: Any) -> Tensor | None:
 
 def _names(weights: Iterable[Weight]) -> str:
     return some(layer.name for weight in weights for layer in weight.layers)
-
-
-class _Exit:
-    """A context that was entered, as a handle among others."""
-
-    def __init__(self, context: Any) -> None:
-        self._context = context
-
-    def remove(self) -> None:
-        self._context.__exit__(None, None, None)

@@ -171,7 +171,7 @@ class Processes:
                     part.samples,
                     part.scale,
                     {place[w]: found for w, found in part.statistics.gradients.items() if w in own}
-                    if self._layout.kind == TENSOR_PARALLEL
+                    if self._is_split
                     else {},
                     {place[weight]: square for weight, square in part.squares(place).items()},
                     {place[weight] for weight in (*part.wrong, *part.statistics.missed_weights) if weight in place},

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from zest_fast.cli.job import to_device
-from zest_fast.cli.runs import Rounds
+from zest_fast.cli.jobs.job import to_device
+from zest_fast.cli.jobs.runs import Rounds
 from zest_fast.integrations.datasets import IGNORED
 from zest_fast.lean.master_weights import LOW, MasterWeights
 from zest_fast.profiling.heads import is_language_model, unwrap

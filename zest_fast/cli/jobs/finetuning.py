@@ -17,12 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from zest_fast import PrefixCache, SelectiveBackward, choose, plan, profile, rank
 from zest_fast import probe as run_probe
-from zest_fast.cli import runs, show
-from zest_fast.cli.interrupts import listening
-from zest_fast.cli.job import Job, to_device
+from zest_fast.cli import show
+from zest_fast.cli.jobs import runs
+from zest_fast.cli.jobs.interrupts import listening
+from zest_fast.cli.jobs.job import Job, to_device
+from zest_fast.cli.jobs.saving import save_somewhere
+from zest_fast.cli.jobs.training import evaluate, optimizer_for, train
 from zest_fast.cli.options import split_names
-from zest_fast.cli.saving import save_somewhere
-from zest_fast.cli.training import evaluate, optimizer_for, train
 from zest_fast.finetuning.trainable_layers import chosen_layers, head_layers
 from zest_fast.foundation.options import Checkpoint, Frozen, Preference
 from zest_fast.foundation.text_table import printable
@@ -143,8 +144,8 @@ def finetune_job(job: Job, wanted: Wanted, console: Console) -> dict[str, Any]:
 
 def _say(console: Console, job: Job, wanted: Wanted, lines: Sequence[str]) -> None:
     """What will be done and what to know about it, once nothing is refused any more: an error is one line."""
-    for line in lines:
-        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+    for text in lines:
+        show.line(console, text)
     show.notes(console, job, wanted.written)
 
 
@@ -242,7 +243,7 @@ class _Run:
                 warnings.simplefilter("ignore")
                 text = self.tuned.summary(optimizer).rounding
         if text:
-            self.console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
+            show.note(self.console, text)
 
     def _train(self, parameters: list[Any], optimizer: Any, place: Any) -> Any:
         """The Training; None where Ctrl-C came in the last step. Raises KeyboardInterrupt that says what was saved."""
@@ -320,8 +321,7 @@ class _Run:
             self.tuned.save_run(self.run_file, optimizer, progress=progress.plain())
             self.saved_at, self._resumable = len(self.losses), self.run_file
         except OSError as error:
-            text = printable(f"note: {self.run_file} could not be written ({_reason(error)})")
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            show.note(self.console, f"{self.run_file} could not be written ({_reason(error)})")
 
     def _save_partial(self) -> str:
         """Saves what an unfinished run has trained beside `out`, marked as such in its recipe; says where."""

@@ -1,0 +1,1 @@
+"""What a command does with a model and data once its options are read: loading, training, recording, saving."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -255,7 +256,8 @@ def _reader(gguf: Any, file: str | os.PathLike[str], architecture: str) -> Any:
 def _as_type(gguf: Any, tensor: Any, values: Tensor) -> Any:
     """The values in the type of a tensor of a GGUF, as an array of its bytes' shape."""
     try:
-        return gguf.quantize(values.detach().cpu().float().numpy(), tensor.tensor_type)
+        with np.errstate(over="ignore"):  # what became infinite is an error of the caller's, with a name
+            return gguf.quantize(values.detach().cpu().float().numpy(), tensor.tensor_type)
     except NotImplementedError as error:
         raise ValueError(
             f"{tensor.name!r} is {tensor.tensor_type.name}, which the package gguf cannot write: take a GGUF of the "

@@ -38,6 +38,11 @@ def gpt2():
     return transformers.GPT2LMHeadModel(config)
 
 
+def bert():
+    sizes = {key: size for key, size in SIZES.items() if key != "num_key_value_heads"}
+    return transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False)
+
+
 ATTENTION = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.k_proj", "model.layers.1.mlp.down_proj"]
 CASES = {
     "llama": (llama, ATTENTION, ["model.norm"]),
@@ -45,6 +50,9 @@ CASES = {
     "llama-head": (llama, [*ATTENTION, "lm_head", "model.embed_tokens"], None),
     "llama-tied": (lambda: llama(tie_word_embeddings=True), [*ATTENTION, "lm_head"], None),
     "qwen2": (lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES)), ATTENTION, None),
+    "qwen3": (lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, head_dim=8)), ATTENTION, None),
+    "mistral": (lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES)), ATTENTION, ["lm_head"]),
+    "bert": (bert, ["encoder.layer.0.attention.self.query", "encoder.layer.1.output.dense"], ["embeddings"]),
     "gpt2": (gpt2, ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj", "transformer.wpe"], None),
 }
 
@@ -95,7 +103,7 @@ def test_transformers_reads_it_as_the_tuned_model(kind, tmp_path):
             assert torch.allclose(read_back(tokens).logits, model(tokens).logits, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-head", "qwen2", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "llama-head", "qwen2", "qwen3", "mistral", "gpt2", "bert"])
 def test_an_adapter_adds_what_was_trained(kind, tmp_path):
     """By what llama.cpp computes: W + alpha / rank B A, of an embedding the rows of A times B."""
     base, _, _ = moved(kind, tmp_path / "d.safetensors")
@@ -115,7 +123,7 @@ def test_an_adapter_adds_what_was_trained(kind, tmp_path):
     assert said == {
         "general.type": "adapter",
         "adapter.type": "lora",
-        "general.architecture": base.config.model_type,
+        "general.architecture": "llama" if kind == "mistral" else base.config.model_type,
     }
     alpha = reader.get_field("adapter.lora.alpha").contents()
     assert len({one.rank for one in export.layers}) > 1 and alpha == max(one.rank for one in export.layers)

@@ -128,7 +128,13 @@ def test_an_adapter_brings_its_own_card(llama, delta, tmp_path):
     card = ModelCard(api.files["README.md"].decode())
     assert card.data.library_name == "peft" and "## Ranks and errors" in card.text
     push(tmp_path / "adapter", "me/adapter", delta=delta, base="owner/base", api=api)
-    assert ModelCard(api.files["README.md"].decode()).data.base_model == "owner/base"
+    again = ModelCard(api.files["README.md"].decode())
+    assert again.data.base_model == "owner/base" and again.data.base_model_relation == "adapter"
+    ranks = again.text[again.text.index("## Ranks and errors") : again.text.index("## How the layers")]
+    assert ranks in card.text and f"| `{LAYER}` |" in ranks
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"does not say its ranks and errors \(KeyError\)"):
+        push(tmp_path / "adapter", "me/adapter", delta=delta, api=api)
 
 
 def test_what_is_nothing_to_upload_is_named(delta, tmp_path):

@@ -33,7 +33,22 @@ _GPT2 = {
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
 }
+_BERT = {
+    "attention.self.query": "attn_q",
+    "attention.self.key": "attn_k",
+    "attention.self.value": "attn_v",
+    "attention.output.dense": "attn_output",
+    "attention.output.LayerNorm": "attn_output_norm",
+    "intermediate.dense": "ffn_up",
+    "output.dense": "ffn_down",
+    "output.LayerNorm": "layer_output_norm",
+}
+_BLOCKS = {"gpt2": _GPT2, "bert": _BERT}
 _OUTSIDE = {
+    "embeddings.word_embeddings": "token_embd",
+    "embeddings.position_embeddings": "position_embd",
+    "embeddings.token_type_embeddings": "token_types",
+    "embeddings.LayerNorm": "token_embd_norm",
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
@@ -64,17 +79,17 @@ def tensors(model: nn.Module) -> dict[str, np.ndarray]:
             found[f"{_OUTSIDE[owner]}.{own}"] = values
             continue
         _, _, block, inner = owner.split(".", 3)
-        if kind == "llama" and inner.endswith(("q_proj", "k_proj")):
+        if kind in ("llama", "mistral") and inner.endswith(("q_proj", "k_proj")):
             values = rotated(values, config.num_attention_heads if "q_proj" in inner else config.num_key_value_heads)
         if kind == "gpt2" and values.ndim == 2:
             values = np.ascontiguousarray(values.T)
-        found[f"blk.{block}.{(_GPT2 if kind == 'gpt2' else _LLAMA)[inner]}.{own}"] = values
+        found[f"blk.{block}.{_BLOCKS.get(kind, _LLAMA)[inner]}.{own}"] = values
     return found
 
 
 def save_gguf(model: nn.Module, path: Path, kind: str = "f32") -> Path:
     config, name = model.config, model.config.model_type
-    writer = gguf.GGUFWriter(path, name)
+    writer = gguf.GGUFWriter(path, {"mistral": "llama"}.get(name, name))
     writer.add_name("tiny")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -84,6 +99,9 @@ def save_gguf(model: nn.Module, path: Path, kind: str = "f32") -> Path:
     if name == "gpt2":
         writer.add_feed_forward_length(4 * config.hidden_size)
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    elif name == "bert":
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_layer_norm_eps(config.layer_norm_eps)
     else:
         writer.add_feed_forward_length(config.intermediate_size)
         writer.add_head_count_kv(config.num_key_value_heads)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -14,6 +15,10 @@ from zest_fast.cli.app import app
 from zest_fast.cli.deltas import Base, DeltaFile
 from zest_fast.cli.options import Json, check_new_folder, check_readable, check_writable, work
 from zest_fast.foundation.nearest import nearest
+
+if TYPE_CHECKING:
+    from zest_fast.integrations.sharing.gguf_files import GgufPatch
+    from zest_fast.integrations.sharing.lora import LoraExport
 
 FORMS = ("lora", "gguf", "gguf-lora")
 
@@ -55,29 +60,26 @@ def convert(
     else:
         check_writable(out, {".gguf"}, inputs=[delta, gguf])
     with work(base) as console, console.status("converting"):
-        if to == "gguf":
-            from zest_fast.integrations.sharing.gguf_files import delta_to_gguf
+        from zest_fast.integrations.sharing.gguf_files import delta_to_gguf, delta_to_gguf_lora
+        from zest_fast.integrations.sharing.lora import delta_to_lora
 
-            check_readable(gguf or Path(), "GGUF")
-            patch = delta_to_gguf(delta, base, gguf or Path(), out)
+        if gguf is not None:
+            check_readable(gguf, "GGUF")
+            done: GgufPatch | LoraExport = delta_to_gguf(delta, base, gguf, out)
         else:
-            from zest_fast.integrations.sharing.gguf_files import delta_to_gguf_lora
-            from zest_fast.integrations.sharing.lora import delta_to_lora
+            done = (delta_to_lora if to == "lora" else delta_to_gguf_lora)(delta, base, out, rank=rank, error=error)
+    if as_json:
+        show.json_document({**asdict(done), "path": str(done.path)})
+        return
+    if to != "gguf":
+        _print_layers(cast("LoraExport", done))
+    show.line(show.results(), str(done))
 
-            export = (delta_to_lora if to == "lora" else delta_to_gguf_lora)(delta, base, out, rank=rank, error=error)
-    if to == "gguf":
-        if as_json:
-            show.json_document({**vars(patch), "path": str(patch.path)})
-        else:
-            typer.echo(str(patch))
-    elif as_json:
-        layers = [vars(one) for one in export.layers]
-        show.json_document({**vars(export), "path": str(export.path), "layers": layers})
-    else:
-        table = Table(Column("layer", overflow="fold"), box=SIMPLE_HEAD)
-        for title in ("rank", "of", "relative error"):
-            table.add_column(title, justify="right")
-        for one in export.layers:
-            table.add_row(show.cell(one.name), str(one.rank), str(one.full_rank), f"{one.error:.3g}")
-        show.results().print(table)
-        show.line(show.results(), str(export))
+
+def _print_layers(export: LoraExport) -> None:
+    table = Table(Column("layer", overflow="fold"), box=SIMPLE_HEAD)
+    for title in ("rank", "of", "relative error"):
+        table.add_column(title, justify="right")
+    for one in export.layers:
+        table.add_row(show.cell(one.name), str(one.rank), str(one.full_rank), f"{one.error:.3g}")
+    show.results().print(table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from zest_fast.finetuning.delta_files import FORMAT
 from zest_fast.foundation.nearest import some
+from zest_fast.integrations.sharing.lora import read_export
 from zest_fast.integrations.sharing.model_cards import model_card
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
@@ -101,7 +102,7 @@ def _is_delta(file: Path) -> bool:
 
 
 def _card(
-    source: Path, files: Iterable[str], delta: str | os.PathLike[str] | None, *, merged: bool, **said: Any
+    source: Path, files: Collection[str], delta: str | os.PathLike[str] | None, *, merged: bool, **said: Any
 ) -> str | None:
     """The text of a new card; None where the one in the folder stays."""
     deltas = [file for file in files if file.endswith(".safetensors") and _is_delta(_at(source, file))]
@@ -112,7 +113,8 @@ def _card(
             f"{os.fspath(source)!r} has no {_CARD} that says what was trained (that of a base is copied when a delta "
             "is merged into it): pass delta=, which it was made of"
         )
-    return model_card(_at(source, deltas[0]) if delta is None else delta, merged=merged, **said)
+    adapter = read_export(source) if "adapter_config.json" in files else None
+    return model_card(_at(source, deltas[0]) if delta is None else delta, merged=merged, adapter=adapter, **said)
 
 
 def _text(file: Path) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,6 +22,9 @@ from zest_fast.integrations.merging import load_base, settings_of
 from zest_fast.integrations.sharing.low_rank import LowRank, check_wanted, low_rank, refuse_what_does_not_hold
 from zest_fast.integrations.sharing.model_cards import model_card
 from zest_fast.profiling.layers import is_transformers_conv1d
+
+_FILE = "adapter_model.safetensors"
+_METADATA = "zest_fast"
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class LoraExport:
         whole = f"; whole: {some(self.whole)}" if self.whole else ""
         left = f"; as in the base: {some(self.unchanged)}" if self.unchanged else ""
         size = f"{self.bytes / 2**20:.1f} MiB" if self.bytes >= 2**20 else f"{self.bytes / 2**10:.1f} KiB"
-        return f"{self.path}: LoRA{of_rank} on {len(self.layers)} layers, error {self.error:.3g}{whole}{left}; {size}"
+        layers = f"{len(self.layers)} layer{'' if len(self.layers) == 1 else 's'}"
+        return f"{self.path}: LoRA{of_rank} on {layers}, error {self.error:.3g}{whole}{left}; {size}"
 
 
 @dataclass(frozen=True)
@@ -161,13 +166,28 @@ def delta_to_lora(
     tensors = _peft_tensors(modules, adapter)
     report = adapter.report(Path(out), sum(tensor.nbytes for tensor in tensors.values()))
     with new_folder(out) as folder:
-        said = {"layers": {one.name: {"rank": one.rank, "error": one.error} for one in report.layers}}
-        metadata = {"format": "pt", "zest_fast": json.dumps(said)}
-        save_file(tensors, folder / "adapter_model.safetensors", metadata)
+        metadata = {"format": "pt", _METADATA: json.dumps({**asdict(report), "path": None})}
+        save_file(tensors, folder / _FILE, metadata)
         config.save_pretrained(str(folder))
         card = model_card(path, base=source, adapter=report)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return report
+
+
+def read_export(folder: str | os.PathLike[str]) -> LoraExport:
+    """What `delta_to_lora` said of the adapter in a folder. Raises ValueError where it is none of its own."""
+    file = Path(folder, _FILE)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            said = json.loads((opened.metadata() or {})[_METADATA])
+        layers = tuple(AdaptedLayer(**one) for one in said["layers"])
+        whole, unchanged = (tuple(map(str, said[key])) for key in ("whole", "unchanged"))
+        return LoraExport(Path(folder), layers, whole, unchanged, float(said["error"]), int(said["bytes"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{os.fspath(file)!r} does not say its ranks and errors ({type(error).__name__}): it is not what "
+            "delta_to_lora wrote"
+        ) from error
 
 
 def base_of(path: str | os.PathLike[str], base: nn.Module | str) -> tuple[nn.Module, Delta, str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -139,38 +139,35 @@ def delta_to_lora(
     """
     check_wanted(rank, error)
     model, delta, source = base_of(path, base)
-    from zest_fast.integrations.peft import lora_config  # first of all, so that it says what is missing
+    from zest_fast.integrations.peft import lora_config  # before the work, so that it says at once what is missing
 
-    adapter = adapter_of(model, delta, rank=rank, error=error)
-    if not adapter.factors:
-        raise ValueError(
-            f"{os.fspath(path)!r} has no weight that changed and that LoRA could adapt (whole: {some(adapter.whole)}): "
-            "merge it instead"
-        )
-    ranks = {name: one.rank for name, one in adapter.factors.items()}
-    top = max(ranks.values())
-    modules = dict(model.named_modules())
-    transposed = {is_transformers_conv1d(modules[name]) for name in ranks}
-    config = lora_config(
-        list(ranks),
-        model,
-        r=top,
-        ranks={name: one for name, one in ranks.items() if one != top},
-        head=list(adapter.whole) or None,
-        lora_bias=bool(adapter.biases),
-        fan_in_fan_out=transposed == {True},
-        inference_mode=True,
-        base_model_name_or_path=source,
-    )
-    config.alpha_pattern = config.rank_pattern
-    tensors = _peft_tensors(modules, adapter)
-    report = adapter.report(Path(out), sum(tensor.nbytes for tensor in tensors.values()))
     with new_folder(out) as folder:
+        adapter = adapter_of(model, delta, rank=rank, error=error)
+        if not adapter.factors:
+            raise ValueError(
+                f"{os.fspath(path)!r} has no weight that changed and that LoRA could adapt (whole: "
+                f"{some(adapter.whole)}): merge it instead"
+            )
+        ranks = {name: one.rank for name, one in adapter.factors.items()}
+        modules, top = dict(model.named_modules()), max(ranks.values())
+        config = lora_config(
+            list(ranks),
+            model,
+            r=top,
+            ranks={name: one for name, one in ranks.items() if one != top},
+            head=list(adapter.whole) or None,
+            lora_bias=bool(adapter.biases),
+            fan_in_fan_out=all(is_transformers_conv1d(modules[name]) for name in ranks),
+            inference_mode=True,
+            base_model_name_or_path=source,
+        )
+        config.alpha_pattern = config.rank_pattern
+        tensors = _peft_tensors(modules, adapter)
+        report = adapter.report(Path(out), sum(tensor.nbytes for tensor in tensors.values()))
         metadata = {"format": "pt", _METADATA: json.dumps({**asdict(report), "path": None})}
         save_file(tensors, folder / _FILE, metadata)
         config.save_pretrained(str(folder))
-        card = model_card(path, base=source, adapter=report)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(model_card(path, base=source, adapter=report), encoding="utf-8")
     return report
 
 
@@ -214,40 +211,55 @@ def adapter_of(model: nn.Module, delta: Delta, *, rank: int | None, error: float
 
     model: the base. Raises ValueError for what can be neither, and where `error` cannot be held.
     """
-    owners, there = _owners(model), dict(model.named_parameters())
-    modules = dict(model.named_modules())
-    moved = {name: value for name, value in delta.parameters.items() if not torch.equal(value, there[name].cpu())}
-    weights, biases, whole = {}, {}, set(_heads(delta, modules))
-    for name, value in moved.items():
+    there, modules = dict(model.named_parameters()), dict(model.named_modules())
+    moved = [name for name, value in delta.parameters.items() if not torch.equal(value, there[name].cpu())]
+    adapted, whole = _parts(model, modules, delta, moved)
+
+    def difference(name: str) -> Tensor:
+        return delta.parameters[name].double() - there[name].detach().cpu().double()
+
+    factors = {
+        name: low_rank(_matrix(modules[name], difference(f"{name}.weight")), rank=rank, error=error) for name in adapted
+    }
+    refuse_what_does_not_hold(factors.items(), rank, error)
+    biases: dict[str, Tensor] = {}
+    if any(f"{name}.bias" in moved for name in adapted):
+        for name, one in factors.items():
+            bias = f"{name}.bias"
+            biases[name] = difference(bias) if bias in moved else torch.zeros(one.b.shape[0])
+    tuned = {**delta.parameters, **delta.buffers}
+    states = {name: _state(name, modules[name], tuned, model) for name in whole}
+    inside = tuple(f"{name}." for name in whole)
+    unchanged = tuple(name for name in delta.parameters if name not in moved and not name.startswith(inside))
+    return Adapter(factors, biases, states, unchanged)
+
+
+def _parts(
+    model: nn.Module, modules: Mapping[str, nn.Module], delta: Delta, moved: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """The layers to adapt, and the outermost modules that go whole.
+
+    Heads go whole, moved or not: a new one is in no base.
+    """
+    owners = _owners(model)
+    whole = {name for name in delta.head if name in modules} | {name.rpartition(".")[0] for name in delta.buffers}
+    weights: list[str] = []
+    biases: list[str] = []
+    for name in moved:
         module, _, own = name.rpartition(".")
         if len(owners[name]) > 1 or not _takes_lora(modules[module]) or own not in ("weight", "bias"):
             whole |= owners[name]
-        elif own == "weight":
-            weights[module] = _matrix(modules[module], value.double() - there[name].detach().cpu().double())
         else:
-            biases[module] = value.double() - there[name].detach().cpu().double()
-    whole |= {name.rpartition(".")[0] for name in delta.buffers}
-    whole |= biases.keys() - weights.keys()
-    if biases and not all(_has_bias(modules[name]) for name in weights):
-        whole |= biases.keys()  # PEFT has biases in all adapters or in none
+            (weights if own == "weight" else biases).append(module)
+    # PEFT has biases in all adapters or in none, and none without a weight.
+    together = all(_has_bias(modules[name]) for name in weights)
+    whole |= {name for name in biases if not together or name not in weights}
     if "" in whole:
         bare = next(name for name in (*moved, *delta.buffers) if "" in owners.get(name, {""}))
         raise ValueError(f"{bare!r} belongs to no module that an adapter could hold: merge the delta instead")
-    outer = _outermost(whole)
+    outer = sorted(name for name in whole if not any(name.startswith(f"{other}.") for other in whole))
     inside = tuple(f"{name}." for name in outer)
-    factors = {
-        name: low_rank(difference, rank=rank, error=error)
-        for name, difference in weights.items()
-        if not f"{name}.".startswith(inside)
-    }
-    refuse_what_does_not_hold(factors.items(), rank, error)
-    kept = {name: difference for name, difference in biases.items() if name in factors}
-    if kept:
-        kept = {name: kept.get(name, torch.zeros(one.b.shape[0])) for name, one in factors.items()}
-    tuned = {**delta.parameters, **delta.buffers}
-    states = {name: _state(name, modules[name], tuned, model) for name in outer}
-    unchanged = tuple(name for name in delta.parameters if name not in moved and not name.startswith(inside))
-    return Adapter(factors, kept, states, unchanged)
+    return [name for name in weights if not f"{name}.".startswith(inside)], outer
 
 
 def _owners(model: nn.Module) -> dict[str, set[str]]:
@@ -257,11 +269,6 @@ def _owners(model: nn.Module) -> dict[str, set[str]]:
     for alias, parameter in model.named_parameters(remove_duplicate=False):
         owners[names[id(parameter)]].add(alias.rpartition(".")[0])
     return owners
-
-
-def _heads(delta: Delta, modules: Mapping[str, nn.Module]) -> list[str]:
-    """The heads of the delta that are modules. They go whole, moved or not: a new one is in no base."""
-    return [name for name in delta.head if name in modules]
 
 
 def _takes_lora(module: nn.Module) -> bool:
@@ -281,10 +288,6 @@ def _matrix(module: nn.Module, difference: Tensor) -> Tensor:
     if is_transformers_conv1d(module) or isinstance(module, nn.Embedding):
         return difference.T
     return difference.flatten(1)
-
-
-def _outermost(names: set[str]) -> list[str]:
-    return sorted(name for name in names if not any(name.startswith(f"{other}.") for other in names))
 
 
 def _state(name: str, module: nn.Module, tuned: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

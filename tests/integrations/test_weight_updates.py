@@ -184,7 +184,7 @@ def test_an_adapter_is_sent_while_it_is_merged_and_refused_otherwise(llama):
     model, server = opened(llama), Server(llama)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["v_proj"], r=2, init_lora_weights=False))
     updates = weight_updates(adapted, llama)
-    with pytest.raises(ValueError, match=r"v_proj' has a LoRA adapter that trains.*merge_adapter\(\)"):
+    with pytest.raises(ValueError, match=r"v_proj' has an adapter that trains.*merge_adapter\(\)"):
         updates.changed()
     adapted.merge_adapter()
     found = updates.changed()
@@ -193,6 +193,22 @@ def test_an_adapter_is_sent_while_it_is_merged_and_refused_otherwise(llama):
     adapted.unmerge_adapter()
     merged = adapted.merge_and_unload().state_dict()
     assert all(torch.equal(server.weights[name], merged[name]) for name in found)
+
+
+@pytest.mark.parametrize("kind", ["ia3", "vera", "prompts"])
+def test_adapters_of_other_kinds_do_not_pass_unsaid(kind, llama):
+    model = opened(llama)
+    if kind == "ia3":
+        config = peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[])
+    elif kind == "vera":
+        config = peft.VeraConfig(target_modules=["q_proj"], r=2)
+    else:
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    updates = weight_updates(peft.get_peft_model(model, config))
+    with pytest.raises(
+        ValueError, match="which PEFT has put beside the base" if kind == "prompts" else "has an adapter"
+    ):
+        updates.changed()
 
 
 def test_layers_that_were_exchanged_are_sent_to_the_end(llama):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from zest_fast.streaming.checkpoints import plain_checkpoint
 
 # What wrappers put into names: DistributedDataParallel is unwrapped as a module, the others are within names.
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "base_layer.")
+_OF_PEFT = "base_model.model."
 
 
 def weight_updates(
@@ -122,7 +124,7 @@ class WeightUpdates:
             Name -> tensor, detached.
 
         Raises:
-            ValueError: a LoRA adapter trains and is not merged, or a name that the base does not have.
+            ValueError: an adapter trains and is not merged, or a name that the base does not have.
         """
         fresh, found = {}, {}
         for name, tensor in self._served().items():
@@ -180,10 +182,15 @@ class WeightUpdates:
 
 def _trained(source: SelectiveBackward | nn.Module, model: nn.Module) -> set[str]:
     """Names of what trains, and of what did before an exchange of layers; not those of adapters."""
-    if not isinstance(source, SelectiveBackward):
-        return {name for name, one in model.named_parameters() if one.requires_grad and not _is_adapter(name)}
-    left = {id(one) for part in chosen_layers(model, source.former_layers) for one in part.parameters}
-    return {*source.trainable_names, *(name for name, one in model.named_parameters() if id(one) in left)}
+    if isinstance(source, SelectiveBackward):
+        left = {id(one) for part in chosen_layers(model, source.former_layers) for one in part.parameters}
+        trained = {*source.trainable_names, *(name for name, one in model.named_parameters() if id(one) in left)}
+    else:
+        trained = {name for name, one in model.named_parameters() if one.requires_grad}
+    foreign = [name for name in sorted(trained) if _is_beside_base(name, model)]
+    if foreign:
+        raise ValueError(f"{foreign[0]!r} trains, which PEFT has put beside the base: a server of the base has none")
+    return {name for name in trained if "original_module" not in name.split(".")} - _of_adapters(model)
 
 
 def _model(source: SelectiveBackward | nn.Module) -> nn.Module:
@@ -222,35 +229,49 @@ def _refuse_packed(source: SelectiveBackward | nn.Module | Delta) -> None:
             )
 
 
-def _in_merged_adapters(model: nn.Module) -> set[str]:
-    """Weights into which a LoRA adapter that trains is merged at the moment. Raises ValueError where one is not."""
-    found: set[str] = set()
+def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The modules that PEFT has put around a layer, with their names."""
     for name, module in model.named_modules():
-        if not (hasattr(module, "base_layer") and hasattr(module, "lora_A")):
-            continue
-        trains = any(p.requires_grad for key, p in module.named_parameters() if _is_adapter(key))
-        if not trains:
+        if isinstance(getattr(module, "base_layer", None), nn.Module):
+            yield name, module
+
+
+def _of_adapters(model: nn.Module) -> set[str]:
+    return {
+        f"{name}.{key}"
+        for name, module in _adapted(model)
+        for key, _ in module.named_parameters()
+        if not key.startswith("base_layer.")
+    }
+
+
+def _in_merged_adapters(model: nn.Module) -> set[str]:
+    """Weights into which an adapter that trains is merged at the moment. Raises ValueError where one is not."""
+    found: set[str] = set()
+    for name, module in _adapted(model):
+        if not any(p.requires_grad for key, p in module.named_parameters() if not key.startswith("base_layer.")):
             continue
         if not getattr(module, "merged", False):
             raise ValueError(
-                f"{name!r} has a LoRA adapter that trains, and the base has no such tensors: call merge_adapter() "
-                "before and unmerge_adapter() after, or give the server the adapter"
+                f"{name!r} has an adapter that trains, and the base has no such tensors: call merge_adapter() before "
+                "and unmerge_adapter() after, or give the server the adapter"
             )
         found |= {f"{name}.base_layer.{key}" for key, _ in module.base_layer.named_parameters()}
     return found
 
 
-def _is_adapter(name: str) -> bool:
-    parts = name.split(".")
-    adapter = any(part.startswith(("lora_", "vera_", "hada_", "oft_")) for part in parts)
-    return adapter or "original_module" in parts
+def _is_beside_base(name: str, model: nn.Module) -> bool:
+    """Of a PeftModel: whether a parameter is in no module of the base, as prompts are."""
+    inner = getattr(model, "_orig_mod", model)
+    plain = name.removeprefix("_orig_mod.")
+    return hasattr(inner, "peft_config") and hasattr(inner, "get_base_model") and not plain.startswith(_OF_PEFT)
 
 
 def _plain_name(name: str) -> str:
     """Without what wrappers and PEFT put into it."""
     for mark in _WRAPPERS:
         name = name.replace(mark, "")
-    name = name.removeprefix("base_model.model.")
+    name = name.removeprefix(_OF_PEFT)
     before, found, after = name.partition(".modules_to_save.")
     return f"{before}.{after.partition('.')[2]}" if found else name
 

@@ -305,7 +305,10 @@ def needs_cast(delta: Delta, dtypes: Mapping[str, torch.dtype], *, cast: bool) -
     other = {
         (str(tensor.dtype).removeprefix("torch."), str(dtypes[name]).removeprefix("torch."))
         for name, tensor in {**delta.parameters, **delta.buffers}.items()
-        if name in dtypes and tensor.dtype != dtypes[name] and tensor.is_floating_point()
+        if name in dtypes
+        and tensor.dtype != dtypes[name]
+        and tensor.is_floating_point()
+        and dtypes[name].is_floating_point
     }
     if not other:
         return False

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import pictures
+from bench.adapters import adapters_text
 from bench.choose import choose_text
 from bench.finetune import report as finetune_report
 from bench.finetune.report import finetune_text
@@ -234,6 +235,9 @@ def sweep_speed_table(document: dict) -> str:
 
 
 LEGENDS = {
+    "adapters": "One run of each task: five layers by the Ranker and the head, trained for 150 steps. *Error*: the "
+    "Frobenius norm of what is missing by that of the difference, over all adapted weights, and in the layer where it "
+    "is largest. Accuracy of the adapter as PEFT loads it.",
     "profile": "Multiples of the plain pass, with the interval of the median. (a): keep all gradients, then one torch "
     "expression per metric. (b): hooks that reduce each gradient with the fastest separate torch reductions and drop "
     "it at once. (c): four of the fifteen metrics, a pass each, as published. (d): the norm of each sample's gradient, "
@@ -269,6 +273,7 @@ BLOCKS: dict[str, tuple[dict[str, str], Callable[..., str]]] = {
     "ranking": ({"layerbench.json": "python -m bench.layerbench evaluate"}, layerbench_report.layerbench_text),
     "finetune": (_FINETUNE, finetune_text),
     "choose": ({"choose.json": "python -m bench.choose"}, choose_text),
+    "adapters": ({"adapters.json": "python -m bench.adapters"}, adapters_text),
     "lean": ({"lean.json": "python -m bench.lean"}, lean_text),
     "methods": (_METHODS, memory_text),
     "llama7b": ({"llama7b.json": "python -m bench.llama7b"}, llama7b_text),

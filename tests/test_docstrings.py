@@ -25,6 +25,7 @@ CALLABLES = {
 GIVEN = {
     "Choice",
     "Fit",
+    "LoraExport",
     "NoiseScale",
     "Plan",
     "WatchedStep",

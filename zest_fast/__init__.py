@@ -10,6 +10,7 @@ __all__ = [
     "DeltaSwitch",
     "Fit",
     "LayerProfile",
+    "LoraExport",
     "MasterWeights",
     "NoiseScale",
     "Plan",
@@ -22,17 +23,20 @@ __all__ = [
     "SelectiveBackward",
     "WatchLog",
     "WatchedStep",
+    "WeightUpdates",
     "__version__",
     "adamw",
     "apply_delta",
     "apply_lean",
     "choose",
     "consolidate",
+    "delta_to_lora",
     "fit_memory",
     "kernels",
     "load_records",
     "load_watch",
     "merge_delta",
+    "model_card",
     "noise_scale",
     "open_streamed",
     "optimizer_in_backward",
@@ -48,6 +52,7 @@ __all__ = [
     "sweep",
     "sweeps_of",
     "watch",
+    "weight_updates",
 ]
 
 # The public names are imported at their first use: `zest-fast --help` and whoever only reads profiles and ranks layers
@@ -57,6 +62,9 @@ if TYPE_CHECKING:
     from zest_fast import kernels
     from zest_fast.finetuning.delta_use import DeltaSwitch, apply_delta, merge_delta
     from zest_fast.finetuning.selective_backward import SelectiveBackward
+    from zest_fast.integrations.sharing.lora import LoraExport, delta_to_lora
+    from zest_fast.integrations.sharing.model_cards import model_card
+    from zest_fast.integrations.sharing.weight_updates import WeightUpdates, weight_updates
     from zest_fast.lean.apply import apply_lean
     from zest_fast.lean.master_weights import MasterWeights
     from zest_fast.lean.optimizer import adamw, optimizer_in_backward
@@ -91,6 +99,7 @@ else:
         "DeltaSwitch": "zest_fast.finetuning.delta_use",
         "Fit": "zest_fast.planning.savings",
         "LayerProfile": "zest_fast.profiling.layer_profile",
+        "LoraExport": "zest_fast.integrations.sharing.lora",
         "MasterWeights": "zest_fast.lean.master_weights",
         "NoiseScale": "zest_fast.watching.noise_scale",
         "Plan": "zest_fast.planning.report",
@@ -103,16 +112,19 @@ else:
         "SelectiveBackward": "zest_fast.finetuning.selective_backward",
         "WatchLog": "zest_fast.watching.logs.watch_log",
         "WatchedStep": "zest_fast.watching.watched_step",
+        "WeightUpdates": "zest_fast.integrations.sharing.weight_updates",
         "__version__": "zest_fast.foundation.version",
         "adamw": "zest_fast.lean.optimizer",
         "apply_delta": "zest_fast.finetuning.delta_use",
         "apply_lean": "zest_fast.lean.apply",
         "choose": "zest_fast.planning.choose",
         "consolidate": "zest_fast.sweeping.tables",
+        "delta_to_lora": "zest_fast.integrations.sharing.lora",
         "fit_memory": "zest_fast.planning.savings",
         "load_records": "zest_fast.sweeping.tables",
         "load_watch": "zest_fast.watching.logs.watch_log",
         "merge_delta": "zest_fast.finetuning.delta_use",
+        "model_card": "zest_fast.integrations.sharing.model_cards",
         "noise_scale": "zest_fast.watching.noise_scale",
         "open_streamed": "zest_fast.streaming.opening",
         "optimizer_in_backward": "zest_fast.lean.optimizer",
@@ -128,6 +140,7 @@ else:
         "sweep": "zest_fast.sweeping.sweep",
         "sweeps_of": "zest_fast.sweeping.tables",
         "watch": "zest_fast.watching.watch",
+        "weight_updates": "zest_fast.integrations.sharing.weight_updates",
     }
 
     _ROOMS = (

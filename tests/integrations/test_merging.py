@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from zest_fast.finetuning import digests
 from zest_fast.finetuning.delta_files import read_delta
-from zest_fast.finetuning.delta_use import merge_delta
+from zest_fast.finetuning.delta_use import apply_delta, merge_delta
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.integrations import merging
 from zest_fast.integrations.differences import TensorFiles, differences
@@ -104,10 +104,10 @@ def test_in_place_only_what_changed_is_written(llama, tmp_path, no_model):
     base = sharded(llama, tmp_path / "sharded")
     state, delta = tuned(base, LLAMA_LAYERS, tmp_path / "d.safetensors")
     before = {file.name: (file.stat().st_ino, file.read_bytes()) for file in base.iterdir()}
-    would = apply_to_folder(str(base), delta, check=True)
+    would, _ = apply_to_folder(str(base), delta, check=True)
     assert {file.name: (file.stat().st_ino, file.read_bytes()) for file in base.iterdir()} == before
-    changed = apply_to_folder(str(base), delta)
-    assert would == changed and {file.name for file in base.iterdir()} == before.keys()
+    changed, rounded = apply_to_folder(str(base), delta)
+    assert would == changed and rounded is None and {file.name for file in base.iterdir()} == before.keys()
     assert_equal(loaded(base), state)
     for name, (inode, contents) in before.items():
         same = (base / name).stat().st_ino == inode and (base / name).read_bytes() == contents
@@ -366,3 +366,141 @@ def test_differences_refuse_what_cannot_be_read(tmp_path):
     (tmp_path / "empty" / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../torn.safetensors"}}')
     with pytest.raises(ValueError, match="outside of the folder"):
         TensorFiles(tmp_path / "empty")
+
+
+def in_dtype(folder, out, dtype):
+    """The folder with its weights in another dtype."""
+    transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize("route", ["files", "memory", "python"])
+def test_a_float32_delta_onto_a_bfloat16_base(route, llama, tmp_path, monkeypatch):
+    base = in_dtype(llama, tmp_path / "bf16", torch.bfloat16)
+    state, delta = tuned(base, LLAMA_LAYERS, tmp_path / "d.safetensors", dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"trained in float32, and the base has bfloat16: cast=True rounds"):
+        apply_delta(transformers.AutoModelForCausalLM.from_pretrained(base), delta)
+    with pytest.raises(ValueError, match="cast=True rounds"):
+        apply_to_folder(str(base), delta)
+    chosen = {f"{layer}.weight" for layer in LLAMA_LAYERS}
+    lost = sum(int((state[name].bfloat16().float() != state[name]).sum()) for name in chosen)
+    entries = sum(state[name].numel() for name in chosen)
+    said = f"{lost:,} of {entries:,} trained entries"
+    assert 0 < lost <= entries
+    if route == "python":
+        model = transformers.AutoModelForCausalLM.from_pretrained(base)
+        with pytest.warns(UserWarning, match=said):
+            apply_delta(model, delta, cast=True)
+        merged = model.state_dict()
+    else:
+        with monkeypatch.context() as patched:
+            if route == "memory":
+                patched.setattr(merging, "_patch", lambda *arguments, **named: None)
+            assert said in merge_folder(str(base), delta, tmp_path / "merged", cast=True)
+        merged = loaded(tmp_path / "merged")
+    assert_equal(merged, {name: tensor.to(torch.bfloat16) for name, tensor in state.items()})
+    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    assert said in str(apply_to_folder(str(base), delta, cast=True, check=True)[1])
+    assert {file.name: file.read_bytes() for file in base.iterdir()} == before
+    apply_to_folder(str(base), delta, cast=True)
+    assert_equal(loaded(base), merged)
+
+
+def test_rounding_is_to_nearest_even_and_never_to_infinity(llama, tmp_path):
+    base = in_dtype(llama, tmp_path / "f16", torch.float16)
+    name = "model.layers.0.mlp.up_proj"
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with SelectiveBackward(model, [name]) as wrapped:
+        with torch.no_grad():  # halfway between two neighbours: to the even one, down and up
+            next(wrapped.parameters())[0, :2] = torch.tensor([1 + 2**-11, 1 + 3 * 2**-11])
+        delta = wrapped.save(tmp_path / "d.safetensors")
+        with torch.no_grad():
+            next(wrapped.parameters())[0, 0] = 70_000.0
+        large = wrapped.save(tmp_path / "e.safetensors")
+    half = transformers.AutoModelForCausalLM.from_pretrained(base)
+    with pytest.warns(UserWarning, match="2 of 512 trained entries"):
+        apply_delta(half, delta, cast=True)
+    assert half.get_parameter(f"{name}.weight")[0, :2].tolist() == [1.0, 1 + 2**-9]
+    untouched = transformers.AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(ValueError, match=rf"'{name}.weight' has values beyond the range of float16"):
+        apply_delta(untouched, large, cast=True)
+    assert_equal(untouched.state_dict(), loaded(base))
+
+
+def test_a_base_that_was_itself_rounded_is_another_one(llama, tmp_path):
+    """No digest of the float32 base can vouch for what rounding made of it."""
+    _, delta = tuned(llama, LLAMA_LAYERS, tmp_path / "d.safetensors", dtype=torch.float32)
+    base = in_dtype(llama, tmp_path / "bf16", torch.bfloat16)
+    with pytest.raises(ValueError, match="differ from those it was trained on"):
+        apply_delta(transformers.AutoModelForCausalLM.from_pretrained(base), delta, cast=True)
+    with pytest.raises(ValueError, match="differ from those it was trained on"):
+        merge_folder(str(base), delta, tmp_path / "merged", cast=True)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_bfloat16_run_into_its_float32_files_loses_nothing(llama, tmp_path, no_model):
+    state, delta = tuned(llama, LLAMA_LAYERS, tmp_path / "d.safetensors", dtype=torch.bfloat16)
+    how = merge_folder(str(llama), delta, tmp_path / "merged", cast=True)
+    assert "no model was loaded; 0 of" in how
+    merged = loaded(tmp_path / "merged")
+    assert {tensor.dtype for tensor in merged.values()} == {torch.float32}
+    assert_equal({name: tensor.bfloat16() for name, tensor in merged.items()}, state)
+
+
+def test_shards_of_a_wanted_size(llama, tmp_path):
+    state, delta = tuned(llama, LLAMA_LAYERS, tmp_path / "d.safetensors")
+    merge_folder(str(llama), delta, tmp_path / "merged", max_shard_size="4KB")
+    transformers.AutoModelForCausalLM.from_pretrained(llama).save_pretrained(tmp_path / "as_is", max_shard_size="4KB")
+    there = {file.name for file in (tmp_path / "as_is").iterdir()}
+    assert len([name for name in there if name.endswith(".safetensors")]) > 3
+    assert there <= {file.name for file in (tmp_path / "merged").iterdir()}
+    assert_equal(loaded(tmp_path / "merged"), state)
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    merge_delta(model, delta, tmp_path / "python", max_shard_size="4KB")
+    assert there <= {file.name for file in (tmp_path / "python").iterdir()}
+    with pytest.raises(ValueError, match="max_shard_size='4KB' is for folders"):
+        merge_delta(model, delta, tmp_path / "one.safetensors", max_shard_size="4KB")
+    with pytest.raises(ValueError, match="many"):
+        merge_folder(str(llama), delta, tmp_path / "wrong", max_shard_size="many")
+    assert not (tmp_path / "wrong").exists()
+
+
+def as_pickles(folder, out, shards=1):
+    """The folder as old versions of transformers wrote it."""
+    shutil.copytree(folder, out)
+    weights = load_file(out / "model.safetensors")
+    (out / "model.safetensors").unlink()
+    names = sorted(weights)
+    homes = {name: f"pytorch_model-{place % shards + 1:05}-of-{shards:05}.bin" for place, name in enumerate(names)}
+    for file in set(homes.values()):
+        torch.save({name: weights[name] for name in names if homes[name] == file}, out / file)
+    if shards == 1:
+        (out / file).rename(out / "pytorch_model.bin")
+    else:
+        index = {"metadata": {}, "weight_map": homes}
+        (out / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return out
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_base_of_pickles_comes_out_as_safetensors(shards, llama, tmp_path):
+    base = as_pickles(llama, tmp_path / "pickles", shards)
+    state, delta = tuned(base, LLAMA_LAYERS, tmp_path / "d.safetensors")
+    assert "merged in memory" in merge_folder(str(base), delta, tmp_path / "merged")
+    there = {file.name for file in (tmp_path / "merged").iterdir()}
+    assert "model.safetensors" in there and not [name for name in there if ".bin" in name]
+    assert_equal(loaded(tmp_path / "merged"), state)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(llama, tmp_path):
+    _, delta = tuned(llama, LLAMA_LAYERS, tmp_path / "d.safetensors")
+    base = as_pickles(llama, tmp_path / "pickles")
+
+    class Harmful:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "was-run"), "w"))
+
+    torch.save({"model.norm.weight": Harmful()}, base / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="its weights are a pickle with more in it than tensors"):
+        merge_folder(str(base), delta, tmp_path / "merged")
+    assert not (tmp_path / "was-run").exists() and not (tmp_path / "merged").exists()

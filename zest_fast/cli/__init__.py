@@ -2,11 +2,13 @@
 
 from zest_fast.cli import (  # noqa: F401 (they register their commands)
     commands,
+    convert,
     deltas,
     evaluating,
     export,
     pack,
     plan,
+    push,
     rank,
     sweep,
     train_ranker,

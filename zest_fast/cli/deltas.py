@@ -25,6 +25,9 @@ Base = Annotated[
     ),
 ]
 DeltaFile = Annotated[Path, typer.Argument(help="What `zest-fast finetune --out` saved.", show_default=False)]
+Cast = Annotated[
+    bool, typer.Option("--cast", help="The base keeps its dtype, and what was trained in another is rounded to it.")
+]
 
 
 @app.command()
@@ -34,6 +37,10 @@ def merge(
     out: Annotated[
         Path, typer.Argument(help="A new folder; of module:function a .safetensors file.", show_default=False)
     ],
+    cast: Cast = False,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Of a weights file, such as 5GB; by default shards stay as they are.")
+    ] = None,
 ) -> None:
     """Write the base with the delta in it: a folder that from_pretrained and inference servers load."""
     check_readable(delta, "delta")
@@ -47,7 +54,7 @@ def merge(
 
         if out.suffix == ".safetensors" and not is_reference(base):
             raise ValueError(f"OUT {out} is a file, and of {base!r} a folder is made; name a new folder")
-        how = merge_folder(base, delta, out)
+        how = merge_folder(base, delta, out, cast=cast, max_shard_size=max_shard_size)
     typer.echo(f"{out}: {how}")
 
 
@@ -56,15 +63,17 @@ def apply(
     folder: Annotated[Path, typer.Argument(help="The folder of the base; its files are changed.", show_default=False)],
     delta: DeltaFile,
     check: Annotated[bool, typer.Option("--check", help="Only say whether it fits, and what would change.")] = False,
+    cast: Cast = False,
 ) -> None:
     """Put a delta into the weights files of its base, in place: only those that hold what was trained are written."""
     check_readable(delta, "delta")
     with work() as console, console.status("applying"):
         from zest_fast.integrations.merging import apply_to_folder
 
-        changed = apply_to_folder(str(folder), delta, check=check)
+        changed, rounded = apply_to_folder(str(folder), delta, check=check, cast=cast)
     names = ", ".join(file.name for file in changed)
-    typer.echo(f"{delta} fits {folder}; {'would change' if check else 'changed'}: {names}")
+    note = "" if rounded is None else f"; {rounded}"
+    typer.echo(f"{delta} fits {folder}; {'would change' if check else 'changed'}: {names}{note}")
 
 
 SOURCE_HELP = "A folder of weights, a .safetensors file, or a delta."

@@ -17,6 +17,7 @@ _OPTIONAL = {
     "peft": "LoRA on the best layers: pip install peft",
     "accelerate": "Trainer, and loops of several processes: pip install accelerate",
     "bitsandbytes": "frozen weights in nf4: pip install 'zest_fast[quant]'",
+    "gguf": "deltas for llama.cpp: pip install 'zest_fast[gguf]'",
     "ray": "sweeps on a cluster: pip install 'zest_fast[ray]'",
     "matplotlib": "heat maps: pip install 'zest_fast[plot]'",
     "triton": "GPU kernels: comes with a CUDA build of torch",

@@ -12,8 +12,9 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ import torch
 from torch import nn
 
 from zest_fast.finetuning.delta_files import Delta, check_tensors, read_delta
-from zest_fast.finetuning.delta_use import apply_delta, merge_delta, name_classes
+from zest_fast.finetuning.delta_use import (
+    Rounded,
+    cast_delta,
+    in_dtype_of,
+    merge_delta,
+    name_classes,
+    needs_cast,
+    put_in,
+)
 from zest_fast.finetuning.digests import digest, hash_of, saved_buffers
 from zest_fast.finetuning.quantised_formats import FORMATS
 from zest_fast.finetuning.selective_backward import SelectiveBackward
@@ -96,14 +105,15 @@ def settings_of(delta: Delta) -> DataSettings:
     return found
 
 
-def load_base(source: str, delta: Delta) -> LoadedModel:
+def load_base(source: str, delta: Delta, *, own_dtype: bool = False) -> LoadedModel:
     """The model that a delta was made on, as `zest-fast finetune` opened it; the delta is not in it yet.
 
-    A head that was new then is drawn again, in the sizes of the delta's class names. Raises what load_model raises.
+    A head that was new then is drawn again, in the sizes of the delta's class names. own_dtype: the weights as they are
+    in the files, not as they were while it trained. Raises what load_model raises.
     """
     said = settings_of(delta)
     dtype = getattr(torch, delta.dtypes[0], None) if len(delta.dtypes) == 1 else None
-    if not isinstance(dtype, torch.dtype):
+    if own_dtype or not isinstance(dtype, torch.dtype):
         dtype = None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(said.seed)
@@ -111,46 +121,75 @@ def load_base(source: str, delta: Delta) -> LoadedModel:
         return load_model(source, task=said.task, class_names=names, dtype=dtype)
 
 
-def put_delta(model: nn.Module, path: str | os.PathLike[str], delta: Delta) -> None:
+def put_delta(model: nn.Module, path: str | os.PathLike[str], delta: Delta, *, cast: bool = False) -> Rounded | None:
     """Put a delta into its base, whose frozen weights are rounded as they were where it was trained quantised.
 
     Raises ValueError where it does not fit; a model that was rounded stays rounded then.
     """
     frozen: Any = settings_of(delta).frozen
     if frozen is None:
-        apply_delta(model, path)
-        return
+        return put_in(model, path, cast=cast)[1]
     with SelectiveBackward(model, delta.layers, head=list(delta.head) or None, frozen=frozen) as tuned:
         tuned.load(path)
+    return None
 
 
-def merge_folder(source: str, path: str | os.PathLike[str], out: str | os.PathLike[str]) -> str:
+def merge_folder(
+    source: str,
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    cast: bool = False,
+    max_shard_size: str | None = None,
+) -> str:
     """Write the model of `source` with a delta in it; returns how, in a line.
 
     source: a folder, a hub id, or `module:function`, of which `out` may be a .safetensors file. out: a new folder.
+    cast: the weights keep the dtype that they have in the files, and what was trained is rounded to it; else they are
+    written as they were while it trained. max_shard_size: of the files; None = shards stay as they are, or as
+    save_pretrained makes them.
     Raises ValueError where the delta is torn, foreign or does not fit, OSError where `out` cannot be written; nothing
     is left then.
     """
     delta = read_delta(path)
+    _check_cast(delta, cast)
     if is_reference(source):
-        merge_delta(load_base(source, delta).model, path, out)
+        merge_delta(load_base(source, delta).model, path, out, cast=cast, max_shard_size=max_shard_size)
         return "the model was built and merged in memory"
-    patch = _patch(Path(source), path, delta) if _is_plain_folder(source) else None
+    plain = max_shard_size is None and _is_plain_folder(source)
+    patch = _patch(Path(source), path, delta, cast=cast) if plain else None
     if patch is not None:
         with new_folder(out) as folder:
             patch.write(folder)
             name_classes(folder, delta.class_names)
-        return f"{len(patch.files)} of {len(patch.all_files)} weights files changed; no model was loaded"
-    loaded = load_base(source, delta)
-    put_delta(loaded.model, path, delta)
-    save_model_folder(loaded, out, delta.class_names)
+        how = f"{len(patch.files)} of {len(patch.all_files)} weights files changed; no model was loaded"
+        return _with_note(how, patch.rounded)
+    loaded = load_base(source, delta, own_dtype=cast)
+    rounded = put_delta(loaded.model, path, delta, cast=cast)
+    save_model_folder(loaded, out, delta.class_names, max_shard_size=max_shard_size)
     frozen = settings_of(delta).frozen
-    rounded = f"; frozen weights are rounded to {frozen}, as they were while it trained" if frozen else ""
-    return f"the model was loaded and merged in memory{rounded}"
+    how = f"; frozen weights are rounded to {frozen}, as they were while it trained" if frozen else ""
+    return _with_note(f"the model was loaded and merged in memory{how}", rounded)
 
 
-def apply_to_folder(source: str, path: str | os.PathLike[str], *, check: bool = False) -> list[Path]:
-    """Put a delta into the files of a folder, in place; returns the files that are (check: would be) written anew.
+def _with_note(how: str, rounded: Rounded | None) -> str:
+    return how if rounded is None else f"{how}; {rounded}"
+
+
+def _check_cast(delta: Delta, cast: bool) -> None:
+    frozen = settings_of(delta).frozen
+    if cast and frozen is not None:
+        raise ValueError(
+            f"cast=True: the delta was trained on a base whose frozen weights were rounded to {frozen}, and they come "
+            "out in the dtype of the training; merge it without"
+        )
+
+
+def apply_to_folder(
+    source: str, path: str | os.PathLike[str], *, check: bool = False, cast: bool = False
+) -> tuple[list[Path], Rounded | None]:
+    """Put a delta into the files of a folder, in place; returns the files that are (check: would be) written anew, and
+    what was rounded (cast: to the dtype of the files).
 
     Each is made whole beside the old one before the first takes its place. Raises ValueError where the delta does not
     fit or the files cannot be changed so: then nothing is changed.
@@ -159,11 +198,12 @@ def apply_to_folder(source: str, path: str | os.PathLike[str], *, check: bool = 
     folder = Path(source)
     if not folder.is_dir():
         raise ValueError(f"{source!r} is no folder, whose files could be changed: merge it into a new folder instead")
-    patch = _patch(folder, path, delta) if _is_plain_folder(source) else None
+    _check_cast(delta, cast)
+    patch = _patch(folder, path, delta, cast=cast) if _is_plain_folder(source) else None
     if patch is None:
         raise ValueError(
             f"{source!r} cannot be changed in place: its safetensors do not hold what the delta replaces, by name, "
-            "shape and dtype; merge it into a new folder instead"
+            "shape and dtype (where the dtype alone differs, cast=True rounds); merge it into a new folder instead"
         )
     changed = [*patch.files, folder / "config.json"]
     if linked := [file for file in changed if file.is_symlink() or file.stat().st_nlink > 1]:
@@ -174,12 +214,19 @@ def apply_to_folder(source: str, path: str | os.PathLike[str], *, check: bool = 
     if not check:
         patch.in_place()
         name_classes(folder, delta.class_names)
-    return patch.files
+    return patch.files, patch.rounded
 
 
-def save_model_folder(loaded: LoadedModel, out: str | os.PathLike[str], class_names: tuple[str, ...] = ()) -> None:
+def save_model_folder(
+    loaded: LoadedModel,
+    out: str | os.PathLike[str],
+    class_names: tuple[str, ...] = (),
+    *,
+    max_shard_size: str | None = None,
+) -> None:
     """A new folder with the model, its tokenizer or image processor, and the names of its classes.
 
+    max_shard_size: as save_pretrained takes it; None = its default.
     Raises ValueError for a model that has no save_pretrained, OSError where it cannot be written.
     """
     model: Any = loaded.model
@@ -189,7 +236,7 @@ def save_model_folder(loaded: LoadedModel, out: str | os.PathLike[str], class_na
             "leave the folder out, and put the delta into it with zest_fast.apply_delta"
         )
     with new_folder(out) as folder, quiet_transformers():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
         if loaded.processor is not None:
             loaded.processor.save_pretrained(folder)
         name_classes(folder, class_names)
@@ -206,11 +253,12 @@ def _is_plain_folder(source: str) -> bool:
 
 @dataclass(frozen=True)
 class _Patch:
-    """What to write where: bytes of tensors by file, offset first."""
+    """What to write where: bytes of tensors by file, offset first. rounded: for the dtype of the files."""
 
     folder: Path
     pieces: dict[str, list[tuple[int, torch.Tensor]]]
     all_files: tuple[str, ...]
+    rounded: Rounded | None
 
     @property
     def files(self) -> list[Path]:
@@ -242,14 +290,14 @@ class _Patch:
                 stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _patch(folder: Path, path: str | os.PathLike[str], delta: Delta) -> _Patch | None:
-    """None where the files do not hold the tensors of the model as the delta has them.
+def _patch(folder: Path, path: str | os.PathLike[str], delta: Delta, *, cast: bool) -> _Patch | None:
+    """None where the files do not hold the tensors of the model as the delta has them (cast: but for their dtype).
 
     Raises ValueError where they do, and are not the base.
     """
     checkpoint = plain_checkpoint(folder)
     said = settings_of(delta)
-    if said.new_head or said.frozen is not None or not _one_dtype(folder, checkpoint, delta):
+    if said.new_head or said.frozen is not None or not _one_dtype(folder, checkpoint, delta, cast):
         return None
     model = empty_model(folder)
     names = _aliases(model)
@@ -260,13 +308,18 @@ def _patch(folder: Path, path: str | os.PathLike[str], delta: Delta) -> _Patch |
             continue  # as the code computes it
         if not here[name] or any(checkpoint.shape_and_dtype(a)[0] != tuple(tensor.shape) for a in here[name]):
             return None
-    trained = {**delta.parameters, **delta.buffers}
-    if not trained.keys() <= here.keys():
+    if not {*delta.parameters, *delta.buffers} <= here.keys():
         return None
+    rounded = None
     try:
+        dtypes = {name: checkpoint.shape_and_dtype(aliases[0])[1] for name, aliases in here.items() if aliases}
+        widened = needs_cast(delta, dtypes, cast=cast)
+        if widened:
+            delta, rounded = cast_delta(delta, dtypes)
         for kind, values in (("parameter", delta.parameters), ("buffer", delta.buffers)):
             check_tensors(kind, values, {name: checkpoint.parameter(here[name][0]) for name in values})
-        found = _digests(checkpoint, here, buffers, set(delta.parameters))
+        as_trained = partial(in_dtype_of, delta) if widened else None
+        found = _digests(checkpoint, here, buffers, set(delta.parameters), as_trained)
         if found is None:
             return None
         if hash_of(found, without=delta.parameters) != delta.base:
@@ -277,19 +330,20 @@ def _patch(folder: Path, path: str | os.PathLike[str], delta: Delta) -> _Patch |
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)!r} does not fit {os.fspath(folder)!r}: {error}") from error
     pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for name, tensor in trained.items():
+    for name, tensor in {**delta.parameters, **delta.buffers}.items():
         for alias in here[name]:
             pieces.setdefault(checkpoint.file_of(alias), []).append((checkpoint.place_of(alias), tensor))
-    return _Patch(folder, pieces, checkpoint.files)
+    return _Patch(folder, pieces, checkpoint.files, rounded)
 
 
-def _one_dtype(folder: Path, checkpoint: Checkpoint, delta: Delta) -> bool:
-    """Whether from_pretrained takes the weights as they lie in the files, in the dtype that the delta knows."""
+def _one_dtype(folder: Path, checkpoint: Checkpoint, delta: Delta, cast: bool) -> bool:
+    """Whether from_pretrained takes the weights as they lie in the files, in the dtype that the delta knows (cast: in
+    any one)."""
     dtypes = {str(checkpoint.shape_and_dtype(name)[1]).removeprefix("torch.") for name in checkpoint}
     floating = {name for name in dtypes if getattr(torch, name).is_floating_point}
     config = parse_json(whole_file(folder / "config.json"))
     said = config.get("dtype", config.get("torch_dtype")) if isinstance(config, dict) else None
-    return len(floating) == 1 and floating == set(delta.dtypes) and said in (None, *floating)
+    return len(floating) == 1 and (cast or floating == set(delta.dtypes)) and said in (None, *floating)
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
@@ -305,14 +359,19 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _digests(
-    checkpoint: Checkpoint, here: Mapping[str, list[str]], buffers: Mapping[str, torch.Tensor], without: set[str]
+    checkpoint: Checkpoint,
+    here: Mapping[str, list[str]],
+    buffers: Mapping[str, torch.Tensor],
+    without: set[str],
+    as_trained: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> dict[str, str] | None:
     """Digests of what is not replaced, one tensor in memory at a time; None where tied names hold different weights."""
     found = {}
     for name, aliases in here.items():
         if name in without:
             continue
-        held = {digest(checkpoint.parameter(alias)) for alias in aliases} or {digest(buffers[name])}
+        there: list[torch.Tensor] = [checkpoint.parameter(alias) for alias in aliases] or [buffers[name]]
+        held = {digest(tensor if as_trained is None else as_trained(tensor)) for tensor in there}
         if len(held) > 1:
             return None
         (found[name],) = held

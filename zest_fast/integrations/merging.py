@@ -28,7 +28,7 @@ from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.foundation.documents import parse_json, whole_file
 from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.foundation.replacing import new_folder, replacing
-from zest_fast.integrations.pretrained import TASKS, LoadedModel, load_model
+from zest_fast.integrations.pretrained import TASKS, LoadedModel, find_task, load_model
 from zest_fast.integrations.quiet import quiet_transformers
 from zest_fast.integrations.references import is_reference
 from zest_fast.streaming.checkpoints import Checkpoint, plain_checkpoint, read_packed
@@ -43,13 +43,18 @@ _INDEX = "model.safetensors.index.json"
 class DataSettings:
     """How `zest-fast finetune` read model and data, as it writes that into a delta.
 
+    text_column, label_column: names, separated by commas; None = the usual ones. chat_template: one that was given
+    instead of the tokenizer's own. split, config: the parts of a set of `datasets`, and which of its configurations.
     new_head: the head was drawn for the classes of the data. frozen: what the frozen weights were kept in. digest: of
     the data, validation_share of which was held out by seed.
     """
 
     task: str | None = None
-    text_column: str = "text"
+    text_column: str | None = None
     label_column: str | None = None
+    chat_template: str | None = None
+    split: str | None = None
+    config: str | None = None
     max_length: int | None = None
     image_size: int | None = None
     batch_size: int = 16
@@ -62,8 +67,11 @@ class DataSettings:
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "task": (str, type(None)),
-    "text_column": (str,),
+    "text_column": (str, type(None)),
     "label_column": (str, type(None)),
+    "chat_template": (str, type(None)),
+    "split": (str, type(None)),
+    "config": (str, type(None)),
     "max_length": (int, type(None)),
     "image_size": (int, type(None)),
     "batch_size": (int,),
@@ -96,10 +104,11 @@ def settings_of(delta: Delta) -> DataSettings:
     return found
 
 
-def load_base(source: str, delta: Delta) -> LoadedModel:
+def load_base(source: str, delta: Delta, *, trust_remote_code: bool = False) -> LoadedModel:
     """The model that a delta was made on, as `zest-fast finetune` opened it; the delta is not in it yet.
 
-    A head that was new then is drawn again, in the sizes of the delta's class names. Raises what load_model raises.
+    A head that was new then is drawn again, in the sizes of the delta's class names. A delta never says that code is
+    to be trusted: the caller does. Raises what load_model raises.
     """
     said = settings_of(delta)
     dtype = getattr(torch, delta.dtypes[0], None) if len(delta.dtypes) == 1 else None
@@ -108,7 +117,7 @@ def load_base(source: str, delta: Delta) -> LoadedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(said.seed)
         names = (delta.class_names or None) if said.new_head else None
-        return load_model(source, task=said.task, class_names=names, dtype=dtype)
+        return load_model(source, task=said.task, class_names=names, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def put_delta(model: nn.Module, path: str | os.PathLike[str], delta: Delta) -> None:
@@ -251,6 +260,10 @@ def _patch(folder: Path, path: str | os.PathLike[str], delta: Delta) -> _Patch |
     said = settings_of(delta)
     if said.new_head or said.frozen is not None or not _one_dtype(folder, checkpoint, delta):
         return None
+    if said.task in ("regression", "multi-label") and find_task(str(folder)) != said.task:
+        return None  # its configuration has to say so
+    if said.chat_template is not None:
+        return None  # its tokenizer has to have it
     model = empty_model(folder)
     names = _aliases(model)
     buffers = saved_buffers(model)

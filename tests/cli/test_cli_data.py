@@ -149,6 +149,8 @@ def test_a_task_trained_saved_and_scored_again(run, model, data, more, task, tak
             transformers.AutoTokenizer.from_pretrained("served").chat_template == MARKED_TURNS == said["chat_template"]
         )
     done(run("merge", model, "delta.safetensors", "merged"))
+    if model == "untold":
+        assert transformers.AutoTokenizer.from_pretrained("merged").chat_template == MARKED_TURNS
     assert document(run("diff", "served", "merged", "--json"))["same"]
     assert find_task("merged") == task
 
@@ -484,7 +486,11 @@ def test_code_of_a_model_is_run_only_when_it_is_trusted(run, home, monkeypatch):
     done(run(*words, "--trust-remote-code"))
     evaluate_words = ("evaluate", "mine", "chat.jsonl", "--delta", "delta.safetensors")
     refused(run(*evaluate_words), "asks to run code of its own")  # a delta trusts nobody
-    done(run(*evaluate_words, "--trust-remote-code"))
+    scored = document(run(*evaluate_words, "--trust-remote-code", "--json"))
+    refused(run("merge", "mine", "delta.safetensors", "merged"), "asks to run code of its own")
+    done(run("merge", "mine", "delta.safetensors", "merged", "--trust-remote-code"))
+    again = document(run("evaluate", "merged", "chat.jsonl", "--trust-remote-code", "--json"))
+    assert again["loss"] == pytest.approx(scored["loss"], rel=1e-6)
 
 
 def test_a_trained_head_of_another_task_is_replaced_with_a_word(home):

@@ -358,6 +358,29 @@ def test_what_is_cut_off_is_counted_and_most_is_refused():
     refuses("2 of 3 samples have nothing left", "max_length=", call=cut, samples=most, length=5, shifted=True)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("template", [TURNS, MARKED_TURNS], ids=["prefixes", "marks"])
+def test_the_labels_are_those_of_trl(template, chat, tmp_path):
+    """Where both can tell: TRL needs marks, and masks elsewhere where a completion begins in a token of its prompt."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    tokenizer = byte_tokenizer(template)
+
+    def theirs(row, **settings):
+        arguments = trl.SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False, **settings)
+        rows = datasets.Dataset.from_list([row])
+        trainer = trl.SFTTrainer(model=chat.model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+        return Tokens(trainer.train_dataset[0]["input_ids"], trainer.train_dataset[0]["labels"])
+
+    if template == MARKED_TURNS:
+        (ours,) = encode_conversations([Conversation("line 1", CHAT)], tokenizer)
+        assert ours == theirs({"messages": CHAT}, assistant_only_loss=True)
+    else:
+        (ours,) = encode_conversations([Conversation("line 1", CHAT, first=4)], tokenizer)
+        assert ours == theirs({"prompt": CHAT[:4], "completion": CHAT[4:]})
+    (ours,), _ = encode_prompts([Prompt("line 1", "A:", " yes")], tokenizer)
+    assert ours == theirs({"prompt": "A:", "completion": " yes"})
+
+
 # --- Tags and sequences ----------------------------------------------------------------------------------------------
 
 

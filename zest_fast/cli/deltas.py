@@ -12,7 +12,14 @@ from rich.table import Column, Table
 
 from zest_fast.cli import show
 from zest_fast.cli.app import app
-from zest_fast.cli.options import Json, check_new_folder, check_readable, check_writable, work
+from zest_fast.cli.options import (
+    Json,
+    TrustRemoteCode,
+    check_new_folder,
+    check_readable,
+    check_writable,
+    work,
+)
 from zest_fast.foundation.nearest import some
 
 if TYPE_CHECKING:
@@ -34,6 +41,7 @@ def merge(
     out: Annotated[
         Path, typer.Argument(help="A new folder; of module:function a .safetensors file.", show_default=False)
     ],
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write the base with the delta in it: a folder that from_pretrained and inference servers load."""
     check_readable(delta, "delta")
@@ -47,7 +55,7 @@ def merge(
 
         if out.suffix == ".safetensors" and not is_reference(base):
             raise ValueError(f"OUT {out} is a file, and of {base!r} a folder is made; name a new folder")
-        how = merge_folder(base, delta, out)
+        how = merge_folder(base, delta, out, trust_remote_code=trust_remote_code)
     typer.echo(f"{out}: {how}")
 
 

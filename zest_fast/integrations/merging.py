@@ -133,10 +133,13 @@ def put_delta(model: nn.Module, path: str | os.PathLike[str], delta: Delta) -> N
         tuned.load(path)
 
 
-def merge_folder(source: str, path: str | os.PathLike[str], out: str | os.PathLike[str]) -> str:
+def merge_folder(
+    source: str, path: str | os.PathLike[str], out: str | os.PathLike[str], *, trust_remote_code: bool = False
+) -> str:
     """Write the model of `source` with a delta in it; returns how, in a line.
 
     source: a folder, a hub id, or `module:function`, of which `out` may be a .safetensors file. out: a new folder.
+    trust_remote_code: as for load_model; the model is then loaded.
     Raises ValueError where the delta is torn, foreign or does not fit, OSError where `out` cannot be written; nothing
     is left then.
     """
@@ -144,14 +147,18 @@ def merge_folder(source: str, path: str | os.PathLike[str], out: str | os.PathLi
     if is_reference(source):
         merge_delta(load_base(source, delta).model, path, out)
         return "the model was built and merged in memory"
-    patch = _patch(Path(source), path, delta) if _is_plain_folder(source) else None
+    if not trust_remote_code:
+        find_task(source)  # says what code of its own a model asks to run
+    patch = _patch(Path(source), path, delta) if _is_plain_folder(source) and not trust_remote_code else None
     if patch is not None:
         with new_folder(out) as folder:
             patch.write(folder)
             name_classes(folder, delta.class_names)
         return f"{len(patch.files)} of {len(patch.all_files)} weights files changed; no model was loaded"
-    loaded = load_base(source, delta)
+    loaded = load_base(source, delta, trust_remote_code=trust_remote_code)
     put_delta(loaded.model, path, delta)
+    if (template := settings_of(delta).chat_template) is not None and loaded.processor is not None:
+        loaded.processor.chat_template = template
     save_model_folder(loaded, out, delta.class_names)
     frozen = settings_of(delta).frozen
     rounded = f"; frozen weights are rounded to {frozen}, as they were while it trained" if frozen else ""

@@ -24,6 +24,7 @@ from bench.llama7b.report import llama7b_text
 from bench.markdown import markdown_table
 from bench.measure import RESULTS, ROOT
 from bench.memory_table.report import memory_text
+from bench.part_of_a_sweep import part_text
 from bench.prefix_cache import cache_text
 from bench.probe_blind import blind_text
 from bench.probe_controls import controls_text
@@ -264,6 +265,7 @@ BLOCKS: dict[str, tuple[dict[str, str], Callable[..., str]]] = {
     "probe_blind": ({"probe_blind.json": "python -m bench.probe_blind"}, blind_text),
     "probe_controls": ({"probe_controls.json": "python -m bench.probe_controls"}, controls_text),
     "probe_share": ({"probe_share.json": "python -m bench.probe_share"}, share_text),
+    "part_of_a_sweep": ({"part_of_a_sweep.json": "python -m bench.part_of_a_sweep"}, part_text),
     "ranking": ({"layerbench.json": "python -m bench.layerbench evaluate"}, layerbench_report.layerbench_text),
     "finetune": (_FINETUNE, finetune_text),
     "choose": ({"choose.json": "python -m bench.choose"}, choose_text),

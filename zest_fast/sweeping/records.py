@@ -27,6 +27,7 @@ from zest_fast.foundation.documents import (
     shown,
     whole_file,
 )
+from zest_fast.foundation.file_lock import lock_file
 from zest_fast.ranking.features import METRICS
 
 FORMAT = 1
@@ -87,7 +88,7 @@ class RecordFile:
             check_regular(self.path, _MOST_BYTES)  # /dev/full, asked for what it holds, has no end
         self._file = open(self.path, "ab+")  # noqa: SIM115 (closed by close)
         try:
-            self._lock()
+            lock_file(self._file.fileno(), self.path, "another sweep; wait for it or choose another file")
             records, end = _parse(self.path, whole_file(self.path, _MOST_BYTES))
             self._file.truncate(end)
             if records:
@@ -137,18 +138,6 @@ class RecordFile:
                 f"{str(self.path)!r} cannot be written ({error.strerror or error}); what it holds is safe: make room "
                 "and run the same sweep again, it goes on from there"
             ) from error
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # no such thing on Windows
-            return
-        try:
-            fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RuntimeError(
-                f"{str(self.path)!r} is in use by another sweep; wait for it or choose another file"
-            ) from None
 
 
 def read_records(path: str | os.PathLike[str]) -> tuple[Record, list[Record]]:

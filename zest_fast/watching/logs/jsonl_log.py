@@ -6,15 +6,20 @@ import contextlib
 import os
 import time
 import uuid
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from zest_fast.foundation.documents import check_regular
+from zest_fast.foundation.file_lock import lock_file
 from zest_fast.sweeping.records import write_fully
 from zest_fast.watching.logs.lines import Layout, header_line, step_line
 from zest_fast.watching.logs.reader import LogReader
 from zest_fast.watching.watched_step import WatchedStep
+
+_IN_USE = (
+    "another watch; choose another file, or wait for the other one. "
+    "Of several processes that train one model, only one logs"
+)
 
 
 class JsonlLog:
@@ -110,7 +115,7 @@ class JsonlLog:
             check_regular(self.path)
         self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
         try:
-            self._lock()
+            lock_file(self._file, self.path, _IN_USE)
             found = LogReader(self.path, steps=False)
             found.poll()
             if found.torn:
@@ -121,21 +126,3 @@ class JsonlLog:
         self._end = found.end
         self._known = [*self._elsewhere, *(segment.layout for segment in found.segments)]
         self._layout, self._last = None, (0, 0.0)
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # no such thing on Windows
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(
-                f"{str(self.path)!r} is in use by another watch; choose another file, or wait for the other one. "
-                "Of several processes that train one model, only one logs"
-            ) from None
-        except OSError as error:  # some network file systems
-            warnings.warn(
-                f"{str(self.path)!r} cannot be locked ({error.strerror}): see to it that no other process logs to it",
-                stacklevel=4,
-            )

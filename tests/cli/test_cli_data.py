@@ -202,6 +202,15 @@ def test_what_does_not_fit_is_one_line(run, command, words, parts):
     refused(run(command, *words), *parts)
 
 
+def test_a_model_without_a_head_for_words_is_asked_about(run, home):
+    """Texts alone would be for a language model, whose head such a checkpoint lacks: it would be drawn at random."""
+    transformers.LlamaModel(transformers.LlamaConfig.from_pretrained("chat")).save_pretrained("body")
+    byte_tokenizer(TURNS).save_pretrained("body")
+    refused(run("profile", "body", "chat.jsonl"), "does not say its task", "causal-lm")
+    result = done(run("profile", "body", "chat.jsonl", "--task", "causal-lm", "--metrics", "snip"))
+    assert "drawn at random" in result.stderr
+
+
 def test_a_sweep_is_for_classes(run):
     refused(run("sweep", "bert", "numbers.jsonl", "--steps", 1), "a sweep scores classes", "regression")
 
@@ -374,6 +383,7 @@ def test_the_dtype_of_the_weights(run, home):
     for dtype in ("bfloat16", "float16"):
         result = run(*words, "--dtype", dtype, "--out", f"{dtype}.safetensors")
         assert document(result)["verified"] and "float32 masters" in result.stderr
+        assert ("gradients below 6e-8 are lost" in result.stderr) == (dtype == "float16")
         delta = read_delta(f"{dtype}.safetensors")
         assert delta.dtypes == (dtype,) and delta.recipe["masters"] == "float32"
     done(run("evaluate", "chat", "chat.jsonl", "--delta", "bfloat16.safetensors"))

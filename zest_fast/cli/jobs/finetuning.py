@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -257,6 +258,10 @@ class _Run:
                 text = self.tuned.summary(optimizer).rounding
         if text:
             show.note(self.console, text)
+        if any(parameter.dtype == torch.float16 for parameter in self.tuned.parameters()):
+            show.note(
+                self.console, "float16: the loss is not scaled, and gradients below 6e-8 are lost; bfloat16 keeps them"
+            )
 
     def _train(self, parameters: list[Any], optimizer: Any, place: Any) -> Any:
         """The Training; None where Ctrl-C came in the last step. Raises KeyboardInterrupt that says what was saved."""

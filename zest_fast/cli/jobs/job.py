@@ -79,15 +79,17 @@ def open_job(
         _check_kind(data, task)
         task = "image-classification"
     elif isinstance(opened, Table):
+        made_for = find_task(model, trust_remote_code=trust_remote_code)
         form = recognise(
             opened,
             task=task,
-            made_for=find_task(model, trust_remote_code=trust_remote_code),
+            made_for=made_for,
             single_output=has_single_output(model, trust_remote_code=trust_remote_code),
             text_column=text_column,
             label_column=None if task == "causal-lm" else label_column,  # see _without_effect
         )
-        task = form.task
+        guessed = task is None and made_for is None and form.task == "causal-lm"  # its head would be drawn at random
+        task = None if guessed else form.task
     else:
         task = task or find_task(model, trust_remote_code=trust_remote_code)
     names = None if isinstance(opened, Loaders) else names_of(opened, form)

@@ -145,7 +145,7 @@ def _family(
     tags = bool(_of(table, [("tokens", name) for name in _TAGS] + [("text", name) for name in _SPANS]))
     if labelled != tags:
         return "token-classification" if tags else "text-classification"
-    return "causal-lm"  # of a model that does not say its task: loading it asks for one
+    return "causal-lm"
 
 
 def _causal(table: Table, texts: tuple[str, ...] | None) -> Form:

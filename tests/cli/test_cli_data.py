@@ -33,7 +33,7 @@ from zest_fast.cli.jobs.job import open_job
 from zest_fast.cli.jobs.scores import entities, evaluate
 from zest_fast.cli.jobs.training import scheduler_for, train
 from zest_fast.finetuning.delta_files import read_delta
-from zest_fast.finetuning.run_state import read_run
+from zest_fast.finetuning.run_state import checksum, read_run
 from zest_fast.integrations.pretrained import find_task, load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -376,6 +376,19 @@ def test_a_run_with_a_schedule_goes_on_to_the_bit(run, home):
     refused(run(*words[:3], *resume, "--text-column", "messages"), "--text-column messages (it was started with None)")
     refused(run(*words[:3], *resume, "--chat-template", "template.jinja"), "--chat-template", "started with None")
     refused(run("finetune", "chat", "prompts.jsonl", *resume), "does not hold what the run was started with")
+
+
+def test_a_run_that_was_saved_before_these_options_goes_on(run, home):
+    words = ("finetune", "chat", "chat.jsonl", "--layers", "model.layers.1.mlp.down_proj", "--lr", 0.01, "--steps", 3)
+    whole = document(run(*words, "--save-every", 2, "--out", "d.safetensors", "--json"))
+    content = torch.load("d.run.pt", weights_only=True)
+    del content["checksum"]
+    for name in ("chat_template", "split", "config", "dtype", "schedule", "warmup", "accumulate"):
+        del content["progress"]["options"][name]
+    content["progress"]["options"]["text_column"] = "messages"  # a name, always, then
+    torch.save({**content, "checksum": checksum(content)}, "d.run.pt")
+    again = document(run(*words[:3], "--resume", "d.run.pt", "--out", "e.safetensors", "--json"))
+    assert again["training_loss"] == whole["training_loss"]
 
 
 def test_the_dtype_of_the_weights(run, home):

@@ -278,6 +278,21 @@ def test_tools_and_a_system_column_reach_the_template(tmp_path, chat):
     assert "loss on the assistant's tokens" in loaders.taken
 
 
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        ({"messages": CHAT, "system": "be"}, "line 1 has a column 'system' and a message of the system"),
+        ({"prompt": "a", "completion": [CHAT[2]]}, "line 1: a list stands where a text is needed"),
+        ({"prompt": CHAT[:2], "completion": "a"}, "line 1: 'a' is no list of messages"),
+        ({"instruction": "a", "output": "b", "history": [["a"]]}, "a history is a list of pairs"),
+        ({"instruction": "a", "output": ["b"]}, "a list stands where a text is needed"),
+    ],
+)
+def test_rows_that_are_two_things_are_named(tmp_path, chat, row, part):
+    data = open_data(str(save_rows(tmp_path / "a.jsonl", [row])))
+    refuses(part, call=make_loaders, data=data, loaded=chat, batch_size=1)
+
+
 def test_padding_is_no_label_although_it_is_the_token_that_ends_a_turn(tmp_path, chat):
     rows = [{"messages": CHAT[1:3]}, {"messages": CHAT}]
     data = open_data(str(save_rows(tmp_path / "a.jsonl", rows)))

@@ -75,21 +75,12 @@ def open_job(
     torch.manual_seed(seed)
     opened = open_data(data, split=split, config=config)
     form = None
-    if isinstance(opened, ImageFolder):
+    if isinstance(opened, Table):
+        form = _form_of(opened, model, task, text_column, label_column, trust_remote_code)
+        task = _said_task(form, model, task, trust_remote_code)
+    elif isinstance(opened, ImageFolder):
         _check_kind(data, task)
         task = "image-classification"
-    elif isinstance(opened, Table):
-        made_for = find_task(model, trust_remote_code=trust_remote_code)
-        form = recognise(
-            opened,
-            task=task,
-            made_for=made_for,
-            single_output=has_single_output(model, trust_remote_code=trust_remote_code),
-            text_column=text_column,
-            label_column=None if task == "causal-lm" else label_column,  # see _without_effect
-        )
-        guessed = task is None and made_for is None and form.task == "causal-lm"  # its head would be drawn at random
-        task = None if guessed else form.task
     else:
         task = task or find_task(model, trust_remote_code=trust_remote_code)
     names = None if isinstance(opened, Loaders) else names_of(opened, form)
@@ -114,6 +105,25 @@ def open_job(
     without_effect = _without_effect(opened, data, form, is_reference(model))
     own = not isinstance(opened, Loaders)
     return Job(loaded, loaders, target, without_effect, own, form, own and opened.validation is not None)
+
+
+def _form_of(
+    table: Table, model: str, task: str | None, text_column: str | None, label_column: str | None, trusted: bool
+) -> Form:
+    return recognise(
+        table,
+        task=task,
+        made_for=find_task(model, trust_remote_code=trusted),
+        single_output=has_single_output(model, trust_remote_code=trusted),
+        text_column=text_column,
+        label_column=None if task == "causal-lm" else label_column,  # see _without_effect
+    )
+
+
+def _said_task(form: Form, model: str, task: str | None, trusted: bool) -> str | None:
+    """The task of the form; None where only texts speak for a language model, whose head would be drawn at random."""
+    guessed = task is None and form.task == "causal-lm" and find_task(model, trust_remote_code=trusted) is None
+    return None if guessed else form.task
 
 
 def _with_delta(model: str, file: Path, trust_remote_code: bool) -> LoadedModel:

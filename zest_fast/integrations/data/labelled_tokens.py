@@ -76,14 +76,14 @@ def _causal(data: Table, form: Form, loaded: LoadedModel, limit: int) -> tuple[l
 
 def _chats(data: Table, form: Form, loaded: LoadedModel) -> list[Any]:
     systems, tools = (data.columns.get(name, [None] * len(data.places)) for name in ("system", "tools"))
-    return [
-        Conversation(
-            f"{data.path}, {place}", [*_system(system), *messages_of(value, f"{data.path}, {place}")], 0, offered
-        )
-        for place, value, system, offered in zip(
-            data.places, data.column(form.texts[0]), systems, map(_tools, tools), strict=True
-        )
-    ]
+    found: list[Any] = []
+    for place, value, system, offered in zip(data.places, data.column(form.texts[0]), systems, tools, strict=True):
+        where = f"{data.path}, {place}"
+        said, messages = _system(system), messages_of(value, where)
+        if said and messages[0]["role"] == "system":
+            raise ValueError(f"{where} has a column 'system' and a message of the system; which is it?")
+        found.append(Conversation(where, [*said, *messages], tools=_tools(offered)))
+    return found
 
 
 def _system(text: Any) -> list[dict[str, Any]]:
@@ -96,17 +96,13 @@ def _tools(value: Any) -> Any:
 
 def _prompts(data: Table, form: Form, loaded: LoadedModel) -> list[Any]:
     before, after = (data.column(name) for name in form.texts)
+    chats = isinstance(before[0], list)
+    if chats:
+        use_template(tokenizer_of(loaded), None, loaded.source)
     found: list[Any] = []
     for place, prompt, completion in zip(data.places, before, after, strict=True):
         where = f"{data.path}, {place}"
-        if isinstance(prompt, list) != isinstance(before[0], list) or isinstance(completion, list) != isinstance(
-            prompt, list
-        ):
-            raise ValueError(
-                f"{where}: prompt and completion have to be texts in all rows, or lists of messages in all"
-            )
-        if isinstance(prompt, list):
-            use_template(tokenizer_of(loaded), None, loaded.source)
+        if chats:
             messages = messages_of(prompt, where)
             found.append(Conversation(where, [*messages, *messages_of(completion, where)], len(messages)))
         else:

@@ -160,6 +160,9 @@ def test_what_is_not_known_is_named_with_what_is():
     refuses("no column 'quer'; nearest: 'query'", call=recognise, table=odd, made_for="causal-lm", text_column="quer")
     refuses("has no column", call=recognise, table=odd, made_for="causal-lm", text_column="query,replies")
     refuses("source, target", call=recognise, table=odd, made_for="seq2seq-lm")
+    words = table(tokens=[["a"]], tags=[["O"]])
+    known = "name others with text_column=, or say task=token-classification, which knows these"
+    refuses(known, call=recognise, table=words, made_for="text-classification")
     refuses("name one twice", call=recognise, table=odd, made_for="causal-lm", text_column="query,query")
     three = {"text_column": "query,reply,more", "label_column": "label", "task": "text-classification"}
     more = table(query=["x"], reply=["y"], more=["z"], label=[1])

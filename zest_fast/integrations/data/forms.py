@@ -141,8 +141,8 @@ def _family(
         return "token-classification" if tagged else "text-classification"
     if made_for is not None:
         return made_for
-    labelled = bool(_of(table, (("text",), *_PAIRS)) and _of(table, _one_each(_LABELS)))
-    tags = bool(_of(table, [("tokens", name) for name in _TAGS] + [("text", name) for name in _SPANS]))
+    forms = _forms_of(table)
+    labelled, tags = bool(forms["text-classification"]), bool(forms["token-classification"])
     if labelled != tags:
         return "token-classification" if tags else "text-classification"
     return "causal-lm"
@@ -229,6 +229,14 @@ def _sequences(table: Table, texts: tuple[str, ...] | None, labels: tuple[str, .
     return Form("seq2seq-lm", "sequences", found[:1], found[1:])
 
 
+def _forms_of(table: Table) -> dict[str, list[tuple[str, ...]]]:
+    """The columns that each task would know."""
+    texts = _of(table, (("text",), *_PAIRS)) if _of(table, _one_each(_LABELS)) else []
+    tagged = [("tokens", name) for name in _TAGS] + [("text", name) for name in _SPANS]
+    known = {"causal-lm": _CAUSAL, "token-classification": tagged, "seq2seq-lm": _SEQUENCES}
+    return {"text-classification": texts, **{task: _of(table, forms) for task, forms in known.items()}}
+
+
 def _one_each(names: Iterable[str]) -> list[tuple[str, ...]]:
     return [(name,) for name in names]
 
@@ -247,8 +255,10 @@ def _only(table: Table, task: str, found: list[tuple[str, ...]], option: str = "
         return found[0]
     columns = some(map(repr, table.columns), 8)
     if not found:
+        others = [f"task={other}" for other, forms in _forms_of(table).items() if forms and other != task]
         raise ValueError(
             f"{table.path} has the columns {columns}, and {task} knows {_KNOWN[task]}; name others with {option}"
+            + (f", or say {' or '.join(others)}, which knows these" if others else "")
         )
     either = " or ".join(f"{option}{','.join(names)}" for names in found)
     raise ValueError(

@@ -11,7 +11,7 @@ import torch
 
 from bench.paper.likelihood import accuracy, encode, log_likelihoods, training_batch
 from bench.paper.tasks import Item, Labelled
-from zest_fast.integrations.datasets import DEFAULT_IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
+from zest_fast.integrations.data.images import DEFAULT_IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
 from zest_fast.integrations.pretrained import LoadedModel
 
 TASKS = {"choice": "causal-lm", "text": "text-classification", "image": "image-classification"}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.paper.tasks import Item
-from zest_fast.integrations.datasets import IGNORED
+from zest_fast.integrations.data.tokens import IGNORED
 
 
 @dataclass(frozen=True)

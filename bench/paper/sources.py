@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.paper.tasks import DATASETS, DataSet, Item, Labelled
 from zest_fast.foundation.nearest import nearest
-from zest_fast.integrations.tables import read_table
+from zest_fast.integrations.data.tables import read_table
 
 
 def find(name: str) -> DataSet:

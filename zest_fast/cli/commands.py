@@ -12,16 +12,21 @@ from zest_fast.cli.app import app
 from zest_fast.cli.checks import check_options
 from zest_fast.cli.options import (
     BatchSize,
+    ChatTemplate,
+    Config,
     Data,
     Device,
+    Dtype,
     ImageSize,
     Json,
     LabelColumn,
     MaxLength,
     Model,
     Seed,
+    Split,
     Task,
     TextColumn,
+    TrustRemoteCode,
     check_folder,
     check_new_folder,
     check_readable,
@@ -41,8 +46,11 @@ def profile(
     model: Model,
     data: Data,
     task: Task = None,
-    text_column: TextColumn = "text",
+    text_column: TextColumn = None,
     label_column: LabelColumn = None,
+    chat_template: ChatTemplate = None,
+    split: Split = None,
+    config: Config = None,
     batch_size: BatchSize = 16,
     layers: Annotated[str | None, typer.Option(help="A regular expression that matches whole layer names.")] = None,
     metrics: Annotated[
@@ -54,6 +62,8 @@ def profile(
     plot: Annotated[Path | None, typer.Option(help="Where to draw the heat map: .png, .svg or .pdf.")] = None,
     max_length: MaxLength = None,
     image_size: ImageSize = None,
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -93,8 +103,11 @@ def finetune(
     model: Model,
     data: Data,
     task: Task = None,
-    text_column: TextColumn = "text",
+    text_column: TextColumn = None,
     label_column: LabelColumn = None,
+    chat_template: ChatTemplate = None,
+    split: Split = None,
+    config: Config = None,
     by: Annotated[
         str | None, typer.Option(help="The metric that chooses the layers; by default the Ranker that ships does.")
     ] = None,
@@ -137,7 +150,12 @@ def finetune(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps; counts before --epochs.")] = None,
     lr: Annotated[float, typer.Option(min=0.0, help="Learning rate of AdamW.")] = 1e-4,
+    schedule: Annotated[
+        str, typer.Option(help="constant, linear or cosine: how the rate falls, as transformers.get_scheduler has it.")
+    ] = "constant",
+    warmup: Annotated[float, typer.Option(help="The share of the steps in which the rate rises from zero, 0.1.")] = 0.0,
     batch_size: BatchSize = 16,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches of a step: the same as one batch of all.")] = 1,
     validation_share: Annotated[
         float, typer.Option(min=0.0, max=0.9, help="Share of the data held out for the scores before and after.")
     ] = 0.1,
@@ -162,6 +180,8 @@ def finetune(
     ] = False,
     max_length: MaxLength = None,
     image_size: ImageSize = None,
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -180,6 +200,7 @@ def finetune(
         layers = ",".join(progress.layers) or None
         checkpoint, frozen, stream = ctx.params["checkpoint"], ctx.params["frozen"], ctx.params["stream"]
         epochs, steps, lr, masters = (ctx.params[name] for name in ("epochs", "steps", "lr", "masters"))
+        schedule, warmup, accumulate = (ctx.params[name] for name in ("schedule", "warmup", "accumulate"))
     if layers is not None and (unused := typed(ctx) & {"by", "top", "probe"}):
         raise ValueError(f"--{unused.pop()} chooses among ranked layers, and --layers names them: leave one out")
     if by is not None and probe is not None:
@@ -210,9 +231,10 @@ def finetune(
             more["streamed"] = Streamed(tuple(names or ()), chosen)
         if progress is not None and resume is not None:
             from zest_fast.cli.jobs.runs import check_data
-            from zest_fast.integrations.datasets import digest_of_data
+            from zest_fast.integrations.data.sources import digest_of_data
 
-            check_data(resume, progress, data, digest_of_data(data))
+            parts = {name: ctx.params[name] for name in ("split", "config")}
+            check_data(resume, progress, data, digest_of_data(data, **parts))
         job = opened_job(ctx, console, **more)
         from zest_fast.cli.jobs.finetuning import Wanted, finetune_job, settings_of_job
 
@@ -231,6 +253,9 @@ def finetune(
             epochs=epochs,
             steps=steps,
             lr=lr,
+            schedule=schedule,
+            warmup=warmup,
+            accumulate=accumulate,
             masters=masters,
             out=out,
             save_model=save_model,

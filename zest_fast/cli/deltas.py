@@ -12,7 +12,14 @@ from rich.table import Column, Table
 
 from zest_fast.cli import show
 from zest_fast.cli.app import app
-from zest_fast.cli.options import Json, check_new_folder, check_readable, check_writable, work
+from zest_fast.cli.options import (
+    Json,
+    TrustRemoteCode,
+    check_new_folder,
+    check_readable,
+    check_writable,
+    work,
+)
 from zest_fast.foundation.nearest import some
 
 if TYPE_CHECKING:
@@ -41,6 +48,7 @@ def merge(
     max_shard_size: Annotated[
         str | None, typer.Option(help="Of a weights file, such as 5GB; by default shards stay as they are.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write the base with the delta in it: a folder that from_pretrained and inference servers load."""
     check_readable(delta, "delta")
@@ -54,7 +62,9 @@ def merge(
 
         if out.suffix == ".safetensors" and not is_reference(base):
             raise ValueError(f"OUT {out} is a file, and of {base!r} a folder is made; name a new folder")
-        how = merge_folder(base, delta, out, cast=cast, max_shard_size=max_shard_size)
+        how = merge_folder(
+            base, delta, out, cast=cast, max_shard_size=max_shard_size, trust_remote_code=trust_remote_code
+        )
     typer.echo(f"{out}: {how}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,25 +9,41 @@ import typer
 
 from zest_fast.cli import show
 from zest_fast.cli.app import app
+from zest_fast.cli.checks import check_options
 from zest_fast.cli.options import (
     BatchSize,
+    ChatTemplate,
+    Config,
     Data,
     Device,
+    Dtype,
     ImageSize,
     Json,
     LabelColumn,
     MaxLength,
     Model,
     Seed,
+    Split,
     Task,
     TextColumn,
+    TrustRemoteCode,
     check_readable,
     opened_job,
     typed,
     work,
 )
 
-_OF_THE_DATA = ("task", "text_column", "label_column", "max_length", "image_size", "batch_size", "seed")
+_OF_THE_DATA = (
+    "task",
+    "text_column",
+    "label_column",
+    "chat_template",
+    "max_length",
+    "image_size",
+    "batch_size",
+    "seed",
+)
+_OF_ITS_PARTS = ("split", "config")
 
 
 @app.command()
@@ -45,25 +60,38 @@ def evaluate(
         typer.Option("--held-out", help="Only the share that finetune held out of these data; with --delta."),
     ] = False,
     task: Task = None,
-    text_column: TextColumn = "text",
+    text_column: TextColumn = None,
     label_column: LabelColumn = None,
+    chat_template: ChatTemplate = None,
+    split: Split = None,
+    config: Config = None,
     batch_size: BatchSize = 16,
     max_length: MaxLength = None,
     image_size: ImageSize = None,
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Loss and accuracy of a model on data, of a base with a delta in it with --delta."""
+    """Loss and the figures of the task of a model on data, of a base with a delta in it with --delta.
+
+    Accuracy of classes and tokens, MSE and correlations of numbers, F1 of several labels a row and of tags.
+    """
+    check_options(ctx.params)
     if delta is not None:
         check_readable(delta, "delta")
+    if delta is not None and dtype is not None:
+        raise ValueError(
+            "--dtype is about a model as it is saved, and --delta says in which its base was: leave one out"
+        )
     if held_out and delta is None:
         raise ValueError("--held-out is the share that a delta's training left out: pass --delta")
     if held_out and "seed" in typed(ctx):
         raise ValueError("--held-out is drawn by the seed of the delta, and --seed names another: leave one out")
     with work(model, data) as console:
-        from zest_fast.cli.jobs.training import evaluate as score
-        from zest_fast.integrations.datasets import digest_of_data
+        from zest_fast.cli.jobs.scores import evaluate as score
+        from zest_fast.integrations.data.sources import digest_of_data
 
         more: dict[str, Any] = {"validation_share": 0.0}
         if delta is not None:
@@ -72,13 +100,13 @@ def evaluate(
 
             said = settings_of(read_delta(delta))
             more |= {name: getattr(said, name) for name in _OF_THE_DATA if name not in typed(ctx)} | {"delta": delta}
-            known = said.digest is not None and said.digest == digest_of_data(data)
-            if held_out and (not known or not said.validation_share):
-                raise ValueError(
-                    f"--held-out: {delta} was not trained on what {data} holds now, with a share held out"
-                    if not known
-                    else f"--held-out: the training of {delta} held nothing out"
-                )
+            parts = {name: getattr(said, name) for name in _OF_ITS_PARTS if name not in typed(ctx)}
+            digest = digest_of_data(data, **({"split": split, "config": config} | parts))
+            known = said.digest is not None and said.digest == digest
+            if held_out and not known:
+                raise ValueError(f"--held-out: {delta} was not trained on what {data} holds now, with a share held out")
+            if known:
+                more |= parts
             more["validation_share"] = said.validation_share if held_out else 0.0
         job = opened_job(ctx, console, **more)
         if job.loaded.fresh:
@@ -86,20 +114,23 @@ def evaluate(
                 f"{model} does not hold a head for these classes ({'; '.join(job.loaded.notes)}): figures of random "
                 "weights would mean nothing; name what was trained, or pass --delta"
             )
+        if held_out and job.loaders.validation is None:
+            raise ValueError(f"--held-out: the training of {delta} held nothing out")
         show.notes(console, job, typed(ctx))
-        if delta is not None and known and not held_out:
+        if delta is not None and known and not held_out and not job.own_validation:
             show.note(
                 console, f"{delta} was trained on these data, on {1 - said.validation_share:.0%} of them; --held-out"
             )
         loader = job.loaders.validation
         if loader is None:
             loader = job.loaders.train
-        elif not held_out:
+        elif not held_out and not job.own_validation:
             show.note(console, f"{data} returns a pair: the second loader is scored")
         with console.status("scoring"):
-            found = score(job.model, loader, job.device)
-    document = {"model": model, "data": data, "delta": None if delta is None else str(delta), **asdict(found)}
+            names: dict[str, Any] = {"task": job.loaded.task, "class_names": job.loaded.class_names}
+            found = score(job.model, loader, job.device, **names).plain()
+    document = {"model": model, "data": data, "delta": None if delta is None else str(delta), **found}
     if as_json:
         show.json_document(document | {"class_names": job.loaded.class_names})
     else:
-        typer.echo(show.score_line(asdict(found)))
+        typer.echo(show.score_line(found))

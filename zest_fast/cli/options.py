@@ -19,18 +19,60 @@ if TYPE_CHECKING:
 
 MODEL_HELP = "A hub id, a model folder, or module:function that returns a torch.nn.Module."
 DATA_HELP = (
-    "A .jsonl, .csv or .parquet file, a folder with one sub-folder of images per class, "
-    "or module:function that returns a DataLoader (or a pair: training, validation)."
+    "A .jsonl, .csv or .parquet file, a folder with one sub-folder of images per class, a folder of both parts (train "
+    "and validation), a set of the library datasets (saved, or owner/name on the hub), or module:function that returns "
+    "a DataLoader (or a pair: training, validation)."
 )
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 Data = Annotated[str, typer.Argument(help=DATA_HELP, show_default=False)]
 Task = Annotated[
     str | None,
-    typer.Option(help="text-classification, causal-lm or image-classification; by default model and data tell."),
+    typer.Option(
+        help="text-classification, regression, multi-label, token-classification, causal-lm, seq2seq-lm or "
+        "image-classification; by default model and data tell."
+    ),
 ]
-TextColumn = Annotated[str, typer.Option(help="The column of a table that holds the text.")]
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="The column of a table that holds the text, or several: a pair, prompt,completion, source,target; by "
+        "default the usual names (text, messages, prompt ...)."
+    ),
+]
 LabelColumn = Annotated[
-    str | None, typer.Option(help="The column that holds the class ('label' where the model is a classifier).")
+    str | None,
+    typer.Option(
+        help="The column of the class, number, labels or tags, or several columns of 0 and 1; by default 'label'."
+    ),
+]
+
+
+def _template_in(path: str | None) -> str | None:
+    """What the file holds: runs and deltas keep the template itself."""
+    if path is None:
+        return None
+    check_readable(Path(path), "chat template")
+    return Path(path).read_text(encoding="utf-8")
+
+
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", callback=_template_in, help="How messages become one text (Jinja), for the tokenizer's own."
+    ),
+]
+Split = Annotated[
+    str | None, typer.Option(help="Of data in parts: the one that trains, or that and the one that scores: train,test.")
+]
+Config = Annotated[str | None, typer.Option(help="Of a set on the hub: which of its configurations.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Of the weights: float32, bfloat16 or float16; by default as they are.")
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Import and run code that comes with the model, which can do all that you can."
+    ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples in a batch.")]
 MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens of a text; by default what the model takes.")]
@@ -153,6 +195,11 @@ _OF_A_JOB = (
     "task",
     "text_column",
     "label_column",
+    "chat_template",
+    "split",
+    "config",
+    "dtype",
+    "trust_remote_code",
     "batch_size",
     "validation_share",
     "max_length",

@@ -165,6 +165,8 @@ def sweep_table(document: Mapping[str, Any]) -> None:
 def notes(console: Console, job: Job, written: Collection[str] = ()) -> None:
     """What the user should know about model and data before the figures. written: parameters of the command line."""
     unused = [f"{option(name)} has no effect: {why}" for name, why in job.without_effect.items() if name in written]
+    if job.loaders.taken:
+        line(console, f"data: {job.loaders.taken}")
     for text in (*job.loaded.notes, *job.loaders.notes, *unused):
         note(console, text)
 
@@ -185,7 +187,15 @@ def _marked(name: str, info: Mapping[str, Any]) -> str:
 def score_line(score: Mapping[str, Any] | None) -> str:
     if score is None:
         return "no validation data"
-    return f"loss {score['loss']:.4f}, accuracy {score['accuracy']:.1%} of {score['predictions']:,}"
+    parts = [
+        f"{name} {value:.1%}" if name in _SHARES else f"{name.replace('_', ' ')} {value:.4f}"
+        for name, value in score.items()
+        if name != "predictions"
+    ]
+    return f"{', '.join(parts)} of {score['predictions']:,}"
+
+
+_SHARES = ("accuracy",)
 
 
 def _plain(value: Any) -> Any:

@@ -9,16 +9,21 @@ import typer
 
 from zest_fast.cli import show
 from zest_fast.cli.app import app
+from zest_fast.cli.checks import check_options
 from zest_fast.cli.options import (
+    Config,
     Data,
+    Dtype,
     ImageSize,
     Json,
     LabelColumn,
     MaxLength,
     Model,
     Seed,
+    Split,
     Task,
     TextColumn,
+    TrustRemoteCode,
     check_writable,
     compiled,
     opened_job,
@@ -41,8 +46,10 @@ def sweep_command(
     model: Model,
     data: Data,
     task: Task = None,
-    text_column: TextColumn = "text",
+    text_column: TextColumn = None,
     label_column: LabelColumn = None,
+    split: Split = None,
+    config: Config = None,
     layers: Annotated[str | None, typer.Option(help="A regular expression that matches whole layer names.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps of each layer.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Samples in a training step.")] = None,
@@ -70,10 +77,13 @@ def sweep_command(
     top: Annotated[int, typer.Option(min=1, help="How many layers to show.")] = 10,
     max_length: MaxLength = None,
     image_size: ImageSize = None,
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Fine-tune every layer alone with the head, score it, and show the best. Takes long; run again, it goes on."""
+    check_options(ctx.params)
     check_writable(out, {".jsonl"}, inputs=[data])
     chosen = compiled(layers)
     options = _slurm_options(slurm) if slurm else None
@@ -87,6 +97,8 @@ def sweep_command(
 
         recipe = Recipe(**{name: value for name, value in changes.items() if value is not None})
         job = opened_job(ctx, console, device="cpu", batch_size=EVERYTHING)
+        if job.loaded.task not in (None, "text-classification", "image-classification"):
+            raise ValueError(f"a sweep scores classes by accuracy, and these data are for {job.loaded.task}")
         inputs, targets = _all_samples(job.loaders.train)
         splits = _splits(inputs, targets, head_share, score_share)
         show.notes(console, job, typed(ctx) - {"batch_size"})  # that is the recipe's here

@@ -37,7 +37,7 @@ from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.foundation.documents import parse_json, whole_file
 from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.foundation.replacing import new_folder, replacing
-from zest_fast.integrations.pretrained import TASKS, LoadedModel, load_model
+from zest_fast.integrations.pretrained import TASKS, LoadedModel, find_task, load_model
 from zest_fast.integrations.quiet import quiet_transformers
 from zest_fast.integrations.references import is_reference
 from zest_fast.streaming.checkpoints import Checkpoint, plain_checkpoint, read_packed
@@ -52,13 +52,18 @@ _INDEX = "model.safetensors.index.json"
 class DataSettings:
     """How `zest-fast finetune` read model and data, as it writes that into a delta.
 
+    text_column, label_column: names, separated by commas; None = the usual ones. chat_template: one that was given
+    instead of the tokenizer's own. split, config: the parts of a set of `datasets`, and which of its configurations.
     new_head: the head was drawn for the classes of the data. frozen: what the frozen weights were kept in. digest: of
     the data, validation_share of which was held out by seed.
     """
 
     task: str | None = None
-    text_column: str = "text"
+    text_column: str | None = None
     label_column: str | None = None
+    chat_template: str | None = None
+    split: str | None = None
+    config: str | None = None
     max_length: int | None = None
     image_size: int | None = None
     batch_size: int = 16
@@ -71,8 +76,11 @@ class DataSettings:
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "task": (str, type(None)),
-    "text_column": (str,),
+    "text_column": (str, type(None)),
     "label_column": (str, type(None)),
+    "chat_template": (str, type(None)),
+    "split": (str, type(None)),
+    "config": (str, type(None)),
     "max_length": (int, type(None)),
     "image_size": (int, type(None)),
     "batch_size": (int,),
@@ -105,11 +113,12 @@ def settings_of(delta: Delta) -> DataSettings:
     return found
 
 
-def load_base(source: str, delta: Delta, *, own_dtype: bool = False) -> LoadedModel:
+def load_base(source: str, delta: Delta, *, own_dtype: bool = False, trust_remote_code: bool = False) -> LoadedModel:
     """The model that a delta was made on, as `zest-fast finetune` opened it; the delta is not in it yet.
 
     A head that was new then is drawn again, in the sizes of the delta's class names. own_dtype: the weights as they are
-    in the files, not as they were while it trained. Raises what load_model raises.
+    in the files, not as they were while it trained. A delta never says that code is to be trusted: the caller does.
+    Raises what load_model raises.
     """
     said = settings_of(delta)
     dtype = getattr(torch, delta.dtypes[0], None) if len(delta.dtypes) == 1 else None
@@ -118,7 +127,7 @@ def load_base(source: str, delta: Delta, *, own_dtype: bool = False) -> LoadedMo
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(said.seed)
         names = (delta.class_names or None) if said.new_head else None
-        return load_model(source, task=said.task, class_names=names, dtype=dtype)
+        return load_model(source, task=said.task, class_names=names, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def put_delta(model: nn.Module, path: str | os.PathLike[str], delta: Delta, *, cast: bool = False) -> Rounded | None:
@@ -141,13 +150,14 @@ def merge_folder(
     *,
     cast: bool = False,
     max_shard_size: str | None = None,
+    trust_remote_code: bool = False,
 ) -> str:
     """Write the model of `source` with a delta in it; returns how, in a line.
 
     source: a folder, a hub id, or `module:function`, of which `out` may be a .safetensors file. out: a new folder.
     cast: the weights keep the dtype that they have in the files, and what was trained is rounded to it; else they are
     written as they were while it trained. max_shard_size: of the files; None = shards stay as they are, or as
-    save_pretrained makes them.
+    save_pretrained makes them. trust_remote_code: as for load_model; the model is then loaded.
     Raises ValueError where the delta is torn, foreign or does not fit, OSError where `out` cannot be written; nothing
     is left then.
     """
@@ -156,7 +166,9 @@ def merge_folder(
     if is_reference(source):
         merge_delta(load_base(source, delta).model, path, out, cast=cast, max_shard_size=max_shard_size)
         return "the model was built and merged in memory"
-    plain = max_shard_size is None and _is_plain_folder(source)
+    if not trust_remote_code:
+        find_task(source)  # says what code of its own a model asks to run
+    plain = max_shard_size is None and not trust_remote_code and _is_plain_folder(source)
     patch = _patch(Path(source), path, delta, cast=cast) if plain else None
     if patch is not None:
         with new_folder(out) as folder:
@@ -164,8 +176,10 @@ def merge_folder(
             name_classes(folder, delta.class_names)
         how = f"{len(patch.files)} of {len(patch.all_files)} weights files changed; no model was loaded"
         return _with_note(how, patch.rounded)
-    loaded = load_base(source, delta, own_dtype=cast)
+    loaded = load_base(source, delta, own_dtype=cast, trust_remote_code=trust_remote_code)
     rounded = put_delta(loaded.model, path, delta, cast=cast)
+    if (template := settings_of(delta).chat_template) is not None and loaded.processor is not None:
+        loaded.processor.chat_template = template
     save_model_folder(loaded, out, delta.class_names, max_shard_size=max_shard_size)
     frozen = settings_of(delta).frozen
     how = f"; frozen weights are rounded to {frozen}, as they were while it trained" if frozen else ""
@@ -299,6 +313,10 @@ def _patch(folder: Path, path: str | os.PathLike[str], delta: Delta, *, cast: bo
     said = settings_of(delta)
     if said.new_head or said.frozen is not None or not _one_dtype(folder, checkpoint, delta, cast):
         return None
+    if said.task in ("regression", "multi-label") and find_task(str(folder)) != said.task:
+        return None  # its configuration has to say so
+    if said.chat_template is not None:
+        return None  # its tokenizer has to have it
     model = empty_model(folder)
     names = _aliases(model)
     buffers = saved_buffers(model)

@@ -22,10 +22,22 @@ from zest_fast.integrations.references import is_reference, load_function, neare
 from zest_fast.streaming.opening import open_streamed
 
 # task -> (its Auto class, how the architectures of a checkpoint for it are called)
+_OF_SEQUENCES = ("AutoModelForSequenceClassification", ("ForSequenceClassification",))
 _AUTO_CLASSES = {
-    "text-classification": ("AutoModelForSequenceClassification", ("ForSequenceClassification",)),
+    "text-classification": _OF_SEQUENCES,
+    "regression": _OF_SEQUENCES,
+    "multi-label": _OF_SEQUENCES,
+    "token-classification": ("AutoModelForTokenClassification", ("ForTokenClassification",)),
     "causal-lm": ("AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel")),
+    "seq2seq-lm": ("AutoModelForSeq2SeqLM", ("ForConditionalGeneration",)),
     "image-classification": ("AutoModelForImageClassification", ("ForImageClassification",)),
+}
+_WITHOUT_CLASSES = ("causal-lm", "seq2seq-lm")  # whose head is that of the vocabulary
+# How transformers calls the loss of a head for sequences.
+PROBLEMS = {
+    "text-classification": "single_label_classification",
+    "regression": "regression",
+    "multi-label": "multi_label_classification",
 }
 TASKS = tuple(_AUTO_CLASSES)
 
@@ -49,18 +61,45 @@ class LoadedModel:
     new_head: bool = False  #: whether the head was made for the classes of the data
 
 
-def find_task(source: str) -> str | None:
-    """The task that the checkpoint was made for, from the architectures in its configuration.
+def find_task(source: str, *, trust_remote_code: bool = False) -> str | None:
+    """The task that the checkpoint was made for, from the architectures and the problem in its configuration.
 
     None: `module:function`, or a checkpoint without a head for one of TASKS.
     """
     if is_reference(source):
         return None
-    architectures = _config(source).architectures or ()
+    return _made_for(_config(source, trust_remote_code))
+
+
+def _made_for(config: Any) -> str | None:
+    architectures = config.architectures or ()
     for task, (_, marks) in _AUTO_CLASSES.items():
         if any(mark in architecture for architecture in architectures for mark in marks):
+            if marks == _OF_SEQUENCES[1]:
+                said = (name for name, problem in PROBLEMS.items() if problem == config.problem_type)
+                return next(said, task)
+            if task in _WITHOUT_CLASSES:
+                return _language_task(config)
             return task
     return None
+
+
+def _language_task(config: Any) -> str | None:
+    """Of an encoder with a decoder, whatever the class is called; None where the source is no text (images, sound)."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as SEQUENCES
+
+    if not getattr(config, "is_encoder_decoder", False):
+        decoder = any("ForConditionalGeneration" not in name for name in config.architectures)
+        return "causal-lm" if decoder else None
+    return "seq2seq-lm" if config.model_type in SEQUENCES else None
+
+
+def has_single_output(source: str, *, trust_remote_code: bool = False) -> bool:
+    """Whether the head for sequences has one output, and the configuration does not say for what."""
+    if is_reference(source):
+        return False
+    config = _config(source, trust_remote_code)
+    return _made_for(config) == "text-classification" and config.num_labels == 1 and config.problem_type is None
 
 
 def load_model(
@@ -70,6 +109,7 @@ def load_model(
     class_names: Sequence[str] | None = None,
     streamed: Streamed | None = None,
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Loads the model that `source` names.
 
@@ -78,11 +118,12 @@ def load_model(
     task: one of TASKS; None = what the checkpoint was made for.
     class_names: the classes of the data. A head that the checkpoint has for them is kept: one that knows every class by
         name, or that has so many outputs where the classes are their numbers. Else a fresh one is drawn from torch's
-        random state, and `.notes` says what was replaced and why. A multi-label head is refused.
+        random state, and `.notes` says what was replaced and why. For one class a row a multi-label head is refused.
     streamed: its frozen weights stay on disk (`open_streamed`); a folder is needed, and a head that is kept.
     dtype: of the weights; None = as the checkpoint has them. Not of a `module:function`, nor of a streamed one.
+    trust_remote_code: import and run code that comes with the weights, with all that the user may do.
 
-    Code that comes with the weights is never run, and names in the folder's files that lead out of it are refused;
+    Otherwise such code is not run. Names in the folder's files that lead out of it are refused;
     links in it are followed, since the caches of the hub are made of them.
     Raises ValueError or TypeError in one line, with the nearest valid value; ImportError without transformers.
     """
@@ -95,33 +136,46 @@ def load_model(
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"{source!r} returned {type(model).__name__}; it has to return a torch.nn.Module")
         return LoadedModel(model.eval(), source, None)
-    config = _config(source)
-    made_for = find_task(source)
+    config = _config(source, trust_remote_code)
+    made_for = _made_for(config)
     task = task or made_for
     if task is None:
         raise ValueError(f"model {source!r} ({config.architectures}) does not say its task; pass one of {TASKS}")
     if task == "causal-lm":
         _check_causal(source, config)
-    head = _Head()
-    if task != "causal-lm":
-        head = _choose_head(source, config, class_names) if made_for == task else _new_head(class_names)
+    head, alike = _Head(), made_for is not None and _AUTO_CLASSES[made_for] == _AUTO_CLASSES[task]
+    if task not in _WITHOUT_CLASSES:
+        head = _choose_head(source, config, class_names, task) if alike else _new_head(class_names, task)
     if streamed is not None:
-        return _open_streamed(source, task, made_for, head, streamed)
+        if trust_remote_code or dtype is not None:
+            raise ValueError(
+                "weights that stay on disk are read as they are, by code of transformers: leave out dtype= "
+                "and trust_remote_code="
+            )
+        return _open_streamed(source, task, made_for if not alike else task, head, streamed)
     if Path(source).is_dir():
         _check_weights(Path(source))
-    model, missing, replaced = _from_pretrained(source, task, head.changes, config.num_labels, dtype)
-    if head.changes and made_for == task and not replaced:  # of the same size, so that it was loaded
+    loading = {"trust_remote_code": trust_remote_code, **({} if dtype is None else {_dtype_argument(): dtype})}
+    model, missing, replaced = _from_pretrained(source, task, head.changes, config.num_labels, loading)
+    if head.changes and alike and not replaced:  # of the same size, so that it was loaded
         replaced = _redraw_head(model)
+    _set_problem(model, task)
     notes = [*head.notes]
     if missing:
         notes.insert(0, f"{source} does not hold {some(missing)}; drawn at random")
-    if own := _own_code(config):
+    if not trust_remote_code and (own := _own_code(config)):
         notes.append(
             f"{source} brings code of its own ({own}), which is not run: {type(model).__name__} of transformers is used"
         )
     fresh = tuple(sorted({*missing, *replaced}))
-    processor, new_head = _processor(source, task, model), bool(head.changes)
+    processor, new_head = _processor(source, task, model, trust_remote_code), bool(head.changes)
     return LoadedModel(model.eval(), source, task, processor, head.names, fresh, tuple(notes), new_head)
+
+
+def _set_problem(model: Any, task: str) -> None:
+    """The loss of a head for sequences, which transformers would else take from the labels of its first batch."""
+    if task in PROBLEMS:
+        model.config.problem_type = PROBLEMS[task]
 
 
 @dataclass(frozen=True)
@@ -141,6 +195,7 @@ def _open_streamed(source: str, task: str, made_for: str | None, head: _Head, st
             "save it; then its weights can stay on disk"
         )
     model: Any = open_streamed(source, train=streamed.layers, head=streamed.head, device=streamed.device)
+    _set_problem(model, task)
     notes = (*head.notes, "frozen weights stay on disk and are read as they are used")
     return LoadedModel(model, source, task, _processor(source, task, model), head.names, (), notes)
 
@@ -154,23 +209,25 @@ class _Head:
     notes: tuple[str, ...] = ()
 
 
-def _choose_head(source: str, config: Any, wanted: Sequence[str] | None) -> _Head:
-    """The head of a checkpoint that was made for this task: kept where the classes fit it, else replaced.
+def _choose_head(source: str, config: Any, wanted: Sequence[str] | None, task: str) -> _Head:
+    """The head of a checkpoint that was made for this kind of task: kept where the classes fit it, else replaced.
 
-    Raises ValueError for a multi-label head and for a single class that the head does not know.
+    Raises ValueError for a multi-label head with one class a row, and for a single class that the head does not know.
     """
     trained = [str(config.id2label.get(index, f"LABEL_{index}")) for index in range(config.num_labels)]
     unnamed = trained == [f"LABEL_{index}" for index in range(len(trained))]  # what transformers fills in
+    if task == "regression":
+        return _head_of_number(source, trained, unnamed)
     if wanted is None:
         return _Head(names=None if unnamed else tuple(trained))
     what = f"the head of {source} ({_count(len(trained), 'output')}{'' if unnamed else f': {some(trained)}'})"
-    if config.problem_type == "multi_label_classification":
+    if config.problem_type == "multi_label_classification" and task == "text-classification":
         raise ValueError(
             f"{what} is for several labels at once (problem_type multi_label_classification), and the data has one "
-            "class a row; this is not supported yet: to profile it, pass data as module:function whose batches hold "
-            "rows of 0.0 and 1.0; to train classes, give it a head of your own and pass it as module:function"
+            "class a row: write its labels as lists, or as columns of 0 and 1; to train classes instead, give it a "
+            "head of your own and pass it as module:function"
         )
-    if len(trained) == 1 or config.problem_type == "regression":
+    if config.problem_type == "regression" or (len(trained) == 1 and task != "multi-label"):
         why = "it is for regression, and the labels are classes"
     elif (outputs := _outputs(config, trained, wanted)) is not None:
         return _kept_head(source, trained, unnamed, wanted, outputs)
@@ -181,23 +238,35 @@ def _choose_head(source: str, config: Any, wanted: Sequence[str] | None) -> _Hea
         known = {name.strip().casefold() for name in trained}
         strange = [name for name in wanted if name.strip().casefold() not in known]
         why = f"it knows no {some(map(repr, strange or wanted))}"
-    new = _new_head(wanted)
+    new = _new_head(wanted, task)
     note = (
         f"{what} is replaced by a new one for {_count(len(wanted), 'class')} ({some(wanted)}), drawn at random: {why}"
     )
     return _Head(new.changes, new.names, (note,))
 
 
-def _new_head(wanted: Sequence[str] | None) -> _Head:
+def _head_of_number(source: str, trained: Sequence[str], unnamed: bool) -> _Head:
+    if len(trained) == 1:
+        return _Head()
+    what = f"the head of {source} ({len(trained)} outputs{'' if unnamed else f': {some(trained)}'})"
+    note = (
+        f"{what} is replaced by a new one of one output, drawn at random: it is for classes, and the labels are numbers"
+    )
+    return _Head(_new_head(None, "regression").changes, None, (note,))
+
+
+def _new_head(wanted: Sequence[str] | None, task: str) -> _Head:
+    if task == "regression":
+        return _Head({"num_labels": 1, "problem_type": PROBLEMS[task]})
     if wanted is None:
         return _Head()
-    if len(wanted) < 2:
+    if len(wanted) < 2 and task != "multi-label":
         raise ValueError(f"the data has a single class, {wanted[0]!r}; a new classification head needs two or more")
     changes = {
         "num_labels": len(wanted),
         "id2label": dict(enumerate(wanted)),
         "label2id": {name: index for index, name in enumerate(wanted)},
-        "problem_type": "single_label_classification",
+        "problem_type": PROBLEMS.get(task, PROBLEMS["text-classification"]),
     }
     return _Head(changes, tuple(wanted))
 
@@ -278,7 +347,7 @@ def _transformers() -> Any:
     return transformers
 
 
-def _config(source: str) -> Any:
+def _config(source: str, trust_remote_code: bool = False) -> Any:
     folder = Path(source)
     transformers = _transformers()
     if folder.is_dir():
@@ -291,7 +360,7 @@ def _config(source: str) -> Any:
         _check_names(folder)
     try:
         with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # a configuration of strange types makes transformers raise anything
         if "trust_remote_code" in str(error):
             raise _refused_code(f"model {source!r}", error, _auto_map(folder / "config.json")) from error
@@ -315,8 +384,9 @@ def _config(source: str) -> Any:
 def _refused_code(what: str, error: Exception, names: Mapping[str, Any] | None) -> ValueError:
     code = f" ({_named_code(names)})" if names else ""
     return ValueError(
-        f"{what} asks to run code of its own{code}, and code that comes with weights is never run here: build it in a "
-        "function whose code you have read, and pass module:function"
+        f"{what} asks to run code of its own{code}, which is not done unasked: it can do whatever you can, such as "
+        "read your files and send them away. Read it first; then trust_remote_code=True imports and runs it, or build "
+        "the model in a function of yours and pass module:function"
         + ("" if names else f" (transformers: {_first_line(error)})")
     )
 
@@ -398,7 +468,7 @@ def _is_path(source: str) -> bool:
 
 
 def _from_pretrained(
-    source: str, task: str, changes: dict[str, Any], trained_labels: int, dtype: torch.dtype | None
+    source: str, task: str, changes: dict[str, Any], trained_labels: int, loading: dict[str, Any]
 ) -> tuple[torch.nn.Module, tuple[str, ...], tuple[str, ...]]:
     """The model, the parameters that the checkpoint lacks, and those of a head of another size."""
     transformers = _transformers()
@@ -409,8 +479,7 @@ def _from_pretrained(
                 source,
                 output_loading_info=True,
                 ignore_mismatched_sizes=bool(changes),
-                trust_remote_code=False,
-                **({} if dtype is None else {_dtype_argument(transformers): dtype}),
+                **loading,
                 **changes,
             )
     except Exception as error:
@@ -422,7 +491,8 @@ def _from_pretrained(
                 "it is loaded; this is never done here: save them as safetensors where you trust them"
             ) from error
         if "Unrecognized configuration class" in str(error):
-            raise ValueError(f"model {source!r} ({_config(source).model_type}) has no form for {task}") from error
+            kind = _config(source, loading["trust_remote_code"]).model_type
+            raise ValueError(f"model {source!r} ({kind}) has no form for {task}") from error
         raise ValueError(f"model {source!r}: {_first_line(error)}") from error
     missing = tuple(sorted(report["missing_keys"]))
     _check_something_fits(source, model, missing, report["unexpected_keys"])
@@ -436,8 +506,9 @@ def _from_pretrained(
     return model, missing, tuple(sorted(key[0] for key in report["mismatched_keys"]))
 
 
-def _dtype_argument(transformers: Any) -> str:
+def _dtype_argument() -> str:
     """How versions before 4.56 call it."""
+    transformers = _transformers()
     return "dtype" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56) else "torch_dtype"
 
 
@@ -453,7 +524,7 @@ def _check_something_fits(source: str, model: Any, missing: tuple[str, ...], une
         )
 
 
-def _processor(source: str, task: str, model: torch.nn.Module) -> Any | None:
+def _processor(source: str, task: str, model: torch.nn.Module, trust_remote_code: bool = False) -> Any | None:
     """Tokenizer or image processor; None where the checkpoint has none."""
     transformers = _transformers()
     folder = Path(source)
@@ -461,7 +532,7 @@ def _processor(source: str, task: str, model: torch.nn.Module) -> Any | None:
         if folder.is_dir() and not (folder / "preprocessor_config.json").exists():
             return None
         try:
-            return _load(transformers.AutoImageProcessor, source)
+            return _load(transformers.AutoImageProcessor, source, trust_remote_code)
         except ValueError as error:
             if folder.is_dir() or "preprocessor_config.json" not in str(error) or "code of its own" in str(error):
                 raise
@@ -469,7 +540,7 @@ def _processor(source: str, task: str, model: torch.nn.Module) -> Any | None:
     # From a folder without its files AutoTokenizer makes an empty vocabulary up, and every word would be unknown.
     if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZERS):
         return None
-    tokenizer = _load(transformers.AutoTokenizer, source)
+    tokenizer = _load(transformers.AutoTokenizer, source, trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     config: Any = model.config
@@ -478,10 +549,10 @@ def _processor(source: str, task: str, model: torch.nn.Module) -> Any | None:
     return tokenizer
 
 
-def _load(auto: Any, source: str) -> Any:
+def _load(auto: Any, source: str, trust_remote_code: bool) -> Any:
     try:
         with quiet_transformers():
-            return auto.from_pretrained(source, trust_remote_code=False)
+            return auto.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises plain Exception for a torn file
         if "trust_remote_code" in str(error):
             files = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json")

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -22,12 +23,13 @@ from zest_fast.cli.jobs import runs
 from zest_fast.cli.jobs.interrupts import listening
 from zest_fast.cli.jobs.job import Job, to_device
 from zest_fast.cli.jobs.saving import save_somewhere
-from zest_fast.cli.jobs.training import evaluate, optimizer_for, train
+from zest_fast.cli.jobs.scores import evaluate
+from zest_fast.cli.jobs.training import optimizer_for, scheduler_for, steps_of, train
 from zest_fast.cli.options import split_names
 from zest_fast.finetuning.trainable_layers import chosen_layers, head_layers
 from zest_fast.foundation.options import Checkpoint, Frozen, Preference
 from zest_fast.foundation.text_table import printable
-from zest_fast.integrations.datasets import digest_of_data
+from zest_fast.integrations.data.sources import digest_of_data
 from zest_fast.integrations.merging import DataSettings, merge_folder, save_model_folder
 from zest_fast.lean.master_weights import LOW
 from zest_fast.probing.collecting import collect
@@ -47,6 +49,7 @@ class Wanted:
     probe: the share of a sweep's cost that a probe may take, to be mixed into that ranking; None = no probe.
     prefer, max_memory, checkpoint, frozen: as for `choose` and SelectiveBackward.
     cache, cache_limit: folder and limit of a PrefixCache; None = no cache.
+    schedule, warmup: of the learning rate. accumulate: batches of a step.
     masters: float32 masters of what trains in bfloat16 or float16.
     save_model: a folder for the tuned model; None = the delta alone. save_every: steps; None = never.
     resume: the file of an interrupted run, and what it says. dry_run: stop before training.
@@ -68,6 +71,9 @@ class Wanted:
     epochs: int
     steps: int | None
     lr: float
+    schedule: str
+    warmup: float
+    accumulate: int
     masters: bool
     out: Path
     save_model: Path | None
@@ -108,14 +114,17 @@ def settings_of_job(job: Job, params: Mapping[str, Any]) -> DataSettings:
         frozen = None if packed is None else packed.format
     return DataSettings(
         task=job.loaded.task,
-        text_column=params["text_column"],
-        label_column=params["label_column"],
+        text_column=",".join(job.form.texts) if job.form else params["text_column"],
+        label_column=(",".join(job.form.labels) or None) if job.form else params["label_column"],
+        chat_template=params["chat_template"],
+        split=params["split"],
+        config=params["config"],
         max_length=params["max_length"],
         image_size=params["image_size"],
         batch_size=params["batch_size"],
         seed=params["seed"],
-        validation_share=params["validation_share"] if job.own_batches else 0.0,
-        digest=digest_of_data(params["data"]),
+        validation_share=params["validation_share"] if job.own_batches and not job.own_validation else 0.0,
+        digest=digest_of_data(params["data"], split=params["split"], config=params["config"]),
         new_head=job.loaded.new_head,
         frozen=frozen,
     )
@@ -169,15 +178,19 @@ class _Run:
             tuned,
             kept,
         )
-        self.total = wanted.steps if wanted.steps is not None else wanted.epochs * _rounds_length(job)
+        self.total = wanted.steps or steps_of(_rounds_length(job), wanted.epochs, wanted.accumulate)
         self.recipe: dict[str, Any] = {
             "optimizer": "AdamW",
             "lr": wanted.lr,
+            "schedule": wanted.schedule,
+            "warmup": wanted.warmup,
+            "accumulate": wanted.accumulate,
             "planned_steps": self.total,
             "model": wanted.model,
             "batch_size": wanted.data_settings.batch_size,
         }
         self.losses: list[float] = []
+        self.scheduler: Any = None
         self.before: dict[str, Any] | None = None
         self.run_file = runs.run_file(wanted.out)
         self._resumable = self.run_file if wanted.resume is None else wanted.resume[0]
@@ -187,6 +200,7 @@ class _Run:
         job, wanted, tuned, choice = self.job, self.wanted, self.tuned, self.choice
         parameters = list(tuned.parameters())
         optimizer = optimizer_for(parameters, wanted.lr, masters=wanted.masters)
+        self.scheduler = scheduler_for(optimizer, wanted.schedule, wanted.warmup, self.total)
         self.recipe["masters"] = "float32" if getattr(optimizer, "master_weights", False) else None
         _check_space(wanted, parameters, job.model)
         _say(self.console, job, wanted, lines)
@@ -244,6 +258,10 @@ class _Run:
                 text = self.tuned.summary(optimizer).rounding
         if text:
             show.note(self.console, text)
+        if any(parameter.dtype == torch.float16 for parameter in self.tuned.parameters()):
+            show.note(
+                self.console, "float16: the loss is not scaled, and gradients below 6e-8 are lost; bfloat16 keeps them"
+            )
 
     def _train(self, parameters: list[Any], optimizer: Any, place: Any) -> Any:
         """The Training; None where Ctrl-C came in the last step. Raises KeyboardInterrupt that says what was saved."""
@@ -259,7 +277,7 @@ class _Run:
 
             def resume() -> None:
                 assert wanted.resume is not None
-                self.tuned.resume(wanted.resume[0], optimizer)
+                self.tuned.resume(wanted.resume[0], optimizer, self.scheduler)
                 self.losses.extend(wanted.resume[1].losses)
 
             try:
@@ -276,6 +294,9 @@ class _Run:
                     stop=lambda: interrupts.happened,
                     place=place,
                     resume=resume,
+                    accumulate=wanted.accumulate,
+                    scheduler=self.scheduler,
+                    task=self.job.loaded.task,
                 )
             except Exception as error:
                 if not interrupts.happened:
@@ -318,7 +339,7 @@ class _Run:
             place=place,
         )
         try:
-            self.tuned.save_run(self.run_file, optimizer, progress=progress.plain())
+            self.tuned.save_run(self.run_file, optimizer, self.scheduler, progress=progress.plain())
             self.saved_at, self._resumable = len(self.losses), self.run_file
         except OSError as error:
             show.note(self.console, f"{self.run_file} could not be written ({_reason(error)})")
@@ -539,7 +560,8 @@ def _score(job: Job) -> dict[str, Any] | None:
     """None where there is no validation data."""
     if job.loaders.validation is None:
         return None
-    return asdict(evaluate(job.model, job.loaders.validation, job.device))
+    names: dict[str, Any] = {"task": job.loaded.task, "class_names": job.loaded.class_names}
+    return evaluate(job.model, job.loaders.validation, job.device, **names).plain()
 
 
 @contextmanager

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 from zest_fast.finetuning.delta_files import read_delta
-from zest_fast.integrations.datasets import ImageFolder, Loaders, class_names, make_loaders, open_data
+from zest_fast.integrations.data.forms import Form, recognise, uses_template
+from zest_fast.integrations.data.images import ImageFolder
+from zest_fast.integrations.data.loaders import make_loaders, names_of
+from zest_fast.integrations.data.sources import Loaders, open_data
+from zest_fast.integrations.data.tables import Table
 from zest_fast.integrations.merging import load_base, put_delta
-from zest_fast.integrations.pretrained import LoadedModel, Streamed, find_task, load_model
+from zest_fast.integrations.pretrained import LoadedModel, Streamed, find_task, has_single_output, load_model
 from zest_fast.integrations.references import is_reference
-from zest_fast.integrations.tables import Table
 from zest_fast.profiling.heads import find_head
-
-DEFAULT_LABEL_COLUMN = "label"
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Job:
     device: torch.device
     without_effect: dict[str, str]  #: options that this model and data have no use for, and why
     own_batches: bool  #: whether the loaders are ours; not the user's
+    form: Form | None = None  #: of a table: its task and columns
+    own_validation: bool = False  #: whether the data bring the part that scores
 
     @property
     def model(self) -> torch.nn.Module:
@@ -53,9 +56,15 @@ def open_job(
     data: str,
     *,
     task: str | None,
-    label_column: str | None,
     seed: int,
     device: str,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    chat_template: str | None = None,
+    split: str | None = None,
+    config: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
     streamed: Streamed | None = None,
     delta: Path | None = None,
     **batching: Any,
@@ -64,39 +73,62 @@ def open_job(
     the remaining keywords of make_loaders. A fresh head is drawn from `seed`.
     """
     torch.manual_seed(seed)
-    opened = open_data(data)
-    if task is None:
-        task = _task_of(opened, label_column) or find_task(model)
-    if task == "text-classification":
-        label_column = label_column or DEFAULT_LABEL_COLUMN
-        if isinstance(opened, Table) and label_column == batching.get("text_column"):
-            raise ValueError(f"--label-column and --text-column are both {label_column!r}: each text would be a class")
-    elif task == "causal-lm":
-        label_column = None  # see _without_effect
-    names = None
-    if isinstance(opened, ImageFolder):
-        names = class_names(opened.labels)
-    elif isinstance(opened, Table) and label_column is not None:
-        names = class_names(opened.column(label_column))
+    opened = open_data(data, split=split, config=config)
+    form = None
+    if isinstance(opened, Table):
+        form = _form_of(opened, model, task, text_column, label_column, trust_remote_code)
+        task = _said_task(form, model, task, trust_remote_code)
+    elif isinstance(opened, ImageFolder):
+        _check_kind(data, task)
+        task = "image-classification"
+    else:
+        task = task or find_task(model, trust_remote_code=trust_remote_code)
+    names = None if isinstance(opened, Loaders) else names_of(opened, form)
     target = pick_device("cpu" if streamed is not None and device == "auto" else device)
     if delta is not None:
-        loaded = _with_delta(model, delta)
+        loaded = _with_delta(model, delta, trust_remote_code)
     else:
         if streamed is not None:
             streamed = replace(streamed, device=str(target))  # for good: such a model is not moved
-        loaded = load_model(model, task=task, class_names=names, streamed=streamed)
-    _check_kind(opened, data, task)
+        loaded = load_model(
+            model,
+            task=task,
+            class_names=names,
+            streamed=streamed,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+        )
     if names is not None and loaded.class_names is None:
         _check_outputs(loaded, len(names))
-    loaders = make_loaders(opened, loaded, label_column=label_column, seed=seed, **batching)
+    loaders = make_loaders(opened, loaded, form=form, seed=seed, chat_template=chat_template, **batching)
     loaded.model.to(target)
-    without_effect = _without_effect(opened, data, task, is_reference(model))
-    return Job(loaded, loaders, target, without_effect, not isinstance(opened, Loaders))
+    without_effect = _without_effect(opened, data, form, is_reference(model))
+    own = not isinstance(opened, Loaders)
+    return Job(loaded, loaders, target, without_effect, own, form, own and opened.validation is not None)
 
 
-def _with_delta(model: str, file: Path) -> LoadedModel:
+def _form_of(
+    table: Table, model: str, task: str | None, text_column: str | None, label_column: str | None, trusted: bool
+) -> Form:
+    return recognise(
+        table,
+        task=task,
+        made_for=find_task(model, trust_remote_code=trusted),
+        single_output=has_single_output(model, trust_remote_code=trusted),
+        text_column=text_column,
+        label_column=None if task == "causal-lm" else label_column,  # see _without_effect
+    )
+
+
+def _said_task(form: Form, model: str, task: str | None, trusted: bool) -> str | None:
+    """The task of the form; None where only texts speak for a language model, whose head would be drawn at random."""
+    guessed = task is None and form.task == "causal-lm" and find_task(model, trust_remote_code=trusted) is None
+    return None if guessed else form.task
+
+
+def _with_delta(model: str, file: Path, trust_remote_code: bool) -> LoadedModel:
     delta = read_delta(file)
-    loaded = load_base(model, delta)
+    loaded = load_base(model, delta, trust_remote_code=trust_remote_code)
     put_delta(loaded.model, file, delta)
     return replace(loaded, class_names=delta.class_names or loaded.class_names, fresh=())
 
@@ -124,31 +156,32 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _task_of(opened: Table | ImageFolder | Loaders, label_column: str | None) -> str | None:
-    if isinstance(opened, ImageFolder):
-        return "image-classification"
-    if isinstance(opened, Table) and label_column is not None:
-        return "text-classification"
-    return None
-
-
 def _without_effect(
-    opened: Table | ImageFolder | Loaders, data: str, task: str | None, own_model: bool
+    opened: Table | ImageFolder | Loaders, data: str, form: Form | None, own_model: bool
 ) -> dict[str, str]:
+    own = (
+        {"dtype": "a function makes the model", "trust_remote_code": "a function makes the model"} if own_model else {}
+    )
     if isinstance(opened, Loaders):
-        names = ["text_column", "label_column", "batch_size", "max_length", "image_size", "validation_share"]
-        names += ["task"] if own_model else []
-        return dict.fromkeys(names, f"{data} makes its own batches")
+        names = ["text_column", "label_column", "chat_template"]
+        names += ["batch_size", "max_length", "image_size", "validation_share"] + (["task"] if own_model else [])
+        return own | dict.fromkeys(names, f"{data} makes its own batches")
+    if opened.validation is not None:
+        own["validation_share"] = f"{opened.validation.path.name} scores"
     if isinstance(opened, ImageFolder):
-        return dict.fromkeys(("text_column", "label_column", "max_length"), f"{data} is a folder of images")
-    unlabelled = {"label_column": "a causal language model learns the texts alone"} if task == "causal-lm" else {}
-    return {"image_size": f"{data} is a table of texts", **unlabelled}
+        names = ["text_column", "label_column", "chat_template", "max_length"]
+        return own | dict.fromkeys(names, f"{data} is a folder of images")
+    assert form is not None
+    own["image_size"] = f"{data} is a table of texts"
+    if form.task == "causal-lm":
+        own["label_column"] = "a causal language model learns the texts alone"
+    if not uses_template(opened, form):
+        own["chat_template"] = "these are no conversations"
+    return own
 
 
-def _check_kind(opened: Table | ImageFolder | Loaders, data: str, task: str | None) -> None:
-    if isinstance(opened, Table) and task == "image-classification":
-        raise ValueError(f"{data} is a table, and an image classifier needs a folder of images or module:function")
-    if isinstance(opened, ImageFolder) and task not in (None, "image-classification"):
+def _check_kind(data: str, task: str | None) -> None:
+    if task not in (None, "image-classification"):
         raise ValueError(f"{data} is a folder of images, and {task} needs a table of texts or module:function")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ OPTIONS = (
     "task",
     "text_column",
     "label_column",
+    "chat_template",
+    "split",
+    "config",
+    "dtype",
     "batch_size",
     "validation_share",
     "max_length",
@@ -33,11 +37,24 @@ OPTIONS = (
     "epochs",
     "steps",
     "lr",
+    "schedule",
+    "warmup",
+    "accumulate",
     "masters",
     "checkpoint",
     "frozen",
     "stream",
 )
+# What runs that were saved before these were options had.
+_ADDED = {
+    "chat_template": None,
+    "split": None,
+    "config": None,
+    "dtype": None,
+    "schedule": "constant",
+    "warmup": 0.0,
+    "accumulate": 1,
+}
 CHOOSING = ("by", "probe", "top", "prefer", "max_memory", "layers", "head")  # which a run has done
 
 
@@ -77,6 +94,7 @@ def read_progress(path: Path) -> Progress:
         )
     try:
         found = Progress(**progress)
+        found = replace(found, options={**_ADDED, **found.options})
         _check(found)
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"--resume {path} is no run of `zest-fast finetune` that can be resumed ({error})") from error
@@ -108,7 +126,7 @@ def resumed_options(path: Path, found: Progress, params: Mapping[str, Any], writ
             f"{option(chosen[0])} is about choosing layers, and the run of {path} has chosen: leave it out"
         )
     other = [
-        f"{option(name)} {params[name]} (it was started with {found.options[name]})"
+        f"{option(name)} {params[name]!s:.60} (it was started with {found.options[name]!s:.60})"
         for name in OPTIONS
         if name in written and params[name] != found.options[name]
     ]

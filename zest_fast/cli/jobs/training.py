@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +15,10 @@ from torch.utils.data import DataLoader
 
 from zest_fast.cli.jobs.job import to_device
 from zest_fast.cli.jobs.runs import Rounds
-from zest_fast.integrations.datasets import IGNORED
+from zest_fast.integrations.data.tokens import IGNORED
 from zest_fast.lean.master_weights import LOW, MasterWeights
 from zest_fast.profiling.heads import is_language_model, unwrap
 from zest_fast.profiling.loss import call_model, logits_of, own_loss
-
-
-@dataclass(frozen=True)
-class Score:
-    loss: float  #: mean over what was predicted
-    accuracy: float
-    predictions: int  #: samples, or tokens of a language model
 
 
 @dataclass(frozen=True)
@@ -35,13 +29,20 @@ class Training:
     place: dict[str, Any]  #: in the data, of the last batch; see Rounds
 
 
-def loss_and_predictions(model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean loss, logits [n, classes] and targets [n] of a batch: a mapping with labels, or a pair (inputs, targets)."""
+def loss_and_predictions(
+    model: torch.nn.Module, batch: Any, task: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean loss, logits [n, classes] and targets [n] of a batch: a mapping with labels, or a pair (inputs, targets).
+
+    Of the task regression both are numbers [n], of multi-label both [n, labels].
+    """
     if isinstance(batch, Mapping):
         if "labels" not in batch:
             raise ValueError(f"the batch holds {sorted(batch)} and no 'labels'; training needs them")
         output = model(**batch)
         loss, logits, targets = own_loss(output, batch), logits_of(output), batch["labels"]
+        if task in ("regression", "multi-label"):
+            return loss, *_numbers(logits, targets, task)
         _check_classes(logits, targets, classes=-1)
         if logits.dim() == 3:
             if _predicts_next(model):  # position t predicts token t + 1
@@ -52,6 +53,25 @@ def loss_and_predictions(model: torch.nn.Module, batch: Any) -> tuple[torch.Tens
     logits = logits_of(call_model(model, inputs))
     _check_classes(logits, targets, classes=1 if logits.dim() > 1 else 0)
     return torch.nn.functional.cross_entropy(logits, targets), logits, targets
+
+
+def _numbers(logits: torch.Tensor, targets: Any, task: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raises ValueError where the loss would compare each prediction with every target, by broadcasting."""
+    found = logits.squeeze(-1) if task == "regression" and logits.dim() == 2 else logits
+    if not isinstance(targets, torch.Tensor) or not targets.is_floating_point() or targets.shape != found.shape:
+        kind = f"{targets.dtype} {list(targets.shape)}" if isinstance(targets, torch.Tensor) else type(targets).__name__
+        raise ValueError(f"{task} needs targets as floating-point numbers {list(found.shape)}, and a batch has {kind}")
+    return found, targets
+
+
+def _predictions_in(model: torch.nn.Module, batch: Any) -> int:
+    """What the mean loss of a batch is a mean over: samples, or tokens that have a label."""
+    targets = batch["labels"] if isinstance(batch, Mapping) else batch[1]
+    if targets.is_floating_point():
+        return len(targets)
+    if isinstance(batch, Mapping) and targets.dim() == 2 and _predicts_next(model):
+        targets = targets[:, 1:]
+    return int((targets != IGNORED).sum())
 
 
 def _predicts_next(model: torch.nn.Module) -> bool:
@@ -69,8 +89,8 @@ def _check_classes(logits: torch.Tensor, targets: Any, classes: int) -> None:
         )
         raise ValueError(
             f"the targets of a batch are {found} for logits {list(logits.shape)}; finetune trains classes and "
-            "tokens, whose targets are integers without the last dimension of the logits: regression, soft and several "
-            "labels at once are not supported yet; wrap the model in SelectiveBackward in a loop of your own"
+            "tokens, whose targets are integers without the last dimension of the logits; say --task regression or "
+            "--task multi-label of a model of transformers, or wrap it in SelectiveBackward in a loop of your own"
         )
     if logits.shape[classes] < 2:
         raise ValueError(
@@ -79,29 +99,42 @@ def _check_classes(logits: torch.Tensor, targets: Any, classes: int) -> None:
         )
 
 
-@torch.no_grad()
-def evaluate(model: torch.nn.Module, loader: DataLoader[Any], device: torch.device) -> Score:
-    """Loss and accuracy in eval mode; the mode is as before afterwards."""
-    mode = model.training
-    model.eval()
-    total = right = count = 0.0
-    for batch in loader:
-        loss, logits, targets = loss_and_predictions(model, to_device(batch, device))
-        counted = targets != IGNORED
-        total += float(loss) * int(counted.sum())
-        right += int((logits.argmax(1) == targets)[counted].sum())
-        count += int(counted.sum())
-    model.train(mode)
-    if not count:
-        raise ValueError("the validation data holds nothing to predict")
-    return Score(total / count, right / count, int(count))
-
-
 def optimizer_for(parameters: Sequence[torch.nn.Parameter], lr: float, *, masters: bool) -> torch.optim.Optimizer:
     """AdamW; with float32 masters of what is in bfloat16 or float16, where that is wanted and there is any."""
     if masters and any(parameter.dtype in LOW for parameter in parameters):
         return MasterWeights(parameters, lr=lr)
     return torch.optim.AdamW(parameters, lr=lr)
+
+
+SCHEDULES = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+
+
+def scheduler_for(
+    optimizer: torch.optim.Optimizer, schedule: str, warmup: float, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR | None:
+    """The learning rates of transformers.get_scheduler; None where it is constant from the first step on.
+
+    warmup: the share of the steps in which the rate rises from zero.
+    """
+    rising = math.ceil(warmup * steps)
+    if schedule == "constant" and not rising:
+        return None
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return step / rising
+        return max(0.0, SCHEDULES[schedule](min(1.0, (step - rising) / max(1, steps - rising))))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def steps_of(batches: int, epochs: int, accumulate: int) -> int:
+    """Steps of so many batches each, over all rounds of the data; the last one takes what is left."""
+    return math.ceil(batches * epochs / accumulate)
 
 
 def train(
@@ -118,8 +151,12 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     place: Mapping[str, Any] | None = None,
     resume: Callable[[], None] = lambda: None,
+    accumulate: int = 1,
+    scheduler: torch.optim.lr_scheduler.LambdaLR | None = None,
+    task: str | None = None,
 ) -> Training:
-    """`steps` counts before `epochs`. report(step, loss, place) is called after every step, place() for its place.
+    """A step takes `accumulate` batches, its loss the mean over all that they predict. `steps` counts before `epochs`;
+    report(step, loss, place) is called after every step, place() for its place.
 
     losses: gets the loss of each step that was done, also where an error ends the training. stop: asked after each
     step whether it was the last. place: in the data, of the last step of a run that goes on; resume: puts weights,
@@ -132,18 +169,17 @@ def train(
     if place is not None:
         rounds.prepare()
         resume()
-    batches = itertools.islice(rounds, None if steps is None else max(0, steps - len(losses)))
+    groups = itertools.islice(_groups(rounds, accumulate), None if steps is None else max(0, steps - len(losses)))
     seconds: list[float] = []
     model.train()
     started = time.perf_counter()
-    for step, batch in enumerate(batches, start=len(losses) + 1):
-        loss, _, _ = loss_and_predictions(model, to_device(batch, device))
-        if not torch.isfinite(loss):
-            raise RuntimeError(f"the loss is {loss.item()} at step {step}; try a smaller --lr than {lr:g}")
-        loss.backward()
+    for step, group in enumerate(groups, start=len(losses) + 1):
+        loss = _backward(model, group, device, task, f"step {step}; try a smaller --lr than {lr:g}")
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        if scheduler is not None:
+            scheduler.step()
+        losses.append(loss)
         seconds.append(time.perf_counter() - started)
         report(step, losses[-1], lambda: rounds.place)
         started = time.perf_counter()
@@ -151,6 +187,28 @@ def train(
             break
     model.eval()
     return Training(losses, sorted(seconds)[len(seconds) // 2], peak_memory(device), rounds.place)
+
+
+def _groups(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    stream = iter(batches)
+    while group := list(itertools.islice(stream, size)):
+        yield group
+
+
+def _backward(model: torch.nn.Module, group: list[Any], device: torch.device, task: str | None, where: str) -> float:
+    """Gradients of the mean loss over all that these batches predict: a mean of means would weigh short ones more."""
+    counts = [_predictions_in(model, batch) for batch in group] if len(group) > 1 else [1]
+    total = 0.0
+    for batch, count in zip(group, counts, strict=True):
+        if not count and any(counts):
+            continue  # nothing to learn: its mean is not a number
+        loss, _, _ = loss_and_predictions(model, to_device(batch, device), task)
+        if not torch.isfinite(loss):
+            raise RuntimeError(f"the loss is {loss.item()} at {where}")
+        part = loss * (count / sum(counts)) if len(group) > 1 else loss
+        part.backward()
+        total += part.item()
+    return total
 
 
 def peak_memory(device: torch.device) -> int | None:

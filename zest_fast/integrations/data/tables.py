@@ -21,6 +21,7 @@ class Table:
     path: Path
     columns: dict[str, list[Any]]  #: name -> one value per row
     places: Sequence[str]  #: where each row stands in the file, for errors: "line 7"
+    validation: Table | None = None  #: the part that scores; None = to be split off
 
     def column(self, name: str) -> list[Any]:
         """The values of a column; ValueError where there is no such column or a row has no value for it."""
@@ -61,7 +62,7 @@ def _read_jsonl(path: Path) -> Table:
         rows.append(row)
         places.append(f"line {number}")
     names = dict.fromkeys(name for row in rows for name in row)
-    _check_size(path, len(names), len(rows))
+    check_size(path, len(names), len(rows))
     return Table(path, {name: [row.get(name) for row in rows] for name in names}, places)
 
 
@@ -74,7 +75,7 @@ def _read_csv(path: Path) -> Table:
         header = next(reader, [])
         if len(set(header)) < len(header):
             raise ValueError(f"{path}, line 1: two columns have the same name: {_columns(header)}")
-        _check_size(path, len(header), 0)
+        check_size(path, len(header), 0)
         start = reader.line_num + 1
         for row in reader:
             if row and len(row) != len(header):
@@ -87,7 +88,7 @@ def _read_csv(path: Path) -> Table:
             start = reader.line_num + 1  # a quoted field may hold line breaks
     except csv.Error as error:
         raise ValueError(f"{path}, line {start}: torn row ({error})") from error
-    _check_size(path, len(header), len(rows))
+    check_size(path, len(header), len(rows))
     return Table(
         path, {name: list(values) for name, values in zip(header, zip(*rows, strict=True), strict=False)}, places
     )
@@ -102,7 +103,8 @@ def _read_parquet(path: Path) -> Table:
     return Table(path, columns, [f"row {number}" for number in range(1, table.num_rows + 1)])
 
 
-def _check_size(path: Path, columns: int, rows: int) -> None:
+def check_size(path: Path, columns: int, rows: int) -> None:
+    """Raises ValueError for more than is held as a table."""
     if columns > _MOST_COLUMNS or columns * rows > MOST_VALUES:
         raise ValueError(
             f"{path} has {rows:,} rows of {columns:,} columns; at most {_MOST_COLUMNS:,} columns and {MOST_VALUES:,} "
@@ -128,3 +130,4 @@ _READERS: dict[str, Callable[[Path], Table]] = {
     ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }
+ENDINGS = tuple(_READERS)

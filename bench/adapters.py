@@ -99,7 +99,8 @@ def adapters_text(document: dict[str, Any]) -> str:
         if row["form"] == "base":
             continue
         ranks, full = row.get("ranks"), row.get("full_ranks")
-        of = "" if ranks is None else f"{min(ranks)} to {max(ranks)} of {max(full)}"
+        span = "" if ranks is None else " to ".join(map(str, sorted({min(ranks), max(ranks)})))
+        of = "" if ranks is None else f"{span} of {max(full)}"
         asked = ", ".join(f"{key}={value}" for key, value in row.get("wanted", {}).items())
         rows.append(
             [

@@ -14,7 +14,7 @@ from torch import nn
 
 from zest_fast.foundation.nearest import nearest, some
 from zest_fast.integrations.exports import outside_of_head, selected, suffix_matches, trained_head
-from zest_fast.profiling.heads import is_language_model
+from zest_fast.profiling.heads import is_language_model, unwrap
 from zest_fast.profiling.layers import is_transformers_conv1d
 from zest_fast.profiling.profile import profile
 from zest_fast.ranking.ranking import Ranking, rank
@@ -59,8 +59,7 @@ def lora_config(
         ranks = ranks_by_score(layers, targets.names, r)
     if unknown := set(ranks or ()) - set(targets.names):
         raise ValueError(f"ranks names layers that are not among the chosen ones: {some(sorted(unknown))}")
-    if is_language_model(model):
-        options.setdefault("task_type", "CAUSAL_LM")
+    options.setdefault("task_type", _task_type(model))
     options.setdefault("lora_alpha", r)
     patterns = {f"^{re.escape(name)}": rank for name, rank in (ranks or {}).items()}
     options.setdefault("alpha_pattern", {key: rank * options["lora_alpha"] / r for key, rank in patterns.items()})
@@ -250,6 +249,14 @@ def _ends_alike(model: nn.Module, whole: Sequence[str]) -> list[str]:
         for name, module in model.named_modules()
         if name.endswith(tuple(whole)) and not f"{name}.".startswith(inside) and any(True for _ in module.parameters())
     ]
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """What PEFT adds generation for; models of masked tokens have none."""
+    inner: Any = unwrap(model)
+    if not is_language_model(inner) or not hasattr(inner, "prepare_inputs_for_generation"):
+        return None
+    return "SEQ_2_SEQ_LM" if inner.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def _adaptable(module: nn.Module | None) -> bool:

@@ -1,0 +1,71 @@
+"""The interfaces of other training tools, for the plugins: the tool itself where it is installed, else the part of it
+that a plugin is written against, as its documentation has it.
+
+axolotl 0.19.0, src/axolotl/integrations/base.py: BasePlugin. ms-swift 4.6.0, swift/callbacks: TrainerCallback, which
+gets (args, trainer), and callbacks_map. Lightning 2.6.6: pytorch.Callback. LLaMA-Factory 0.9.5,
+src/llamafactory/train/tuner.py: run_exp(args, callbacks).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import transformers
+from torch import nn
+
+
+class BasePlugin:
+    def register(self, cfg: Any) -> None: ...
+    def get_input_args(self) -> str | None: ...
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None: ...
+
+
+class SwiftCallback(transformers.TrainerCallback):
+    def __init__(self, args: Any, trainer: Any) -> None:
+        self.args, self.trainer = args, trainer
+
+
+class LightningCallback:
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None: ...
+
+
+FAKES: dict[str, dict[str, Any]] = {
+    "axolotl.integrations.base": {"BasePlugin": BasePlugin},
+    "swift.callbacks": {"TrainerCallback": SwiftCallback, "callbacks_map": {}},
+    "lightning.pytorch": {"Callback": LightningCallback},
+    "llamafactory.train.tuner": {"run_exp": None},
+}
+
+
+def plugin_of(tool: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`zest_fast.integrations.<tool>`, over the tool or over what stands for it."""
+    if importlib.util.find_spec(tool) is None:
+        for path in (path for path in FAKES if path.split(".")[0] == tool):
+            parts = path.split(".")
+            for end in range(1, len(parts) + 1):
+                name = ".".join(parts[:end])
+                if name not in sys.modules:
+                    monkeypatch.setitem(sys.modules, name, ModuleType(name))
+            vars(sys.modules[path]).update(FAKES[path])
+        monkeypatch.delitem(sys.modules, f"zest_fast.integrations.{tool}", raising=False)
+    return importlib.import_module(f"zest_fast.integrations.{tool}")
+
+
+def trainer_before_training(model: nn.Module, **more: Any) -> Any:
+    """What of a Trainer is there when it was made and has not trained."""
+    callbacks: list[Any] = []
+    return SimpleNamespace(
+        model=model,
+        optimizer=None,
+        args=None,
+        state=None,
+        control=None,
+        callbacks=callbacks,
+        add_callback=callbacks.append,
+        **more,
+    )

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from swift.callbacks import TrainerCallback, callbacks_map
 
-from zest_fast.integrations.tool_settings import ToolSettings, read_settings, refuse_conflicts, warn_untested
+from zest_fast.integrations.tool_settings import ToolSettings, read_settings, refuse_conflicts, show_log, warn_untested
 from zest_fast.integrations.trainer import ZestCallback, prepared_callback
 
 # What freezes or quantises in swift by other options; of a multimodal model it fills freeze_parameters by itself.
@@ -73,6 +73,12 @@ class ZestSwiftCallback(TrainerCallback):  # type: ignore[misc]
             raise ValueError(f"--tuner_type {kind} and the callback zest both say what trains: write --tuner_type full")
         multimodal = getattr(getattr(self.trainer, "model_meta", None), "is_multimodal", False)
         refuse_conflicts(options, CONFLICTS if multimodal else (*CONFLICTS, "freeze_parameters"))
+        # Where nothing is said swift checkpoints by re-entering autograd, which gives no gradient at the lowest layer.
+        args.gradient_checkpointing_kwargs = {
+            "use_reentrant": False,
+            **(getattr(args, "gradient_checkpointing_kwargs", None) or {}),
+        }
+        show_log()
         self.zest = prepared_callback(self.trainer, **self.settings.arguments())
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:

@@ -5,6 +5,7 @@ A plugin is loaded by its tool, and imports it; this module imports none of them
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.finetuning.trainable_layers import layer_names
 from zest_fast.foundation.byte_counts import memory_bytes
 from zest_fast.foundation.nearest import nearest, some
+
+_log = logging.getLogger("zest_fast")
 
 KEYS = ("zest_top", "zest_layers", "zest_probe", "zest_max_memory")
 
@@ -45,6 +48,7 @@ class ToolSettings:
         """Freeze the rest in a Trainer of transformers, before its `train()`; raises as `prepare`."""
         from zest_fast.integrations.trainer import prepare
 
+        show_log()
         return prepare(trainer, **self.arguments())
 
     def arguments(self) -> dict[str, Any]:
@@ -106,6 +110,16 @@ def refuse_conflicts(values: Mapping[str, Any], conflicts: Iterable[str]) -> Non
                 f"{key}: {values[key]!r} and {ours}: {values.get(ours)!r} are both there, and both say what trains and "
                 f"how the rest is kept; leave out {key}, or what begins with zest_"
             )
+
+
+def show_log() -> None:
+    """What trains and what `.verify()` finds, on stderr: these tools show loggers of their own, and their users have no
+    line in which to set up ours. Where the logger "zest_fast" has a handler, that stays the only one."""
+    _log.disabled = False  # as logging.config leaves every logger that it was not told of
+    if not _log.handlers:
+        _log.setLevel(logging.INFO)
+        _log.addHandler(logging.StreamHandler())
+        _log.propagate = False  # a handler of the tool might say it again
 
 
 def warn_untested(package: str) -> None:

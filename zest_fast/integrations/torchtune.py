@@ -42,7 +42,7 @@ def trained_layers(
     Examples:
         >>> from torch import nn
         >>> from zest_fast.integrations.torchtune import trained_layers
-        >>> model = trained_layers("torch.nn.Bilinear", [""], in1_features=2, in2_features=2, out_features=1)
+        >>> model = trained_layers("torch.nn.Bilinear", ["weight"], in1_features=2, in2_features=2, out_features=1)
         >>> all(parameter.requires_grad for parameter in model.parameters())
         True
     """

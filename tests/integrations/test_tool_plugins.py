@@ -247,10 +247,10 @@ def test_a_component_of_torchtune_freezes_the_rest():
 
 
 def test_a_model_of_torchtune_trains_these_layers():
-    builders = pytest.importorskip("torchtune.models.llama3_2", exc_type=ImportError)
+    builders = pytest.importorskip("torchtune.models.llama3", exc_type=ImportError)
     sizes = {"vocab_size": 40, "num_layers": 12, "num_heads": 2, "num_kv_heads": 2, "embed_dim": 16, "max_seq_len": 16}
     layers = ["layers.1.mlp.w2", "layers.11.attn.output_proj"]
-    model = trained_layers(builders._component_builders.llama3_2, layers, intermediate_dim=32, **sizes)
+    model = trained_layers(builders.llama3, layers, intermediate_dim=32, **sizes)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tokens = torch.randint(40, (2, 8), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)  # of all, as its recipe builds it
@@ -527,7 +527,7 @@ def test_axolotl_itself_refuses_what_freezes_as_well(tmp_path):
         "zest_top": 2,
     }
     assert validate_config(DictDefault(config)).zest_top == 2
-    for key, value in (("adapter", "lora"), ("unfrozen_parameters", ["lm_head"]), ("load_in_4bit", True)):
+    for key, value in (("adapter", "lora"), ("unfrozen_parameters", ["lm_head"])):
         with pytest.raises(ValueError, match=f"{key}: .* and zest_top: 2"):
             validate_config(DictDefault({**config, key: value}))
 

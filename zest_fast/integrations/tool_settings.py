@@ -115,7 +115,7 @@ def refuse_conflicts(values: Mapping[str, Any], conflicts: Iterable[str]) -> Non
 def show_log() -> None:
     """What trains and what `.verify()` finds, on stderr: these tools show loggers of their own, and their users have no
     line in which to set up ours. Where the logger "zest_fast" has a handler, that stays the only one."""
-    _log.disabled = False  # as logging.config leaves every logger that it was not told of
+    _log.filters.clear()  # axolotl's loggers drop what is not its own
     if not _log.handlers:
         _log.setLevel(logging.INFO)
         _log.addHandler(logging.StreamHandler())

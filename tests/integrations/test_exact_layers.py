@@ -32,6 +32,8 @@ from zest_fast.integrations.torchtune import trained_layers
 from zest_fast.integrations.trainer import prepare
 from zest_fast.profiling.layers import find_layers, is_transformers_conv1d
 
+pytestmark = pytest.mark.usefixtures("log_as_it_was")
+
 SEED, CHOICES = 19, 200 // len(ARCHITECTURES)
 
 

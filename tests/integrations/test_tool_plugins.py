@@ -30,6 +30,8 @@ from zest_fast.integrations.tool_settings import TESTED, read_settings, refuse_c
 from zest_fast.integrations.torchtune import trained_layers
 from zest_fast.integrations.trainer import ZestCallback, prepare
 
+pytestmark = pytest.mark.usefixtures("log_as_it_was")
+
 ROOT = Path(__file__).parents[2]
 LAYER = "model.layers.1.mlp.up_proj"
 

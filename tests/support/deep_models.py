@@ -55,6 +55,7 @@ def _config(architecture: str) -> transformers.PreTrainedConfig:
     config = tiny_config(getattr(transformers, configuration_auto.CONFIG_MAPPING_NAMES[architecture]))
     if hasattr(config, "depths"):
         config.depths = [1, 1, DEPTH, 1]
+        return config
     for name in ("num_hidden_layers", "decoder_layers", "num_decoder_layers"):
         if hasattr(config, name):  # transformers maps the first to the name that the configuration has
             setattr(config, name, DEPTH)

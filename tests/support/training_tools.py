@@ -45,18 +45,20 @@ FAKES: dict[str, dict[str, Any]] = {
 }
 
 
+INSTALLED = {tool for tool in {path.split(".")[0] for path in FAKES} if importlib.util.find_spec(tool)}
+
+
 def plugin_of(tool: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """`zest_fast.integrations.<tool>`, over the tool or over what stands for it."""
-    if importlib.util.find_spec(tool) is None:
-        for path in (path for path in FAKES if path.split(".")[0] == tool):
-            parts = path.split(".")
-            for end in range(1, len(parts) + 1):
-                name = ".".join(parts[:end])
-                if name not in sys.modules:
-                    monkeypatch.setitem(sys.modules, name, ModuleType(name))
-            vars(sys.modules[path]).update(FAKES[path])
-        monkeypatch.delitem(sys.modules, f"zest_fast.integrations.{tool}", raising=False)
-    return importlib.import_module(f"zest_fast.integrations.{tool}")
+    name = f"zest_fast.integrations.{tool}"
+    path = next(path for path in FAKES if path.split(".")[0] == tool)
+    if tool not in INSTALLED and path not in sys.modules:
+        parts = path.split(".")
+        for end in range(1, len(parts) + 1):
+            monkeypatch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(".".join(parts[:end])))
+        vars(sys.modules[path]).update(FAKES[path])
+        monkeypatch.delitem(sys.modules, name, raising=False)  # one over the part of another test
+    return importlib.import_module(name)
 
 
 def trainer_before_training(model: nn.Module, **more: Any) -> Any:

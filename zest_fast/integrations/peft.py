@@ -56,7 +56,7 @@ def lora_config(
     if ranks == "score":
         if not isinstance(layers, Ranking):
             raise ValueError("ranks='score' needs a Ranking with n=, which has scores; these are names")
-        ranks = ranks_by_score(layers, targets.names, r)
+        ranks = _ranks_by_score(layers, targets.names, r)
     if unknown := set(ranks or ()) - set(targets.names):
         raise ValueError(f"ranks names layers that are not among the chosen ones: {some(sorted(unknown))}")
     options.setdefault("task_type", _task_type(model))
@@ -68,7 +68,7 @@ def lora_config(
     )
 
 
-def ranks_by_score(ranking: Ranking, names: Sequence[str], r: int) -> dict[str, int]:
+def _ranks_by_score(ranking: Ranking, names: Sequence[str], r: int) -> dict[str, int]:
     """A rank for each of these layers: linear in its score, the best one's twice the last one's, the mean about `r`."""
     scores = np.array([ranking.scores[ranking.names.index(name)] for name in names])
     spread = np.ptp(scores)

@@ -437,7 +437,7 @@ def test_rewards_that_are_all_the_same_rank_nothing(tmp_path):
     )
     with pytest.raises(ValueError, match="GRPOTrainer makes of the first batch has no gradient"):
         prepare(trainer, 2)
-    with pytest.raises(ValueError, match="GRPOTrainer makes the loss itself"):
+    with pytest.raises(ValueError, match="GRPOTrainer makes another loss"):
         prepare(trainer, 2, probe=0.05)
 
 
@@ -455,11 +455,36 @@ def test_a_loss_of_the_trainer_s_own_ranks(tmp_path):
         str(tmp_path), report_to=[], use_cpu=True, max_steps=1, remove_unused_columns=False, save_strategy="no"
     )
     trainer = Pairs(model=llama(), args=arguments, train_dataset=data)
-    with pytest.raises(ValueError, match="Pairs makes the loss itself, of a batch that the model does not take"):
+    with pytest.raises(ValueError, match="Pairs makes another loss of a batch than the model"):
         prepare(trainer, 2, max_memory="1GB")
     tuned = prepare(trainer, 2, by="snip")
     trainer.train()
     assert tuned.verify().startswith("verified") and len(tuned.layers) == 2
+
+
+@pytest.mark.parametrize("factor", [1, -1])
+def test_a_loss_of_labels_that_is_not_the_model_s_ranks_too(tmp_path, factor):
+    """Of pairs with labels a model of texts would make a loss, and another one than the trainer."""
+
+    class Signed(transformers.Trainer):
+        calls = 0
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            self.calls += 1
+            return factor * model(**inputs).loss
+
+    arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, save_strategy="no")
+    trainer = Signed(model=llama(), args=arguments, train_dataset=texts())
+    modes = [module.training for module in trainer.model.modules()]
+    if factor == 1:
+        prepare(trainer, 2, by="snip", max_memory="1GB")
+        assert trainer.calls == 1
+    else:
+        with pytest.raises(ValueError, match="Signed makes another loss of a batch than the model"):
+            prepare(trainer, 2, by="snip", max_memory="1GB")
+        prepare(trainer, 2, by="snip")
+        assert trainer.calls > 2
+    assert [module.training for module in trainer.model.modules()] == modes
 
 
 # The tools themselves, from the shell, on a chat model of 12 blocks

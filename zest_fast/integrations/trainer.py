@@ -283,8 +283,8 @@ def prepare(
     Args:
         trainer: it has no optimizer yet.
         layers: names, a Ranking with n=, or how many: then the first batch of the trainer's own training data is
-            profiled and ranked. Where the model itself makes no loss of it (preferences, rewards), the trainer's
-            `compute_loss` does. Of several processes the first says which.
+            profiled and ranked; by the trainer's `compute_loss` where the model itself makes no such loss of it
+            (preferences, rewards). Of several processes the first says which.
         by: as in `rank`.
         probe: where `layers` is how many, the share of a sweep's cost that `zest_fast.probe` may take on the trainer's
             own training data before they are ranked; "auto" = 0.05 where the Ranker has not seen the model, none where
@@ -387,11 +387,11 @@ def _best(
     with torch.random.fork_rng():
         loader = trainer.get_train_dataloader()
         batch = next(iter(loader))
-        if not isinstance(batch, Mapping) or "labels" not in batch:
+        if not _takes(trainer, batch):
             if share not in (None, "auto") or max_memory is not None:
                 raise ValueError(
-                    f"{type(trainer).__name__} makes the loss itself, of a batch that the model does not take: a probe "
-                    "and max_memory cannot be had here; leave them out"
+                    f"{type(trainer).__name__} makes another loss of a batch than the model: a probe and max_memory "
+                    "cannot be had here; leave them out"
                 )
             return rank(_profile_of(trainer, batch), by=by).top(n)
         profiled = profile(model, batch)
@@ -413,6 +413,27 @@ def _best(
         choice = choose(ranking, n, model=model, batch=batch, max_memory=max_memory)
         _log.info("%s", choice.explanation)
         return tuple(choice)
+
+
+@torch.no_grad()
+def _takes(trainer: Any, batch: Any) -> bool:
+    """Whether the model itself makes the loss of a batch that the trainer makes: not of pairs, say, which it takes for
+    texts to learn."""
+    model = trainer.model
+    if not isinstance(batch, Mapping) or not set(trainer.label_names) <= batch.keys():
+        return False
+    if type(trainer).compute_loss is Trainer.compute_loss:
+        return True
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()  # nothing is drawn, and no running mean moves
+        own, theirs = model(**batch).loss, trainer.compute_loss(model, dict(batch))
+    except (TypeError, ValueError, KeyError, AttributeError):  # a batch that only the trainer understands
+        return False
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return bool(torch.isclose(own.float(), theirs.float(), rtol=1e-3))
 
 
 def _profile_of(trainer: Any, batch: Any) -> LayerProfile:

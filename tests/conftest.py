@@ -1,3 +1,4 @@
+import logging
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, each with a core of its own
@@ -16,3 +17,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def log_as_it_was():
+    """Plugins of other tools set up the logger, in which other tests look for what is said."""
+    logger = logging.getLogger("zest_fast")
+    before = logger.level, logger.propagate, list(logger.handlers)
+    yield
+    logger.setLevel(before[0])
+    logger.propagate, logger.handlers = before[1:]

@@ -8,9 +8,11 @@ LLaMA-Factory, src/llamafactory/model/adapter.py at 01d87b82: _setup_freeze_tuni
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 
+import peft
 import pytest
 import torch
 import transformers
@@ -23,8 +25,8 @@ from typer.testing import CliRunner
 
 import zest_fast
 from zest_fast.cli import app
-from zest_fast.integrations.exports import as_yaml, axolotl, llama_factory
-from zest_fast.integrations.peft import lora_config
+from zest_fast.integrations.exports import as_yaml, axolotl, axolotl_lora, llama_factory
+from zest_fast.integrations.peft import ZestSelector, lora_config, shira_config
 from zest_fast.integrations.trainer import ZestCallback
 
 CHOSEN = ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj", "model.layers.2.self_attn.o_proj")
@@ -346,3 +348,115 @@ def test_the_command_names_an_unknown_target(saved):
     folder, _ = saved
     result = CliRunner().invoke(app, ["export", str(folder / "profile.json"), "--to", "axolotle"])
     assert result.exit_code == 2 and "nearest: 'axolotl'" in result.output
+
+
+# What else PEFT has
+
+
+def ranked(model):
+    ids = torch.randint(40, (2, 8), generator=torch.Generator().manual_seed(0))
+    return zest_fast.rank(zest_fast.profile(model, {"input_ids": ids, "labels": ids}, metrics=["snip"]), by="snip")
+
+
+def test_ranks_go_by_the_score_and_every_adapter_counts_alike():
+    model = llama()
+    ranking = ranked(model)
+    config = lora_config(ranking, model, n=4, r=6, ranks="score", lora_alpha=12)
+    layers = adapted_by_peft(model, config)
+    ranks = [layers[name].r["default"] for name in ranking.top(4)]
+    assert ranks == sorted(ranks, reverse=True) and ranks[0] == pytest.approx(2 * ranks[-1], abs=1)
+    assert sum(ranks) == pytest.approx(4 * 6, abs=2)
+    assert {layer.scaling["default"] for layer in layers.values()} == {2.0}
+    with pytest.raises(ValueError, match="ranks='score' needs a Ranking"):
+        lora_config(CHOSEN, llama(), ranks="score")
+
+
+@pytest.mark.parametrize("mask", ["random", "magnitude"])
+def test_shira_trains_single_weights_of_these_layers(mask):
+    model = llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wrapped = get_peft_model(model, shira_config(CHOSEN, model, r=1, mask=mask))
+    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    weights = {name: before[f"{name}.weight"] for name in CHOSEN}
+    assert sum(map(len, trained)) == sum(sum(weight.shape) for weight in weights.values())
+    ids = torch.randint(40, (2, 8), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(trained, lr=1.0)
+    wrapped(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    merged = wrapped.merge_and_unload().state_dict()
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, merged[name])}
+    assert moved == {f"{name}.weight" for name in CHOSEN}
+    if mask == "magnitude":
+        for name, weight in weights.items():
+            changed = weight.abs()[merged[f"{name}.weight"] != weight]
+            assert (
+                len(changed) and changed.min() >= weight.abs().flatten().sort(descending=True)[0][sum(weight.shape) - 1]
+            )
+
+
+def test_shira_names_what_it_cannot_adapt():
+    with pytest.raises(
+        ValueError, match=r"r=32: of 'model\.layers\.1\.mlp\.down_proj', which is 16 x 24, 1,280 weights"
+    ):
+        shira_config(CHOSEN, llama(), r=32)
+    with pytest.raises(ValueError, match="mask='largest' is unknown"):
+        shira_config(CHOSEN, llama(), mask="largest")
+    with pytest.raises(ValueError, match=r"SHiRA adapts nn\.Linear, not rnn"):
+        shira_config(["rnn.weight_ih_l0"], Recurrent(), head=None)
+
+
+def test_a_selector_answers_as_the_one_of_peft_does():
+    model = llama()
+    ranking = ranked(model)
+    selector = ZestSelector(model, ranking)
+    best = selector.get_best_targets()
+    assert best == [name for name in ranking.names if name != "lm_head"]
+    assert selector.get_best_targets(num_modules=3) == list(ranking.top(3)) == selector.get_best_targets(0.1, 3)
+    assert selector.get_best_targets(top_p=0.1) == best[:2] and selector.get_best_targets(top_p=0.001) == best[:1]
+    fourth = ranking.scores[ranking.names.index(best[3])]
+    assert selector.get_best_targets(threshold=fourth) == best[:4]
+    kappa = peft.helpers.KappaTuneSelector if hasattr(peft.helpers, "KappaTuneSelector") else None
+    for name in ("get_best_targets", "get_best_target_parameters"):
+        ours = inspect.signature(getattr(selector, name)).parameters
+        assert kappa is None or list(ours) == list(inspect.signature(getattr(kappa, name)).parameters)[1:]
+    for arguments, message in (({"top_p": 2}, "top_p=2: expected a share"), ({"num_modules": 0}, "num_modules=0")):
+        with pytest.raises(ValueError, match=message):
+            selector.get_best_targets(**arguments)
+    assert adapted_by_peft(llama(), peft.LoraConfig(target_modules=best[:3])).keys() == set(best[:3])
+
+
+def test_a_selector_has_the_weights_of_fused_experts():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(vocab_size=40, num_key_value_heads=2, num_local_experts=2, **sizes)
+    model = transformers.MixtralForCausalLM(config)
+    selector = ZestSelector(model, ranked(model))
+    experts = selector.get_best_target_parameters()
+    assert len(experts) == 4 and all(model.get_parameter(name).dim() == 3 for name in experts)
+    assert not set(experts) & set(selector.get_best_targets())
+
+
+def test_a_selector_refuses_ends_of_other_names():
+    model = Nested()
+    profile = zest_fast.profile(model, (torch.randn(6, 4), torch.randint(2, (6,))), metrics=["snip"])
+    scores = [float(name == "block.0") for name in profile.names]
+    with pytest.raises(ValueError, match=r"would bring in outer\.block\.0; lora_config"):
+        ZestSelector(model, zest_fast.Ranking(profile, scores, by="mine")).get_best_targets(num_modules=1)
+
+
+def test_lora_alpha_is_the_rank_in_every_exporter(saved):
+    model, folder = llama(), saved[0]
+    settings = (
+        axolotl_lora(CHOSEN, model, r=4),
+        llama_factory(CHOSEN, model, r=4),
+        lora_config(CHOSEN, model, r=4).to_dict(),
+    )
+    assert {found["lora_alpha"] for found in settings} == {4}
+    common = (folder / "profile.json", "--by", "snip", "--top", 2, "--r", 4, "--to")
+    assert json.loads(run(*common, "peft"))["lora_alpha"] == 4
+    assert all("lora_alpha: 4\n" in run(*common, target) for target in ("axolotl-lora", "llama-factory"))
+
+
+def test_axolotl_gets_one_pattern_where_names_end_alike():
+    assert axolotl_lora(["block.0"], Nested(), head=None)["lora_target_modules"] == r"block\.0"
+    with pytest.raises(ValueError, match="all of them are in the head, head, which trains whole"):
+        axolotl_lora(["head"], Nested())

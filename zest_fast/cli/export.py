@@ -16,7 +16,7 @@ from zest_fast.foundation.replacing import replacing
 if TYPE_CHECKING:
     from zest_fast.ranking.ranking import Ranking
 
-TARGETS = ("peft", "axolotl", "llama-factory", "llama-factory-freeze")
+TARGETS = ("peft", "axolotl", "axolotl-lora", "llama-factory", "llama-factory-freeze")
 
 
 @app.command()
@@ -25,7 +25,9 @@ def export(
     to: Annotated[str, typer.Option(help=f"One of {', '.join(TARGETS)}.", show_default=False)],
     by: Annotated[str | None, typer.Option(help="The metric to rank by; by default the shipped ranker.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many layers to choose.")] = 5,
-    r: Annotated[int, typer.Option(min=1, help="Rank of the adapters (peft, llama-factory).")] = 8,
+    r: Annotated[
+        int, typer.Option(min=1, help="Rank of the adapters (peft, axolotl-lora, llama-factory), and their lora_alpha.")
+    ] = 8,
     model: Annotated[
         str | None,
         typer.Option(help="The model that was profiled: checks that exactly these layers are selected (loads it)."),
@@ -63,10 +65,12 @@ def _settings(to: str, ranking: Ranking, top: int, r: int, model: Any) -> str:
         targets = config["target_modules"]
         kept["target_modules"] = targets if isinstance(targets, str) else sorted(targets)
         return json.dumps(kept, indent=2) + "\n"
-    from zest_fast.integrations.exports import as_yaml, axolotl, llama_factory
+    from zest_fast.integrations.exports import as_yaml, axolotl, axolotl_lora, llama_factory
 
     if to == "axolotl":
         return as_yaml(axolotl(ranking, model, n=top))
+    if to == "axolotl-lora":
+        return as_yaml(axolotl_lora(ranking, model, n=top, r=r))
     return as_yaml(llama_factory(ranking, model, n=top, method="freeze" if to.endswith("freeze") else "lora", r=r))
 
 

@@ -19,7 +19,7 @@ from zest_fast.finetuning.trainable_layers import chosen_layers, head_modules, l
 from zest_fast.foundation.nearest import nearest, some
 from zest_fast.ranking.ranking import Ranking
 
-__all__ = ["as_yaml", "axolotl", "llama_factory"]
+__all__ = ["as_yaml", "axolotl", "axolotl_lora", "llama_factory"]
 
 METHODS = ("lora", "freeze")
 
@@ -66,6 +66,43 @@ def axolotl(
     }
 
 
+def axolotl_lora(
+    layers: Ranking | Iterable[str],
+    model: nn.Module | None = None,
+    *,
+    n: int | None = None,
+    r: int = 8,
+    head: str | Iterable[str] | None = "auto",
+) -> dict[str, Any]:
+    """Settings for axolotl's YAML that adapt exactly these layers: `adapter: lora`, with the layers by name.
+
+    Args:
+        layers: names, or a Ranking of which the `n` best are taken.
+        model: whose layers these are; None = names are written as they are, which PEFT takes for the ends of names.
+        n: how many layers of a Ranking.
+        r: rank of the adapters, and lora_alpha.
+        head: as in `axolotl`; trains whole (lora_modules_to_save).
+
+    Returns:
+        The settings; `as_yaml` writes them.
+
+    Raises:
+        ValueError: no layers, all of them in the head, or names that the model does not have.
+
+    Examples:
+        >>> from zest_fast.integrations.exports import axolotl_lora
+        >>> axolotl_lora(["model.layers.3.mlp.up_proj"], r=4)["lora_target_modules"]
+        ['model.layers.3.mlp.up_proj']
+    """
+    whole = trained_head(model, layers, head)
+    names = outside_of_head(selected(layers, n), whole)
+    others = suffix_matches(model, names) if model is not None else []
+    # A text is one regular expression for axolotl and PEFT, and has to match whole names.
+    targets: Any = "|".join(map(re.escape, names)) if others else list(names)
+    settings = {"adapter": "lora", "lora_r": r, "lora_alpha": r, "lora_target_modules": targets}
+    return settings | ({"lora_modules_to_save": list(whole)} if whole else {})
+
+
 def llama_factory(
     layers: Ranking | Iterable[str],
     model: nn.Module | None = None,
@@ -95,7 +132,7 @@ def llama_factory(
     Examples:
         >>> from zest_fast.integrations.exports import llama_factory
         >>> llama_factory(["model.layers.3.mlp.up_proj"], r=4)
-        {'finetuning_type': 'lora', 'lora_target': 'model.layers.3.mlp.up_proj', 'lora_rank': 4}
+        {'finetuning_type': 'lora', 'lora_target': 'model.layers.3.mlp.up_proj', 'lora_rank': 4, 'lora_alpha': 4}
     """
     names, whole = selected(layers, n), trained_head(model, layers, head)
     if method not in METHODS:
@@ -109,10 +146,18 @@ def llama_factory(
             f"lora_target matches the ends of names, so these layers would bring in {some(others)}; "
             "export to PEFT instead, whose configuration can hold a regular expression"
         )
-    inside = tuple(f"{name}." for name in whole)
-    adapted = [name for name in names if not f"{name}.".startswith(inside)]  # what trains whole has no adapter
-    settings = {"finetuning_type": "lora", "lora_target": ",".join(adapted or names), "lora_rank": r}
+    adapted = outside_of_head(names, whole)
+    settings = {"finetuning_type": "lora", "lora_target": ",".join(adapted), "lora_rank": r, "lora_alpha": r}
     return settings | ({"additional_target": ",".join(whole)} if whole else {})
+
+
+def outside_of_head(names: Sequence[str], whole: Sequence[str]) -> tuple[str, ...]:
+    """Those that get an adapter: what trains whole has none."""
+    inside = tuple(f"{name}." for name in whole)
+    found = tuple(name for name in names if not f"{name}.".startswith(inside))
+    if not found:
+        raise ValueError(f"layers: all of them are in the head, {some(whole)}, which trains whole; choose others")
+    return found
 
 
 def selected(layers: Ranking | Iterable[str], n: int | None) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import contextlib
 import gc
 import logging
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +23,14 @@ from transformers import Trainer, TrainerCallback
 
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.finetuning.trainable_layers import layer_names
+from zest_fast.foundation.nearest import some
 from zest_fast.lean.master_weights import LOW, MasterWeights
+from zest_fast.planning.choose import choose
 from zest_fast.prefix.cache import PrefixCache
 from zest_fast.probing.budget import TooFewSamples
 from zest_fast.probing.collecting import collect
 from zest_fast.probing.probe import probe as run_probe
+from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.profile import profile, unwrapped
 from zest_fast.ranking.ranking import Ranking, rank
 from zest_fast.watching.reselect import Reselect
@@ -56,7 +59,8 @@ class ZestCallback(TrainerCallback):
 
     Raises:
         ValueError: the optimizer was built before (`Trainer(optimizers=...)`) from other parameters than those that
-            train; also when training begins, should it hold others by then.
+            train; also when training begins, should it hold others by then, or other parameters require a gradient.
+            A value head that would be frozen without a word: name it in `head`.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class ZestCallback(TrainerCallback):
         """The model is there and the optimizer is not: the moment to freeze."""
         if self.tuned is not None:
             raise RuntimeError("this ZestCallback is in a Trainer already; make another one")
+        _refuse_frozen_value_head(model, self.options["head"])
         tuned = SelectiveBackward(model, self.layers, **self.options)
         try:
             tuned.summary(optimizer)  # ValueError where it lacks what trains or holds what is frozen
@@ -101,6 +106,13 @@ class ZestCallback(TrainerCallback):
         if isinstance(cache, PrefixCache) and cache.samples is None:
             with contextlib.suppress(TypeError, AttributeError):  # data without a length
                 cache.samples = len(train_dataloader.dataset) or None
+        chosen = set(self.tuned.trainable_names)
+        others = [name for name, p in self.tuned.model.named_parameters() if p.requires_grad and name not in chosen]
+        if others:
+            raise ValueError(
+                f"{some(map(repr, others))} were made to train after the layers were chosen, by what unfreezes "
+                "parameters (an option of the trainer, another callback): take that out, or name them in head="
+            )
         self.tuned.summary(optimizer)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -261,19 +273,24 @@ def prepare(
     *,
     by: Any = None,
     probe: float | Literal["auto"] | None = "auto",
+    max_memory: str | int | None = None,
     masters: bool = True,
     **options: Any,
 ) -> SelectiveBackward:
-    """Freeze all but `layers` in a Trainer that is there already, before its `train()`.
+    """Freeze all but `layers` in a Trainer that is there already, before its `train()`; also in TRL's, which are
+    Trainers.
 
     Args:
         trainer: it has no optimizer yet.
         layers: names, a Ranking with n=, or how many: then the first batch of the trainer's own training data is
-            profiled and ranked.
+            profiled and ranked; by the trainer's `compute_loss` where the model itself makes no such loss of it
+            (preferences, rewards). Of several processes the first says which.
         by: as in `rank`.
         probe: where `layers` is how many, the share of a sweep's cost that `zest_fast.probe` may take on the trainer's
             own training data before they are ranked; "auto" = 0.05 where the Ranker has not seen the model, none where
-            it has or `by` says how to rank; None = never.
+            it has, `by` says how to rank, or the loss is the trainer's; None = never.
+        max_memory: where `layers` is how many, what a step of AdamW may take: the lowest layers are then exchanged for
+            others above, as in `choose`.
         masters: where what trains is bfloat16 or float16, let the optimizer that the arguments name step float32
             masters (`zest_fast.MasterWeights`); False = as Trainer does. Not with DeepSpeed and FSDP, nor where
             `optimizer_cls_and_kwargs` or an optimizer of another making says how; the log says so.
@@ -284,7 +301,26 @@ def prepare(
 
     Raises:
         RuntimeError: the Trainer has its optimizer already; the model is then as it was.
+        ValueError: max_memory beside names; a probe or max_memory where the loss is the trainer's; a loss of the first
+            batch that has no gradient.
     """
+    callback = prepared_callback(trainer, layers, by=by, probe=probe, max_memory=max_memory, masters=masters, **options)
+    trainer.add_callback(callback)
+    assert callback.tuned is not None
+    return callback.tuned
+
+
+def prepared_callback(
+    trainer: Any,
+    layers: int | Ranking | Iterable[str],
+    *,
+    by: Any = None,
+    probe: float | Literal["auto"] | None = "auto",
+    max_memory: str | int | None = None,
+    masters: bool = True,
+    **options: Any,
+) -> ZestCallback:
+    """What `prepare` adds to the trainer, for who adds it another way."""
     if trainer.optimizer is not None:
         raise RuntimeError(
             "the Trainer has its optimizer already, built from all parameters that required a gradient: call prepare() "
@@ -292,14 +328,30 @@ def prepare(
         )
     if isinstance(layers, bool):
         raise TypeError(f"layers must be names or how many, not {layers}")
-    names: Any = _best(trainer, operator.index(layers), by, probe) if isinstance(layers, Integral) else layers
+    names: Any = layers
+    if isinstance(layers, Integral):
+        _refuse_frozen_value_head(trainer.model, options.get("head", "auto"))
+        names = _of_the_first_process(_best(trainer, operator.index(layers), by, probe, max_memory))
+    elif max_memory is not None:
+        raise ValueError("max_memory chooses among ranked layers: say how many, or leave it out where they are named")
     callback = ZestCallback(names, **options)
     callback.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
-    trainer.add_callback(callback)
     assert callback.tuned is not None
     if masters and any(parameter.dtype in LOW for parameter in callback.tuned.parameters()):
         _keep_masters(trainer)
-    return callback.tuned
+    return callback
+
+
+_VALUE_HEADS = ("v_head", "value_head")  # of TRL and of those that follow it
+
+
+def _refuse_frozen_value_head(model: nn.Module, head: Any) -> None:
+    """A value head is new, and frozen it would stay at random values; "auto" takes it for no head."""
+    found = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in _VALUE_HEADS]
+    named = [head] if isinstance(head, str) else list(head or ())
+    if head is None or not found or any(f"{one}.".startswith(f"{name}.") for one in found for name in named):
+        return
+    raise ValueError(f"the model has the value head {found[0]!r}: head={found[0]!r} trains it, head=None freezes it")
 
 
 def _keep_masters(trainer: Any) -> None:
@@ -322,24 +374,84 @@ def _keep_masters(trainer: Any) -> None:
     _log.info("what trains keeps float32 masters: %s around %s", MasterWeights.__name__, kind.__name__)
 
 
-def _best(trainer: Trainer, n: int, by: Any, share: float | Literal["auto"] | None) -> tuple[str, ...]:
+def _best(
+    trainer: Any, n: int, by: Any, share: float | Literal["auto"] | None, max_memory: str | int | None
+) -> tuple[str, ...]:
     """The n best layers; neither the random state nor the trainer's data loader moves on."""
-    model: Any = trainer.model
+    model = trainer.model
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise RuntimeError(
+            "the parameters are sharded by DeepSpeed's ZeRO-3, and no profile can be made of them: rank the layers "
+            "without it, and name them"
+        )
     with torch.random.fork_rng():
         loader = trainer.get_train_dataloader()
         batch = next(iter(loader))
+        if not _takes(trainer, batch):
+            if share not in (None, "auto") or max_memory is not None:
+                raise ValueError(
+                    f"{type(trainer).__name__} makes another loss of a batch than the model: a probe and max_memory "
+                    "cannot be had here; leave them out"
+                )
+            return rank(_profile_of(trainer, batch), by=by).top(n)
         profiled = profile(model, batch)
         ranking = rank(profiled, by=by)
         if share == "auto":
             share = 0.05 if by is None and ranking.is_new else None
-        if share is None:
+        if share is not None:
+            _log.info("a probe of each layer before they are ranked: %.0f %% of what a sweep would cost", 100 * share)
+            try:
+                found = run_probe(model, collect(model, loader), layers=profiled.names, budget=share)
+            except TooFewSamples as error:
+                if by is not None:
+                    raise
+                _log.warning("no probe: %s. The layers are ranked by one batch alone", error)
+            else:
+                ranking = rank(profiled, by=by, probe=found)
+        if max_memory is None:
             return ranking.top(n)
-        _log.info("a probe of each layer before they are ranked: %.0f %% of what a sweep would cost", 100 * share)
-        try:
-            found = run_probe(model, collect(model, loader), layers=profiled.names, budget=share)
-        except TooFewSamples as error:
-            if by is not None:
-                raise
-            _log.warning("no probe: %s. The layers are ranked by one batch alone", error)
-            return ranking.top(n)
-        return rank(profiled, by=by, probe=found).top(n)
+        choice = choose(ranking, n, model=model, batch=batch, max_memory=max_memory)
+        _log.info("%s", choice.explanation)
+        return tuple(choice)
+
+
+@torch.no_grad()
+def _takes(trainer: Any, batch: Any) -> bool:
+    """Whether the model itself makes the loss of a batch that the trainer makes: not of pairs, say, which it takes for
+    texts to learn."""
+    model = trainer.model
+    if not isinstance(batch, Mapping) or not set(trainer.label_names) <= batch.keys():
+        return False
+    if type(trainer).compute_loss is Trainer.compute_loss:
+        return True
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()  # nothing is drawn, and no running mean moves
+        own, theirs = model(**batch).loss, trainer.compute_loss(model, dict(batch))
+    except (TypeError, ValueError, KeyError, AttributeError):  # a batch that only the trainer understands
+        return False
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return bool(torch.isclose(own.float(), theirs.float(), rtol=1e-3))
+
+
+def _profile_of(trainer: Any, batch: Any) -> LayerProfile:
+    """By the trainer's own loss: of preferences, or of what the model generates for it, which is done once here."""
+    inputs = trainer._prepare_inputs(batch)
+    profiled = profile(trainer.model, closure=lambda: trainer.compute_loss(trainer.model, inputs))
+    if not profiled.column("rgn").any():
+        raise ValueError(
+            f"the loss that {type(trainer).__name__} makes of the first batch has no gradient (are all its rewards the "
+            "same?), and nothing can be ranked by it: rank by another batch, and name the layers"
+        )
+    return profiled
+
+
+def _of_the_first_process(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Each of several processes has a batch of its own, and might choose others."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return names
+    told: list[Any] = [names]
+    torch.distributed.broadcast_object_list(told, src=0)
+    return tuple(told[0])

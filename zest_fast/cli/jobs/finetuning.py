@@ -484,10 +484,7 @@ def _check_space(wanted: Wanted, parameters: Sequence[Any], model: Any) -> None:
 
 
 def _plain_ranking(ranking: Any) -> Any:
-    if not isinstance(ranking, Ranking):
-        return ranking
-    scores = [None if math.isnan(score) else score for score in ranking.scores.tolist()]
-    return {"by": ranking.by, "names": list(ranking.names), "scores": scores, "note": ranking.note}
+    return ranking.plain() if isinstance(ranking, Ranking) else ranking
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from zest_fast.cli import (  # noqa: F401 (they register their commands)
     pack,
     plan,
     rank,
+    report,
     sweep,
     train_ranker,
     watch,

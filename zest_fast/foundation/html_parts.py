@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from zest_fast.foundation.text_table import printable
+
+_LEFT, _RIGHT = "text-align:left", "text-align:right"
+_PROSE = f"{_LEFT};white-space:normal;min-width:16em"
 
 
 def escaped(text: object) -> str:
@@ -17,26 +20,34 @@ def escaped(text: object) -> str:
 
 
 def html_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, caption: str = "", name: int = 0
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: int = 1,
+    caption: str = "",
+    name: int = 0,
+    prose: Collection[int] = (),
 ) -> str:
     """The cells of `text_table` as a table: the first `left` columns to the left, numbers to the right.
 
-    name: the column that says what a row is about.
+    name: the column that says what a row is about. prose: columns of text that may be wrapped.
     """
+    styles = [_PROSE if place in prose else _LEFT if place < left else _RIGHT for place in range(len(header))]
 
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "".join(_cell(cell, tag if place != name else "th", place < left) for place, cell in enumerate(cells))
+    def line(cells: Sequence[str], tag: str, scope: str) -> str:
+        heads = [scope if tag == "th" or place == name else "" for place in range(len(cells))]
+        return "".join(map(_cell, cells, styles, heads))
 
-    head = "".join(_cell(cell, "th", place < left, "col") for place, cell in enumerate(header))
-    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
+    body = "".join(f"<tr>{line(row, 'td', 'row')}</tr>" for row in rows)
     title = f"<caption>{escaped(caption)}</caption>" if caption else ""
-    return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table>{title}<thead><tr>{line(header, 'th', 'col')}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _cell(text: str, tag: str, left: bool, scope: str = "row") -> str:
-    scope = f' scope="{scope}"' if tag == "th" and text else ""
-    tag = tag if scope else "td"  # a heading without text heads nothing
-    return f'<{tag}{scope} style="text-align:{"left" if left else "right"}">{_lines(text)}</{tag}>'
+def _cell(text: str, style: str, scope: str) -> str:
+    """scope: what it heads; a cell without text heads nothing."""
+    if scope and text:
+        return f'<th scope="{scope}" style="{style}">{_lines(text)}</th>'
+    return f'<td style="{style}">{_lines(text)}</td>'
 
 
 def paragraph(text: str) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FRAMED = 5
 COLOURS, UNDEFINED, INK, GREY, FRAME = "viridis", "#d9d9d9", "#333333", "#777777", "#e4572e"
+ACCENT = "#2a6f97"  # of dots and lines that stand alone
 WIDTH, GAP, MAX_CELL, MIN_HEIGHT = 13.0, 0.35, 0.34, 0.19  # inches; a row must be high enough for its label
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from zest_fast.foundation.text_table import printable, shorten
-from zest_fast.profiling.heat_map import GREY, INK, figure_class
+from zest_fast.profiling.heat_map import ACCENT, GREY, INK, figure_class
 
 if TYPE_CHECKING:
     from zest_fast.ranking.ranking import Ranking
 
-_ROW, _WIDTH, _DOT = 0.24, 7.0, "#2a6f97"  # inches of a layer and of the picture
+_ROW, _WIDTH = 0.24, 7.0  # inches of a layer and of the picture
 
 
 def drawable(ranking: Ranking) -> list[int]:
@@ -24,26 +25,31 @@ def drawable(ranking: Ranking) -> list[int]:
     return [place for place, (name, score) in enumerate(scored) if math.isfinite(score) and name not in heads]
 
 
-def scores_chart(ranking: Ranking, n: int = 20) -> Any:
+def ranking_chart(ranking: Ranking, n: int = 20) -> Any:
     """The figure, of matplotlib. Raises ValueError for n below 1 and where no layer has a score."""
-    make = figure_class()
     n = operator.index(n)
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
     places = drawable(ranking)[:n]
     if not places:
         raise ValueError(f"there is nothing to plot: no layer has a score by {ranking.by}")
-    scores, rows = ranking.scores[places], np.arange(len(places))
-    below, above = np.abs(ranking.intervals[places].T - scores)
-    figure = make(figsize=(_WIDTH, len(places) * _ROW + 0.8), layout="constrained")
+    names = [ranking.names[place] for place in places]
+    label = "score, with its 80 % interval" if ranking.note else ranking.by
+    return scores_chart(names, ranking.scores[places], ranking.intervals[places], label)
+
+
+def scores_chart(names: Sequence[str], scores: np.ndarray, intervals: np.ndarray, label: str) -> Any:
+    """The same of finite scores [n] and intervals [n, 2], NaN for none."""
+    rows = np.arange(len(names))
+    below, above = np.abs(intervals.T - scores)
+    figure = figure_class()(figsize=(_WIDTH, len(names) * _ROW + 0.8), layout="constrained")
     axes = figure.subplots()
     if np.isfinite([below, above]).all():
         axes.errorbar(scores, rows, xerr=[below, above], fmt="none", ecolor=GREY, elinewidth=1.2, capsize=2)
-    axes.plot(scores, rows, "o", color=_DOT, markersize=5)
-    names = [shorten(printable(ranking.names[place])) for place in places]
-    axes.set_yticks(rows, names, fontsize=8, color=INK, parse_math=False)
-    axes.set_ylim(len(places) - 0.5, -0.5)
-    label = "score, with its 80 % interval" if ranking.note else ranking.by
+    axes.plot(scores, rows, "o", color=ACCENT, markersize=5)
+    labels = [shorten(printable(name)) for name in names]
+    axes.set_yticks(rows, labels, fontsize=8, color=INK, parse_math=False)
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(label, fontsize=8, color=INK, parse_math=False)
     axes.tick_params(labelsize=8, labelcolor=INK, length=0)
     axes.grid(axis="x", color=GREY, alpha=0.25, linewidth=0.6)

@@ -295,9 +295,9 @@ class Ranking:
             ValueError: another ending, `n` below 1, or no layer that has a score.
         """
         from zest_fast.profiling.heat_map import save_figure
-        from zest_fast.ranking.picture import scores_chart
+        from zest_fast.ranking.picture import ranking_chart
 
-        return save_figure(scores_chart(self, n), path)
+        return save_figure(ranking_chart(self, n), path)
 
     @property
     def assessment(self) -> Assessment | None:
@@ -335,7 +335,7 @@ class Ranking:
         """For notebooks: the table of `repr`, and the scores as a chart where matplotlib is installed."""
         from zest_fast.foundation.html_parts import html_table, inline_image, paragraph
         from zest_fast.profiling.heat_map import can_draw
-        from zest_fast.ranking.picture import drawable, scores_chart
+        from zest_fast.ranking.picture import drawable, ranking_chart
 
         if not self.names:
             return paragraph(self._title())
@@ -343,7 +343,7 @@ class Ranking:
         parts = [html_table(header, rows, left=3, caption=self._title(), name=1), paragraph(rest) if rest else ""]
         if can_draw() and drawable(self):
             alt = "Scores of the best layers, best at the top" + (", with 80 % intervals" if self.note else "")
-            parts.append(inline_image(scores_chart(self), alt))
+            parts.append(inline_image(ranking_chart(self), alt))
         return "".join(parts)
 
     def _title(self) -> str:

@@ -156,7 +156,7 @@ def test_single_files_and_what_finetune_printed(folder):
 @pytest.mark.parametrize(
     ("file", "shown", "absent"),
     [
-        ("run/profile.json", "made for this page from run/profile.json", "No learning curve"),
+        ("run/profile.json", "run/profile.json, ranked for this page", "No learning curve"),
         ("run/watch.jsonl", "3 steps logged", "No ranking"),
         ("run/delta.run.pt", "layers that train", "No profile"),
     ],

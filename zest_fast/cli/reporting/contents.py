@@ -116,7 +116,7 @@ class _Reader:
         except (ValueError, NotImplementedError) as error:  # a profile that lacks metrics, or no Ranker that ships
             self.notes.append(f"{sources.paths['profile']} cannot be ranked: {error}")
             return None
-        return self._of_object(ranking, f"made for this page from {sources.paths['profile']}")
+        return self._of_object(ranking, f"{sources.paths['profile']}, ranked for this page")
 
     def _of_object(self, ranking: Ranking, source: str) -> Ranked:
         infos = dict(zip(ranking.names, ranking.info, strict=True))

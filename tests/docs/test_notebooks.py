@@ -13,7 +13,7 @@ import pytest
 from bench.measure import ROOT
 from bench.notebooks import GUIDES, NOTEBOOKS, notebook_of
 
-QUICK = "planning"
+QUICK = "watch"
 
 
 def test_every_guide_has_a_notebook_of_what_it_says_now():

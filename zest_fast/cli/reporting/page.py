@@ -133,10 +133,10 @@ def _facts(contents: Contents) -> str:
     if not contents.facts:
         return _muted("Nothing is known of a training.")
     lines = "".join(
-        f"<div><dt>{escaped(what)}</dt><dd>{'<br>'.join(map(escaped, said.splitlines()))}</dd></div>"
+        f"<dt>{escaped(what)}</dt><dd>{'<br>'.join(map(escaped, said.splitlines()))}</dd>"
         for what, said in contents.facts
     )
-    return f"<dl>{lines}</dl>".replace("<div>", "").replace("</div>", "")
+    return f"<dl>{lines}</dl>"
 
 
 def _ranking(ranked: Ranked | None, draw: _Figures) -> str:

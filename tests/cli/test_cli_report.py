@@ -222,6 +222,17 @@ def test_what_a_user_wrote_into_a_delta_is_passed_over_with_a_word(folder):
     assert EVIL in found.text and not found.all("script")
 
 
+def test_files_of_different_models_and_trainings_are_pointed_out(folder, without_matplotlib):
+    make_profile({"a": 1.0, "b": 2.0}).save("other.json")
+    report = json.loads(Path("finetuning.json").read_text())
+    Path("finetuning.json").write_text(json.dumps({**report, "layers": report["layers"][1:]}))
+    result = command("report", "other.json", "run/delta.safetensors", "finetuning.json", "-o", "page.html")
+    text = Parsed(Path("page.html").read_text()).text
+    for line in ("other.json has no layer 'bert.", "finetuning.json is of a training of other layers"):
+        assert line in text and line in result.stderr
+    assert "which trains" not in page("run").text
+
+
 def test_names_of_layers_are_text(folder):
     make_profile({EVIL: 1.0, "b": np.nan}).save("evil.json")
     found = page("evil.json")

@@ -41,8 +41,8 @@ def report(
         text = page(sources, contents_of(sources))
         with replacing(out) as temporary:
             temporary.write_text(text, encoding="utf-8")
-        for damaged in sources.damaged:
-            show.note(console, f"left out: {damaged}")
+        for warning in sources.warnings:
+            show.note(console, warning)
     missing = [
         what for kind, what in WHAT.items() if kind in ("profile", "delta", "watch") and kind not in sources.paths
     ]

@@ -40,7 +40,8 @@ def html_table(
 
     body = "".join(f"<tr>{line(row, 'td', 'row')}</tr>" for row in rows)
     title = f"<caption>{escaped(caption)}</caption>" if caption else ""
-    return f"<table>{title}<thead><tr>{line(header, 'th', 'col')}</tr></thead><tbody>{body}</tbody></table>"
+    head = f"<thead><tr>{line(header, 'th', 'col')}</tr></thead>" if any(header) else ""
+    return f"<table>{title}{head}<tbody>{body}</tbody></table>"
 
 
 def _cell(text: str, style: str, scope: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,18 @@ class _Reader:
                 self.layers, self.head = list(found.layers), list(found.head)
         if not self.layers and report is not None:
             self.layers = list(report["layers"])
+        self._look_for_strangers()
+
+    def _look_for_strangers(self) -> None:
+        """Files of different models or trainings on one page would mislead without a word."""
+        profile, report, paths = self._sources.profile, self._sources.finetuning, self._sources.paths
+        if profile is not None:
+            known = {*profile.names, *(str(info.get("module", "")) for info in profile.info.values())}
+            if strange := [name for name in self.layers if name not in known]:
+                text = f"{paths['profile']} has no layer {strange[0]!r}, which trains: is it of another model?"
+                self._sources.warnings.append(text)
+        if report is not None and set(report["layers"]) != set(self.layers):
+            self._sources.warnings.append(f"{paths['finetuning']} is of a training of other layers than the one shown")
 
     def _fitting(self, form: Keys, value: Any, kind: str, what: str) -> Mapping[str, Any]:
         """What a user may have filled with something else; empty where it is not there or of another form."""
@@ -93,6 +105,8 @@ class _Reader:
             return {}
         try:
             form.check(value, what)
+            _check_lengths(value, ("names", "scores", "intervals"))
+            _check_lengths(value.get("curve", {}), ("steps", "losses"))
         except ValueError as error:
             self.notes.append(f"{self._sources.paths[kind]}: its {what} has another form ({error}), and is not shown")
             return {}
@@ -104,8 +118,7 @@ class _Reader:
             return self._of_object(sources.ranking, str(sources.paths["ranking"]))
         for kind, holder in (("delta", sources.delta), ("run", sources.run)):
             plain = self._fitting(_RANKING, getattr(holder, "ranking", None), kind, "ranking")
-            lengths = {len(plain.get(key, plain.get("names", ()))) for key in ("names", "scores", "intervals")}
-            if plain and len(lengths) == 1:
+            if plain:
                 return self._of_document(plain, str(sources.paths[kind]))
         if sources.profile is None:
             return None
@@ -193,6 +206,13 @@ class _Reader:
         facts.append(("training", ", ".join(settings)))
         facts.append(("profile", _of_the_profile(profile) if profile is not None else ""))
         return tuple((what, said) for what, said in facts if said)
+
+
+def _check_lengths(document: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """Raises ValueError where lists that belong together are not equally long."""
+    lengths = {key: len(document[key]) for key in keys if key in document}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(", ".join(f"{length} {key}" for key, length in lengths.items()))
 
 
 def _of_the_profile(profile: Any) -> str:

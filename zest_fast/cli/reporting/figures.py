@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from zest_fast.watching.logs.watch_log import WatchLog
 
 _REM = 4 / 3 / 16  # of a point
+_WIDTH = 4.8  # inches: three quarters of it are as wide as a phone
 _OF_THE_PAGE = {
     INK: "var(--ink)",
     "#000000": "var(--ink)",
@@ -52,7 +53,7 @@ def svg(figure: Any, name: str, label: str) -> str:
 
 
 def loss_chart(steps: Sequence[int], losses: Sequence[float]) -> Any:
-    figure, axes = _lines(7.0, 2.8)
+    figure, axes = _lines(2.4)
     axes.plot(steps, losses, color=ACCENT, linewidth=1.4, marker="o" if len(steps) < 30 else "", markersize=3)
     axes.set_xlabel("step", fontsize=9, color=INK)
     axes.set_ylabel("loss", fontsize=9, color=INK)
@@ -61,7 +62,7 @@ def loss_chart(steps: Sequence[int], losses: Sequence[float]) -> Any:
 
 
 def memory_chart(parts: Mapping[str, int]) -> Any:
-    figure, axes = _lines(7.0, 0.32 * len(parts) + 0.5)
+    figure, axes = _lines(0.32 * len(parts) + 0.5)
     rows = np.arange(len(parts))
     axes.barh(rows, list(parts.values()), color=ACCENT, height=0.6)
     for row, size in zip(rows, parts.values(), strict=True):
@@ -69,7 +70,7 @@ def memory_chart(parts: Mapping[str, int]) -> Any:
     axes.set_yticks(rows, list(parts), fontsize=9, color=INK)
     axes.set_xticks([])
     axes.set_ylim(len(parts) - 0.5, -0.5)
-    axes.margins(x=0.15)
+    axes.margins(x=0.25)
     axes.grid(False)
     return figure
 
@@ -78,8 +79,8 @@ def run_loss_chart(log: WatchLog) -> Any:
     return loss_chart([step.step for step in log.logged], [step.loss for step in log.logged])
 
 
-def _lines(width: float, height: float) -> tuple[Any, Any]:
-    figure = figure_class()(figsize=(width, height), layout="constrained")
+def _lines(height: float) -> tuple[Any, Any]:
+    figure = figure_class()(figsize=(_WIDTH, height), layout="constrained")
     axes = figure.subplots()
     axes.tick_params(labelsize=9, labelcolor=INK, length=0)
     axes.grid(color=GREY, alpha=0.25, linewidth=0.6)

@@ -318,5 +318,5 @@ def _watch_table(log: WatchLog, metric: str) -> str:
 def _files(sources: Sources) -> str:
     rows = [[str(path), WHAT[kind]] for kind, path in sources.paths.items()]
     parts = [_scrolling(html_table(["file", "what it is"], rows, left=2), "Files that were read")]
-    parts += [f'<p class="warn">{escaped(text)}</p>' for text in sources.damaged]
+    parts += [f'<p class="warn">{escaped(text)}</p>' for text in sources.warnings]
     return "".join([*parts, *(_muted(note) for note in sources.notes)])

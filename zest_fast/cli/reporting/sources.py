@@ -60,7 +60,7 @@ _LOOKED_AT = 2**20  # bytes at both ends of a file that may be ours
 @dataclass
 class Sources:
     """What was found, None where there is nothing of the kind. paths: of these, by kind. notes: what was passed over
-    and why. damaged: files that are ours and cannot be read, with the reason."""
+    and why. warnings: files that are ours and cannot be read, with the reason, or do not belong together."""
 
     profile: LayerProfile | None = None
     ranking: Ranking | None = None
@@ -71,19 +71,19 @@ class Sources:
     watch: WatchLog | None = None
     paths: dict[str, Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    damaged: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def read_sources(given: Iterable[Path]) -> Sources:
     """Raises ValueError, naming the file, for one that was named and is damaged, none of ours, or a second of its kind,
-    and where nothing was found. In a folder what is none of ours is passed over, what is damaged goes into `damaged`.
+    and where nothing was found. In a folder what is none of ours is passed over, what is damaged goes into `warnings`.
     """
     sources = Sources()
     for path in given:
         for file in _files(path) if path.is_dir() else [path]:
             _take(sources, file, named=file == path)
     if not sources.paths:
-        damaged = f" ({'; '.join(sources.damaged)})" if sources.damaged else ""
+        damaged = f" ({'; '.join(sources.warnings)})" if sources.warnings else ""
         raise ValueError(
             f"there is nothing to report{damaged}: name a profile, a delta, a log of a watched run, or a folder of them"
         )
@@ -111,7 +111,7 @@ def _take(sources: Sources, path: Path, named: bool) -> None:
     except (ValueError, KeyError, OSError) as error:
         if named:
             raise
-        sources.damaged.append(printable(" ".join(str(error).split())))
+        sources.warnings.append(printable(" ".join(str(error).split())))
         return
     sources.paths[kind] = path
 

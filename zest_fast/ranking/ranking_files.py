@@ -34,6 +34,7 @@ from zest_fast.ranking.ranking import Ranking
 
 FORMAT, VERSION = "zest_fast.Ranking", 1
 _MOST_LAYERS, _LARGEST = 1_000_000, 2**53
+_LARGEST_PART = 1e6  # of a score between 0 and 1
 _LAYER = Keys({"name": Text(), "score": VALUE, "interval": ListOf(VALUE, least=2, most=2), "info": INFO})
 _COUNT = Number(0, _LARGEST, integer=True)
 _ASSESSMENT = Keys(
@@ -41,7 +42,7 @@ _ASSESSMENT = Keys(
         "known": Keys({"share": Number(0, 1), "model": Null(Text())}),
         "partly": Null(Keys({"model": Text(), "swept": _COUNT, "layers": _COUNT})),
         "expected_tau": VALUE,
-        "parts": MapOf(ListOf(VALUE, most=_MOST_LAYERS), most=1_000),
+        "parts": MapOf(ListOf(Number(-_LARGEST_PART, _LARGEST_PART), most=_MOST_LAYERS), most=1_000),
         "layers": ListOf(Text(), most=_MOST_LAYERS, unique=True),
         "ignored": ListOf(Text(), most=1_000),
         "probed": Flag(),
@@ -107,7 +108,7 @@ def _plain(assessment: Assessment) -> dict[str, Any]:
         "known": {"share": assessment.known.share, "model": assessment.known.model},
         "partly": None if partly is None else dict(zip(("model", "swept", "layers"), partly, strict=True)),
         "expected_tau": strict_number(assessment.expected_tau),
-        "parts": {name: _numbers(values.tolist()) for name, values in assessment.parts().items()},
+        "parts": {name: values.tolist() for name, values in assessment.parts().items()},
         "layers": list(assessment.layers),
         "ignored": list(assessment.ignored),
         "probed": assessment.probed,

@@ -67,6 +67,20 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def looking(session: nox.Session) -> None:
+    """Every notebook, and axe-core over a page of `zest-fast report`, light, dark and at the width of a phone.
+
+    npm and a Chromium have to be there.
+    """
+    session.install(*CONSTRAINED, "-e", ".[test]")
+    npm = session.create_tmp()
+    session.run("npm", "install", "--prefix", npm, "axe-core@4", external=True)
+    axe = Path(npm).resolve() / "node_modules/axe-core/axe.min.js"
+    tests = ("tests/docs/test_notebooks.py", "tests/cli/test_cli_report.py")
+    session.run("pytest", "-m", "slow or not slow", *tests, *session.posargs, env={"ZEST_AXE": str(axe)})
+
+
+@nox.session(default=False)
 def wheels(session: nox.Session) -> None:
     """A source archive and a wheel of this machine; those of a release are made by .github/workflows/wheels.yml."""
     session.install("build>=1.2", "twine>=6")

@@ -509,3 +509,18 @@ def test_debug_shows_the_error_itself(run):
 
 def test_a_bug_keeps_its_traceback(run):
     assert isinstance(run("profile", "zest_cli_user:bug", "digits").exception, AttributeError)
+
+
+def test_a_profile_of_several_batches(run, tmp_path):
+    words = ("profile", "zest_cli_user:net", "zest_cli_user:batches")
+    path = tmp_path / "profile.json"
+    result = run(*words, "--batches", 2, "--metrics", "snip", "--out", path, "--json")
+    assert result.exit_code == 0, result.output
+    document, saved = json.loads(result.stdout), LayerProfile.load(path)
+    assert document["batches"] == saved.spread.batches == 2
+    assert [row["deviations"]["snip"] for row in document["layers"]] == saved.spread.deviations[:, 0].tolist()
+    assert all(row["counts"] == {"snip": 2} for row in document["layers"])
+    result = run(*words, "--batches", 2, "--metrics", "snip")
+    assert result.exit_code == 0 and "means of 2 batches" in result.stdout and result.stdout.count(" ± ") >= 4
+    result = run(*words, "--batches", 3)
+    assert result.exit_code == 2 and "--batches 3: the data yields 2" in result.stderr

@@ -1,12 +1,6 @@
 """Every code block of README.md and docs/ runs as a reader would run it, on tiny models in the folders that it names.
 
-Blocks of one page share a namespace and a folder. What readers need not see is in a comment, `<!-- hidden ... -->`.
-A comment before a fence says how its block is tested:
-
-- `<!-- test: compile (why) -->`: Python that needs the hub, a GPU or minutes; compiled only.
-- `<!-- test: raises KIND, text -->`: Python that has to raise this error with this text in it.
-- `<!-- test: run -->`: every `zest-fast` line of a shell block is run.
-- `<!-- test: parse -->`: its lines are read by the command's own parser, so that arguments and options exist.
+Blocks of one page share a namespace and a folder. Comments in the page say how each is tested: bench/pages.py.
 """
 
 from __future__ import annotations
@@ -18,64 +12,26 @@ import re
 import runpy
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import TEXTS, save_bert, save_digits, save_jsonl, save_llama, save_resnet
+from checkpoints import save_what_guides_name
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from bench.pages import Block, blocks, commands
 from zest_fast.cli import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-_BLOCK = re.compile(
-    r"<!-- hidden\n(?P<hidden>.*?)-->|(?:<!-- test: (?P<test>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$",
-    re.DOTALL | re.MULTILINE,
-)
-
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
-
-
-@dataclass
-class Block:
-    """language: "python", "sh", or "" for pictures. line: of its first line of code, from 1 on."""
-
-    language: str
-    code: str
-    test: str
-    line: int
-
-
-def blocks(page: Path) -> Iterator[Block]:
-    text = page.read_text(encoding="utf-8")
-    for found in _BLOCK.finditer(text):
-        group = "code" if found["hidden"] is None else "hidden"
-        line = text.count("\n", 0, found.start(group)) + 1
-        language = found["language"] if group == "code" else "python"
-        yield Block(language, found[group], found["test"] or "", line)
-
-
-def commands(block: Block) -> list[list[str]]:
-    return [
-        shlex.split(line, comments=True)[1:]
-        for line in block.code.replace("\\\n", " ").splitlines()
-        if line.startswith("zest-fast ")
-    ]
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """What the pages name: my-bert, my-llama, my-resnet, photos, reviews.jsonl, texts.jsonl."""
-    save_bert(tmp_path / "my-bert", num_labels=2)
-    save_llama(tmp_path / "my-llama")
-    save_resnet(tmp_path / "my-resnet", num_labels=3)
-    save_digits(tmp_path / "photos")
-    save_jsonl(tmp_path / "texts.jsonl", TEXTS * 3)
-    rows = "".join(f'{{"text": "{text}", "stars": {place % 2}}}\n' for place, text in enumerate(TEXTS * 12))
-    (tmp_path / "reviews.jsonl").write_text(rows)
+    save_what_guides_name(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -83,7 +39,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
 def test_code_of(page, folder):
     namespace: dict[str, Any] = {"__name__": f"page_{page.stem}"}
-    for block in blocks(page):
+    for block in blocks(page.read_text(encoding="utf-8")):
         where = f"{page.relative_to(ROOT)}, line {block.line}"
         if block.language == "python":
             _run_python(block, where, namespace)
@@ -128,7 +84,7 @@ def test_a_broken_block_is_found(folder):
         "<!-- hidden\nx = 1\n-->\n```python\nassert x == 1\n```\n\n"
         "<!-- test: parse -->\n```sh\nzest-fast rank a --topp 5\n```\n"
     )
-    hidden, code, shell = blocks(page)
+    hidden, code, shell = blocks(page.read_text())
     assert (hidden.line, code.line, shell.line) == (2, 5, 10) and shell.test == "parse"
     with pytest.raises(AssertionError):
         _run_python(code, "page", {"x": 2})
@@ -139,7 +95,7 @@ def test_a_broken_block_is_found(folder):
 def test_every_page_of_the_site_is_tested_and_every_marker_is_understood():
     texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
     fences = {page: len(re.findall(r"^```\w*$", text, re.MULTILINE)) for page, text in texts.items()}
-    found = {page: list(blocks(page)) for page in PAGES}
+    found = {page: list(blocks(texts[page])) for page in PAGES}
     for page, text in texts.items():
         visible = len(found[page]) - len(re.findall("<!-- hidden", text))
         assert fences[page] == 2 * visible, page

@@ -15,7 +15,7 @@ import numpy as np
 import pandas
 import pytest
 
-from zest_fast import LayerProfile, Ranker, load_records, load_watch, rank, sink_for
+from zest_fast import LayerProfile, Ranker, Ranking, load_records, load_watch, rank, sink_for
 from zest_fast.sweeping.records import RecordFile, read_records
 from zest_fast.sweeping.tables import consolidate, sweeps_of
 
@@ -42,6 +42,31 @@ def test_both_files_of_a_profile_hold_the_same() -> None:
     json, parquet = (LayerProfile.load(DATA / name) for name in PROFILES)
     np.testing.assert_array_equal(json.values, parquet.values)
     assert json.metrics == parquet.metrics and json.info == parquet.info
+
+
+def test_profile_of_several_batches() -> None:
+    json, parquet = (LayerProfile.load(DATA / name) for name in ("profile_v2.json", "profile_v2.parquet"))
+    for found in (json, parquet):
+        assert found.names == ["stem", "left", "right", "head"] and found.metrics == ["grad_norm", "snip"]
+        assert found["left"]["snip"] == 0.09401651517974352 and found.spread is not None and found.spread.batches == 3
+        assert found.spread.counts.tolist() == [[3, 3], [2, 2], [1, 1], [3, 3]]
+        assert math.isnan(found.spread.deviations[2, 0]) and found.spread.deviations[1, 1] == 0.005591764691143234
+        assert found.info["right"]["note"] == "reached in 1 of 3 batches, of which the means are"
+    assert json.info == parquet.info and json.loss == parquet.loss
+
+
+def test_ranking_of_a_ranker() -> None:
+    ranking = Ranking.load(DATA / "ranking_v1.json")
+    assert (
+        ranking.names == ["stem", "right", "left", "head"]
+        and ranking.heads == ("head",)
+        and ranking.by == "Ranker"
+        and ranking.is_new
+    )
+    assert ranking.scores[0] == 0.5711539899687424 and math.isnan(ranking.scores[-1])
+    assert ranking.intervals[0].tolist() == [0.22391426351576538, 0.8773540753314752]
+    assert ranking.note.startswith("has not seen this architecture, held-out tau 0.38")
+    assert ranking.explain().loc["left", "base_metrics"] == -0.07065787970157239
 
 
 def test_ranker(tmp_path: Path) -> None:

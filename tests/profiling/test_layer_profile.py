@@ -148,8 +148,8 @@ def test_foreign_files(profile, tmp_path):
 
 def test_newer_version_asks_for_an_upgrade(profile, tmp_path):
     path = profile.save(tmp_path / "profile.json")
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
-    with pytest.raises(ValueError, match=r"format version 2.*upgrade zest_fast"):
+    path.write_text(path.read_text().replace('"version": 1', '"version": 3'))
+    with pytest.raises(ValueError, match=r"format version 3.*upgrade zest_fast"):
         LayerProfile.load(path)
 
 

@@ -1,14 +1,19 @@
 import ast
 import inspect
+import json
 
 import numpy as np
+import pandas
 import pytest
+import torch
 from profiles import make_profile
+from torch import nn
 
+import zest_fast
 from zest_fast.profiling import heat_map, layer_profile, profile_files
 from zest_fast.ranking import ranking as module
 from zest_fast.ranking import shipped
-from zest_fast.ranking.ranking import rank
+from zest_fast.ranking.ranking import Ranking, rank
 
 NAN = float("nan")
 
@@ -113,3 +118,97 @@ def test_profiles_and_rankings_import_no_torch(source):
     ]
     names = [getattr(node, "module", None) or node.names[0].name for node in imports]
     assert names and not any(name.split(".")[0] == "torch" for name in names)
+
+
+def _ranked():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)), nn.Linear(4, 3))
+    return zest_fast.rank(zest_fast.profile(model, (torch.randn(6, 4), torch.arange(6) % 3)))
+
+
+def test_places_are_indexed_as_a_sequence():
+    ranking = _ranked()
+    assert ranking[0] == ranking.names[0] and ranking[-1] == "6" and ranking[:2] == tuple(ranking.names[:2])
+    assert list(ranking) == [ranking[place] for place in range(len(ranking))]
+    with pytest.raises(IndexError):
+        ranking[7]
+    with pytest.raises(TypeError):
+        ranking["0"]
+
+
+def test_to_pandas_has_scores_and_intervals_in_order():
+    ranking = _ranked()
+    frame = ranking.to_pandas()
+    assert list(frame.index) == ranking.names and frame["rank"].tolist() == list(range(1, 8))
+    np.testing.assert_array_equal(frame[["low", "high"]].to_numpy(), ranking.intervals)
+    explained = ranking.explain()
+    pandas.testing.assert_frame_equal(frame, explained[list(frame)])
+
+
+def test_reasons_are_the_largest_parts_of_the_explanation():
+    ranking = _ranked()
+    explained = ranking.explain()
+    reasons = ranking.reasons(most=2)
+    assert set(reasons) == set(ranking.names) - {"6"}
+    for name, parts in reasons.items():
+        added = explained.loc[name].drop([*ranking.to_pandas(), "percentile", "z_score"]).astype(float)
+        assert [abs(value) for _, value in parts] == sorted(added.abs(), reverse=True)[: len(parts)]
+        assert all(explained.loc[name, part] == value for part, value in parts)
+    with pytest.raises(ValueError, match="most must be at least 1"):
+        ranking.reasons(most=0)
+
+
+def test_a_saved_ranking_is_the_same(tmp_path):
+    for ranking in (_ranked(), rank(make_profile({"a": np.nan, "b": np.inf, "c": 1.0}), by="snip")):
+        loaded = Ranking.load(ranking.save(tmp_path / "ranking.json"))
+        assert (loaded.names, loaded.by, loaded.note, loaded.heads) == (
+            ranking.names,
+            ranking.by,
+            ranking.note,
+            ranking.heads,
+        )
+        np.testing.assert_array_equal(loaded.scores, ranking.scores)
+        np.testing.assert_array_equal(loaded.intervals, ranking.intervals)
+        pandas.testing.assert_frame_equal(loaded.explain(), ranking.explain(), check_exact=True)
+        assert loaded.is_new == ranking.is_new and loaded.reasons() == ranking.reasons()
+        assert repr(loaded) == repr(ranking)
+        assert loaded.plain() == ranking.plain() == json.loads(json.dumps(ranking.plain(), allow_nan=False)) or (
+            ranking.note  # where reasons are tuples, and lists in JSON
+        )
+
+
+def test_damaged_rankings_are_named(tmp_path):
+    path = _ranked().save(tmp_path / "ranking.json")
+    document = json.loads(path.read_text())
+
+    def refused(message, **changes):
+        path.write_text(json.dumps({**document, **changes}))
+        with pytest.raises(ValueError, match=rf"ranking\.json.*{message}"):
+            Ranking.load(path)
+
+    refused("format version 2.*upgrade", version=2)
+    refused("no ranking that can be read.*format", format="zest_fast.LayerProfile")
+    refused("does not stand where its score belongs", layers=document["layers"][::-1])
+    refused("does not stand|occurs|more than once", layers=document["layers"] + document["layers"][:1])
+    parts = {name: values[1:] for name, values in document["assessment"]["parts"].items()}
+    refused("expected 6 entries, found 5", assessment={**document["assessment"], "parts": parts})
+    refused("'nonsense' is none of the layers", assessment={**document["assessment"], "layers": ["nonsense"]})
+    path.write_text(json.dumps(document)[:-20])
+    with pytest.raises(ValueError, match="torn"):
+        Ranking.load(path)
+    with pytest.raises(ValueError, match=r"ends in '\.csv'"):
+        _ranked().save(tmp_path / "ranking.csv")
+
+
+def test_plot_draws_the_best_layers(tmp_path):
+    svg = _ranked().plot(tmp_path / "ranking.svg", n=3).read_text()
+    assert "<!-- score, with its 80 % interval -->" in svg
+    assert sum(f"<!-- {name} -->" in svg for name in _ranked().top(3)) == 3
+    by_metric = rank(make_profile({"a": 2.0, "b": 1.0, "c": np.nan}), by="snip")
+    assert "<!-- snip -->" in by_metric.plot(tmp_path / "metric.svg").read_text()
+    with pytest.raises(ValueError, match="n must be at least 1"):
+        by_metric.plot(tmp_path / "metric.svg", n=0)
+    with pytest.raises(ValueError, match="no layer has a score by snip"):
+        rank(make_profile({"a": np.nan}), by="snip").plot(tmp_path / "none.svg")
+    with pytest.raises(ValueError, match="suffix"):
+        by_metric.plot(tmp_path / "metric")

@@ -169,3 +169,14 @@ def save_jsonl(path: Path, texts: list[str], labels: list | None = None) -> Path
         row["label"] = label
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def save_what_guides_name(folder: Path) -> None:
+    """my-bert, my-llama, my-resnet, photos, reviews.jsonl and texts.jsonl, as README and docs name them."""
+    save_bert(folder / "my-bert", num_labels=2)
+    save_llama(folder / "my-llama")
+    save_resnet(folder / "my-resnet", num_labels=3)
+    save_digits(folder / "photos")
+    save_jsonl(folder / "texts.jsonl", TEXTS * 3)
+    rows = "".join(f'{{"text": "{text}", "stars": {place % 2}}}\n' for place, text in enumerate(TEXTS * 12))
+    (folder / "reviews.jsonl").write_text(rows)

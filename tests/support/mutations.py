@@ -232,15 +232,73 @@ def _read_profile(path: Path) -> None:
     from zest_fast.ranking.ranking import rank
 
     profile = LayerProfile.load(path)
-    repr(profile), profile.to_pandas()
+    repr(profile), profile.to_pandas(spread=profile.spread is not None)
     rankings = [rank(profile, by=metric) for metric in profile.metrics[:2]]
     rankings.append(rank(profile))
     assert not any("\x1b" in repr(ranking) for ranking in rankings)
 
 
 def _profile_json() -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        return json.loads(_profile().save(Path(folder) / "p.json").read_text())
+    return json.loads(_bytes_of("p.json", lambda path: _profile().save(path)))
+
+
+def _means() -> Any:
+    """The mean of two profiles, one of which lacks a layer."""
+    from zest_fast.profiling.averaging import mean_profile
+    from zest_fast.profiling.layer_profile import LayerProfile
+
+    one = _profile()
+    info = {name: {**one.info[name], "uses": 1, "nonfinite": 0, "note": ""} for name in one}
+    settings = {"loss": 1.0, "backend": "cpu", "uncovered": {}}
+    profiles = [
+        LayerProfile(names, one.metrics, values, info={name: info[name] for name in names}, **settings)
+        for names, values in ((one.names, one.values), (one.names[1:], 2 * one.values[1:]))
+    ]
+    return mean_profile(profiles)
+
+
+def _means_json() -> Any:
+    return json.loads(_bytes_of("p.json", lambda path: _means().save(path)))
+
+
+def _means_parquet() -> bytes:
+    return _bytes_of("p.parquet", lambda path: _means().save(path))
+
+
+def _ranking_json() -> Any:
+    from zest_fast.ranking.ranking import rank
+
+    return json.loads(_bytes_of("r.json", lambda path: rank(_profile()).save(path)))
+
+
+def _read_ranking(path: Path) -> None:
+    from zest_fast.ranking.ranking import Ranking
+
+    ranking = Ranking.load(path)
+    json.dumps(ranking.plain(), allow_nan=False)
+    ranking.to_pandas(), ranking.explain()
+    assert "\x1b" not in repr(ranking)
+
+
+def _finetuning_json() -> Any:
+    """What `zest-fast finetune --json` prints, as far as a report reads it."""
+    score = {"loss": 0.5, "accuracy": 0.75, "predictions": 8}
+    plan = {"peak_bytes": 9, "flops": 8, "breakdown": {"weights": 5, "loss": 4}, "cut": "a"}
+    figures = {"trainable_parameters": 4, "parameters": 8, "delta": "d.safetensors", "verified": True}
+    losses = [1.0, 0.5, None, 0.25]
+    return {"layers": ["a", "b"], "training_loss": losses, "before": score, "after": score, "plan": plan, **figures}
+
+
+def _read_report(path: Path) -> None:
+    """As tables: drawing is matplotlib's."""
+    import zest_fast.profiling.heat_map as heat_map
+    from zest_fast.cli.reporting.contents import contents_of
+    from zest_fast.cli.reporting.page import page
+    from zest_fast.cli.reporting.sources import read_sources
+
+    heat_map.can_draw = lambda: False
+    sources = read_sources([path])
+    assert "\x1b" not in page(sources, contents_of(sources))
 
 
 def _write_json(whole: Any, chance: np.random.Generator, path: Path) -> None:
@@ -525,6 +583,10 @@ FORMATS = {
     "ranker": Format("r.json", _ranker_documents, _write_ranker, _read_ranker),
     "profile-json": Format("p.json", _profile_json, _write_json, _read_profile),
     "profile-parquet": Format("p.parquet", _profile_parquet, _write_parquet, _read_profile),
+    "means-json": Format("p.json", _means_json, _write_json, _read_profile),
+    "means-parquet": Format("p.parquet", _means_parquet, _write_parquet, _read_profile),
+    "ranking-json": Format("r.json", _ranking_json, _write_json, _read_ranking),
+    "finetuning-json": Format("f.json", _finetuning_json, _write_json, _read_report),
     "records-parquet": Format("r.parquet", _records_parquet, _write_parquet, _read_records_parquet),
     "records-jsonl": Format("r.jsonl", _records_lines, _write_records_lines, _read_records_lines),
     "watched-jsonl": Format("w.jsonl", _watched_lines, _write_watched_lines, _read_watched),

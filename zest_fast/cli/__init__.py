@@ -10,6 +10,7 @@ from zest_fast.cli import (  # noqa: F401 (they register their commands)
     plan,
     push,
     rank,
+    report,
     sweep,
     train_ranker,
     watch,

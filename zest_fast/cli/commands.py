@@ -52,6 +52,9 @@ def profile(
     split: Split = None,
     config: Config = None,
     batch_size: BatchSize = 16,
+    batches: Annotated[
+        int, typer.Option(min=1, help="Of how many batches: more than one gives means, and how they differ.")
+    ] = 1,
     layers: Annotated[str | None, typer.Option(help="A regular expression that matches whole layer names.")] = None,
     metrics: Annotated[
         str | None,
@@ -68,20 +71,20 @@ def profile(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure every metric of every layer in one forward and one backward pass over one batch."""
+    """Measure every metric of every layer in one forward and one backward pass over a batch."""
     check_options(ctx.params)
     check_writable(out, {".json", ".parquet"}, inputs=[data])
     check_writable(plot, {".png", ".svg", ".pdf"}, "--plot")
     pattern, chosen = compiled(layers), None if metrics == "all" else split_names(metrics, "--metrics")
     with work(model, data) as console:
         job = opened_job(ctx, console)
-        with console.status("profiling one batch"):
+        with console.status("profiling one batch" if batches == 1 else f"profiling {batches} batches"):
             import zest_fast
 
-            batch = job.first_batch()
+            found: dict[str, Any] = {"batch": job.first_batch()} if batches == 1 else {"batches": job.batches(batches)}
             result = zest_fast.profile(
                 job.model,
-                batch,
+                **found,
                 layers=pattern,
                 metrics="all" if metrics == "all" else chosen,
                 backend=cast(Any, backend),

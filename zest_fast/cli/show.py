@@ -58,7 +58,13 @@ def profile_document(profile: LayerProfile) -> dict[str, Any]:
         }
         for name, values in zip(profile.names, profile.values.tolist(), strict=True)
     ]
-    return {"loss": profile.loss, "backend": profile.backend, "layers": rows, "uncovered": profile.uncovered}
+    document = {"loss": profile.loss, "backend": profile.backend, "layers": rows, "uncovered": profile.uncovered}
+    if profile.spread is not None:
+        document["batches"] = profile.spread.batches
+        for row, deviations, counts in zip(rows, profile.spread.deviations, profile.spread.counts, strict=True):
+            row["deviations"] = dict(zip(profile.metrics, deviations, strict=True))
+            row["counts"] = dict(zip(profile.metrics, counts, strict=True))
+    return document
 
 
 def _name_column() -> Column:
@@ -67,14 +73,19 @@ def _name_column() -> Column:
 
 def profile_table(profile: LayerProfile, metrics: Sequence[str] | None) -> None:
     shown = [name for name in metrics or _SHOWN if name in profile.metrics]
-    table = Table(
-        _name_column(), "kind", box=SIMPLE_HEAD, title=cell(f"loss {profile.loss:.4f}, backend {profile.backend}")
-    )
+    title = f"loss {profile.loss:.4f}, backend {profile.backend}"
+    spread = profile.spread
+    if spread is not None:
+        title = f"means of {spread.batches} batches ± standard deviation between them, {title}"
+    table = Table(_name_column(), "kind", box=SIMPLE_HEAD, title=cell(title))
     for name in ("weights", *shown):
         table.add_column(name, justify="right")
-    for name in profile.names:
+    for place, name in enumerate(profile.names):
         info = profile.info[name]
-        values = (f"{profile[name][metric]:.3g}" for metric in shown)
+        values = [f"{profile[name][metric]:.3g}" for metric in shown]
+        if spread is not None:
+            apart = (spread.deviations[place, profile.metrics.index(metric)] for metric in shown)
+            values = [f"{value} ± {deviation:.2g}" for value, deviation in zip(values, apart, strict=True)]
         table.add_row(cell(_marked(name, info)), cell(info["kind"]), f"{info['numel']:,}", *values)
     console = results()
     console.print(table)

@@ -23,6 +23,8 @@ from safetensors.torch import save_file
 
 from zest_fast.finetuning.digests import digests
 from zest_fast.finetuning.sharding import is_written_here, whole
+from zest_fast.foundation.documents import shown
+from zest_fast.foundation.nearest import some
 from zest_fast.foundation.replacing import check_regular, replacing
 from zest_fast.foundation.version import __version__
 from zest_fast.ranking.ranking import Ranking
@@ -33,7 +35,7 @@ _WITHOUT_CLASSES = 3
 _WITHOUT_CHECKSUM = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Delta:
     """layers, head: what trained. base: hash of the frozen parameters, and of the buffers as they were found.
 
@@ -52,6 +54,20 @@ class Delta:
     recipe: Any = None
     class_names: tuple[str, ...] = ()
     data: Any = None
+
+    def __repr__(self) -> str:
+        """Three lines: what it holds, which layers, and how they were chosen and trained."""
+        tensors = (*self.parameters.values(), *self.buffers.values())
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        what = f"Delta: {len(self.parameters)} parameters and {len(self.buffers)} buffers, {size / 2**20:,.1f} MiB, "
+        layers = f"layers {some(self.layers)}" if self.layers else "no layer"
+        head = f"head {some(self.head)}" if self.head else "no head"
+        by = self.ranking.get("by") if isinstance(self.ranking, Mapping) else None
+        chosen = "no ranking" if self.ranking is None else f"ranked by {shown(by)}" if by else "with its ranking"
+        keys = some(map(str, self.recipe)) if isinstance(self.recipe, Mapping) else ""
+        recipe = f"recipe says {keys}" if keys else "no recipe"
+        classes = f", {len(self.class_names)} classes" if self.class_names else ""
+        return f"{what}base {self.base[:12]}\n  {layers}; {head}\n  {chosen}, {recipe}{classes}"
 
 
 def write_delta(path: str | os.PathLike[str], delta: Delta) -> Path:
@@ -191,9 +207,7 @@ def check_tensors(kind: str, saved: Mapping[str, torch.Tensor], there: Mapping[s
 
 def _as_json(argument: str, value: Any) -> str:
     if isinstance(value, Ranking):
-        scores = [None if score != score else score for score in value.scores.tolist()]  # JSON knows no NaN
-        note = {"note": value.note} if value.note else {}
-        value = {"by": value.by, "names": value.names, "scores": scores, **note}
+        value = value.plain()
     elif is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     try:

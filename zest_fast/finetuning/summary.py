@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from zest_fast.foundation.html_parts import html_table
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -36,23 +38,33 @@ class Summary:
         return self.trainable_parameters / self.total_parameters
 
     def __str__(self) -> str:
+        lines = [self._title()]
+        for what, said in self._rows():
+            first, *more = said.splitlines() or [""]
+            lines += [f"  {what:<9} {first}", *(" " * 12 + line for line in more)]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the same as a table."""
+        return html_table(["", ""], self._rows(), left=2, caption=self._title())
+
+    def _title(self) -> str:
+        return f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({self.share:.2%})"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        """What is to be said, and of what."""
         because = f", which shares its weight with {self.tied}" if self.tied else ""
-        lines = [
-            f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({self.share:.2%})",
-            "  layers    " + ("\n" + " " * 12).join(self.layers or ["none"]),
-            "  head      " + ", ".join(self.head or ["none"]),
-            f"  backward  ends at {self.cut}{because}",
+        rows = [
+            ("layers", "\n".join(self.layers or ["none"])),
+            ("head", ", ".join(self.head or ["none"])),
+            ("backward", f"ends at {self.cut}{because}"),
         ]
-        lines += [f"  {line}" for line in self.lean.splitlines()]
-        if self.frozen:
-            lines.append(f"  frozen    {self.frozen}")
-        if self.cache:
-            lines.append(f"  cache     {self.cache}")
+        if self.lean:
+            rows.append(("lean", "\n".join(line.strip() for line in self.lean.removeprefix("lean: ").splitlines())))
+        rows += [(what, said) for what, said in (("frozen", self.frozen), ("cache", self.cache)) if said]
         if self.skipped_parameters:
             share = self.skipped_parameters / self.total_parameters
-            lines.append(f"  skipped   {self.skipped_parameters:,} parameters below ({share:.2%}) ran without a graph")
+            rows.append(("skipped", f"{self.skipped_parameters:,} parameters below ({share:.2%}) ran without a graph"))
         if self.foreign:
-            lines.append(f"  optimizer also holds {self.foreign:,} parameters that are not of this model")
-        if self.rounding:
-            lines.append(f"  rounding  {self.rounding}")
-        return "\n".join(lines)
+            rows.append(("optimizer", f"also holds {self.foreign:,} parameters that are not of this model"))
+        return [*rows, ("rounding", self.rounding)] if self.rounding else rows

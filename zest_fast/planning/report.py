@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from zest_fast.foundation.byte_counts import memory_bytes
+from zest_fast.foundation.html_parts import escaped, html_table, paragraph
 from zest_fast.foundation.nearest import some
 from zest_fast.foundation.text_table import text_table
 from zest_fast.planning.blocks import GROUPS, Layout
@@ -24,6 +25,7 @@ _CONTEXT = 600 * 2**20
 _FRAGMENTATION = 1.03
 
 _GIB = 2**30
+_LARGEST = "largest tensors of the step at its peak:"
 
 
 @dataclass(frozen=True)
@@ -234,17 +236,29 @@ class Plan:
         return row | {f"{card} GB": card in plan.fits for card in CARDS}
 
     def __str__(self) -> str:
-        lines = [
+        table = text_table(*self._parts())
+        lines = [*self._words(), "", table, "", _LARGEST, *(f"  {tensor}" for tensor in self.largest[:5])]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the same, the parts of the peak as a table."""
+        largest = "".join(f"<li>{escaped(tensor)}</li>" for tensor in self.largest[:5])
+        notes = [paragraph(f"note: {note}") for note in self.notes]
+        words = paragraph("\n".join(self._words()))
+        return "".join([words, html_table(*self._parts()), paragraph(_LARGEST), f"<ul>{largest}</ul>", *notes])
+
+    def _words(self) -> list[str]:
+        return [
             f"{self.model}: {_what(self)}, {self.setting.size}, {self.setting.dtype or 'dtype as found'}",
             f"peak {sized(self.peak_bytes)} of tensors{_place(self.setting)} (dry run); fits "
             + (", ".join(f"{card} GB" for card in self.fits) or f"no card of up to {CARDS[-1]} GB"),
             f"  in {self.peak_phase}, set by {self.peak_tensor}",
             f"{self.flops / 1e12:.3g} TFLOP, {self.flops_by_phase.get('forward', 0) / 1e12:.3g} of them forward",
-            "",
-            text_table(["GiB at the peak", *GROUPS, "all"], [self._line(kind) for kind in (*KINDS, "all")]),
         ]
-        lines += ["", "largest tensors of the step at its peak:", *(f"  {tensor}" for tensor in self.largest[:5])]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def _parts(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the table of what the peak is made of."""
+        return ["GiB at the peak", *GROUPS, "all"], [self._line(kind) for kind in (*KINDS, "all")]
 
     def _line(self, kind: str) -> list[str]:
         kinds = KINDS if kind == "all" else (kind,)

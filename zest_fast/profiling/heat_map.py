@@ -7,6 +7,7 @@ of the panel, and the five layers of the largest values are framed.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
@@ -19,29 +20,39 @@ import numpy as np
 
 from zest_fast.foundation.nearest import nearest
 from zest_fast.foundation.replacing import replacing
-from zest_fast.foundation.text_table import number, shorten
+from zest_fast.foundation.text_table import number, printable, shorten
 
 if TYPE_CHECKING:
     from zest_fast.profiling.layer_profile import LayerProfile
 
 FRAMED = 5
 COLOURS, UNDEFINED, INK, GREY, FRAME = "viridis", "#d9d9d9", "#333333", "#777777", "#e4572e"
+ACCENT = "#2a6f97"  # of dots and lines that stand alone
 WIDTH, GAP, MAX_CELL, MIN_HEIGHT = 13.0, 0.35, 0.34, 0.19  # inches; a row must be high enough for its label
 
 
 def draw(profile: LayerProfile, path: str | os.PathLike[str], metrics: Sequence[str] | None = None) -> Path:
     """Draw `metrics` (None = all) of `profile` into `path`, whose suffix says the format; returns the path."""
+    return save_figure(heat_map(profile, metrics), path)
+
+
+def heat_map(profile: LayerProfile, metrics: Sequence[str] | None = None) -> Any:
+    """The figure, of matplotlib. Raises ValueError for a metric that is not there, ImportError without matplotlib."""
     make = figure_class()
-    path = Path(path)
     metrics = list(profile.metrics if metrics is None else metrics)
     for metric in metrics:
         if metric not in profile.metrics:
             raise ValueError(f"metrics: the profile has no metric {metric!r}; {nearest(metric, profile.metrics)}")
     if not metrics or not len(profile):
         raise ValueError("there is nothing to plot: the profile has no layer or no metric")
+    return _figure(make, profile, metrics)
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> Path:
+    """Write a figure whole or not at all; returns the path. Raises ValueError for a path without a suffix."""
+    path = Path(path)
     if not path.suffix:
         raise ValueError(f"{str(path)!r} has no suffix that says the format, such as .png, .svg or .pdf")
-    figure = _figure(make, profile, metrics)
     with replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150, bbox_inches="tight", pad_inches=0.15)
     return path
@@ -83,8 +94,13 @@ def figure_class() -> Any:
     try:
         from matplotlib.figure import Figure  # not pyplot: no window, no global state
     except ImportError as error:
-        raise ImportError("a heat map needs matplotlib: pip install 'zest_fast[plot]'") from error
+        raise ImportError("a picture needs matplotlib: pip install 'zest_fast[plot]'") from error
     return Figure
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def _figure(make: Any, profile: LayerProfile, metrics: list[str]) -> Any:
@@ -149,8 +165,9 @@ def _panel(
     axes.set_title(metric, loc="left", fontsize=10, fontweight="bold", color=INK, pad=14)
     at_corner = {"xy": (0, 1), "xycoords": "axes fraction", "xytext": (0, 4), "textcoords": "offset points"}
     axes.annotate(value_range(profile.column(metric)), **at_corner, fontsize=7.5, color=GREY)
+    labels = [shorten(printable(label), 30) for label in groups]
     axes.set_yticks(
-        range(len(groups)), [shorten(label, 30) for label in groups] if labelled else [], fontsize=8, color=INK
+        range(len(groups)), labels if labelled else [""] * len(groups), fontsize=8, color=INK, parse_math=False
     )
     step = max(1, math.ceil(columns / 8))
     axes.set_xticks(range(0, columns, step))

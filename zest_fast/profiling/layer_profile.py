@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,26 @@ class LayerRow(Mapping[str, float]):
         return printable(f"{self._layer}: {values}")
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How the metrics of a profile differ between the batches of which it is the mean; read-only arrays.
+
+    batches: how many there were. deviations: float64 [layers, metrics], standard deviation over the batches in which a
+    metric is defined, divided by n - 1; NaN below two of them. counts: int64 [layers, metrics], how many these are.
+    """
+
+    batches: int
+    deviations: np.ndarray
+    counts: np.ndarray
+
+    def __post_init__(self) -> None:
+        for array in (self.deviations, self.counts):
+            array.setflags(write=False)
+
+
 class LayerProfile:
-    """Metrics of every layer of a model for one mini-batch (definitions: `zest_fast.profiling.metrics`).
+    """Metrics of every layer of a model for one mini-batch (definitions: `zest_fast.profiling.metrics`), or their means
+    over several.
 
     Looks up like a mapping from layer name to row: `profile["layer"]["snip"]`, `len(profile)`, `for name in profile`.
 
@@ -58,11 +77,12 @@ class LayerProfile:
         loss: of the batch.
         backend: the kernels that computed the values.
         uncovered: parameter name -> why it has no row.
+        spread: of values that are means over batches, how these differ; None of one batch.
 
     Attributes:
         names: list of str.
         metrics: list of str.
-        values: see above, as info, loss, backend and uncovered.
+        values: see above, as info, loss, backend, uncovered and spread.
 
     Raises:
         ValueError: these do not fit together.
@@ -93,6 +113,7 @@ class LayerProfile:
         loss: float,
         backend: str,
         uncovered: Mapping[str, str],
+        spread: Spread | None = None,
     ) -> None:
         self.names = _unique("names", names)
         self.metrics = _unique("metrics", metrics)
@@ -110,6 +131,10 @@ class LayerProfile:
         self.loss = float(loss)
         self.backend = str(backend)
         self.uncovered = dict(uncovered)
+        for what in ("deviations", "counts") if spread is not None else ():
+            if (shape := getattr(spread, what).shape) != self.values.shape:
+                raise ValueError(f"spread.{what} has shape {list(shape)}, and values {list(self.values.shape)}")
+        self.spread = spread
         self._row = {name: row for row, name in enumerate(self.names)}
 
     def __getitem__(self, layer: str) -> LayerRow:
@@ -142,12 +167,30 @@ class LayerProfile:
             raise KeyError(f"the profile has no metric {metric!r}; {nearest(metric, self.metrics)}")
         return self.values[:, self.metrics.index(metric)]
 
-    def to_pandas(self) -> pandas.DataFrame:
-        """A row for each layer (the index, named "layer"): the metrics, then every column of `info`."""
+    def to_pandas(self, *, spread: bool = False) -> pandas.DataFrame:
+        """The table as a data frame.
+
+        Args:
+            spread: of means over batches, two more columns behind each metric: its standard deviation between them
+                (`snip_deviation`), and in how many it is defined (`snip_batches`).
+
+        Returns:
+            A row for each layer (the index, named "layer"): the metrics, then every column of `info`.
+
+        Raises:
+            ValueError: spread=True of a profile of one batch.
+        """
         import pandas
 
+        if spread and self.spread is None:
+            raise ValueError("spread=True: the profile is of one batch; profile(model, batches=[...]) tells the spread")
         index = pandas.Index(self.names, name="layer")
-        columns: dict[str, Any] = {metric: self.values[:, i] for i, metric in enumerate(self.metrics)}
+        columns: dict[str, Any] = {}
+        for i, metric in enumerate(self.metrics):
+            columns[metric] = self.values[:, i]
+            if spread and self.spread is not None:
+                columns[f"{metric}_deviation"] = self.spread.deviations[:, i]
+                columns[f"{metric}_batches"] = self.spread.counts[:, i]
         for key in dict.fromkeys(key for row in self.info.values() for key in row):
             columns[key] = pandas.Series([self.info[name].get(key) for name in self.names], index=index)
         return pandas.DataFrame(columns, index=index)
@@ -204,19 +247,43 @@ class LayerProfile:
         return draw(self, path, metrics)
 
     def __repr__(self) -> str:
-        head = f"LayerProfile: {len(self)} layers x {len(self.metrics)} metrics"
-        head += f", loss {number(self.loss)}, backend {printable(self.backend)}"
-        if self.uncovered:
-            head += f", {len(self.uncovered)} uncovered"
         if not self.names:
-            return head
-        shown = [metric for metric in LEADING_METRICS if metric in self.metrics] or self.metrics[:4]
-        rows = list(range(len(self)))
+            return self._title()
+        header, rows, rest = self._shown()
+        return f"{self._title()}\n{text_table(header, rows, left=2)}" + (f"\n{rest}" if rest else "")
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the table of `repr`, and the heat map of its metrics where matplotlib is installed."""
+        from zest_fast.foundation.html_parts import html_table, inline_image, paragraph
+        from zest_fast.profiling.heat_map import can_draw, heat_map
+
+        if not self.names:
+            return paragraph(self._title())
+        header, rows, rest = self._shown()
+        parts = [html_table(header, rows, left=2, caption=self._title()), paragraph(rest) if rest else ""]
+        if can_draw() and self.metrics:
+            shown = self._leading()
+            alt = f"Heat map of {', '.join(shown)}: layer type down, depth across, colour is the rank among all layers"
+            parts.append(inline_image(heat_map(self, shown), alt))
+        return "".join(parts)
+
+    def _title(self) -> str:
+        head = f"LayerProfile: {len(self)} layers x {len(self.metrics)} metrics"
+        head += f", means of {self.spread.batches} batches" if self.spread is not None else ""
+        head += f", loss {number(self.loss)}, backend {printable(self.backend)}"
+        return head + (f", {len(self.uncovered)} uncovered" if self.uncovered else "")
+
+    def _leading(self) -> list[str]:
+        return [metric for metric in LEADING_METRICS if metric in self.metrics] or self.metrics[:4]
+
+    def _shown(self) -> tuple[list[str], list[list[str]], str]:
+        """Header and rows of a table that fits on a screen, and what is left out of it."""
+        shown, rows = self._leading(), list(range(len(self)))
         if len(rows) > 10:
             rows = [*rows[:5], -1, *rows[-3:]]
-        table = text_table(["layer", "kind", *shown], [self._cells(row, shown) for row in rows], left=2)
         rest = len(self.metrics) - len(shown)
-        return f"{head}\n{table}" + (f"\n(+ {rest} more metrics: .metrics, .to_pandas())" if rest else "")
+        more = f"(+ {rest} more metrics: .metrics, .to_pandas())" if rest else ""
+        return ["layer", "kind", *shown], [self._cells(row, shown) for row in rows], more
 
     def _cells(self, row: int, metrics: Sequence[str]) -> list[str]:
         if row < 0:

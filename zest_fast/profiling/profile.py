@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -18,6 +18,7 @@ from zest_fast.foundation.nearest import some
 from zest_fast.foundation.options import Backend, MetricNames
 from zest_fast.foundation.torch_private import compiler_is_loaded
 from zest_fast.kernels.storage import has_storage, is_fake, why_no_storage
+from zest_fast.profiling.averaging import profile_each
 from zest_fast.profiling.borrowing.model_state import ModelState
 from zest_fast.profiling.functions import attributes_read, forwards_of, hooks_of, may_write, referred
 from zest_fast.profiling.graph import custom_functions, leaves_of
@@ -40,6 +41,7 @@ def profile(
     model: nn.Module,
     batch: Any = None,
     *,
+    batches: Iterable[Any] | None = None,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     closure: Callable[[], Tensor] | None = None,
     layers: LayerSelection = None,
@@ -64,6 +66,12 @@ def profile(
         model: any module; weights of float32, float64, bfloat16 or float16.
         batch: a mapping (called as ``model(**batch)``; the loss is ``output.loss``) or a pair (inputs, targets), inputs
             being one tensor, a tuple of arguments or a mapping.
+        batches: instead, several of these: a list, or a loader, of which all batches are profiled one after the other,
+            each by a pass of its own. Values are then means over the batches in which a metric is defined (which is not
+            the metric of all samples at once: the norm of a mean gradient is smaller than the mean of the norms),
+            ``.loss`` is the mean loss, and ``.spread`` has the standard deviations. A layer that some batches do not
+            reach has the means of the others, as ``.info[...]["note"]`` says. Every process of a distributed model
+            needs the same number.
         loss_fn: ``loss_fn(output, targets)`` -> scalar mean loss; cross-entropy by default for a pair. Of a
             ModelOutput it gets the logits; for a mapping the targets are ``batch.get("labels")``.
         closure: instead of a batch, a function without arguments that runs the model and returns the scalar loss.
@@ -113,10 +121,18 @@ def profile(
         ['snip', 'fisher']
         >>> model[0].weight.grad is None
         True
+        >>> several = zest_fast.profile(model, batches=[batch, (torch.randn(6, 4), torch.randint(3, (6,)))])
+        >>> several.spread.batches, several.spread.deviations.shape
+        (2, (2, 15))
     """
     names = select_metrics(metrics)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module is needed")
+    if batches is not None:
+        if batch is not None or closure is not None:
+            raise ValueError("batches was given together with batch or closure; pass one of them")
+        rest: dict[str, Any] = {"loss_fn": loss_fn, "layers": layers, "metrics": metrics, "backend": backend}
+        return profile_each(batches, lambda one: profile(model, one, loss_scale=loss_scale, **rest))
     if not (isinstance(loss_scale, int | float) and math.isfinite(loss_scale) and loss_scale > 0):
         raise ValueError(f"loss_scale is {loss_scale!r}; a positive number is needed")
     if torch.is_inference_mode_enabled():

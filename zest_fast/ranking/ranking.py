@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, overload, runtime_checkable
 
 import numpy as np
 
@@ -105,6 +107,12 @@ class Ranking:
         ('4',)
         >>> ranking.explain()["rank"].tolist()
         [1, 2, 3]
+        >>> ranking[0] == ranking.names[0] and len(ranking[:2]) == 2
+        True
+        >>> ranking.save("ranking.json").name
+        'ranking.json'
+        >>> zest_fast.Ranking.load("ranking.json").names == ranking.names
+        True
     """
 
     def __init__(
@@ -158,6 +166,27 @@ class Ranking:
         """The rows that are the head, which `top` leaves out."""
         return tuple(name for name, _, info in self._rows() if info.get("head"))
 
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, place: int | slice) -> str | tuple[str, ...]:
+        """Names by place, best first, as `names` has them: `ranking[0]`, `ranking[:3]`. The head has a place, too;
+        `top` leaves it out."""
+        return tuple(self.names[place]) if isinstance(place, slice) else self.names[operator.index(place)]
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A row for each layer (the index, named "layer"), best first: rank, score, low and high (the interval, NaN
+        where nothing estimates it), depth, kind, numel and head. `explain` says why."""
+        import pandas
+
+        low, high = self.intervals.T
+        columns = {"rank": np.arange(1, len(self) + 1), "score": self.scores, "low": low, "high": high}
+        return pandas.DataFrame(columns | self._of_the_model(), index=pandas.Index(self.names, name="layer"))
+
+    def _of_the_model(self) -> dict[str, Any]:
+        return {key: [info.get(key) for info in self._info] for key in ("depth", "kind", "numel", "head")}
+
     def explain(self) -> pandas.DataFrame:
         """Where each layer stands, in the order of `names` (the index, named "layer").
 
@@ -178,14 +207,107 @@ class Ranking:
             "percentile": _percentiles(self.scores),
             "z_score": z_scores,
         }
-        for key in ("depth", "kind", "numel", "head"):
-            columns[key] = [info.get(key) for info in self._info]
-        frame = pandas.DataFrame(columns, index=pandas.Index(self.names, name="layer"))
+        frame = pandas.DataFrame(columns | self._of_the_model(), index=pandas.Index(self.names, name="layer"))
         if self._assessment is None:
             return frame
         frame["low"], frame["high"] = self.intervals.T
         added = self._assessment.explain()
         return frame.join(added.loc[:, (added != 0).any()])
+
+    def reasons(self, most: int = 3) -> dict[str, list[tuple[str, float]]]:
+        """What moves each layer's score most, of a Ranker.
+
+        Args:
+            most: how many parts of a layer.
+
+        Returns:
+            Layer -> (part, what it adds to the score), the largest effects first, by the columns of `explain`. Empty
+            for a single metric, and without the head, which has no score.
+
+        Raises:
+            ValueError: `most` below 1.
+        """
+        if most < 1:
+            raise ValueError(f"most must be at least 1, not {most}")
+        if self._assessment is None:
+            return {}
+        parts = self._assessment.parts()
+        found = {}
+        for row, name in enumerate(self._assessment.layers):
+            added = [(part, float(values[row])) for part, values in parts.items() if values[row]]
+            found[name] = sorted(added, key=lambda one: -abs(one[1]))[:most]
+        return found
+
+    def plain(self) -> dict[str, Any]:
+        """As strict JSON, the form in which a delta carries it: by, names, scores (null for none); of a Ranker note,
+        intervals and reasons, too."""
+        document: dict[str, Any] = {"by": self.by, "names": list(self.names), "scores": _or_none(self.scores)}
+        if self.note:
+            intervals = [_or_none(ends) for ends in self.intervals]
+            document |= {"note": self.note, "intervals": intervals, "reasons": self.reasons()}
+        return document
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the ranking whole or not at all, with intervals, note and explanation; exact to the bit.
+
+        Args:
+            path: a .json file.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: another ending, or info that JSON cannot hold.
+        """
+        from zest_fast.ranking.ranking_files import save_ranking
+
+        return save_ranking(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Ranking:
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The ranking.
+
+        Raises:
+            ValueError: it is torn, foreign or of a newer format; the message names it.
+        """
+        from zest_fast.ranking.ranking_files import load_ranking
+
+        return load_ranking(path)
+
+    def plot(self, path: str | os.PathLike[str], n: int = 20) -> Path:
+        """Draw the scores of the best layers, with their intervals. Needs `pip install 'zest_fast[plot]'`.
+
+        Args:
+            path: ending in .png, .svg or .pdf.
+            n: how many layers at most; the head and layers without a score are left out.
+
+        Returns:
+            The path.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ValueError: another ending, `n` below 1, or no layer that has a score.
+        """
+        from zest_fast.profiling.heat_map import save_figure
+        from zest_fast.ranking.picture import ranking_chart
+
+        return save_figure(ranking_chart(self, n), path)
+
+    @property
+    def assessment(self) -> Assessment | None:
+        """All that a Ranker said; None of a metric or another scorer."""
+        return self._assessment
+
+    @property
+    def info(self) -> list[dict[str, Any]]:
+        """What the profile says of each layer beside its metrics, in the order of `names`."""
+        return [dict(info) for info in self._info]
 
     @property
     def is_new(self) -> bool:
@@ -204,17 +326,38 @@ class Ranking:
         return iter(self.names)
 
     def __repr__(self) -> str:
+        if not self.names:
+            return self._title()
+        header, rows, rest = self._shown()
+        return f"{self._title()}\n{text_table(header, rows, left=3)}" + (f"\n{rest}" if rest else "")
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the table of `repr`, and the scores as a chart where matplotlib is installed."""
+        from zest_fast.foundation.html_parts import html_table, inline_image, paragraph
+        from zest_fast.profiling.heat_map import can_draw
+        from zest_fast.ranking.picture import drawable, ranking_chart
+
+        if not self.names:
+            return paragraph(self._title())
+        header, rows, rest = self._shown()
+        parts = [html_table(header, rows, left=3, caption=self._title(), name=1), paragraph(rest) if rest else ""]
+        if can_draw() and drawable(self):
+            alt = "Scores of the best layers, best at the top" + (", with 80 % intervals" if self.note else "")
+            parts.append(inline_image(ranking_chart(self), alt))
+        return "".join(parts)
+
+    def _title(self) -> str:
         head = f"Ranking of {len(self)} layers by {printable(self.by)}"
         missing = sum(np.isnan(score) and not info.get("head") for _, score, info in self._rows())
         head += f", {missing} of them without a score" if missing else ""
-        head += f": {self.note}" if self.note else ""
-        if not self.names:
-            return head
+        return head + (f": {self.note}" if self.note else "")
+
+    def _shown(self) -> tuple[list[str], list[list[str]], str]:
+        """Header and rows of a table that fits on a screen, and what is left out of it."""
         header = ["", "layer", "kind", "score", *(["low", "high"] if self.note else [])]
         shown = list(self._rows())[:10]
         rows = [self._cells(place, *row)[: len(header)] for place, row in enumerate(shown)]
-        rest = f"\n… and {len(self) - len(shown)} more" if len(self) > len(shown) else ""
-        return f"{head}\n{text_table(header, rows, left=3)}{rest}"
+        return header, rows, f"… and {len(self) - len(shown)} more" if len(self) > len(shown) else ""
 
     def _cells(self, place: int, name: str, score: float, info: dict[str, Any]) -> list[str]:
         label = shorten(name) + (" (head)" if info.get("head") else "")
@@ -223,6 +366,11 @@ class Ranking:
 
     def _rows(self) -> Iterator[tuple[str, float, dict[str, Any]]]:
         return zip(self.names, self.scores.tolist(), self._info, strict=True)
+
+
+def _or_none(values: np.ndarray) -> list[float | None]:
+    """For JSON, which knows neither NaN nor infinity."""
+    return [value if np.isfinite(value) else None for value in values.tolist()]
 
 
 def _percentiles(scores: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from zest_fast.cli import show
 from zest_fast.cli.jobs import runs
 from zest_fast.cli.jobs.interrupts import listening
 from zest_fast.cli.jobs.job import Job, to_device
+from zest_fast.cli.jobs.record import training_record
 from zest_fast.cli.jobs.saving import save_somewhere
 from zest_fast.cli.jobs.scores import evaluate
 from zest_fast.cli.jobs.training import optimizer_for, scheduler_for, steps_of, train
@@ -192,6 +193,7 @@ class _Run:
         self.losses: list[float] = []
         self.scheduler: Any = None
         self.before: dict[str, Any] | None = None
+        self.planned: dict[str, Any] | None = None
         self.run_file = runs.run_file(wanted.out)
         self._resumable = self.run_file if wanted.resume is None else wanted.resume[0]
         self.saved_at = 0 if wanted.resume is None else len(wanted.resume[1].losses)  # the step of the run's last file
@@ -207,10 +209,10 @@ class _Run:
         self._say_masters(optimizer)
         place = None
         if wanted.resume is None:
-            self.before = _score(job)
+            self.before, self.planned = _score(job), planned
         else:
             file, found = wanted.resume
-            place, self.before = found.place, found.before
+            place, self.before, self.planned = found.place, found.before, found.planned
             if len(found.losses) >= self.total:
                 raise ValueError(f"--resume {file} was at step {len(found.losses)} of {self.total} already: it is over")
         training = self._train(parameters, optimizer, place)
@@ -228,7 +230,7 @@ class _Run:
             "by": choice.by,
             "note": choice.note,
             "choice": choice.explanation,
-            "plan": planned,
+            "plan": self.planned,
             "trainable": list(tuned.trainable_names),
             "cut": cut,
             "trainable_parameters": sum(parameter.numel() for parameter in parameters),
@@ -316,9 +318,8 @@ class _Run:
     def _save(self, path: Path, **more: Any) -> None:
         settings = {key: value for key, value in asdict(self.wanted.data_settings).items() if value is not None}
         names = self.job.loaded.class_names or ()
-        self.tuned.save(
-            path, ranking=self.choice.ranking, recipe={**self.recipe, **more}, class_names=names, data=settings
-        )
+        recipe = {**self.recipe, **more, "record": training_record(self.planned, self.before, self.losses)}
+        self.tuned.save(path, ranking=self.choice.ranking, recipe=recipe, class_names=names, data=settings)
 
     def _save_run(self, optimizer: Any, place: dict[str, Any]) -> None:
         """The state from which `--resume` goes on; where it cannot be written, training goes on all the same."""
@@ -337,6 +338,7 @@ class _Run:
             before=self.before,
             losses=list(self.losses),
             place=place,
+            planned=self.planned,
         )
         try:
             self.tuned.save_run(self.run_file, optimizer, self.scheduler, progress=progress.plain())
@@ -505,10 +507,7 @@ def _check_space(wanted: Wanted, parameters: Sequence[Any], model: Any) -> None:
 
 
 def _plain_ranking(ranking: Any) -> Any:
-    if not isinstance(ranking, Ranking):
-        return ranking
-    scores = [None if math.isnan(score) else score for score in ranking.scores.tolist()]
-    return {"by": ranking.by, "names": list(ranking.names), "scores": scores, "note": ranking.note}
+    return ranking.plain() if isinstance(ranking, Ranking) else ranking
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,15 @@ class Job:
         if batch is None:
             raise ValueError("the data yields no batch")
         return to_device(batch, self.device)
+
+    def batches(self, count: int) -> Iterator[Any]:
+        """The first `count` of them, in the same way. Raises ValueError where there are fewer."""
+        batches = iter(self.loaders.train)
+        for done in range(count):
+            batch = next(batches, None)
+            if batch is None:
+                raise ValueError(f"--batches {count}: the data yields {done}; ask for fewer, or a smaller --batch-size")
+            yield to_device(batch, self.device)
 
     def any_batch(self) -> Any:
         """One as large as those that train, without moving the data loader on; None of a loader of the user's."""

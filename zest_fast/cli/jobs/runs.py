@@ -74,6 +74,7 @@ class Progress:
     before: dict[str, Any] | None
     losses: list[float]
     place: dict[str, Any]
+    planned: dict[str, Any] | None = None  # which earlier versions did not save
 
     def plain(self) -> dict[str, Any]:
         """As `save_run` takes it."""

@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from zest_fast.foundation.nearest import nearest
-from zest_fast.foundation.replacing import replacing
-from zest_fast.foundation.text_table import shorten
+from zest_fast.foundation.text_table import printable, shorten
 from zest_fast.profiling.heat_map import (
     COLOURS,
     FRAME,
@@ -26,6 +25,7 @@ from zest_fast.profiling.heat_map import (
     WIDTH,
     colour_ranks,
     figure_class,
+    save_figure,
     value_range,
 )
 
@@ -38,14 +38,16 @@ _TICKS = 12
 
 def draw(log: WatchLog, path: str | os.PathLike[str], metric: str) -> Path:
     """Draw `metric` of the log into `path`, whose suffix says the format; returns the path."""
+    return save_figure(run_map(log, metric), path)
+
+
+def run_map(log: WatchLog, metric: str) -> Any:
+    """The figure, of matplotlib. Raises ValueError for a log without a step or the metric."""
     make = figure_class()
-    path = Path(path)
     if not len(log) or not log.layers:
         raise ValueError(f"there is nothing to plot: {str(log.path)!r} holds no step of a layer yet")
     if metric not in log.metrics:
         raise ValueError(f"metric={metric!r}: the log has no such metric; {nearest(metric, log.metrics)}")
-    if not path.suffix:
-        raise ValueError(f"{str(path)!r} has no suffix that says the format, such as .png, .svg or .pdf")
     values = log.column(metric).T
     order = np.argsort([_depth(log, name) for name in log.layers], kind="stable")
     values, names = values[order], [log.layers[row] for row in order]
@@ -61,8 +63,8 @@ def draw(log: WatchLog, path: str | os.PathLike[str], metric: str) -> Path:
     corner = {"xy": (0, 1), "xycoords": "axes fraction", "xytext": (0, 7), "textcoords": "offset points"}
     axes.annotate(value_range(values), **corner, fontsize=7.5, color=GREY)
     every = max(1, math.ceil(len(names) / _LABELS))
-    labels = [shorten(name, 40) for name in names[::every]]
-    axes.set_yticks(range(0, len(names), every), labels, fontsize=8, color=INK)
+    labels = [shorten(printable(name), 40) for name in names[::every]]
+    axes.set_yticks(range(0, len(names), every), labels, fontsize=8, color=INK, parse_math=False)
     between = max(1, math.ceil(len(log) / _TICKS))
     shown = range(0, len(log), between)
     axes.set_xticks(shown, [str(log.logged[place].step) for place in shown], fontsize=8, color=INK)
@@ -78,9 +80,7 @@ def draw(log: WatchLog, path: str | os.PathLike[str], metric: str) -> Path:
     bar.set_label("rank among all layers and steps", fontsize=8, color=INK, labelpad=-9)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:].lower(), dpi=150, bbox_inches="tight", pad_inches=0.15)
-    return path
+    return figure
 
 
 def _depth(log: WatchLog, name: str) -> float:

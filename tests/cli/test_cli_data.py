@@ -474,6 +474,10 @@ def test_a_set_on_the_hub_is_asked_for_by_its_name(run, home, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     done(run("profile", "bert", "owner/films", "--config", "small", "--metrics", "snip"))
     assert asked == [("owner/films", "small")]
+    done(run("finetune", "bert", "owner/films", "--top", 1, "--steps", 1, "--validation-share", 0.5))
+    words = ("evaluate", "bert", "owner/films", "--delta", "delta.safetensors", "--held-out")
+    assert document(run(*words, "--json"))["predictions"] == 3
+    refused(run(*words, "--split", "train"), "was not trained on what owner/films holds now")
     refused(
         run("profile", "bert", "nobody/nothing"),
         "'nobody/nothing' is no file or folder here",
@@ -488,7 +492,7 @@ def test_without_the_library_a_set_of_the_hub_says_what_to_install(run, monkeypa
 
 CODE = """
 from transformers import LlamaForCausalLM
-class Mine(LlamaForCausalLM):
+class MineForCausalLM(LlamaForCausalLM):
     pass
 """
 
@@ -496,15 +500,20 @@ class Mine(LlamaForCausalLM):
 def test_code_of_a_model_is_run_only_when_it_is_trusted(run, home, monkeypatch):
     shutil.copytree(home / "chat", "mine")
     config = json.loads((home / "mine" / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Mine"}}
+    config |= {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.MineForCausalLM"},
+    }
     (home / "mine" / "config.json").write_text(json.dumps(config))
     (home / "mine" / "code.py").write_text(
         "from transformers import LlamaConfig\n" + CODE + "class Config(LlamaConfig):\n    model_type = 'mine'\n"
-        "Mine.config_class = Config\n"
+        "MineForCausalLM.config_class = Config\n"
     )
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(home / "modules"))
     words = ("finetune", "mine", "chat.jsonl", "--top", 1, "--steps", 1)
-    refused(run(*words), "asks to run code of its own", "code.Mine", "--trust-remote-code imports and runs it")
+    refused(
+        run(*words), "asks to run code of its own", "code.MineForCausalLM", "--trust-remote-code imports and runs it"
+    )
     assert not (home / "modules").exists()
     done(run(*words, "--trust-remote-code"))
     evaluate_words = ("evaluate", "mine", "chat.jsonl", "--delta", "delta.safetensors")

@@ -5,6 +5,7 @@ Columns of class numbers become their names, since the model's head is called by
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -48,8 +49,13 @@ def open_hub(source: str, config: str | None) -> dict[str, Callable[[], Table]]:
 
 
 def digest_of_hub(source: str, config: str | None) -> str:
-    """Of the versions of its parts, as `datasets` tells them apart."""
-    return "|".join(f"{name}:{part._fingerprint}" for name, part in sorted(_named(_loaded(source, config)).items()))
+    """Of what the rows of all its parts hold."""
+    state = hashlib.blake2b(digest_size=16)
+    for name, part in sorted(_named(_loaded(source, config)).items()):
+        state.update(f"{name}|{part.features}|".encode())
+        for rows in part.iter(batch_size=1000):
+            state.update(repr(rows).encode(errors="surrogateescape"))
+    return state.hexdigest()
 
 
 def _loaded(source: str, config: str | None) -> Any:

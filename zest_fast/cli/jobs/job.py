@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ class Job:
     device: torch.device
     without_effect: dict[str, str]  #: options that this model and data have no use for, and why
     own_batches: bool  #: whether the loaders are ours; not the user's
+    on_disk: bool  #: whether frozen weights stay there
+    in_one_length: Callable[[], Loaders]  #: the same data, each text padded to the longest
 
     @property
     def model(self) -> torch.nn.Module:
@@ -88,10 +91,12 @@ def open_job(
     _check_kind(opened, data, task)
     if names is not None and loaded.class_names is None:
         _check_outputs(loaded, len(names))
-    loaders = make_loaders(opened, loaded, label_column=label_column, seed=seed, **batching)
+    made = partial(make_loaders, opened, loaded, label_column=label_column, seed=seed, **batching)
+    loaders = made()
     loaded.model.to(target)
     without_effect = _without_effect(opened, data, task, is_reference(model))
-    return Job(loaded, loaders, target, without_effect, not isinstance(opened, Loaders))
+    own = not isinstance(opened, Loaders)
+    return Job(loaded, loaders, target, without_effect, own, streamed is not None, partial(made, same_length=True))
 
 
 def _with_delta(model: str, file: Path) -> LoadedModel:

@@ -37,6 +37,8 @@ LEARNING = 10.0
 """Steps that a prefix cache takes to find what crosses the cut and to compare: three to twenty in that benchmark."""
 _CROSSING = 4
 """Times what the lowest layer that trains is called with: inside attention the residual, queries, keys and values."""
+_AT_MOST = 2
+"""Times that: behind a gate, what the gate has computed is kept, too."""
 _GIB = 2**30
 
 
@@ -219,7 +221,7 @@ def fit_memory(
     if not rows:
         raise refused
     fit = _fastest(rows, limit, max_memory, where)
-    return replace(fit, cache_bytes=prefix.kept if prefix is not None and fit.savings.cache else 0)
+    return replace(fit, cache_bytes=_AT_MOST * prefix.kept if prefix is not None and fit.savings.cache else 0)
 
 
 def _fastest(rows: list[tuple[Savings, Plan, float]], limit: int, max_memory: str | int, where: str) -> Fit:
@@ -272,8 +274,9 @@ def _planned(known: dict[Savings, Plan], savings: Savings, prefix: _Prefix | Non
         return step
     if prefix is None:
         raise ValueError("a prefix cache: no call of the lowest layer that trains is met in a dry run")
-    breakdown = {**step.breakdown, "activations": step.breakdown["activations"] + prefix.kept}
-    return replace(step, peak_bytes=step.peak_bytes + prefix.kept, breakdown=breakdown)
+    more = _AT_MOST * prefix.kept
+    breakdown = {**step.breakdown, "activations": step.breakdown["activations"] + more}
+    return replace(step, peak_bytes=step.peak_bytes + more, breakdown=breakdown)
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def test_only_what_is_left_to_choose_is_planned(found) -> None:
     whole = found.to_pandas().set_index(["frozen", "stream"])
     assert len(table) == 2 and set(table.peak_bytes) <= set(whole.peak_bytes)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10))
-    with pytest.raises(ValueError, match="no frozen nn.Linear"):
+    with pytest.raises(ValueError, match=r"no frozen nn\.Linear"):
         fit_memory(model, ["2"], "1GB", batch_size=2, image_size=8, among=[Savings(frozen="int8")])
 
 

@@ -100,7 +100,7 @@ def turn(
     }
     source: Any = job.model
     if job.on_disk:  # of which a resident step is planned, too
-        source = str(_folder(wanted.model))
+        source = str(Path(_folder(wanted.model)).absolute())  # which is no name of an architecture
         planned["dtype"] = next(p.dtype for p in job.model.parameters() if p.is_floating_point())
 
     def fitted(one: Choice, among: list[Savings]) -> Fit:
@@ -115,6 +115,11 @@ def turn(
                 found = fitted(choice, ways.all)
             except ValueError:
                 raise ValueError(_nothing_fits(error, fitted, choice, planned, ways)) from error
+        except Exception as error:  # of a model whose code needs values, whatever that raises
+            raise ValueError(
+                f"--max-memory needs a plan, and none can be made here ({type(error).__name__}: {error}): leave it "
+                "out, and say yourself what is to be saved by --checkpoint, --frozen, --stream or --cache"
+            ) from error
         if found.savings.cache and "cache" not in wanted.dial.settled and (why := _no_room(found, wanted, job)):
             ways.no_cache = why
             found = fitted(choice, ways.without_cache)
@@ -149,6 +154,7 @@ class _Ways:
         assert wanted.dial is not None
         settled = wanted.dial.settled
         self.no_stream = self.no_cache = ""
+        self.own_batches = job.own_batches
         try:
             self.epochs = max(steps / len(job.loaders.train), 1e-9)
         except TypeError:  # of an IterableDataset
@@ -290,10 +296,10 @@ def _nothing_fits(
     planned: dict[str, Any],
     ways: _Ways,
 ) -> str:
-    """With what would fit: so many samples in a batch, or so much memory."""
+    """With what would fit: so much memory, or so many samples in a batch, where that is ours to say."""
     text = f"{error}. --max-memory {math.ceil(error.needs / 2**10)}KiB would do"
     samples = _samples(planned["batch"])
-    for count in [samples >> halved for halved in range(1, samples.bit_length())]:
+    for count in [samples >> halved for halved in range(1, samples.bit_length())] if ways.own_batches else ():
         planned["batch"] = _first(count, planned["batch"])
         try:
             savings = fitted(choice, ways.all).savings

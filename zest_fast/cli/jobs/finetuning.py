@@ -117,7 +117,7 @@ def settings_of_job(job: Job, params: Mapping[str, Any]) -> DataSettings:
     """What a delta says of the data that it was trained on."""
     frozen = params["frozen"]
     if params["stream"]:
-        packed = read_packed(Path(params["model"]))
+        packed = read_packed(downloaded_folder(params["model"]) or Path(params["model"]))
         frozen = None if packed is None else packed.format
     return DataSettings(
         task=job.loaded.task,
@@ -222,7 +222,7 @@ class _Run:
             "planned_steps": self.total,
             "model": wanted.model,
             "batch_size": wanted.data_settings.batch_size,
-            "saving": wanted.saving,
+            "saving": _without_paths(wanted.saving),
         }
         self.losses: list[float] = []
         self.before: dict[str, Any] | None = None
@@ -542,6 +542,11 @@ def _check_space(wanted: Wanted, parameters: Sequence[Any], model: Any) -> None:
                     f"{written} {path} will take about {math.ceil(size / 2**20):,} MiB, and {free / 2**20:,.0f} MiB "
                     "are free there; name another disk or make room"
                 )
+
+
+def _without_paths(saving: dict[str, Any] | None) -> dict[str, Any] | None:
+    """For a file that others get."""
+    return None if saving is None else {name: value for name, value in saving.items() if name != "own_cache"}
 
 
 def _plain_ranking(ranking: Any) -> Any:

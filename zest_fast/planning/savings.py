@@ -174,8 +174,8 @@ def fit_memory(
         A Fit: print it.
 
     Raises:
-        NothingFits: a ValueError; the message says what needs the least.
-        ValueError: what `plan` refuses; an `among` of which nothing can be planned.
+        ValueError: nothing fits (a NothingFits: the message says what needs the least), what `plan` refuses, or an
+            `among` of which nothing can be planned.
 
     Examples:
         >>> import zest_fast

@@ -3,6 +3,7 @@
 python -m bench.finetune                                       # every pair; run it again and it goes on
 python -m bench.finetune --pairs minilm/trec --threads 1
 python -m bench.finetune --costs                               # time and count the steps of finished pairs again
+python -m bench.finetune --cached                              # ZEST@5 of finished pairs again, with a prefix cache
 python -m bench.finetune --collect                             # finetune.json from what is there
 
 Protocol. Every arm of a pair starts from the same weights (the head fitted on its own split), takes the same number of
@@ -13,7 +14,8 @@ once for each; the curves are those of the last seed. ZEST ranks the profile of 
 with a Ranker that was fitted without that family of data sets; "ZEST probed" mixes in a probe of its first 1,024
 training samples, at 5 % of a sweep. "contribution" ranks by the records of the sweep, which
 are losses on "score": what a ranking could reach at best. Random layers are drawn twice for each seed. Seconds and peak
-bytes of a step are relative to full fine-tuning in the same rounds.
+bytes of a step are relative to full fine-tuning in the same rounds. --cached trains ZEST@5 of each seed at its
+rate with a PrefixCache and without, and full, each once, and notes accuracies and the processor time of the whole run.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -44,6 +48,7 @@ from bench.measure import (
     write_result,
 )
 from bench.spectra import load_spectra
+from zest_fast import PrefixCache
 from zest_fast.foundation.replacing import replacing
 from zest_fast.planning.counted_memory import peak_bytes
 from zest_fast.prefix.inputs import logits_of, rows_of
@@ -78,6 +83,7 @@ PROFILED = 64
 ROUNDS = 7
 """Of timed steps."""
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
+CACHED = "ZEST@5"
 FOLDER = RESULTS / "finetune"
 SETTINGS = {
     "image": {"batch_size": 32, "steps": 64, "head_rate": 5e-4},
@@ -94,6 +100,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="one file for each pair, written after every run")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--costs", action="store_true", help="only measure the steps of finished pairs again")
+    parser.add_argument("--cached", action="store_true", help="only train ZEST@5 of finished pairs with a prefix cache")
     parser.add_argument("--collect", action="store_true", help="only write finetune.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -101,7 +108,7 @@ def main() -> None:
         arguments.folder.mkdir(parents=True, exist_ok=True)
         for name in arguments.pairs:
             pair = Pair(name, arguments.folder)
-            pair.measure_costs() if arguments.costs else pair.run()
+            pair.run_cached() if arguments.cached else pair.measure_costs() if arguments.costs else pair.run()
     print(collect(arguments.folder))
 
 
@@ -156,6 +163,39 @@ class Pair:
             layers = None if run["layers"] is None else tuple(run["layers"])
             summary |= self._cost(Arm(name, layers, RANK if "LoRA" in name else 0))
         self._write()
+
+    def run_cached(self) -> None:
+        """The arm CACHED of each seed beside itself without a cache and full fine-tuning, where all are tested."""
+        done = self.document.setdefault("cached", {})
+        left = [run for run in self._tested(CACHED) if str(run["seed"]) not in done]
+        if not left or "arms" not in self.document:
+            return
+        self._load()
+        self._fit_head()
+        for run in left:
+            arm, full = Arm(CACHED, tuple(run["layers"])), Arm("full", None)
+            with tempfile.TemporaryDirectory() as folder:
+                samples = len(self.splits["train"][1])
+                cache = PrefixCache(folder, samples=samples)
+                done[str(run["seed"])] = found = {
+                    "full": self._timed(full, run["seed"], self.document["arms"]["full"]["rate"]),
+                    "plain": self._timed(arm, run["seed"], run["rate"]),
+                    "cached": self._timed(arm, run["seed"], run["rate"], cache),
+                }
+                found["cache"] = str(cache)
+            self._write()
+            ours, theirs = (found[which]["test_accuracy"] for which in ("cached", "plain"))
+            seconds = {which: found[which]["seconds"] for which in ("full", "plain", "cached")}
+            print(f"{self.name}: seed {run['seed']}: {ours} with the cache, {theirs} without; {seconds}", flush=True)
+
+    def _timed(self, arm: Arm, seed: int, rate: float, cache: PrefixCache | None = None) -> dict[str, float]:
+        """One run; seconds of the processor, without loading and testing."""
+        trained = Trained(self.model, self.head, arm, cache)
+        began = time.process_time()
+        self._run(trained, arm, seed, rate, ())
+        seconds = time.process_time() - began
+        loss, accuracy = self._evaluate(trained.model, "test")
+        return {"seconds": seconds, "test_loss": loss, "test_accuracy": accuracy}
 
     # What every arm starts from
 

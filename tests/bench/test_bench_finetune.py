@@ -213,3 +213,23 @@ def test_lora_on_a_convolution_whose_padding_the_model_computes():
     assert torch.equal(logits, net(images).logits)  # adapters begin at zero
     logits.sum().backward()
     assert all(parameter.grad is not None for parameter in trained.parameters.values())
+
+
+def test_a_cached_arm_comes_out_the_same_and_is_not_trained_twice(small, tmp_path, monkeypatch, capsys):
+    layers = list(LAYERS[6:11])
+    runs = {
+        str(seed): {"arm": "ZEST@5", "layers": layers, "seed": seed, "rate": 1e-2, "test_accuracy": 0.5}
+        for seed in (0, 1)
+    }
+    (tmp_path / "toy--digits.json").write_text(json.dumps({"runs": runs, "arms": {"full": {"rate": 1e-3}}}))
+    monkeypatch.setitem(finetune.SETTINGS, "image", {"batch_size": 24, "steps": 8, "head_rate": 1e-3})  # two rounds
+    finetune.Pair("toy/digits", tmp_path).run_cached()
+    found = json.loads((tmp_path / "toy--digits.json").read_text())["cached"]
+    assert found.keys() == {"0", "1"} and "with the cache" in capsys.readouterr().out
+    for run in found.values():
+        assert run["cached"]["test_accuracy"] == run["plain"]["test_accuracy"]
+        assert run["cached"]["test_loss"] == pytest.approx(run["plain"]["test_loss"], rel=1e-5)
+        assert "96 computed, 96 read" in run["cache"] and run["full"]["seconds"] > 0
+    finetune.Pair("toy/digits", tmp_path).run_cached()
+    assert json.loads((tmp_path / "toy--digits.json").read_text())["cached"] == found
+    assert not capsys.readouterr().out

@@ -339,9 +339,11 @@ def test_finetune_fits_the_choice_and_the_frozen_weights_into_memory(run, tmp_pa
     words = ("finetune", "llama", "films.jsonl", "--by", "snip", "--top", 2, "--steps", 2, *saving(tmp_path))
     words = (*words, "--prefer", "cheap-cut", "--max-memory", "1GB", "--frozen", "int8", "--checkpoint", "above-cut")
     found = document(run(*words, "--json"))
-    assert "a step of AdamW holds" in found["choice"] and found["verified"] and len(found["layers"]) == 2
+    assert found["saving"]["frozen"] == "int8" and found["saving"]["checkpoint"] == "above-cut"
+    assert "2 layers by snip" in found["choice"] and found["verified"] and len(found["layers"]) == 2
     result = run(*words)
-    assert "what was chosen moved" in result.stdout and "a step of AdamW holds" in " ".join(result.stdout.split())
+    assert "what was chosen moved" in result.stdout and "2 layers by snip" in " ".join(result.stdout.split())
+    assert "--max-memory 1GB: frozen='int8', checkpoint='above-cut'" in " ".join(result.stderr.split())
 
 
 def test_finetune_says_what_did_not_move(run, tmp_path):
@@ -450,8 +452,8 @@ def test_what_profile_refuses_is_one_line(run, words, parts):
         (("--layers", "bert.pooler.dens"), ["bert.pooler.dens", "'bert.pooler.dense'"]),
         (("--head", "clasifier"), ["clasifier", "'classifier'"]),
         (("--prefer", "cheap"), ["cheap", "'cheap-cut'"]),
-        (("--max-memory", "1KB"), ["max_memory", "no 5 layers fit"]),
-        (("--layers", "bert.pooler.dense", "--max-memory", "1GB"), ["--layers", "--max-memory"]),
+        (("--max-memory", "1KB"), ["--max-memory '1KB'", "no way to save memory makes a step of these layers fit"]),
+        (("--layers", "bert.pooler.dense", "--prefer", "cheap-cut"), ["--layers", "--prefer"]),
         (("--frozen", "int3"), ["int3", "int8"]),
         (("--probe", "much"), ["--probe 'much'", "5% or 0.05"]),
         (("--probe", "0%"), ["--probe '0%'"]),

@@ -239,7 +239,7 @@ def test_outputs_that_cannot_be_are_refused_before_anything_is_loaded(run, home)
         (("--task", "chat"), ["--task 'chat'"]),
         (("--lr", "inf"), ["--lr inf"]),
         (("--device", "gpu"), ["--device 'gpu'"]),
-        (("--layers", "a", "--max-memory", "1GB"), ["--max-memory and --prefer"]),
+        (("--layers", "a", "--prefer", "cheap-cut"), ["--prefer chooses among ranked layers"]),
         (("--resume", "gone.pt"), ["run 'gone.pt' does not exist"]),
         (("--resume", "films.jsonl"), ["is no run that can be resumed"]),
     ],

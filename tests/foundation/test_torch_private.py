@@ -281,6 +281,14 @@ def test_bits_and_wrappers() -> None:
     assert private.is_functional(torch._to_functional_tensor(x))
 
 
+def test_tensors_are_flattened_by_a_copy() -> None:
+    tensors = [torch.tensor(3.0), torch.arange(6.0).view(2, 3).t(), torch.ones(1).expand(2), torch.empty(0)]
+    found = private.flattened(tensors)
+    assert found.tolist() == [3, 0, 3, 1, 4, 2, 5, 1, 1]
+    tensors[0].zero_()
+    assert found[0] == 3
+
+
 def test_views_wrappers_and_jagged_rows() -> None:
     x = torch.ones(4, 2)
     assert private.is_view(x[1:]) and not private.is_view(x)

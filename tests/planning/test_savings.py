@@ -105,6 +105,58 @@ def test_full_fine_tuning_has_nothing_to_keep_smaller() -> None:
         fit_memory(CONFIG, "all", "1GB", **STEP)
 
 
+@pytest.mark.parametrize("way", [Savings(frozen="int8"), Savings(cache=True), Savings("above-cut", "int8", cache=True)])
+def test_steps_of_a_way_hold_no_more_than_its_plan_says(way, tmp_path) -> None:
+    """Those of the first epoch of a cache among them, which find the cut, compare and write."""
+    from zest_fast import PrefixCache, SelectiveBackward
+    from zest_fast.planning.counted_memory import held_bytes, peak_bytes
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=4, vocab_size=400
+    )
+    config.use_cache = False
+    model = transformers.LlamaForCausalLM(config).train()
+    layers = ("model.layers.1.mlp.up_proj", "model.layers.2.mlp.down_proj")
+    tokens = [torch.randint(400, (4, 64)) for _ in range(2)]
+    planned = fit_memory(model, layers, "1GB", batch={"input_ids": tokens[0], "labels": tokens[0]}, among=[way]).plan
+    cache = PrefixCache(tmp_path, samples=8) if way.cache else None
+    with SelectiveBackward(model, layers, checkpoint=way.checkpoint, frozen=way.frozen, cache=cache) as tuned:
+        optimizer = torch.optim.AdamW(tuned.parameters(), lr=1e-4)
+
+        def epochs() -> None:
+            for batch in 2 * tokens:
+                model(input_ids=batch, labels=batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        own = (value for module in model.modules() for value in vars(module).values())  # of packed weights
+        there = held_bytes([*model.parameters(), *model.buffers(), *own, tokens[0]])
+        counted = there + peak_bytes(epochs)
+    assert counted <= planned.peak_bytes * 1.02
+    assert cache is None or (cache.read, cache.computed) == (8, 8)
+
+
+def test_a_cache_is_a_way_from_two_epochs_on(found) -> None:
+    assert not found.to_pandas().cache.any()
+    often = fit_memory(CONFIG, LAYERS, "10GB", **STEP, epochs=8).to_pandas()
+    assert len(often) == 24 and often.cache.sum() == 12
+    few = fit_memory(CONFIG, LAYERS, "10GB", **STEP, epochs=8, steps=10).to_pandas()
+    assert few[few.cache].cost.min() > often[often.cache].cost.min() + 0.9  # LEARNING, over ten steps
+    with pytest.raises(ValueError, match=r"epochs=0: more than 0"):
+        fit_memory(CONFIG, LAYERS, "10GB", **STEP, epochs=0)
+
+
+def test_only_what_is_left_to_choose_is_planned(found) -> None:
+    ways = [Savings(stream=True), Savings(frozen="int8")]
+    table = fit_memory(CONFIG, LAYERS, "10GB", **STEP, among=ways).to_pandas()
+    whole = found.to_pandas().set_index(["frozen", "stream"])
+    assert len(table) == 2 and set(table.peak_bytes) <= set(whole.peak_bytes)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10))
+    with pytest.raises(ValueError, match=r"no frozen nn\.Linear"):
+        fit_memory(model, ["2"], "1GB", batch_size=2, image_size=8, among=[Savings(frozen="int8")])
+
+
 def test_a_streamed_step_allocates_what_is_planned(tmp_path) -> None:
     """Beside mapped pages, which no allocator counts."""
     from zest_fast import SelectiveBackward, adamw, open_streamed, optimizer_in_backward

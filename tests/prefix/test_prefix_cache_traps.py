@@ -19,6 +19,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from zest_fast import PrefixCache, SelectiveBackward
+from zest_fast.prefix.volatile_state import VolatileState
+from zest_fast.prefix.walk import Walk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -549,3 +551,35 @@ def test_a_cache_that_has_served_another_model_tells_of_a_loader_that_augments(t
             for _ in range(3):
                 tuned.model(X[:8] + augments * torch.randn(8, 5))
         assert any("different samples came" in str(warning.message) for warning in caught) == augments
+
+
+def test_a_module_that_takes_the_place_of_another_is_seen_by_the_next_look():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), nn.Dropout(0.5)))
+    walk = Walk(model)
+    assert walk.modules == list(model.modules()) and walk.modules is walk.modules
+    model[1][0] = nn.GELU()
+    assert walk.modules == list(model.modules())
+    model[1].append(nn.Linear(4, 4))
+    assert walk.modules == list(model.modules())
+    model[0].inner = nn.ReLU()  # of what had none
+    assert walk.modules == list(model.modules())
+    model.__dict__["_modules"] = {"0": nn.Tanh()}
+    assert walk.modules == list(model.modules())
+
+
+@pytest.mark.parametrize("norms", [1, 3])
+def test_buffers_that_a_pass_writes_are_put_back_one_and_many(norms):
+    """One buffer of its dtype is joined by no copy, unless it is asked for."""
+    model = nn.Sequential(*(nn.BatchNorm1d(4) for _ in range(norms)))
+    model[0].register_buffer("wide", torch.ones(1).expand(3))
+    model[0].register_buffer("nothing", torch.full((2,), torch.nan))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state = VolatileState(model)
+    assert not state.changed_buffers()
+    model(torch.randn(8, 4))
+    written = {name for name in before if not name.endswith(("wide", "nothing"))}
+    assert set(state.changed_names()) == written
+    state.restore()
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
+    assert not state.changed_buffers()

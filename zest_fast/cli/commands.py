@@ -129,7 +129,11 @@ def finetune(
         str, typer.Option(help="score, or cheap-cut: of layers that the ranking cannot tell apart, the higher ones.")
     ] = "score",
     max_memory: Annotated[
-        str | None, typer.Option(help="16GB, 24GiB: choose higher layers until a planned step fits.")
+        str | None,
+        typer.Option(
+            help="3GB, 24GiB: of --checkpoint, --frozen, --stream and --cache, where you do not say, the fastest that "
+            "fits; other layers only where none does."
+        ),
     ] = None,
     checkpoint: Annotated[str | None, typer.Option(help="above-cut: recompute activations in backward.")] = None,
     frozen: Annotated[str | None, typer.Option(help="int8 or nf4: keep frozen Linear layers quantised.")] = None,
@@ -202,16 +206,17 @@ def finetune(
         ctx.params |= resumed_options(resume, progress, ctx.params, typed(ctx))
         layers = ",".join(progress.layers) or None
         checkpoint, frozen, stream = ctx.params["checkpoint"], ctx.params["frozen"], ctx.params["stream"]
+        cache = cache or progress.own_cache
         epochs, steps, lr, masters = (ctx.params[name] for name in ("epochs", "steps", "lr", "masters"))
         schedule, warmup, accumulate = (ctx.params[name] for name in ("schedule", "warmup", "accumulate"))
     if layers is not None and (unused := typed(ctx) & {"by", "top", "probe"}):
         raise ValueError(f"--{unused.pop()} chooses among ranked layers, and --layers names them: leave one out")
     if by is not None and probe is not None:
         raise ValueError("--probe is mixed in by the Ranker that ships, and --by ranks by a metric: leave one out")
-    if cache is None and "cache_limit" in typed(ctx):
+    if cache is None and max_memory is None and "cache_limit" in typed(ctx):
         raise ValueError("--cache-limit is about --cache, which names the folder: pass both")
-    if layers is not None and progress is None and (max_memory is not None or prefer != "score"):
-        raise ValueError("--max-memory and --prefer choose among ranked layers, and --layers names them: leave one out")
+    if layers is not None and progress is None and prefer != "score":
+        raise ValueError("--prefer chooses among ranked layers, and --layers names them: leave one out")
     names = split_names(layers, "--layers")
     if stream and names is None:
         raise ValueError(
@@ -224,21 +229,31 @@ def finetune(
         )
     share = share_of("--probe", probe)
     with work(model, data) as console:
-        more: dict[str, Any] = {"same_length": cache is not None}
-        if stream:
-            from zest_fast.integrations.pretrained import Streamed
+        from zest_fast.cli.jobs.dial import Dial, opened_first
+        from zest_fast.integrations.pretrained import Streamed
 
-            chosen = None if head == "none" else head if head == "auto" else split_names(head, "--head")
-            if progress is not None:
-                chosen = progress.head or None
-            more["streamed"] = Streamed(tuple(names or ()), chosen)
+        def opened(on_disk: tuple[Any, Any] | None, same_length: bool) -> Any:
+            """on_disk: layers and head of a model whose frozen weights stay there."""
+            streamed = None if on_disk is None else Streamed(*on_disk)
+            return opened_job(ctx, console, same_length=same_length, streamed=streamed)
+
+        chosen: Any = None if head == "none" else head if head == "auto" else split_names(head, "--head")
+        if progress is not None:
+            chosen = progress.head or None
+        dial = None
+        if max_memory is not None:
+            given = {"checkpoint": checkpoint, "frozen": frozen, "stream": stream or None, "cache": cache}
+            dial = Dial(max_memory, frozenset(name for name, value in given.items() if value is not None), opened)
         if progress is not None and resume is not None:
             from zest_fast.cli.jobs.runs import check_data
             from zest_fast.integrations.data.sources import digest_of_data
 
             parts = {name: ctx.params[name] for name in ("split", "config")}
             check_data(resume, progress, data, digest_of_data(data, **parts))
-        job = opened_job(ctx, console, **more)
+        if stream or dial is None:
+            job = opened((tuple(names or ()), chosen) if stream else None, cache is not None)
+        else:
+            job = opened_first(opened, model, names, chosen, ctx.params["device"], cache is not None)
         from zest_fast.cli.jobs.finetuning import Wanted, finetune_job, settings_of_job
 
         wanted = Wanted(
@@ -248,7 +263,7 @@ def finetune(
             probe=share,
             top=top,
             prefer=cast(Any, prefer),  # these are looked at there
-            max_memory=max_memory,
+            dial=dial,
             checkpoint=cast(Any, checkpoint),
             frozen=cast(Any, frozen),
             cache=cache,
@@ -271,6 +286,7 @@ def finetune(
             data_settings=settings_of_job(job, ctx.params),
             params=dict(ctx.params),
             written=typed(ctx),
+            saving=None if progress is None else progress.saving,
         )
         document = finetune_job(job, wanted, console)
     if as_json:

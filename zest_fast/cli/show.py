@@ -150,6 +150,8 @@ def finetuning_table(report: Mapping[str, Any]) -> None:
     }
     if report["choice"] is not None:
         rows["layers"] = report["choice"]
+    if report["saving"] is not None:
+        rows["memory"] = report["saving"]["explanation"]
     if report["model"] is not None:
         rows["model"] = report["model"]
     if report["cache"] is not None:

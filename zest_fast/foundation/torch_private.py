@@ -253,6 +253,10 @@ is_functional: Callable[[Tensor], bool] = torch._is_functional_tensor
 # The same memory with its bit for "negated" turned over: bits are compared where they lie, without a copy.
 neg_view: Callable[[Tensor], Tensor] = torch._neg_view
 
+# All values of several tensors, one after another, in one call: flattening hundreds of buffers one by one takes longer
+# than copying them. A single tensor is given as it is, not copied.
+flattened: Callable[[list[Tensor]], Tensor] = torch._C._nn.flatten_dense_tensors
+
 
 # What an operator will run
 

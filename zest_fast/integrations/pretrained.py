@@ -119,7 +119,8 @@ def load_model(
     class_names: the classes of the data. A head that the checkpoint has for them is kept: one that knows every class by
         name, or that has so many outputs where the classes are their numbers. Else a fresh one is drawn from torch's
         random state, and `.notes` says what was replaced and why. For one class a row a multi-label head is refused.
-    streamed: its frozen weights stay on disk (`open_streamed`); a folder is needed, and a head that is kept.
+    streamed: its frozen weights stay on disk (`open_streamed`); a folder is needed, or a hub id that is downloaded, and
+        a head that is kept.
     dtype: of the weights; None = as the checkpoint has them. Not of a `module:function`, nor of a streamed one.
     trust_remote_code: import and run code that comes with the weights, with all that the user may do.
 
@@ -129,8 +130,14 @@ def load_model(
     """
     if task is not None and task not in TASKS:
         raise ValueError(f"task {task!r} is unknown; {nearest(task, TASKS)}")
-    if streamed is not None and not Path(source).is_dir():
-        raise ValueError(f"model {source!r} is no folder, whose weights could stay on disk: name the folder of a model")
+    if streamed is not None:
+        folder = downloaded_folder(source)
+        if folder is None:
+            raise ValueError(
+                f"model {source!r} is no folder, whose weights could stay on disk: name the folder of a model, or "
+                "download the hub's first"
+            )
+        source = str(folder)
     if is_reference(source):
         model = load_function(source)()
         if not isinstance(model, torch.nn.Module):
@@ -176,6 +183,21 @@ def _set_problem(model: Any, task: str) -> None:
     """The loss of a head for sequences, which transformers would else take from the labels of its first batch."""
     if task in PROBLEMS:
         model.config.problem_type = PROBLEMS[task]
+
+
+def downloaded_folder(source: str) -> Path | None:
+    """The folder that `source` names, or in which a hub id lies that was downloaded; the hub is not asked."""
+    if Path(source).is_dir():
+        return Path(source)
+    if is_reference(source) or _is_path(source):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from zest_fast.foundation.byte_counts import memory_bytes
 from zest_fast.foundation.nearest import nearest
 from zest_fast.foundation.options import Checkpoint, Frozen, Preference
 from zest_fast.planning.batches import stand_in_batch
+from zest_fast.planning.optimizers import Build
 from zest_fast.planning.plan import planned_peak
 from zest_fast.planning.step_costs import StepCosts, costs_of_ranking, measured_costs
 from zest_fast.ranking.ranking import Ranking
@@ -78,6 +79,8 @@ def choose(
     prefer: Preference = "score",
     checkpoint: Checkpoint | None = None,
     frozen: Frozen | None = None,
+    stream: bool = False,
+    optimizer: str | Build = "adamw",
 ) -> Choice:
     """Which `n` layers to train: the best, or as good ones above which less has to be differentiated.
 
@@ -94,8 +97,10 @@ def choose(
             the ranking's uncertainty (the 80 % interval of their difference holds zero), as long as that saves enough
             FLOPs for what the scores lose (PRICE). Scores without intervals, as those of a single metric, have no
             uncertainty to trade: only layers of the very same score are exchanged.
-        checkpoint: of the SelectiveBackward that shall fit; without max_memory it changes nothing.
+        checkpoint: of the SelectiveBackward that shall fit; without max_memory it changes nothing, as all that follow.
         frozen: the same.
+        stream: frozen weights stay on disk, as for `plan`.
+        optimizer: as for `plan`.
 
     Returns:
         A tuple of names, best first; what they cost and what was traded is in its `.explanation`.
@@ -136,7 +141,16 @@ def choose(
         higher = [names for names in sets if candidates.cut(names) > candidates.cut(chosen)]
 
         def needs(names: tuple[str, ...]) -> int:
-            return planned_peak(model, batch, names, head=costs.head or None, checkpoint=checkpoint, frozen=frozen)
+            return planned_peak(
+                model,
+                batch,
+                names,
+                head=costs.head or None,
+                checkpoint=checkpoint,
+                frozen=frozen,
+                stream=stream,
+                optimizer=optimizer,
+            )
 
         chosen, peak = _first_that_fits([chosen, *higher], needs, limit)
     choice = candidates.choice(chosen, peak, assumed)

@@ -224,6 +224,7 @@ def planned_peak(
     lean: bool = True,
     checkpoint: Checkpoint | None = None,
     frozen: Frozen | None = None,
+    stream: bool = False,
 ) -> int:
     """Peak bytes of a training step of `model`, as it is, on a batch like `batch`: for whoever has both at hand.
 
@@ -237,6 +238,7 @@ def planned_peak(
         lean: of SelectiveBackward.
         checkpoint: of SelectiveBackward.
         frozen: of SelectiveBackward.
+        stream: frozen weights are on disk, as for `plan`.
 
     Returns:
         Bytes.
@@ -262,6 +264,7 @@ def planned_peak(
             checkpoint=checkpoint,
             frozen=frozen,
             head=head,
+            stream=stream,
         )
     )
 

@@ -323,6 +323,11 @@ def needed(peak_bytes: int) -> int:
     return int(peak_bytes * _FRAGMENTATION) + _CONTEXT
 
 
+def tensors_within(limit: int) -> int:
+    """Bytes of tensors that a card of so many has room for; below 1 where there is none."""
+    return int((limit - _CONTEXT) / _FRAGMENTATION)
+
+
 def fits(peak_bytes: int, limit: int) -> bool:
     return needed(peak_bytes) <= limit
 

@@ -26,6 +26,7 @@ from zest_fast.prefix.layouts import Learner
 from zest_fast.prefix.passes import Before, Kept, Passes, floats_of, part_of, undone, with_rows
 from zest_fast.prefix.placeholders import Unkept
 from zest_fast.prefix.sample_keys import Samples
+from zest_fast.prefix.walk import Walk
 from zest_fast.profiling.heads import unwrap
 from zest_fast.profiling.watched import unwatched
 
@@ -62,6 +63,7 @@ class CachedPasses:
         self._cache, self._model, self._digest = cache, model, digest
         self._passes = Passes(model, eval_prefix=cache.eval_prefix)
         self._learner = Learner(self._passes)
+        self._walk = Walk(model)
         self._layouts: dict[Any, _Layout | str] = {}
         self._bases: list[tuple[_Weights, str]] = []
         self._distinct: set[bytes] = set()
@@ -109,7 +111,7 @@ class CachedPasses:
             samples = Samples.of(args, keywords)
             if isinstance(samples, str):
                 return self._plainly(samples, forward, args, keywords)
-            before = Before(self._model)
+            before = Before(self._model, self._walk.modules)
             try:
                 with self._passes.by(forward):
                     return self._run(samples)
@@ -355,9 +357,10 @@ class CachedPasses:
 
     def _state(self, samples: Samples) -> tuple[Any, ...]:
         """What a layout is of: shapes, whether there is one sample, numerics, modes, hooks, and what trains."""
-        modules = tuple((module.training, is_observed(module)) for module in self._model.modules())
-        trained = tuple(parameter.requires_grad for parameter in self._model.parameters())
-        return samples.shared, samples.count == 1, _numerics(samples), modules, trained
+        modules = self._walk.modules
+        states = tuple([(module.training, is_observed(module)) for module in modules])
+        trained = tuple([p.requires_grad for module in modules for p in module._parameters.values() if p is not None])
+        return samples.shared, samples.count == 1, _numerics(samples), states, trained
 
     def _files(self, boundary: Boundary, cut: str, samples: Samples, weights: _Weights) -> ActivationFiles:
         cache, model = self._cache, self._model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -33,10 +33,10 @@ Kept = Mapping[Call, list[Tensor]]
 
 
 class Before:
-    """Buffers, generators and plain attributes (counters, lists that grow) as they are now."""
+    """Buffers, generators and plain attributes (counters, lists that grow) as they are now. modules: of the model."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._state, self._attributes = VolatileState(model), KeptAttributes(model.modules())
+    def __init__(self, model: nn.Module, modules: Sequence[nn.Module]) -> None:
+        self._state, self._attributes = VolatileState(model, modules), KeptAttributes(modules)
 
     def restore(self) -> None:
         self._state.restore()
@@ -46,7 +46,7 @@ class Before:
 @contextmanager
 def undone(model: nn.Module) -> Iterator[None]:
     """At the end all of that is what it was."""
-    before = Before(model)
+    before = Before(model, list(model.modules()))
     try:
         yield
     finally:

@@ -8,7 +8,8 @@ import shutil
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from zest_fast import PrefixCache, SelectiveBackward, choose, plan, profile, ran
 from zest_fast import probe as run_probe
 from zest_fast.cli import show
 from zest_fast.cli.jobs import runs
+from zest_fast.cli.jobs.dial import Dial, turn
 from zest_fast.cli.jobs.interrupts import listening
 from zest_fast.cli.jobs.job import Job, to_device
 from zest_fast.cli.jobs.record import training_record
@@ -32,7 +34,9 @@ from zest_fast.foundation.options import Checkpoint, Frozen, Preference
 from zest_fast.foundation.text_table import printable
 from zest_fast.integrations.data.sources import digest_of_data
 from zest_fast.integrations.merging import DataSettings, merge_folder, save_model_folder
+from zest_fast.integrations.pretrained import downloaded_folder
 from zest_fast.lean.master_weights import LOW
+from zest_fast.planning.report import Plan
 from zest_fast.probing.collecting import collect
 from zest_fast.profiling.heads import find_head, is_language_model
 from zest_fast.ranking.ranking import Ranking
@@ -48,7 +52,9 @@ class Wanted:
     layers: None = the `top` ones of a ranking, by a metric or (by=None) by the Ranker that ships.
     head: "auto", "none", or the names of modules, separated by commas.
     probe: the share of a sweep's cost that a probe may take, to be mixed into that ranking; None = no probe.
-    prefer, max_memory, checkpoint, frozen: as for `choose` and SelectiveBackward.
+    prefer, checkpoint, frozen: as for `choose` and SelectiveBackward.
+    dial: --max-memory, which settles checkpoint, frozen, stream and cache; None = they are as they are. saving: what it
+    has found, for report, recipe and a run that goes on.
     cache, cache_limit: folder and limit of a PrefixCache; None = no cache.
     schedule, warmup: of the learning rate. accumulate: batches of a step.
     masters: float32 masters of what trains in bfloat16 or float16.
@@ -64,7 +70,7 @@ class Wanted:
     probe: float | None
     top: int
     prefer: Preference
-    max_memory: str | None
+    dial: Dial | None
     checkpoint: Checkpoint | None
     frozen: Frozen | None
     cache: Path | None
@@ -87,10 +93,17 @@ class Wanted:
     data_settings: DataSettings
     params: dict[str, Any]
     written: Collection[str]
+    saving: dict[str, Any] | None = None
+
+    @property
+    def own_cache(self) -> Path | None:
+        """The folder of the cache that the dial has made up, which goes when the run is over."""
+        own = (self.saving or {}).get("own_cache")
+        return None if own is None else Path(own)
 
 
 @dataclass(frozen=True)
-class _Choice:
+class Choice:
     """What trains and why. ranking: a Ranking, or what a run says of one; None where layers were named."""
 
     layers: Sequence[str]
@@ -111,7 +124,7 @@ def settings_of_job(job: Job, params: Mapping[str, Any]) -> DataSettings:
     """What a delta says of the data that it was trained on."""
     frozen = params["frozen"]
     if params["stream"]:
-        packed = read_packed(Path(params["model"]))
+        packed = read_packed(downloaded_folder(params["model"]) or Path(params["model"]))
         frozen = None if packed is None else packed.format
     return DataSettings(
         task=job.loaded.task,
@@ -139,17 +152,50 @@ def finetune_job(job: Job, wanted: Wanted, console: Console) -> dict[str, Any]:
             "can be made; leave it out, and put the delta into the model with zest_fast.apply_delta"
         )
     choice, batch = _choose(job, wanted, console)
-    lines, planned = _plan(job, wanted, choice, batch, console)
+    found = None
+    if wanted.dial is not None and wanted.resume is None:
+        _check(job, choice)
+        turned = turn(
+            job,
+            wanted,
+            choice,
+            console,
+            optimizer=_planned_optimizer(job, wanted),
+            steps=_steps(job, wanted) * wanted.accumulate,  # passes are what a cache saves
+            again=partial(_exchanged, job, wanted, choice),
+        )
+        job, wanted, choice, found = turned.job, turned.wanted, turned.choice, turned.plan
+    lines, planned = _plan(job, wanted, choice, batch, console, found)
     batch = None  # which may lie on a GPU
     if wanted.dry_run:
         _say(console, job, wanted, lines)
-        return _dry_report(job, choice, planned)
+        return _dry_report(job, wanted, choice, planned)
     kept = None
     if wanted.cache is not None:
         kept = PrefixCache(wanted.cache, limit=wanted.cache_limit, samples=_samples(job), eval_prefix=True)
     options: dict[str, Any] = {"checkpoint": wanted.checkpoint, "frozen": wanted.frozen, "cache": kept}
-    with SelectiveBackward(job.model, choice.layers, head=choice.head, **options) as tuned:
-        return _Run(job, wanted, console, choice, tuned, kept).report(lines, planned)
+    with (
+        _own_cache(wanted) as is_needed,
+        SelectiveBackward(job.model, choice.layers, head=choice.head, **options) as tuned,
+    ):
+        run = _Run(job, wanted, console, choice, tuned, kept)
+        try:
+            return run.report(lines, planned)
+        except BaseException:
+            is_needed.append(run.saved_at > 0)
+            raise
+
+
+@contextmanager
+def _own_cache(wanted: Wanted) -> Iterator[list[bool]]:
+    """Removes, at the end, what the dial has made up, but for a run that can go on; and nothing that was there."""
+    own, is_needed = wanted.own_cache, list[bool]()
+    remove = own is not None and (wanted.resume is not None or not own.exists())
+    try:
+        yield is_needed
+    finally:
+        if own is not None and remove and not any(is_needed):
+            shutil.rmtree(own, ignore_errors=True)
 
 
 def _say(console: Console, job: Job, wanted: Wanted, lines: Sequence[str]) -> None:
@@ -167,7 +213,7 @@ class _Run:
         job: Job,
         wanted: Wanted,
         console: Console,
-        choice: _Choice,
+        choice: Choice,
         tuned: SelectiveBackward,
         kept: PrefixCache | None,
     ) -> None:
@@ -179,7 +225,7 @@ class _Run:
             tuned,
             kept,
         )
-        self.total = wanted.steps or steps_of(_rounds_length(job), wanted.epochs, wanted.accumulate)
+        self.total = _steps(job, wanted)
         self.recipe: dict[str, Any] = {
             "optimizer": "AdamW",
             "lr": wanted.lr,
@@ -189,6 +235,7 @@ class _Run:
             "planned_steps": self.total,
             "model": wanted.model,
             "batch_size": wanted.data_settings.batch_size,
+            "saving": _without_paths(wanted.saving),
         }
         self.losses: list[float] = []
         self.scheduler: Any = None
@@ -230,6 +277,7 @@ class _Run:
             "by": choice.by,
             "note": choice.note,
             "choice": choice.explanation,
+            "saving": wanted.saving,
             "plan": self.planned,
             "trainable": list(tuned.trainable_names),
             "cut": cut,
@@ -339,6 +387,7 @@ class _Run:
             losses=list(self.losses),
             place=place,
             planned=self.planned,
+            saving=wanted.saving,
         )
         try:
             self.tuned.save_run(self.run_file, optimizer, self.scheduler, progress=progress.plain())
@@ -373,7 +422,7 @@ class _Run:
         loaded = self.job.loaded
         try:
             if self.wanted.stream:  # of mapped weights: from the files that they are in
-                merge_folder(self.wanted.model, delta, out)
+                merge_folder(str(downloaded_folder(self.wanted.model)), delta, out)
             else:
                 self.tuned.remove()  # plain weights in the place of packed ones
                 save_model_folder(loaded, out, loaded.class_names or ())
@@ -383,16 +432,16 @@ class _Run:
         return str(out), None
 
 
-def _choose(job: Job, wanted: Wanted, console: Console) -> tuple[_Choice, Any]:
+def _choose(job: Job, wanted: Wanted, console: Console) -> tuple[Choice, Any]:
     """The layers that were named, that a run had chosen, or the best ones of a ranking; and a batch to plan by.
 
     The batch is None where none can be had without moving the data loader on.
     """
     if wanted.resume is not None:
         run = wanted.resume[1]
-        return _Choice(run.layers, run.head or None, run.ranking, run.explanation), None
+        return Choice(run.layers, run.head or None, run.ranking, run.explanation), None
     if wanted.layers is not None:
-        chosen = _Choice(wanted.layers, _head(job, wanted.head, wanted.layers))
+        chosen = Choice(wanted.layers, _head(job, wanted.head, wanted.layers))
         return chosen, job.first_batch() if wanted.dry_run else job.any_batch()
     batch, by = job.first_batch(), wanted.by
     with console.status("profiling one batch"):
@@ -405,36 +454,43 @@ def _choose(job: Job, wanted: Wanted, console: Console) -> tuple[_Choice, Any]:
                 job.model, batches, layers=profiled.names, budget=wanted.probe, progress=console.is_terminal
             )
     ranking = rank(profiled, by=by, probe=found)
-    layers: Any = ranking.top(wanted.top) if wanted.prefer == "score" and wanted.max_memory is None else None
+    layers: Any = ranking.top(wanted.top)
     explanation = None
-    if layers is None:  # counts on the model itself, for which not every model is made
-        settings: dict[str, Any] = {
-            "prefer": wanted.prefer,
-            "max_memory": wanted.max_memory,
-            "checkpoint": wanted.checkpoint,
-            "frozen": wanted.frozen,
-        }
-        layers = choose(ranking, wanted.top, model=job.model, batch=batch, **settings)
+    if wanted.prefer != "score":  # counts on the model itself, for which not every model is made
+        layers = choose(ranking, wanted.top, model=job.model, batch=batch, prefer=wanted.prefer)
         explanation = layers.explanation
-    return _Choice(layers, _head(job, wanted.head, layers), ranking, explanation), batch
+    return Choice(layers, _head(job, wanted.head, layers), ranking, explanation), batch
+
+
+def _exchanged(job: Job, wanted: Wanted, choice: Choice, layers: Any) -> Choice:
+    """With these layers instead, as `choose` returns them."""
+    return replace(choice, layers=layers, head=_head(job, wanted.head, layers), explanation=layers.explanation)
+
+
+def _check(job: Job, choice: Choice) -> None:
+    """Raises what SelectiveBackward would."""
+    chosen_layers(job.model, choice.layers)
+    head_layers(job.model, choice.head)
 
 
 def _plan(
-    job: Job, wanted: Wanted, choice: _Choice, batch: Any, console: Console
+    job: Job, wanted: Wanted, choice: Choice, batch: Any, console: Console, found: Plan | None = None
 ) -> tuple[list[str], dict[str, Any] | None]:
     """Lines that say what will train, why, and what a step will hold; and the latter for the report.
 
-    None where no plan can be made: not every model runs on tensors without contents.
+    found: a plan that is there already. None where none can be made: not every model runs on tensors without contents.
     """
-    chosen_layers(job.model, choice.layers)  # raises what SelectiveBackward would, as the next one
-    head_layers(job.model, choice.head)
+    _check(job, choice)
     lines = ["training " + ", ".join(choice.layers)]
     if choice.note:
         lines.append(f"ranking: {choice.note}")
     if choice.explanation:
         lines.append(f"choice: {choice.explanation}")
-    found = None
-    if wanted.stream:
+    if wanted.saving is not None:
+        lines.append(f"--max-memory {wanted.saving['max_memory']}: {wanted.saving['explanation']}")
+    if found is not None:
+        lines.append(_plan_line(found))
+    elif wanted.stream:
         lines.append("plan: zest-fast plan --stream makes one of weights that stay on disk")
     elif batch is not None:
         try:
@@ -451,11 +507,7 @@ def _plan(
         except Exception as error:  # of a model whose code needs values, whatever that raises
             lines.append(f"plan: none can be made of this model ({type(error).__name__}: {_first_line(error)})")
         else:
-            parts = ", ".join(f"{kind} {size / 2**20:,.1f}" for kind, size in found.breakdown.items() if size)
-            lines.append(
-                f"plan: a step takes {found.peak_bytes / 2**20:,.1f} MiB of tensors at its peak ({parts}) and "
-                f"{found.flops / 1e9:,.3g} GFLOP, {found.setting.size}; backward ends at {found.cut}"
-            )
+            lines.append(_plan_line(found))
     if found is None:
         return lines, None
     return lines, {
@@ -467,12 +519,20 @@ def _plan(
     }
 
 
+def _plan_line(found: Plan) -> str:
+    parts = ", ".join(f"{kind} {size / 2**20:,.1f}" for kind, size in found.breakdown.items() if size)
+    return (
+        f"plan: a step takes {found.peak_bytes / 2**20:,.1f} MiB of tensors at its peak ({parts}) and "
+        f"{found.flops / 1e9:,.3g} GFLOP, {found.setting.size}; backward ends at {found.cut}"
+    )
+
+
 def _planned_optimizer(job: Job, wanted: Wanted) -> str:
     low = wanted.masters and any(parameter.dtype in LOW for parameter in job.model.parameters())
     return "adamw-masters" if low else "adamw-foreach" if job.device.type == "cuda" else "adamw"
 
 
-def _dry_report(job: Job, choice: _Choice, planned: dict[str, Any] | None) -> dict[str, Any]:
+def _dry_report(job: Job, wanted: Wanted, choice: Choice, planned: dict[str, Any] | None) -> dict[str, Any]:
     parts = (*chosen_layers(job.model, choice.layers), *head_layers(job.model, choice.head))
     names = {id(parameter): name for name, parameter in job.model.named_parameters()}
     return {
@@ -482,6 +542,7 @@ def _dry_report(job: Job, choice: _Choice, planned: dict[str, Any] | None) -> di
         "note": choice.note,
         "choice": choice.explanation,
         "trainable": list(dict.fromkeys(names[id(parameter)] for part in parts for parameter in part.parameters)),
+        "saving": wanted.saving,
         "plan": planned,
         "device": str(job.device),
         "class_names": job.loaded.class_names,
@@ -504,6 +565,11 @@ def _check_space(wanted: Wanted, parameters: Sequence[Any], model: Any) -> None:
                     f"{written} {path} will take about {math.ceil(size / 2**20):,} MiB, and {free / 2**20:,.0f} MiB "
                     "are free there; name another disk or make room"
                 )
+
+
+def _without_paths(saving: dict[str, Any] | None) -> dict[str, Any] | None:
+    """For a file that others get."""
+    return None if saving is None else {name: value for name, value in saving.items() if name != "own_cache"}
 
 
 def _plain_ranking(ranking: Any) -> Any:
@@ -538,6 +604,11 @@ def _head(job: Job, head: str, layers: Sequence[str]) -> str | list[str] | None:
         return "auto"
     found = None if is_language_model(job.model) else find_head(job.model)
     return sorted(fresh if found is None else fresh | {found})
+
+
+def _steps(job: Job, wanted: Wanted) -> int:
+    """Of the whole run."""
+    return wanted.steps or steps_of(_rounds_length(job), wanted.epochs, wanted.accumulate)
 
 
 def _rounds_length(job: Job) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ class Job:
     device: torch.device
     without_effect: dict[str, str]  #: options that this model and data have no use for, and why
     own_batches: bool  #: whether the loaders are ours; not the user's
+    on_disk: bool  #: whether frozen weights stay there
+    in_one_length: Callable[[], Loaders]  #: the same data, each text padded to the longest
     form: Form | None = None  #: of a table: its task and columns
     own_validation: bool = False  #: whether the data bring the part that scores
 
@@ -109,11 +112,21 @@ def open_job(
         )
     if names is not None and loaded.class_names is None:
         _check_outputs(loaded, len(names))
-    loaders = make_loaders(opened, loaded, form=form, seed=seed, chat_template=chat_template, **batching)
+    made = partial(make_loaders, opened, loaded, form=form, seed=seed, chat_template=chat_template, **batching)
+    loaders = made()
     loaded.model.to(target)
-    without_effect = _without_effect(opened, data, form, is_reference(model))
     own = not isinstance(opened, Loaders)
-    return Job(loaded, loaders, target, without_effect, own, form, own and opened.validation is not None)
+    return Job(
+        loaded,
+        loaders,
+        target,
+        without_effect=_without_effect(opened, data, form, is_reference(model)),
+        own_batches=own,
+        on_disk=streamed is not None,
+        in_one_length=partial(made, same_length=True),
+        form=form,
+        own_validation=own and opened.validation is not None,
+    )
 
 
 def _form_of(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,10 @@ CHOOSING = ("by", "probe", "top", "prefer", "max_memory", "layers", "head")  # w
 
 @dataclass(frozen=True)
 class Progress:
-    """options: of the command, by name. data, digest: as they were named, and of what they held. place: see Rounds."""
+    """options: of the command, by name. data, digest: as they were named, and of what they held. place: see Rounds.
+
+    saving: what --max-memory found, as the report has it; None without it, and in runs from before there was a dial.
+    """
 
     kind: str
     options: dict[str, Any]
@@ -75,6 +79,13 @@ class Progress:
     losses: list[float]
     place: dict[str, Any]
     planned: dict[str, Any] | None = None  # which earlier versions did not save
+    saving: dict[str, Any] | None = None
+
+    @property
+    def own_cache(self) -> Path | None:
+        """The folder of the cache that --max-memory has made for this run."""
+        own = (self.saving or {}).get("own_cache")
+        return None if own is None else Path(own)
 
     def plain(self) -> dict[str, Any]:
         """As `save_run` takes it."""
@@ -107,6 +118,8 @@ def _check(found: Progress) -> None:
     for name, (values, kind) in lists.items():
         if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
             raise ValueError(f"{name} is {values!r:.80}")
+    if found.saving is not None and not isinstance(found.saving, dict):
+        raise ValueError(f"saving is {found.saving!r:.80}")
     if not isinstance(found.options, dict) or set(found.options) != set(OPTIONS):
         raise ValueError("its options are not those of this version")
     place, start = found.place, found.place["start"]
@@ -131,7 +144,7 @@ def resumed_options(path: Path, found: Progress, params: Mapping[str, Any], writ
         for name in OPTIONS
         if name in written and params[name] != found.options[name]
     ]
-    if (params["cache"] is not None) != found.cached:
+    if (params["cache"] is not None) != found.cached and found.own_cache is None:
         other.append(f"--cache (it was started {'with one' if found.cached else 'without'})")
     if other:
         raise ValueError(f"--resume {path} goes on as the run was started, and here is {some(other)}")
@@ -206,6 +219,18 @@ class Rounds:
                 generator.set_state(state)
         self._start = {"global": random_state(), "own": [generator.get_state() for generator in own]}
         self._done, self._batches = 0, iter(self._loader)
+
+
+@contextmanager
+def unmoved(loader: DataLoader[Any]) -> Iterator[None]:
+    """At the end the random state, and that of the loader's own generators, is what it was: a look at its data."""
+    state, own = random_state(), [(generator, generator.get_state()) for generator in _generators(loader)]
+    try:
+        yield
+    finally:
+        set_random_state(state)
+        for generator, before in own:
+            generator.set_state(before)
 
 
 def _generators(loader: DataLoader[Any]) -> list[torch.Generator]:

@@ -34,8 +34,9 @@ class KeptAttributes:
         for module in modules:
             attributes = vars(module)
             self._before.append((attributes, attributes.copy()))
-            for name, value in attributes.items():
-                if name not in _OF_TORCH and type(value) not in _COMMON:
+            for name in sorted(attributes.keys() - _OF_TORCH):
+                value = attributes[name]
+                if type(value) not in _COMMON:
                     self._look_at(value)
         self.tensors = list({id(tensor): tensor for tensor in self.tensors}.values())
 

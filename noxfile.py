@@ -59,6 +59,13 @@ def versions(session: nox.Session, cell: str) -> None:
     session.run("python", "-m", "bench.versions", cell, *session.posargs)
 
 
+@nox.session(default=False)
+def sanitizers(session: nox.Session) -> None:
+    """The CPU kernels under ASan, UBSan and TSan, and under qemu (where it is) on processors without AVX2; needs g++."""
+    session.install(*CONSTRAINED, "-e", ".[test]", "pybind11>=2.13")
+    session.run("tests/sanitizers/run.sh", *session.posargs, external=True, env={"PYTHON": f"{session.bin}/python"})
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """ruff's format and rules; changes nothing."""

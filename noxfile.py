@@ -39,7 +39,7 @@ NEWEST = ("-r", "pyproject.toml", "--extra", "test")
 CELLS = {  # of bench/versions.py, which says what each is for: Python and what is installed
     "oldest": ("3.11", ("--resolution", "lowest-direct", *NEWEST)),
     "oldest torch": ("3.13", ("torch==2.8.0", *NEWEST)),
-    "oldest transformers": ("3.13", ("transformers==4.57.0", "peft==0.14.0", *NEWEST)),
+    "oldest transformers": ("3.13", ("transformers==5.0.0", "peft==0.14.0", *NEWEST)),
     "pinned": ("3.11", (*CONSTRAINED, *NEWEST)),
     "pinned on 3.12": ("3.12", (*CONSTRAINED, *NEWEST)),
     "pinned on 3.13": ("3.13", (*CONSTRAINED, *NEWEST)),

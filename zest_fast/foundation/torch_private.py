@@ -396,7 +396,7 @@ def fsdp_unreduced(group: Any) -> list[Tensor]:
     found = [one.unsharded_accumulated_grad for one in group.fsdp_params]
     found += [p.grad for p in fsdp_gathered(group)]
     found.append(getattr(group, "_partial_reduce_output", None))
-    return [gradient for gradient in found if gradient is not None]
+    return list({id(gradient): gradient for gradient in found if gradient is not None}.values())
 
 
 def is_gathered(group: Any) -> bool:
@@ -404,17 +404,20 @@ def is_gathered(group: Any) -> bool:
     return not group.is_sharded
 
 
-def fsdp_dtypes(group: Any) -> tuple[Any, Any]:
+_OF_DTYPES = ("_reduce_dtype", "_orig_dtype", "_fsdp_params_with_wider_grad_dtype")  # the second until 2.13 or 2.14
+
+
+def fsdp_dtypes(group: Any) -> dict[str, Any]:
     """Of parameters and of reductions, as FSDP2 read them off the parameters that required a gradient."""
-    return group._orig_dtype, group._reduce_dtype
+    return {name: getattr(group, name) for name in _OF_DTYPES if hasattr(group, name)}
 
 
-def set_fsdp_dtypes(group: Any, dtypes: tuple[Any, Any] | None) -> None:
+def set_fsdp_dtypes(group: Any, dtypes: dict[str, Any] | None) -> None:
     """Puts them there; None = reads them again."""
     if dtypes is None:
         group._init_mp_dtypes()
     else:
-        group._orig_dtype, group._reduce_dtype = dtypes
+        vars(group).update(dtypes)
 
 
 def fsdp_accumulates(group: Any) -> str:
@@ -447,6 +450,7 @@ def settle_fsdp(root: nn.Module, groups: list[Any]) -> None:
         reset()
     for group in groups:
         for one in group.fsdp_params:
-            one.unsharded_accumulated_grad = None
+            if "unsharded_accumulated_grad" in vars(one):  # in torch 2.15 the gradient of what is gathered
+                one.unsharded_accumulated_grad = None
         for p in fsdp_gathered(group):
             p.grad = None

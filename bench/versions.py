@@ -67,6 +67,7 @@ def main() -> None:
 
 def run(cell: str, tests: tuple[str, ...]) -> dict:
     """A row: what passed, failed and was skipped on the versions that are installed, and which tests failed."""
+    commit = describe_versions()["zest_fast"]
     with tempfile.TemporaryDirectory() as folder:
         tree, report = Path(folder) / "tree", Path(folder) / "report.xml"
         _lay_out(tree)
@@ -81,7 +82,7 @@ def run(cell: str, tests: tuple[str, ...]) -> dict:
         "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
-        "zest_fast": describe_versions()["zest_fast"],
+        "zest_fast": commit,
         **counts,
     }
 

@@ -145,7 +145,8 @@ class _Switch:
 
     def _exchange(self) -> None:
         for handle in self._handles():
-            handle.hooks_dict_ref()[handle.id] = _require_outside_passes
+            hooks: Any = handle.hooks_dict_ref()
+            hooks[handle.id] = _require_outside_passes
 
     def _handles(self) -> list[RemovableHandle]:
         """Those that are on: transformers 4 keeps the handle of a hook that it has removed."""

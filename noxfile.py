@@ -5,7 +5,7 @@
 """`nox -l` lists the sessions, `nox -s lint` runs one. Each makes an environment of its own.
 
 The README's test line and .ci/run need no nox; sessions call the same commands. Versions are those of constraints.txt,
-but for `oldest_torch`.
+but for `versions`.
 """
 
 from __future__ import annotations
@@ -35,12 +35,35 @@ def tests_slow(session: nox.Session) -> None:
     session.run("pytest", "-m", "slow", *session.posargs)
 
 
+NEWEST = ("-r", "pyproject.toml", "--extra", "test")
+CELLS = {  # of bench/versions.py, which says what each is for: Python and what is installed
+    "oldest": ("3.11", ("--resolution", "lowest-direct", *NEWEST)),
+    "oldest torch": ("3.13", ("torch==2.8.0", *NEWEST)),
+    "oldest transformers": ("3.13", ("transformers==5.0.0", "peft==0.14.0", *NEWEST)),
+    "pinned": ("3.11", (*CONSTRAINED, *NEWEST)),
+    "pinned on 3.12": ("3.12", (*CONSTRAINED, *NEWEST)),
+    "pinned on 3.13": ("3.13", (*CONSTRAINED, *NEWEST)),
+    "newest": ("3.13", NEWEST),
+}
+
+
+@nox.session(default=False, venv_backend="uv")
+@nox.parametrize("python,cell", [(python, cell) for cell, (python, _) in CELLS.items()], ids=list(CELLS))
+def versions(session: nox.Session, cell: str) -> None:
+    """A quick subset of the suite on a wheel, at both ends of every range (`nox -s 'versions(oldest)' -- --whole`)."""
+    wheels = session.create_tmp()
+    python = f"{session.bin}/python"
+    session.run("uv", "build", "--wheel", "-p", python, "-C", "cmake.define.ZEST_CUDA=OFF", "-o", wheels, external=True)
+    session.install(*CELLS[cell][1])
+    session.install("--no-deps", *map(str, Path(wheels).glob("*.whl")))
+    session.run("python", "-m", "bench.versions", cell, *session.posargs)
+
+
 @nox.session(default=False)
-def oldest_torch(session: nox.Session) -> None:
-    """The suite on the oldest torch that pyproject.toml allows."""
-    session.install("torch==2.6.0", "transformers==4.48.3", "numpy<2.3")
-    session.install("-e", ".[test]", "torch==2.6.0", "transformers==4.48.3", "numpy<2.3")
-    session.run("pytest", *session.posargs)
+def sanitizers(session: nox.Session) -> None:
+    """The CPU kernels under ASan, UBSan and TSan, and under qemu on processors without AVX2 (needs g++)."""
+    session.install(*CONSTRAINED, "-e", ".[test]", "pybind11>=2.13")
+    session.run("tests/sanitizers/run.sh", *session.posargs, external=True, env={"PYTHON": f"{session.bin}/python"})
 
 
 @nox.session

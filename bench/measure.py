@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -171,7 +171,7 @@ def write_result(
     document = {
         "benchmark": name,
         "command": " ".join(["python", "-m", f"bench.{module or name}", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "machine": describe_machine(),
         "versions": describe_versions(),
         "settings": settings,

@@ -32,6 +32,7 @@ from bench.probe_controls import controls_text
 from bench.probe_share import share_text
 from bench.reselect import reselect_text
 from bench.stream.report import compared_text, pair_text, stream_text
+from bench.versions import versions_text
 from bench.watch.report import watch_text
 
 MIB = 2**20
@@ -280,6 +281,7 @@ BLOCKS: dict[str, tuple[dict[str, str], Callable[..., str]]] = {
     "stream": ({"stream.json": "python -m bench.stream shape"}, stream_text),
     "stream_compared": ({"stream_compared.json": "python -m bench.stream compare"}, compared_text),
     "stream_pair": ({"stream_pair.json": "python -m bench.stream pair"}, pair_text),
+    "versions": ({"versions.json": "nox -s versions"}, versions_text),
     "watch": ({"watch.json": "python -m bench.watch"}, watch_text),
     "reselect": ({"reselect.json": "python -m bench.reselect"}, reselect_text),
     "prefix_cache": ({"prefix_cache.json": "python -m bench.prefix_cache"}, cache_text),

@@ -16,7 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -314,7 +314,7 @@ def _origin(path: Path) -> dict[str, Any]:
     return {
         "benchmark": "layerbench",
         "command": " ".join(["python", "-m", "bench.layerbench", "evaluate", *sys.argv[2:]]),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        "date": datetime.now(UTC).date().isoformat(),
         "machine": describe_machine(),
         "versions": describe_versions()
         | {name: version(name) for name in ("lightgbm", "scikit-learn", "scipy", "pandas")},

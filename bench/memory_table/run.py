@@ -17,7 +17,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def add_missing(path: Path, only: str | None = None) -> Path:
         for dtype in dtypes if only in (None, shape.model) else ():
             there = {row["method"]: row for row in results if (row["model"], row["dtype"]) == (str(shape), dtype)}
             for row in rows(shape, dtype, known=there):
-                row["date"] = datetime.now(timezone.utc).date().isoformat()
+                row["date"] = datetime.now(UTC).date().isoformat()
                 last = max(place for place, other in enumerate(results) if other in there.values())
                 results.insert(last + 1, row)
                 there[row["method"]] = row

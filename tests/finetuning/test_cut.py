@@ -362,6 +362,7 @@ def test_reentrant_checkpointing_around_the_models_own_forward():
         by_hand.get_submodule(part).requires_grad_(True)
     for one in (model, by_hand):
         checkpointing(one, reentrant=True)
+        inputs(one)  # which transformers 5 does by itself
     SelectiveBackward(model, [LAYER], head="lm_head")
     for one in (model, by_hand):
         hidden_by_parts(one).backward()

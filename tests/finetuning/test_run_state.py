@@ -2,6 +2,7 @@
 
 import copy
 import random
+import zipfile
 
 import numpy as np
 import pytest
@@ -84,6 +85,19 @@ def test_a_run_that_does_not_fit_changes_nothing(make, damage, message, tmp_path
         other.resume(path)
     assert_same(before, snapshot(other.model))
     assert str(states) == str(other.optimizer.state_dict()) and torch.equal(generator, torch.get_rng_state())
+
+
+def test_an_archive_that_unfolds_is_refused_before_it_does(tmp_path):
+    """64 MiB of zeros in 64 KiB: torch.load would take the memory before anything is looked at."""
+    torch.save({"zeros": torch.zeros(2**26, dtype=torch.uint8)}, tmp_path / "stored.pt")
+    with zipfile.ZipFile(tmp_path / "stored.pt") as stored, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as bomb:
+        for one in stored.infolist():
+            bomb.writestr(one.filename, stored.read(one), zipfile.ZIP_DEFLATED)
+    torch.load(tmp_path / "bomb.pt", weights_only=True)  # it does unfold such an archive
+    with pytest.raises(
+        ValueError, match=r"bomb\.pt' is no run .*bytes unfold to 67,\d+,\d+, and torch.save compresses"
+    ):
+        Job().resume(tmp_path / "bomb.pt")
 
 
 def test_objects_that_do_not_fit_are_put_back(tmp_path):

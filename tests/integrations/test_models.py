@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,16 @@ def test_torn_pytorch_weights(tmp_path):
     with pytest.raises(ValueError) as caught:
         load_model(str(folder))
     one_line(caught.value, str(folder / "pytorch_model.bin"), "is torn")
+
+
+def test_weights_that_unfold_are_refused_before_they_do(tmp_path):
+    folder = save_bert(tmp_path / "bert")
+    (folder / "model.safetensors").unlink()
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(2**24))
+    with pytest.raises(ValueError) as caught:
+        load_model(str(folder))
+    one_line(caught.value, str(folder / "pytorch_model.bin"), "unfold to 16,777,216")
 
 
 def test_missing_shard(tmp_path):

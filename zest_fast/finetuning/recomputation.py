@@ -145,13 +145,14 @@ class _Switch:
 
     def _exchange(self) -> None:
         for handle in self._handles():
-            hooks = handle.hooks_dict_ref()
-            if hooks is not None and handle.id in hooks:
-                hooks[handle.id] = _require_outside_passes
+            hooks: Any = handle.hooks_dict_ref()
+            hooks[handle.id] = _require_outside_passes
 
     def _handles(self) -> list[RemovableHandle]:
-        found = [vars(self._module).get(name) or () for name in _INPUT_HOOKS]  # a list, and before 4.5x one handle
-        return [handle for one in found for handle in (one if isinstance(one, list | tuple) else (one,))]
+        """Those that are on: transformers 4 keeps the handle of a hook that it has removed."""
+        found = [vars(self._module).get(name) or () for name in _INPUT_HOOKS]  # a list, in transformers 4 one handle
+        handles = [handle for one in found for handle in (one if isinstance(one, list | tuple) else (one,))]
+        return [handle for handle in handles if handle.id in (handle.hooks_dict_ref() or ())]
 
 
 def _require_outside_passes(module: nn.Module, args: Any, output: torch.Tensor) -> None:
@@ -192,7 +193,8 @@ def _enable_in_transformers(model: nn.Module) -> bool:
     new = hasattr(model, "activation_checkpointing_enable")  # since transformers 5.24
     enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
     enable({"use_reentrant": False})  # type: ignore[operator]
-    model.disable_input_require_grads()  # type: ignore[operator]  # turned on with it, of no use above the cut
+    if any(getattr(model, name, None) for name in _INPUT_HOOKS):  # transformers 4 cannot turn off what is not on
+        model.disable_input_require_grads()  # type: ignore[operator]  # turned on with it, of no use above the cut
     return True
 
 

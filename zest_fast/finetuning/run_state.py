@@ -23,6 +23,7 @@ import torch
 
 from zest_fast.finetuning.delta_files import Delta, hash_in, names_in, reason
 from zest_fast.finetuning.digests import add_tensor
+from zest_fast.foundation.documents import check_stored
 from zest_fast.foundation.replacing import check_regular, replacing
 from zest_fast.lean.optimizer import ELEMENTWISE
 from zest_fast.profiling.processes.local import is_distributed
@@ -93,6 +94,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     """What `write_run` wrote. Raises ValueError, naming the file, if torn, damaged or foreign."""
     check_regular(path)
     try:
+        check_stored(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"it is not of the format {FORMAT!r}")

@@ -33,7 +33,6 @@ from zest_fast.finetuning.verification import not_finite, verify
 from zest_fast.finetuning.wrapped_models import mark_wrapped, refuse_wrapped, unmark_wrapped
 from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.foundation.nearest import some
-from zest_fast.foundation.notes import add_note
 from zest_fast.foundation.options import Checkpoint, Frozen
 from zest_fast.foundation.removable import Removable
 from zest_fast.lean.apply import apply_lean
@@ -148,7 +147,7 @@ class SelectiveBackward(Removable):
                 if self._unpacked is not None:
                     self._unpacked.undo()
             if self._quantised is not None and self._quantised.rounded:
-                add_note(error, "frozen weights have been rounded before this happened: load the model again")
+                error.add_note("frozen weights have been rounded before this happened: load the model again")
             raise
 
     def _chosen_ids(self) -> set[int]:

@@ -12,6 +12,7 @@ import math
 import numbers
 import os
 import stat
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -49,6 +50,17 @@ def not_regular(found: os.stat_result) -> str:
     """What something is that is no regular file ("a device"); empty for a file."""
     kinds = {stat.S_IFREG: "", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(found.st_mode), "a device")
+
+
+def check_stored(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError for an archive (zip) of which more bytes unfold than it has; zipfile.BadZipFile for none.
+
+    torch.save stores and does not compress, but torch.load unfolds what somebody else has compressed.
+    """
+    with zipfile.ZipFile(path) as archive:
+        unfolded = sum(one.file_size for one in archive.infolist())
+    if unfolded > (size := os.path.getsize(path)):
+        raise ValueError(f"{size:,} bytes unfold to {unfolded:,}, and torch.save compresses nothing")
 
 
 def text_of(contents: bytes, encoding: str = "utf-8") -> str:

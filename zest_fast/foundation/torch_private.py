@@ -1,5 +1,7 @@
 """The private parts of torch that zest_fast uses, all of them: each with why, and a test that names it when it changes
-(tests/foundation/test_torch_private.py). Seen in torch 2.6 and 2.13.
+(tests/foundation/test_torch_private.py). Seen in torch 2.8, 2.13 and 2.15.
+
+A torch that lacks one of them is refused when this file is imported, not in the middle of a pass.
 
 Everything here asks, but for `set_run_backward` and `set_post_accumulate_hooks`, which put something in and back again.
 What is asked in every call of a layer is torch's own function under a name of ours, not one of ours around it.
@@ -9,8 +11,9 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import AbstractContextManager
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -34,6 +37,56 @@ __all__ = [
 ]
 
 Hooks = MutableMapping[int, Callable[..., Any]]
+
+NEEDED = (
+    "Tensor._backward_hooks",
+    "Tensor._cdata",
+    "Tensor._is_view",
+    "Tensor._make_wrapper_subclass",
+    "Tensor._post_accumulate_grad_hooks",
+    "UntypedStorage._cdata",
+    "_C.DisableTorchFunctionSubclass",
+    "_C._are_functorch_transforms_active",
+    "_C._autograd._get_sequence_nr",
+    "_C._autograd._top_saved_tensors_default_hooks",
+    "_C._current_autograd_node",
+    "_C._current_graph_task_id",
+    "_C._functorch.is_functorch_wrapped_tensor",
+    "_C._functorch.peek_interpreter_stack",
+    "_C._get_dispatch_stack_at",
+    "_C._get_function_stack_at",
+    "_C._is_any_autocast_enabled",
+    "_C._len_torch_dispatch_stack",
+    "_C._len_torch_function_stack",
+    "_is_functional_tensor",
+    "_neg_view",
+    "autograd._engine_run_backward",
+    "autograd.forward_ad._current_level",
+    "nn.modules.module._global_forward_hooks",
+    "optim.Optimizer.profile_hook_step",
+)
+"""Attributes of torch without which a pass cannot be made. What only some torch has is asked for where it is used."""
+
+
+def refuse_a_torch_without(names: Iterable[str]) -> None:
+    """Raises ImportError that names those attributes of torch which are not there."""
+    lacking = [f"torch.{name}" for name in names if not _has(name)]
+    if lacking:
+        raise ImportError(
+            f"torch {torch.__version__} has no {', '.join(lacking)}, which zest_fast needs: install a torch of the "
+            "table in docs/versions.md (2.8 to 2.15), or a zest_fast that was made for this one"
+        )
+
+
+def _has(name: str) -> bool:
+    try:
+        attrgetter(name)(torch)
+    except AttributeError:
+        return False
+    return True
+
+
+refuse_a_torch_without(NEEDED)
 
 # The backward pass that runs
 
@@ -66,8 +119,7 @@ def set_run_backward(function: Callable[..., Any]) -> None:
 
 def saved_tensors_are_moved() -> bool:
     """Whether hooks decide what becomes of tensors that autograd saves now: checkpointing, offloading."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in torch 2.6
-    return top is None or top(True) is not None
+    return saved_tensors_hooks() is not None
 
 
 def saved_tensors_hooks() -> Any:
@@ -302,7 +354,7 @@ def reset_ddp(model: nn.parallel.DistributedDataParallel) -> None:
 def fsdp_groups(unit: nn.Module) -> list[Any]:
     """What FSDP2 gathers and scatters together of a module that was given to ``fully_shard``."""
     state: Any = unit._get_fsdp_state()  # type: ignore[operator]
-    groups = getattr(state, "_fsdp_param_groups", None)  # not in torch 2.6
+    groups = getattr(state, "_fsdp_param_groups", None)  # not in every torch since 2.8
     if groups is None:
         groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
     return list(groups)
@@ -348,7 +400,7 @@ def fsdp_unreduced(group: Any) -> list[Tensor]:
     found = [one.unsharded_accumulated_grad for one in group.fsdp_params]
     found += [p.grad for p in fsdp_gathered(group)]
     found.append(getattr(group, "_partial_reduce_output", None))
-    return [gradient for gradient in found if gradient is not None]
+    return list({id(gradient): gradient for gradient in found if gradient is not None}.values())
 
 
 def is_gathered(group: Any) -> bool:
@@ -356,17 +408,20 @@ def is_gathered(group: Any) -> bool:
     return not group.is_sharded
 
 
-def fsdp_dtypes(group: Any) -> tuple[Any, Any]:
+_OF_DTYPES = ("_reduce_dtype", "_orig_dtype", "_fsdp_params_with_wider_grad_dtype")  # the second until 2.13 or 2.14
+
+
+def fsdp_dtypes(group: Any) -> dict[str, Any]:
     """Of parameters and of reductions, as FSDP2 read them off the parameters that required a gradient."""
-    return group._orig_dtype, group._reduce_dtype
+    return {name: getattr(group, name) for name in _OF_DTYPES if hasattr(group, name)}
 
 
-def set_fsdp_dtypes(group: Any, dtypes: tuple[Any, Any] | None) -> None:
+def set_fsdp_dtypes(group: Any, dtypes: dict[str, Any] | None) -> None:
     """Puts them there; None = reads them again."""
     if dtypes is None:
         group._init_mp_dtypes()
     else:
-        group._orig_dtype, group._reduce_dtype = dtypes
+        vars(group).update(dtypes)
 
 
 def fsdp_accumulates(group: Any) -> str:
@@ -395,10 +450,11 @@ def fsdp_takes_unused(group: Any) -> bool:
 def settle_fsdp(root: nn.Module, groups: list[Any]) -> None:
     """Ends a pass that has stopped half-way: shards in their places, and nothing left of its gradients."""
     reset = getattr(root, "reset_iter_state", None)
-    if reset is not None:  # not in torch 2.6, where a pass that stopped half-way leaves marks
+    if reset is not None:  # not in every torch since 2.8; without it a pass that stopped half-way leaves marks
         reset()
     for group in groups:
         for one in group.fsdp_params:
-            one.unsharded_accumulated_grad = None
+            if "unsharded_accumulated_grad" in vars(one):  # in torch 2.15 the gradient of what is gathered
+                one.unsharded_accumulated_grad = None
         for p in fsdp_gathered(group):
             p.grad = None

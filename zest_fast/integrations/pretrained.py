@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from zest_fast.foundation.documents import check_stored
 from zest_fast.foundation.hub_kernels import refuse_kernels
 from zest_fast.foundation.nearest import nearest, some
 from zest_fast.integrations.quiet import quiet_transformers
@@ -597,8 +598,17 @@ def _check_weights(folder: Path) -> None:
             raise ValueError(f"weights file {file} is missing, although {index.name} lists it")
         if file.suffix == ".safetensors":
             _check_safetensors(file)
-        elif _is_zip_start(file) and not zipfile.is_zipfile(file):  # the directory is a zip's last part
-            raise ValueError(f"weights file {file} is torn (it ends too early); copy or download it again")
+        elif _is_zip_start(file):
+            _check_archive(file)
+
+
+def _check_archive(file: Path) -> None:
+    if not zipfile.is_zipfile(file):  # the directory is a zip's last part
+        raise ValueError(f"weights file {file} is torn (it ends too early); copy or download it again")
+    try:
+        check_stored(file)
+    except ValueError as error:
+        raise ValueError(f"weights file {file}: {error}; take one that torch.save wrote") from error
 
 
 def _is_zip_start(file: Path) -> bool:

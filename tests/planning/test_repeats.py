@@ -39,7 +39,7 @@ ZOO = {
     "t5": (
         "T5Config",
         {"d_model": 32, "d_ff": 48, "num_layers": 6, "num_heads": 2, "d_kv": 16, "vocab_size": 100}
-        | {"decoder_start_token_id": 0},
+        | {"decoder_start_token_id": 0, "architectures": ["T5ForConditionalGeneration"]},
         None,
     ),
     "vit": ("ViTConfig", {**SMALL, "image_size": 16, "patch_size": 8, "num_labels": 4}, True),
@@ -52,7 +52,7 @@ ZOO = {
     "modernbert, one in three": (
         "ModernBertConfig",
         {**TEXT, "num_hidden_layers": 12}
-        | {name: 1 for name in ("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")},
+        | dict.fromkeys(("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id"), 1),
         None,
     ),
 }
@@ -71,6 +71,14 @@ WAYS = {
 }
 
 
+LAYERS = [
+    pytest.param(("model.layers.4.mlp.up_proj",), id="one"),
+    pytest.param(3, id="three", marks=pytest.mark.slow),
+    pytest.param("all", id="all", marks=pytest.mark.slow),
+]
+QUICK = {"bert", "gpt2", "gemma3, five and one", "vit", "lean", "checkpointed", "in backward", "nf4"}  #: of both
+
+
 def outcome(monkeypatch, source, layers, **settings):
     """The plan, that of all blocks, and of the first one what each attempt came to: None, or why it was given up."""
     attempts = []
@@ -85,7 +93,7 @@ def outcome(monkeypatch, source, layers, **settings):
         attempts.append(None)
         return found
 
-    settings = {"batch_size": 2, "dtype": "bfloat16", **settings}
+    settings = {"dtype": "bfloat16", **({} if "batch" in settings else {"batch_size": 2}), **settings}
     with monkeypatch.context() as patch:
         patch.setattr(step, "_step", noted)
         quick = plan(source, layers, **settings)
@@ -99,8 +107,10 @@ def size_of(name):
     return {"image_size": 16} if name == "vit" else {"sequence_length": 16}
 
 
-@pytest.mark.parametrize("layers", [2, "all"])
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("layers", [2, pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
+)
 def test_equal_to_the_plan_of_all_blocks(monkeypatch, name, layers):
     kind, arguments, skips = ZOO[name]
     config = getattr(transformers, kind)(**arguments)
@@ -111,8 +121,8 @@ def test_equal_to_the_plan_of_all_blocks(monkeypatch, name, layers):
         assert attempts == [None]
 
 
-@pytest.mark.parametrize("layers", [("model.layers.4.mlp.up_proj",), 3, "all"], ids=["one", "three", "all"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("way", [way if way in QUICK else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
 def test_equal_in_every_setting(monkeypatch, way, layers):
     if layers == "all" and way in ("nf4", "on disk"):
         pytest.skip("nothing is frozen")
@@ -126,6 +136,7 @@ def test_equal_in_every_setting(monkeypatch, way, layers):
     )
 
 
+@pytest.mark.slow
 def test_the_loss_of_routers_sees_all_blocks(monkeypatch):
     """Its tensors grow with the number of blocks, which no block shows."""
     config = transformers.MixtralConfig(
@@ -136,12 +147,16 @@ def test_the_loss_of_routers_sees_all_blocks(monkeypatch):
     assert len(attempts) == 2
 
 
+@pytest.mark.slow
 def test_a_lora_in_every_block(monkeypatch):
     peft = pytest.importorskip("peft")
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED, use_cache=False))
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     quick, full, _ = outcome(monkeypatch, model, None, sequence_length=16)
     assert quick == full
+
+
+ROWS = {"batch": (torch.zeros(2, 192), torch.zeros(2, dtype=torch.long)), "dtype": "float32"}
 
 
 class Block(nn.Module):
@@ -310,12 +325,12 @@ LOOK_ALIKE = {
 @pytest.mark.parametrize("case", LOOK_ALIKE)
 def test_blocks_that_look_alike_and_are_not(monkeypatch, case, layers):
     model = LOOK_ALIKE[case]()
-    quick, full, _ = outcome(monkeypatch, model, layers, image_size=8, dtype="float32", lean=False)
+    quick, full, _ = outcome(monkeypatch, model, layers, **ROWS, lean=False)
     assert quick == full
 
 
 def test_plain_blocks_are_skipped(monkeypatch):
-    quick, full, attempts = outcome(monkeypatch, Stack(count=12), "all", image_size=8, dtype="float32")
+    quick, full, attempts = outcome(monkeypatch, Stack(count=12), "all", **ROWS)
     assert quick == full
     assert attempts == [None]
 
@@ -328,13 +343,13 @@ def test_an_error_is_that_of_the_whole_model():
             return super().forward(x)
 
     with pytest.raises(LookupError, match="three samples"):
-        plan(Stack(Fails), "all", batch_size=3, image_size=8, dtype="float32")
+        plan(Stack(Fails), "all", batch=(torch.zeros(3, 192), torch.zeros(3, dtype=torch.long)))
 
 
 def test_runs():
     model = Stack(count=12)
     layout = layout_of(model)
-    setting = Setting(layers=("blocks.3.first",), batch_size=1, image_size=8)
+    setting = Setting(layers=("blocks.3.first",), batch_size=1)
     (above,) = runs_of(model, layout, setting)  # the three below are too few
     assert (above.blocks, above.traced, list(above.skipped)) == (range(4, 12), (4, 5, 11), [6, 7, 8, 9, 10])
     assert above.numbers == {("", "number")}

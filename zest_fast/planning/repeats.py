@@ -34,10 +34,10 @@ class BlockNumber(int):
     def _asked(self, *others: object) -> Any:
         raise Unlike("a block asks for its number")
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = __bool__ = _asked  # type: ignore[assignment]
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = _asked  # type: ignore[assignment]
-    __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = __divmod__ = __pow__ = _asked  # type: ignore[assignment]
-    __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = __neg__ = __float__ = __int__ = _asked  # type: ignore[assignment]
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = __bool__ = _asked
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = _asked
+    __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = __divmod__ = __pow__ = _asked
+    __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = __neg__ = __float__ = __int__ = _asked
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ Whatever is not exactly so raises Unlike, and the dry run goes through all block
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,15 +22,24 @@ from zest_fast.planning.repeats import BlockNumber, Run, Unlike
 _SIMPLE = (int, float, str, bool, type(None))
 
 
-def leave_alone(model: nn.Module, names: Sequence[str], runs: Sequence[Run]) -> None:
-    """Before lean forwards are put in, which are tried out one by one: none into skipped blocks, which never run."""
-    for place in (place for run in runs for place in run.skipped):
-        for module in list(model.get_submodule(names[place]).modules())[1:]:
-            module.forward = _never_runs
+@contextmanager
+def left_alone(model: nn.Module, names: Sequence[str], runs: Sequence[Run]) -> Iterator[None]:
+    """Meanwhile no lean forwards, which are tried out one by one, are put into skipped blocks, which never run."""
+    parts = [
+        part for run in runs for place in run.skipped for part in [*model.get_submodule(names[place]).modules()][1:]
+    ]
+    for part in parts:
+        part.forward = _never_runs
+    try:
+        yield
+    finally:
+        for part in parts:
+            if vars(part).get("forward") is _never_runs:
+                del part.forward
 
 
 def _never_runs(*args: Any, **kwargs: Any) -> Any:
-    raise Unlike("a part of a skipped block is used outside of it")
+    raise Unlike("a part of a skipped block runs")
 
 
 class SkippedBlocks:

@@ -27,7 +27,7 @@ from zest_fast.planning.dry_run import dry, fake, fake_batch, fill
 from zest_fast.planning.ledger import Ledger, Peak
 from zest_fast.planning.optimizers import build_optimizer, is_in_backward
 from zest_fast.planning.repeats import Run, Unlike, runs_of
-from zest_fast.planning.repetition import SkippedBlocks, leave_alone, with_repeats
+from zest_fast.planning.repetition import SkippedBlocks, left_alone, with_repeats
 from zest_fast.planning.settings import DTYPES, Setting, packed_bytes
 from zest_fast.profiling.heads import unwrap
 from zest_fast.profiling.loss import loss_of
@@ -87,8 +87,8 @@ def _step(
             fill(model, weights)
             example = make_batch(model, setting) if batch is None else fake_batch(batch)
             example = cast(example, weights)
-        leave_alone(model, layout.blocks, runs)
-        cut = _prepare(model, setting)  # not in the mode: what it tries out on tensors of its own has values
+        with left_alone(model, layout.blocks, runs):
+            cut = _prepare(model, setting)  # not in the mode: what it tries out on tensors of its own has values
         with mode:
             if setting.trained_float32:
                 autocast = weights

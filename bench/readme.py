@@ -29,6 +29,7 @@ from bench.probe_blind import blind_text
 from bench.probe_controls import controls_text
 from bench.probe_share import share_text
 from bench.reselect import reselect_text
+from bench.start_up import start_up_text
 from bench.stream.report import compared_text, pair_text, stream_text
 from bench.watch.report import watch_text
 
@@ -260,6 +261,7 @@ BLOCKS: dict[str, tuple[dict[str, str], Callable[..., str]]] = {
     "profile": (_PROFILE, profile_table),
     "memory": (_PROFILE, memory_table),
     "kernels": ({"kernels.json": "python -m bench.kernels"}, kernels_table),
+    "start_up": ({"start_up.json": "python -m bench.start_up --wheel"}, start_up_text),
     "sweep_speed": ({"sweep_speed.json": "python -m bench.sweeps --speed"}, sweep_speed_table),
     "probe_blind": ({"probe_blind.json": "python -m bench.probe_blind"}, blind_text),
     "probe_controls": ({"probe_controls.json": "python -m bench.probe_controls"}, controls_text),

@@ -63,10 +63,9 @@ def dry_step(
     skeleton: a model on the meta device; it stays as it is. batch: in place of the sizes in `setting`; of its tensors
     only shapes and dtypes are read.
     """
-    runs = runs_of(skeleton, layout, setting)
-    if runs:
-        # Whatever goes wrong then may be because blocks are skipped: the step as a whole decides what an error is.
-        with contextlib.suppress(Exception):
+    # Whatever goes wrong then may be because blocks are skipped: the step as a whole decides what an error is.
+    with contextlib.suppress(Exception):
+        if runs := runs_of(skeleton, layout, setting):
             return _step(skeleton, layout, setting, batch, loss_fn, runs)
     return _step(skeleton, layout, setting, batch, loss_fn)
 

@@ -278,9 +278,9 @@ BLOCKS: dict[str, tuple[dict[str, str], Callable[..., str]]] = {
     "watch": ({"watch.json": "python -m bench.watch"}, watch_text),
     "reselect": ({"reselect.json": "python -m bench.reselect"}, reselect_text),
     "prefix_cache": ({"prefix_cache.json": "python -m bench.prefix_cache"}, cache_text),
-    "demo": ({"demo.json": "zest-fast demo"}, demo_table),
-    "demo_minilm": ({"demo_minilm.json": "zest-fast demo --task minilm"}, demo_table),
-    "demo_smollm2": ({"demo_smollm2.json": "zest-fast demo --task smollm2"}, demo_table),
+    "demo": ({"demo.json": "zest-fast demo --full"}, demo_table),
+    "demo_minilm": ({"demo_minilm.json": "zest-fast demo --full --task minilm"}, demo_table),
+    "demo_smollm2": ({"demo_smollm2.json": "zest-fast demo --full --task smollm2"}, demo_table),
 }
 """Of a block: the files that it shows, each with the command that writes it, and who makes the text of them."""
 

@@ -31,6 +31,7 @@ from bench.probe_blind import blind_text
 from bench.probe_controls import controls_text
 from bench.probe_share import share_text
 from bench.reselect import reselect_text
+from bench.start_up import start_up_text
 from bench.stream.report import compared_text, pair_text, stream_text
 from bench.versions import versions_text
 from bench.watch.report import watch_text
@@ -266,6 +267,7 @@ BLOCKS: dict[str, tuple[dict[str, str], Callable[..., str]]] = {
     "profile": (_PROFILE, profile_table),
     "memory": (_PROFILE, memory_table),
     "kernels": ({"kernels.json": "python -m bench.kernels"}, kernels_table),
+    "start_up": ({"start_up.json": "python -m bench.start_up --wheel"}, start_up_text),
     "sweep_speed": ({"sweep_speed.json": "python -m bench.sweeps --speed"}, sweep_speed_table),
     "probe_blind": ({"probe_blind.json": "python -m bench.probe_blind"}, blind_text),
     "probe_controls": ({"probe_controls.json": "python -m bench.probe_controls"}, controls_text),
@@ -285,9 +287,9 @@ BLOCKS: dict[str, tuple[dict[str, str], Callable[..., str]]] = {
     "watch": ({"watch.json": "python -m bench.watch"}, watch_text),
     "reselect": ({"reselect.json": "python -m bench.reselect"}, reselect_text),
     "prefix_cache": ({"prefix_cache.json": "python -m bench.prefix_cache"}, cache_text),
-    "demo": ({"demo.json": "zest-fast demo"}, demo_table),
-    "demo_minilm": ({"demo_minilm.json": "zest-fast demo --task minilm"}, demo_table),
-    "demo_smollm2": ({"demo_smollm2.json": "zest-fast demo --task smollm2"}, demo_table),
+    "demo": ({"demo.json": "zest-fast demo --full"}, demo_table),
+    "demo_minilm": ({"demo_minilm.json": "zest-fast demo --full --task minilm"}, demo_table),
+    "demo_smollm2": ({"demo_smollm2.json": "zest-fast demo --full --task smollm2"}, demo_table),
 }
 """Of a block: the files that it shows, each with the command that writes it, and who makes the text of them."""
 

@@ -376,7 +376,7 @@ def test_finetune_without_validation_data_says_so(run, tmp_path):
 def test_demo_runs_the_task_and_prints_its_result(run, tmp_path, monkeypatch):
     calls = []
 
-    def run_demo(task, out, *, seed, console):
+    def run_demo(task, out, *, seed, console, full):
         calls.append((task, out, seed))
         console.print("working")
         return {"accuracy": float("nan")}

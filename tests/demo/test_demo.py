@@ -164,7 +164,7 @@ def test_standard_errors():
 def test_lite0_in_miniature_leaves_every_figure(tmp_path):
     budget = replace(TINY, head=200, validation=100, test=100)
     console = Console(file=io.StringIO(), width=160)
-    content = run_demo("lite0", tmp_path / "new" / "folder", console=console, budget=budget)
+    content = run_demo("lite0", tmp_path / "new" / "folder", console=console, budget=budget, full=True)
     files = tmp_path / "new" / "folder"
     assert json.loads((files / "demo.json").read_text()) == json.loads(json.dumps(content))
     assert all((files / name).read_bytes().startswith(b"\x89PNG") for name in ("heatmap.png", "curves.png"))
@@ -187,9 +187,20 @@ def test_lite0_in_miniature_leaves_every_figure(tmp_path):
 
 
 @needs_lite0
+def test_a_first_look_has_neither_random_layers_nor_a_search_for_rates(tmp_path):
+    budget = replace(TINY, head=200, scales=(3e-3, 1e-2, 3e-2), full_scales=(3e-4, 1e-3, 3e-3))
+    console = Console(file=io.StringIO(), width=160)
+    content = run_demo("lite0", tmp_path, console=console, budget=budget)
+    assert [arm["name"] for arm in content["arms"]] == ["head only", "top 2 by ZEST", "all layers"]
+    assert content["budget"]["scales"] == (1e-2,) and content["budget"]["full_scales"] == (1e-3,)
+    assert any("none is chosen" in note for note in content["notes"])
+    assert "random" not in content["finding"] and "the layers to train are" in console.file.getvalue()
+
+
+@needs_lite0
 @pytest.mark.slow
 def test_lite0_as_shipped(tmp_path):
-    content = run_demo("lite0", tmp_path)
+    content = run_demo("lite0", tmp_path, full=True)
     assert content["budget"]["test"] >= 2000
     assert all(arm["test_accuracy"] > 0.8 for arm in content["arms"])
 
@@ -205,7 +216,7 @@ def test_minilm_loads_and_its_warm_head_is_above_chance():
 @needs_smollm2
 @pytest.mark.slow
 def test_smollm2_as_shipped(tmp_path):
-    content = run_demo("smollm2", tmp_path)
+    content = run_demo("smollm2", tmp_path, full=True)
     assert content["arms"][0]["name"] == "as it comes"
     assert content["arms"][-1]["test_accuracy"] > content["arms"][0]["test_accuracy"]
 

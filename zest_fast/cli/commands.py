@@ -308,15 +308,18 @@ def demo(
     task: Annotated[str, typer.Option(help="lite0 (images), minilm or smollm2 (text).")] = "lite0",
     out: Annotated[Path, typer.Option(help="Folder for the heat map, the curves and the JSON.")] = Path("zest-demo"),
     seed: Seed = 0,
+    full: Annotated[
+        bool, typer.Option("--full", help="Random layers too, and each arm's learning rate chosen: minutes more.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Run the whole job on real packaged weights and data, beside head only, random layers and all layers."""
+    """Run the whole job on real packaged weights and data, beside head only and all layers."""
     check_folder(out)
     results = show.results()
     with work() as console:
         from zest_fast.demo import run_demo
 
-        document = run_demo(task, out, seed=seed, console=console if as_json else results)
+        document = run_demo(task, out, seed=seed, console=console if as_json else results, full=full)
     if as_json:
         show.json_document(document)
 

@@ -22,13 +22,16 @@ from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.profile import profile
 from zest_fast.ranking.ranking import rank
 
+CHOSEN_RATE = "the learning rate of each arm is chosen on the validation split"
+GIVEN_RATE = (
+    "a first look: each arm has the middle one of its learning rates, and none is chosen; --full tries them all"
+)
 TASKS = {"lite0": lite0, "minilm": minilm, "smollm2": smollm2}
 NOTES = (
     "every arm starts from the same weights (the head warmed on its own split) and takes the same number of steps on "
     "the same batches (Adam, linear decay)",
     "the layers are the best of the Ranker that ships; it has learned from sweeps, of this very pair where it is among "
     "the shipped records",
-    "the learning rate of each arm is chosen on the validation split",
     "normalisation layers use their stored statistics and dropout is off in every arm (eval mode)",
     "standard errors cover the sampling of test samples and of random layers, not the randomness of training",
     COUNTS,
@@ -36,18 +39,26 @@ NOTES = (
 
 
 def run_demo(
-    task: str, out: Path, *, seed: int = 0, console: Console | None = None, budget: Budget | None = None
+    task: str,
+    out: Path,
+    *,
+    seed: int = 0,
+    console: Console | None = None,
+    budget: Budget | None = None,
+    full: bool = False,
 ) -> dict[str, Any]:
     """Run a demo task and write demo.json, heatmap.png and curves.png into the folder `out`.
 
-    task: "lite0", "minilm" or "smollm2". budget: the task's own unless given. Returns the content of demo.json.
+    task: "lite0", "minilm" or "smollm2". budget: the task's own unless given. full: random layers beside the others,
+    and the learning rate of each arm chosen on the validation split. Returns the content of demo.json.
     Raises ValueError for an unknown task, ImportError with the pip line where a task's packages are missing.
     """
     if task not in TASKS:
         raise ValueError(f"unknown demo task {task!r}; choose one of {', '.join(TASKS)}")
     began, console = time.perf_counter(), console or Console()
     package_folder("matplotlib", task=task, install="pip install 'zest_fast[plot]'")
-    loaded = TASKS[task].load(budget or TASKS[task].BUDGET, seed)
+    budget = budget or TASKS[task].BUDGET
+    loaded = TASKS[task].load(budget if full else budget.first_look(), seed)
     loaded.model.eval()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -83,18 +94,24 @@ class Demo:
         layer_profile, profile_seconds = self._profile()
         layer_profile.plot(out / "heatmap.png")
         ranking = rank(layer_profile)
+        self.progress.console.print(
+            f"profiled in {profile_seconds:.1f} s, heat map in {out / 'heatmap.png'}; the layers to train are "
+            + ", ".join(ranking.top(self.budget.chosen)),
+            highlight=False,
+        )
         chosen = Arm(f"top {self.budget.chosen} by ZEST", ranking.top(self.budget.chosen), self.budget.scales)
         results = self._results(chosen, self._random_arms(layer_profile))
         by_name = {result.name: result for result in results}
         top, full = by_name[chosen.name], by_name["all layers"]
-        drawn = by_name[f"random {self.budget.chosen}"]
         rest = [result for result in results if result is not top]
-        rest.append(drawn.best_on_validation(f"best of {self.budget.draws} random draws on validation"))
+        if self.budget.draws:
+            drawn = by_name[f"random {self.budget.chosen}"]
+            rest.append(drawn.best_on_validation(f"best of {self.budget.draws} random draws on validation"))
         content = {
             "task": self.task.name,
             "title": self.task.title,
             "seed": self.seed,
-            "notes": [*self.task.notes, *NOTES],
+            "notes": [*self.task.notes, *NOTES, CHOSEN_RATE if len(self.budget.scales) > 1 else GIVEN_RATE],
             "finding": finding(top, rest, full),
             "profile": {
                 "samples": self.budget.profile_batch,
@@ -136,7 +153,8 @@ class Demo:
 
     def _results(self, chosen: Arm, drawn: list[Arm]) -> list[ArmResult]:
         full = Arm("all layers", None, self.budget.full_scales)
-        trained = {chosen.name: [chosen], f"random {self.budget.chosen}": drawn, full.name: [full]}
+        random_arms = {f"random {self.budget.chosen}": drawn} if drawn else {}
+        trained = {chosen.name: [chosen], **random_arms, full.name: [full]}
         if self.task.head is not None:
             trained = {"head only": [Arm("head only", (), self.budget.head_scales)]} | trained
         tuned = {name: self._tune(arms) for name, arms in trained.items()}

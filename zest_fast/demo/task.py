@@ -1,7 +1,7 @@
 """What a demo task is made of: a model with its weights, four disjoint splits and a budget."""
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ SPLITS = ("head", "train", "validation", "test")
 
 @dataclass(frozen=True)
 class Budget:
-    """How much work a demo does. The defaults of each task keep it within five minutes on two cores."""
+    """How much work a demo does. The defaults of each task take about five minutes on two cores."""
 
     head: int  # samples that warm the head; the layers never train on them
     train: int
@@ -25,12 +25,27 @@ class Budget:
     head_scales: tuple[float, ...]  # the same for head only, which wants larger ones
     full_scales: tuple[float, ...]  # the same for full fine-tuning, which wants smaller ones
     chosen: int = 5  # layers to fine-tune
-    draws: int = 3  # random choices to compare with
+    draws: int = 3  # random choices to compare with; 0: none
     checks: int = 2  # points of each validation curve after its start
     timing_rounds: int = 5
 
+    def first_look(self) -> "Budget":
+        """Without random choices, and each arm with the middle one of its learning rates instead of the best."""
+        return replace(
+            self,
+            draws=0,
+            scales=_middle(self.scales),
+            head_scales=_middle(self.head_scales),
+            full_scales=_middle(self.full_scales),
+        )
+
     def sizes(self) -> dict[str, int]:
         return {name: getattr(self, name) for name in SPLITS}
+
+
+def _middle(rates: tuple[float, ...]) -> tuple[float, ...]:
+    """The middle one alone; of none, none."""
+    return rates[len(rates) // 2 :][:1]
 
 
 @dataclass(frozen=True)

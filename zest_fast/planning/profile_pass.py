@@ -61,7 +61,8 @@ def dry_profile(
             loss = compute_loss()
             ledger.enter("backward")
             taps.backward(loss, model.parameters())
-        return Step(ledger.peak(), ledger.flops, sum(p.numel() for p in trainable.values()), "")
+        books = ledger.books()
+        return Step(books.peak(), books.flops_by_phase, sum(p.numel() for p in trainable.values()), "")
 
 
 class _Mute:

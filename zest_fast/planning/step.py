@@ -26,6 +26,8 @@ from zest_fast.planning.blocks import Layout
 from zest_fast.planning.dry_run import dry, fake, fake_batch, fill
 from zest_fast.planning.ledger import Ledger, Peak
 from zest_fast.planning.optimizers import build_optimizer, is_in_backward
+from zest_fast.planning.repeats import Run, Unlike, runs_of
+from zest_fast.planning.repetition import SkippedBlocks, left_alone, with_repeats
 from zest_fast.planning.settings import DTYPES, Setting, packed_bytes
 from zest_fast.profiling.heads import unwrap
 from zest_fast.profiling.loss import loss_of
@@ -61,6 +63,22 @@ def dry_step(
     skeleton: a model on the meta device; it stays as it is. batch: in place of the sizes in `setting`; of its tensors
     only shapes and dtypes are read.
     """
+    # Whatever goes wrong then may be because blocks are skipped: the step as a whole decides what an error is.
+    with contextlib.suppress(Exception):
+        if runs := runs_of(skeleton, layout, setting):
+            return _step(skeleton, layout, setting, batch, loss_fn, runs)
+    return _step(skeleton, layout, setting, batch, loss_fn)
+
+
+def _step(
+    skeleton: nn.Module,
+    layout: Layout,
+    setting: Setting,
+    batch: Any,
+    loss_fn: Callable[..., Tensor] | None,
+    runs: tuple[Run, ...] = (),
+) -> Step:
+    """runs: blocks that are alike, of which only some are gone through. Raises Unlike if they are not alike."""
     model = copy.deepcopy(skeleton).train()
     weights, autocast = DTYPES[setting.dtype] if setting.dtype else (None, None)
     with dry(batch) as mode:
@@ -68,7 +86,8 @@ def dry_step(
             fill(model, weights)
             example = make_batch(model, setting) if batch is None else fake_batch(batch)
             example = cast(example, weights)
-        cut = _prepare(model, setting)  # not in the mode: what it tries out on tensors of its own has values
+        with left_alone(model, layout.blocks, runs):
+            cut = _prepare(model, setting)  # not in the mode: what it tries out on tensors of its own has values
         with mode:
             if setting.trained_float32:
                 autocast = weights
@@ -76,14 +95,16 @@ def dry_step(
             parameters = [p for p in model.parameters() if p.requires_grad]
             if not parameters:
                 raise ValueError("nothing would train: no parameter of the model requires a gradient")
-            ledger = Ledger(on_cpu=setting.device == "cpu")
+            ledger = Ledger(setting.device == "cpu", layout.blocks if runs else (), runs)
             kept, buffers = _kept_otherwise(model, layout, setting)
             hold(ledger, model, example, kept)
             ring = torch.empty(buffers, dtype=torch.uint8)
             if buffers:
                 ledger.hold(ring, "weights", "")
             ledger.watch(model, layout.head)
-            training = _Training(parameters, setting, ledger, {id(p): name for name, p in model.named_parameters()})
+            skipped = SkippedBlocks(model, layout.blocks, runs, ledger)
+            names = {id(p): name for name, p in model.named_parameters()}
+            training = _Training(skipped.leave_out(parameters), setting, ledger, names)
             compute_loss = loss_of(model, example, loss_fn, None)
             with ledger:
                 training.warm_up()
@@ -95,7 +116,14 @@ def dry_step(
                 loss.backward()
                 ledger.enter("update")
                 training.update()
-        return Step(ledger.peak(), ledger.flops, sum(p.numel() for p in parameters), cut(), tuple(ledger.estimated))
+        books = ledger.books()
+        if runs:
+            skipped.check()
+            if ledger.estimated:
+                raise Unlike("something is counted by a formula")
+            books = with_repeats(books, runs, layout.blocks)
+        trainable = sum(p.numel() for p in parameters)
+        return Step(books.peak(), books.flops_by_phase, trainable, cut(), tuple(ledger.estimated))
 
 
 def _prepare(model: nn.Module, setting: Setting) -> Callable[[], str]:

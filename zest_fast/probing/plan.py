@@ -128,5 +128,6 @@ def _dry_pass(
                 del loss
             for held, way in zip(pending, ways, strict=True):
                 torch.stack(held) @ way.T
-        flops = {phase: count // PENDING for phase, count in ledger.flops.items()}
-        return Step(ledger.peak(), flops, sum(weight.numel() for weight in trained), "")
+        books = ledger.books()
+        flops = {phase: count // PENDING for phase, count in books.flops_by_phase.items()}
+        return Step(books.peak(), flops, sum(weight.numel() for weight in trained), "")

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from zest_fast.foundation.notes import add_note
 from zest_fast.profiling.layer_profile import LayerProfile, Spread
 
 
@@ -24,7 +23,7 @@ def profile_each(batches: Iterable[Any], profile_one: Callable[[Any], LayerProfi
         try:
             found.append(profile_one(batch))
         except Exception as error:
-            add_note(error, f"in batch {len(found)} of batches= (the first is 0)")
+            error.add_note(f"in batch {len(found)} of batches= (the first is 0)")
             raise
     if not found:
         raise ValueError("batches yields no batch")

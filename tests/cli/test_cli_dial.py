@@ -251,6 +251,44 @@ def test_a_cache_is_left_out_where_it_cannot_pay(run, home):
     assert not tight["saving"]["cache"] and "--cache-limit is 1KB" in tight["saving"]["explanation"]
 
 
+def test_accumulation_is_planned_and_its_passes_are_counted(run, home, fits):
+    """16 texts are 4 batches: a step of three and one of one, and no sample comes twice."""
+    words = (*WORDS_OF, *LAYERS, "--max-memory", "1GB", "--dry-run", "--json", "--accumulate")
+    assert not document(run(*words, 3))["saving"]["cache"]
+    assert document(run(*words, 3, "--steps", 4))["saving"]["cache"]  # twelve batches
+    document(run(*words, 1))
+    assert [fit.plan.setting.accumulating for fit in fits] == [True, True, False]
+
+
+def test_weights_on_disk_are_no_way_where_they_have_to_be_loaded(run, home, fits):
+    words = (*WORDS_OF, *LAYERS, "--dry-run", "--max-memory")
+    run(*words, "1GB")
+    table = fits[0].to_pandas()
+    on_disk = int(table[table.stream].peak_bytes.min()) // 2  # in bfloat16
+    refused(run(*words, on_disk, "--dtype", "bfloat16"), "weights on disk are no way here: --dtype")
+    assert not fits[1:]  # none fitted
+
+
+def test_a_folder_that_was_there_stays_and_is_not_used(run, home, monkeypatch):
+    theirs = home / "delta.activations"
+    theirs.mkdir()
+    (theirs / "letter.txt").write_text("mine")
+    words = (*WORDS_OF, *LAYERS, "--epochs", 4, "--max-memory", "1GB")
+    train = finetuning.train
+
+    def interrupted(*arguments, **options):
+        train(*arguments, **{**options, "steps": 6})
+        raise RuntimeError("the lights went out")
+
+    monkeypatch.setattr(finetuning, "train", interrupted)
+    assert run(*words, "--save-every", 5).exit_code == 2
+    monkeypatch.setattr(finetuning, "train", train)
+    assert (home / "delta.activations.2").is_dir()
+    done(run(*WORDS_OF[:3], "--resume", "delta.run.pt"))
+    assert not (home / "delta.activations.2").exists()
+    assert [file.name for file in theirs.iterdir()] == ["letter.txt"]
+
+
 def test_a_run_goes_on_with_what_was_chosen(run, home, monkeypatch):
     words = (*WORDS_OF, *LAYERS, "--epochs", 4, "--max-memory", "1GB", "--json")
     whole = document(run(*words))

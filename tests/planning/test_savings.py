@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from zest_fast import fit_memory, plan
+from zest_fast import SelectiveBackward, fit_memory, plan
+from zest_fast.planning.counted_memory import held_bytes, peak_bytes
 from zest_fast.planning.savings import Savings
 
 transformers = pytest.importorskip("transformers")
@@ -181,3 +182,35 @@ def test_a_streamed_step_allocates_what_is_planned(tmp_path) -> None:
     there = sum(parameter.nbytes for parameter in trained) * 3
     assert planned.peak_bytes - planned.breakdown["weights"] - planned.breakdown["optimizer"] <= counted * 1.1 + 2**20
     assert counted + there <= planned.peak_bytes * 1.02 + 2**20
+
+
+def test_gradients_of_earlier_batches_count(one_thread) -> None:
+    """Against what the allocator says of a step of two batches, where activations set the peak."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=500, hidden_size=256, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=4
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.config.use_cache = False
+    ids = torch.randint(500, (16, 64))
+    batch, layers = {"input_ids": ids, "labels": ids}, ("model.layers.1.mlp.down_proj", "model.layers.2.mlp.up_proj")
+    once, twice = (
+        fit_memory(model, layers, "1GB", batch=batch, among=[Savings()], accumulating=accumulating).plan.peak_bytes
+        for accumulating in (False, True)
+    )
+    with SelectiveBackward(model.train(), layers) as tuned:
+        parameters = list(tuned.parameters())
+        optimizer = torch.optim.AdamW(parameters, foreach=False)
+
+        def step(passes: int) -> None:
+            for _ in range(passes):
+                model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step(1)
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        there = held_bytes([*model.parameters(), *model.buffers(), *states, *batch.values()])
+        assert there + peak_bytes(lambda: step(1)) == pytest.approx(once, abs=2**14)
+        assert there + peak_bytes(lambda: step(2)) == pytest.approx(twice, abs=2**14)
+    assert twice - once == sum(parameter.nbytes for parameter in parameters)

@@ -81,6 +81,7 @@ def choose(
     frozen: Frozen | None = None,
     stream: bool = False,
     optimizer: str | Build = "adamw",
+    accumulating: bool = False,
 ) -> Choice:
     """Which `n` layers to train: the best, or as good ones above which less has to be differentiated.
 
@@ -101,6 +102,7 @@ def choose(
         frozen: the same.
         stream: frozen weights stay on disk, as for `plan`.
         optimizer: as for `plan`.
+        accumulating: the same.
 
     Returns:
         A tuple of names, best first; what they cost and what was traded is in its `.explanation`.
@@ -150,6 +152,7 @@ def choose(
                 frozen=frozen,
                 stream=stream,
                 optimizer=optimizer,
+                accumulating=accumulating,
             )
 
         chosen, peak = _first_that_fits([chosen, *higher], needs, limit)

@@ -39,6 +39,7 @@ def plan(
     stream: bool = False,
     head: str | Iterable[str] | None = "auto",
     device: PlannedDevice | None = None,
+    accumulating: bool = False,
 ) -> Plan:
     """Plan a training step by a dry run on fake tensors: no GPU, no weights, seconds for a 7B model.
 
@@ -71,6 +72,7 @@ def plan(
         device: that the step is to run on. "cuda" = tensors alone. "cpu" = also the copies on which oneDNN runs
             convolutions and recurrent layers, up to 37 % more. None = "cpu" for a module whose weights are on the CPU
             and for stream=True, else "cuda".
+        accumulating: gradients of an earlier batch are there already, as in every later pass of a step of several.
 
     Returns:
         A Plan: print it, or ask it for `.peak_bytes`, `.flops`, `.breakdown`, `.within("24GB")` and more.
@@ -106,6 +108,7 @@ def plan(
         head=head,
         device=("cpu" if stream else _device(model_or_config)) if device is None else device,
         stream=stream,
+        accumulating=accumulating,
     )
     return plan_setting(name, skeleton, setting, _notes(skeleton), batch, loss_fn)
 
@@ -225,6 +228,7 @@ def planned_peak(
     checkpoint: Checkpoint | None = None,
     frozen: Frozen | None = None,
     stream: bool = False,
+    accumulating: bool = False,
 ) -> int:
     """Peak bytes of a training step of `model`, as it is, on a batch like `batch`: for whoever has both at hand.
 
@@ -239,6 +243,7 @@ def planned_peak(
         checkpoint: of SelectiveBackward.
         frozen: of SelectiveBackward.
         stream: frozen weights are on disk, as for `plan`.
+        accumulating: as for `plan`.
 
     Returns:
         Bytes.
@@ -265,6 +270,7 @@ def planned_peak(
             frozen=frozen,
             head=head,
             stream=stream,
+            accumulating=accumulating,
         )
     )
 

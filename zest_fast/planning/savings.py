@@ -142,6 +142,7 @@ def fit_memory(
     epochs: float = 1,
     steps: int | None = None,
     among: Collection[Savings] | None = None,
+    accumulating: bool = False,
 ) -> Fit:
     """Of lean saving, checkpointing above the cut, int8, nf4, weights on disk, a prefix cache: the fastest that fits.
 
@@ -169,6 +170,7 @@ def fit_memory(
         epochs: passes over the data, to which costs are averaged; a prefix cache pays above 1 only.
         steps: of the whole run, over which a cache's finding and comparing is spread; None = without end.
         among: the ways to choose from, where some are settled or cannot be; None = all of them.
+        accumulating: as for `plan`.
 
     Returns:
         A Fit: print it.
@@ -202,6 +204,7 @@ def fit_memory(
         optimizer=optimizer,
         head=head,
         device=device,
+        accumulating=accumulating,
     )
     where = plain.setting.device
     _, skeleton = named_model(model_or_config)

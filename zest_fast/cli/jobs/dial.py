@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from zest_fast import Choice as ChosenLayers
 from zest_fast import Fit, choose, fit_memory
 from zest_fast.cli.jobs.job import Job
 from zest_fast.cli.jobs.runs import unmoved
+from zest_fast.cli.options import option
 from zest_fast.foundation.byte_counts import memory_bytes
 from zest_fast.integrations.pretrained import downloaded_folder
 from zest_fast.integrations.quiet import quiet_transformers
@@ -85,8 +87,8 @@ def turn(
 ) -> Turned:
     """The fastest way that fits; where none does, with other layers of the ranking.
 
-    optimizer: as for `plan`. steps: of the run. again: the choice with these layers instead. Raises ValueError where
-    nothing fits, with what needs the least and what would fit, and where no plan can be made.
+    optimizer: as for `plan`. steps: of the run, each batch for itself. again: the choice with these layers instead.
+    Raises ValueError where nothing fits, with what needs the least and what would fit, and where no plan can be made.
     """
     assert wanted.dial is not None
     limit, batch = wanted.dial.limit, _longest_batch(job)
@@ -97,6 +99,7 @@ def turn(
         "device": "cpu" if job.device.type == "cpu" else "cuda",
         "epochs": ways.epochs,
         "steps": steps,
+        "accumulating": wanted.accumulate > 1,
     }
     source: Any = job.model
     if job.on_disk:  # of which a resident step is planned, too
@@ -144,6 +147,7 @@ def _exchanged(
         frozen=least.frozen,
         stream=least.stream,
         optimizer=optimizer,
+        accumulating=wanted.accumulate > 1,
     )
 
 
@@ -165,7 +169,7 @@ class _Ways:
         formats: Any = (
             (wanted.frozen,) if "frozen" in settled else (None, "int8", *(["nf4"] if find_spec("bitsandbytes") else []))
         )
-        streams = self._streams(job, folder, settled)
+        streams = self._streams(job, folder, settled, wanted.params)
         if packed is not None:
             formats, streams = (packed.format,), (True,)
         caches = (True,) if "cache" in settled else self._caches(job, batch)
@@ -181,12 +185,16 @@ class _Ways:
         saves = savings is None or savings != Savings(cache=savings.cache)
         return [why for why in (saves and self.no_stream, savings is not None and self.no_cache) if why]
 
-    def _streams(self, job: Job, folder: Path | str, settled: Iterable[str]) -> tuple[bool, ...]:
+    def _streams(
+        self, job: Job, folder: Path | str, settled: Iterable[str], params: Mapping[str, Any]
+    ) -> tuple[bool, ...]:
         if "stream" in settled:
             return (True,)
         why = folder if isinstance(folder, str) else ""
         if job.device.type != "cpu":
             why = "on a GPU that was not measured, --stream asks for it"
+        elif not why and (loading := [option(name) for name in ("dtype", "trust_remote_code") if params[name]]):
+            why = f"{loading[0]} is about weights as they are loaded, and there they are read as they are"
         elif not why and (job.loaded.new_head or job.loaded.fresh):
             why = "the head is drawn at random: save the model with it once, and name that folder"
         if why:
@@ -254,7 +262,7 @@ def _turned(job: Job, wanted: Wanted, choice: Choice, found: Fit, ways: _Ways) -
     savings = found.savings
     own = None
     if savings.cache and wanted.cache is None:
-        own = wanted.out.absolute().with_name(f"{wanted.out.stem}.activations")
+        own = _new_folder(wanted.out.absolute().with_name(f"{wanted.out.stem}.activations"))
     same_length = savings.cache and "cache" not in wanted.dial.settled
     if savings.stream != job.on_disk:
         on_disk = (tuple(choice.layers), choice.head) if savings.stream else None
@@ -282,6 +290,12 @@ def _turned(job: Job, wanted: Wanted, choice: Choice, found: Fit, ways: _Ways) -
         data_settings=replace(wanted.data_settings, frozen=savings.frozen),
     )
     return Turned(job, wanted, choice, found.plan, saving)
+
+
+def _new_folder(path: Path) -> Path:
+    """That, or one with a number behind it: what is there already is not the run's, which goes with it."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([path], numbered) if not os.path.lexists(folder))
 
 
 def _go_on_with(loader: Any, before: Any) -> None:

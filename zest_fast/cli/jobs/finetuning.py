@@ -161,7 +161,7 @@ def finetune_job(job: Job, wanted: Wanted, console: Console) -> dict[str, Any]:
             choice,
             console,
             optimizer=_planned_optimizer(job, wanted),
-            steps=_steps(job, wanted) * wanted.accumulate,  # passes are what a cache saves
+            steps=_passes(job, wanted),
             again=partial(_exchanged, job, wanted, choice),
         )
         job, wanted, choice, found = turned.job, turned.wanted, turned.choice, turned.plan
@@ -188,13 +188,12 @@ def finetune_job(job: Job, wanted: Wanted, console: Console) -> dict[str, Any]:
 
 @contextmanager
 def _own_cache(wanted: Wanted) -> Iterator[list[bool]]:
-    """Removes, at the end, what the dial has made up, but for a run that can go on; and nothing that was there."""
+    """Removes, at the end, what the dial has made up, but for a run that can go on."""
     own, is_needed = wanted.own_cache, list[bool]()
-    remove = own is not None and (wanted.resume is not None or not own.exists())
     try:
         yield is_needed
     finally:
-        if own is not None and remove and not any(is_needed):
+        if own is not None and not any(is_needed):
             shutil.rmtree(own, ignore_errors=True)
 
 
@@ -503,6 +502,7 @@ def _plan(
                     optimizer=_planned_optimizer(job, wanted),
                     checkpoint=wanted.checkpoint,
                     frozen=wanted.frozen,
+                    accumulating=wanted.accumulate > 1,
                 )
         except Exception as error:  # of a model whose code needs values, whatever that raises
             lines.append(f"plan: none can be made of this model ({type(error).__name__}: {_first_line(error)})")
@@ -609,6 +609,11 @@ def _head(job: Job, head: str, layers: Sequence[str]) -> str | list[str] | None:
 def _steps(job: Job, wanted: Wanted) -> int:
     """Of the whole run."""
     return wanted.steps or steps_of(_rounds_length(job), wanted.epochs, wanted.accumulate)
+
+
+def _passes(job: Job, wanted: Wanted) -> int:
+    """Of the whole run, of which a step takes several: what a cache saves. The last step may take fewer."""
+    return wanted.steps * wanted.accumulate if wanted.steps else _rounds_length(job) * wanted.epochs
 
 
 def _rounds_length(job: Job) -> int:

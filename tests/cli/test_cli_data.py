@@ -155,6 +155,15 @@ def test_a_task_trained_saved_and_scored_again(run, model, data, more, task, tak
     assert find_task("merged") == task
 
 
+def test_the_share_held_out_is_not_drawn_from_samples_that_are_cut_otherwise(run):
+    """Other samples would be left, and the seed draw some of those that were trained on."""
+    done(run("finetune", "chat", "chat.jsonl", "--layers", "model.layers.1.mlp.down_proj", "--steps", 1))
+    held = ("evaluate", "chat", "chat.jsonl", "--delta", "delta.safetensors", "--held-out", "--json")
+    refused(run(*held, "--max-length", 38), "--max-length may leave others: leave it out")
+    refused(run(*held, "--chat-template", "template.jinja"), "--chat-template may leave others")
+    assert document(run(*held, "--batch-size", 2))["predictions"]
+
+
 def test_the_lean_loss_and_the_profile_learn_the_same_tokens(run, home):
     """Loss and gradients of masked labels, over chunks with a frozen head, against autograd on the plain model."""
     found = document(run("profile", "chat", "chat.jsonl", "--batch-size", 24, "--metrics", "snip", "--json"))

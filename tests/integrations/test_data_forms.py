@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import MARKED_TURNS, SPECIAL, TURNS, byte_tokenizer, save_bert, save_chat, save_rows, save_t5
+from tokenizers import pre_tokenizers, processors
 
 from zest_fast.integrations.data.conversations import Conversation, encode_conversations, messages_of
 from zest_fast.integrations.data.forms import recognise
@@ -80,6 +81,11 @@ def tokens(tokenizer, *parts):
             ("instruction", "output"),
             {"made_for": "causal-lm", "text_column": "instruction,output"},
             ("causal-lm", "instructions", ("instruction", "output"), ()),
+        ),
+        (
+            ("instruction", "context", "response", "category"),
+            {"made_for": "causal-lm"},
+            ("causal-lm", "instructions", ("instruction", "context", "response"), ()),
         ),
         (("a", "b"), {"made_for": "causal-lm", "text_column": "a,b"}, ("causal-lm", "prompts", ("a", "b"), ())),
         (
@@ -338,6 +344,36 @@ def test_special_tokens_of_a_tokenizer_stay_where_they_belong(bert):
     assert found.labels == [IGNORED] * 3 + found.ids[3:]
 
 
+def test_the_token_before_each_text_comes_once_where_it_is_written_too(chat):
+    """As in texts that somebody has made by a chat template."""
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = SPECIAL[SYSTEM]
+    put = processors.TemplateProcessing(single=f"{SPECIAL[SYSTEM]} $A", special_tokens=[(SPECIAL[SYSTEM], SYSTEM)])
+    tokenizer.backend_tokenizer.post_processor = put
+    written, plain = (encode_prompts([Prompt("1", f"{s}hi", " no")], tokenizer) for s in (SPECIAL[SYSTEM], ""))
+    assert written == plain and plain[0][0].ids[:2] != [SYSTEM, SYSTEM]
+    loaded = LoadedModel(chat.model, "chat", "causal-lm", tokenizer)
+    (batch,) = make_loaders(table(text=[f"{SPECIAL[SYSTEM]}hi", "hi"]), loaded, batch_size=2).train
+    assert batch["input_ids"][0].tolist() == batch["input_ids"][1].tolist() == tokenizer("hi")["input_ids"]
+
+
+def test_padding_moves_no_text_although_the_tokenizer_pads_on_the_left(tmp_path):
+    """Saved so to generate. Positions of GPT-2 are those in the row, and its classifier reads the last token."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "initializer_range": 0.5}
+    config = transformers.GPT2Config(vocab_size=300, bos_token_id=END, eos_token_id=END, num_labels=2, **sizes)
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "padding_side": "left"}))
+    loaded = load_model(str(tmp_path), class_names=["0", "1"])
+    assert loaded.processor.padding_side == "left"
+    (batch,) = make_loaders(table(text=["a", "a longer text"], label=[0, 1]), loaded, batch_size=2).train
+    alone = [loaded.processor(text, return_tensors="pt") for text in ("a", "a longer text")]
+    for row, label in zip(loaded.model(**batch).logits, batch["labels"].tolist(), strict=True):
+        assert torch.allclose(row, loaded.model(**alone[label]).logits[0], atol=1e-5)
+
+
 def test_instructions_are_a_conversation_where_there_is_a_template_else_alpacas_words(tmp_path, chat, monkeypatch):
     rows = [
         {"instruction": "say", "input": "es", "output": "yes"},
@@ -427,6 +463,31 @@ def test_spans_are_tags_of_the_words_they_cover(bert):
     assert names[partly.labels[2]] == "B-x" and "1 spans begin or end within a word" in notes[0]
 
 
+def test_blanks_of_a_span_are_none_of_the_next_words():
+    """Bytes of GPT-2 have the blank in the word behind it."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    data, names = table(text=["I saw the film"], spans=[[[1, 6, "x"], [6, 9, "y"]]]), ("B-x", "B-y", "I-x", "I-y", "O")
+    (found,), notes = encode_tags(data, "text", "spans", "spans", tokenizer, names, 64)
+    assert [names[label] for label in found.labels if label != IGNORED] == ["O", "B-x", "B-y", "O"] and not notes
+
+
+def test_spans_need_a_tokenizer_that_knows_words():
+    """LLaMA's takes a text for one, whose first token would have the tag of any span in it."""
+    data = table(text=["the film was good"], spans=[[[4, 8, "x"]]])
+    refuses(
+        "line 1: the tokenizer takes 'the film was good' for one word",
+        call=encode_tags,
+        table=data,
+        texts="text",
+        column="spans",
+        kind="spans",
+        tokenizer=byte_tokenizer(),
+        names=("B-x", "I-x", "O"),
+        length=64,
+    )
+
+
 def test_tags_and_spans_that_are_none_are_named(bert):
     def encode(texts, labels, kind):
         data = table(text=[texts], tags=[labels])
@@ -485,6 +546,23 @@ def test_several_labels_are_lists_of_names_or_of_flags_or_columns():
     refuses("may be names of labels or say", call=sets_of_lists, values=[[0, 1], [1, 0]], places=places, column="label")
     refuses("line 2", "a list of names", call=sets_of_lists, values=[["a"], "a"], places=places, column="label")
     refuses("line 2", "0 and 1 alone", call=sets_of_columns, columns={"x": [1, 2]}, places=places)
+
+
+def test_a_label_of_the_model_that_no_column_has_is_named(tmp_path):
+    """It would be learnt as absent."""
+    names = dict(enumerate(("odd", "dull", "fine")))
+    problem = {"problem_type": "multi_label_classification", "id2label": names, "label2id": {}}
+    loaded = load_model(str(save_bert(tmp_path, **problem)), class_names=["dull", "odd"], task="multi-label")
+    refuses(
+        "the model has the labels fine, of which no column says",
+        call=make_loaders,
+        data=table(text=["a joy", "a bore"], odd=[0, 1], dull=[1, 0]),
+        loaded=loaded,
+        batch_size=2,
+        label_column="odd,dull",
+    )
+    lists = make_loaders(table(text=["a joy"], label=[["dull"]]), loaded, batch_size=1)
+    assert next(iter(lists.train))["labels"].tolist() == [[0.0, 1.0, 0.0]]
 
 
 # --- Parts ----------------------------------------------------------------------------------------------------------

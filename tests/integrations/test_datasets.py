@@ -160,6 +160,15 @@ def test_images_for_a_model_of_the_user_are_normalised_pairs(tmp_path, plain):
             assert torch.allclose(image[channel], torch.tensor(expected), atol=1e-5)
 
 
+def test_an_image_of_more_than_8_bits_is_named(tmp_path, plain):
+    """Pillow would make all above 255 white."""
+    (tmp_path / "a").mkdir()
+    Image.new("I;16", (4, 4), 3000).save(tmp_path / "a" / "one.png")
+    loaders = make_loaders(open_data(str(tmp_path)), plain, batch_size=1, image_size=2)
+    with pytest.raises(ValueError, match=r"one.png cannot be read: it has more than 8 bits a colour .*I"):
+        next(iter(loaders.train))
+
+
 def test_rows_and_columns_of_an_image_are_not_swapped(tmp_path, plain):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

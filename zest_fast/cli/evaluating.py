@@ -29,6 +29,7 @@ from zest_fast.cli.options import (
     TrustRemoteCode,
     check_readable,
     opened_job,
+    option,
     typed,
     work,
 )
@@ -113,6 +114,12 @@ def evaluate(
             raise ValueError(
                 f"{model} does not hold a head for these classes ({'; '.join(job.loaded.notes)}): figures of random "
                 "weights would mean nothing; name what was trained, or pass --delta"
+            )
+        cut_otherwise = sorted(typed(ctx) & {"max_length", "chat_template"})
+        if held_out and cut_otherwise and job.form is not None and job.form.kind != "texts":
+            raise ValueError(
+                f"--held-out: the share was drawn from the samples that were left as {delta} cut them, and "
+                f"{option(cut_otherwise[0])} may leave others: leave it out"
             )
         if held_out and job.loaders.validation is None:
             raise ValueError(f"--held-out: the training of {delta} held nothing out")

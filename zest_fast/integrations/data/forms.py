@@ -46,6 +46,8 @@ _CAUSAL: Mapping[tuple[str, ...], Kind] = {
     ("prompt", "response"): "prompts",
     ("question", "answer"): "prompts",
     ("instruction", "input", "output"): "instructions",
+    ("instruction", "input", "response"): "instructions",
+    ("instruction", "context", "response"): "instructions",
     ("instruction", "output"): "instructions",
     ("instruction", "response"): "instructions",
     ("text",): "texts",

@@ -101,6 +101,8 @@ def _read_image(file: Path, image_module: Any) -> Any:
             warnings.simplefilter("ignore", image_module.DecompressionBombWarning)  # an error below
             with image_module.open(file, formats=_IMAGE_FORMATS) as image:
                 width, height = image.size
+                if image.mode.startswith(("I", "F")):  # of which conversion keeps nothing above 255
+                    raise ValueError(f"it has more than 8 bits a colour (Pillow calls it {image.mode}); save it with 8")
                 if width * height <= _MOST_PIXELS:
                     return image.convert("RGB")
     except Exception as error:  # of a torn or unknown file Pillow's readers raise nearly anything

@@ -114,7 +114,7 @@ def _images(data: ImageFolder, loaded: LoadedModel, image_size: int | None) -> S
 def _unused(data: Any, form: Form) -> str:
     """Of columns whose names say that they matter."""
     used = {"chat": ("system", "tools"), "instructions": ("system", "history")}.get(form.kind, ())
-    names = ("label", "labels", "system", "tools", "history")
+    names = ("label", "labels", "system", "tools", "history", "input", "context")
     found = [repr(name) for name in names if name in data.columns and name not in (*form.texts, *form.labels, *used)]
     return (
         f"column{'s' if len(found) > 1 else ''} {', '.join(found)} {'are' if len(found) > 1 else 'is'}" if found else ""

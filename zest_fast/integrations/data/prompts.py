@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zest_fast.integrations.data.tokens import IGNORED, Tokens
+from zest_fast.integrations.data.tokens import IGNORED, Tokens, own_start
 
 # The words of Stanford Alpaca, for a tokenizer without a template of its own.
 _TASK = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
@@ -30,14 +30,16 @@ def encode_prompts(prompts: Sequence[Prompt], tokenizer: Any) -> tuple[list[Toke
     """Tokens of prompt, completion and the end of a text, with labels on the last two; and notes.
 
     Both are read as one text, as long as the tokens of the prompt are the beginning of it; else apart, as they are when
-    the model is asked and answers. Raises ValueError, naming the sample, for an empty completion.
+    the model is asked and answers. Where the tokenizer puts a token before each text, one that is written there
+    already counts as that. Raises ValueError, naming the sample, for an empty completion.
     """
-    samples, apart = [], 0
+    samples, apart, start = [], 0, own_start(tokenizer)
     for one in prompts:
         if not one.completion:
             raise ValueError(f"{one.place}: the completion is empty: there is nothing to learn from")
-        before, _ = _without_end(one.prompt, tokenizer)
-        whole, end = _without_end(one.prompt + one.completion, tokenizer)
+        prompt = one.prompt.removeprefix(start)
+        before, _ = _without_end(prompt, tokenizer)
+        whole, end = _without_end(prompt + one.completion, tokenizer)
         if whole[: len(before)] != before:
             apart += 1
             whole = before + tokenizer(one.completion, add_special_tokens=False)["input_ids"]

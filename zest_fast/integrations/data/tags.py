@@ -78,6 +78,12 @@ def _tagged_spans(place: str, text: Any, spans: Any, tokenizer: Any, length: int
     words = [
         whole.word_to_chars(word) for word in range(max((w for w in whole.word_ids() if w is not None), default=-1) + 1)
     ]
+    for word in words:
+        if len(text[slice(*word)].split()) > 1:
+            raise ValueError(
+                f"{place}: the tokenizer takes {shortened(text[slice(*word)])} for one word, and spans are tags of "
+                "words: write the words and their tags as lists instead (columns tokens, tags)"
+            )
     tags, inside, end_before = [OUTSIDE] * len(words), 0, 0
     for start, end, label in sorted(spans):
         if not 0 <= start < end <= len(text):
@@ -85,17 +91,24 @@ def _tagged_spans(place: str, text: Any, spans: Any, tokenizer: Any, length: int
         if start < end_before:
             raise ValueError(f"{place}: the span {start} to {end} overlaps another, and a token has one tag")
         end_before = end
-        covered = [index for index, word in enumerate(words) if word.start < end and start < word.end]
+        first, last = _without_blanks(text, start, end)  # a blank belongs to the word after it in many a tokenizer
+        covered = [index for index, word in enumerate(words) if word.start < last and first < word.end]
         if not covered:
             raise ValueError(f"{place}: the span {start} to {end} covers no word ({text[start:end]!r})")
         if tags[covered[0]] != OUTSIDE:
             raise ValueError(
                 f"{place}: two spans lie in the word {text[slice(*words[covered[0]])]!r}; a token has one tag"
             )
-        inside += text[start:end].strip() != text[words[covered[0]].start : words[covered[-1]].end]
+        inside += text[first:last] != text[words[covered[0]].start : words[covered[-1]].end].strip()
         for number, index in enumerate(covered):
             tags[index] = f"{'I' if number else 'B'}-{label}"
     return tokenizer(text, truncation=True, max_length=length), tags, inside
+
+
+def _without_blanks(text: str, start: int, end: int) -> tuple[int, int]:
+    piece = text[start:end]
+    first = start + len(piece) - len(piece.lstrip())
+    return first, max(first, end - len(piece) + len(piece.rstrip()))
 
 
 def _spans(table: Table, column: str) -> list[tuple[str, list[tuple[int, int, str]]]]:

@@ -32,6 +32,12 @@ def tokenizer_of(loaded: LoadedModel) -> Any:
     return tokenizer
 
 
+def own_start(tokenizer: Any) -> str:
+    """The special token that the tokenizer puts before each text; "" where it puts none."""
+    start = tokenizer.bos_token
+    return start if start and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
+
+
 def longest_of(loaded: LoadedModel, max_length: int | None) -> int:
     """Tokens of a sample: as wished, or what both tokenizer and positions can take (one that knows no limit says 1e30).
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from zest_fast.foundation.nearest import some
 from zest_fast.integrations.data.forms import Form
 from zest_fast.integrations.data.labels import (
     LabelSets,
@@ -23,7 +24,7 @@ from zest_fast.integrations.data.labels import (
 )
 from zest_fast.integrations.data.reading import Samples, parts_of, second, texts_of
 from zest_fast.integrations.data.tables import Table
-from zest_fast.integrations.data.tokens import IGNORED, check_vocabulary, longest_of, tokenizer_of
+from zest_fast.integrations.data.tokens import IGNORED, check_vocabulary, longest_of, own_start, tokenizer_of
 from zest_fast.integrations.pretrained import LoadedModel
 
 _LOOKED_AT = 64  # texts whose tokens are counted
@@ -33,8 +34,11 @@ def read_texts(data: Table, form: Form, loaded: LoadedModel, max_length: int | N
     tokenizer = tokenizer_of(loaded)
     limit, columns = longest_of(loaded, max_length), form.texts
     parts = []
+    start = own_start(tokenizer) if form.task == "causal-lm" else ""  # which may be written in the texts already
     for part in parts_of(data):
-        texts = list(zip(*(texts_of(part, name) for name in columns), strict=True))
+        texts = list(
+            zip(*([t.removeprefix(start) or t for t in texts_of(part, name)] for name in columns), strict=True)
+        )
         parts.append(list(zip(texts, _labels(part, form, loaded), strict=True)))
     first = [texts for texts, _ in parts[0]]
     length = None
@@ -57,7 +61,13 @@ def _labels(data: Table, form: Form, loaded: LoadedModel) -> list[Any]:
         except ValueError as error:
             raise _in(data, error) from None
     if form.task == "multi-label":
-        return label_sets(data, form.labels).encoded(loaded.class_names)
+        sets = label_sets(data, form.labels)
+        if len(form.labels) > 1 and (missing := [name for name in loaded.class_names or () if name not in sets.names]):
+            raise ValueError(
+                f"{data.path}: the model has the labels {some(missing)}, of which no column says whether they are "
+                "there; name a column for each with label_column="
+            )
+        return sets.encoded(loaded.class_names)
     if form.task == "text-classification":
         return encode_labels(data.column(form.labels[0]), loaded.class_names)
     return [None] * len(data.places)
@@ -110,6 +120,8 @@ def _text_collate(
     tokenizer = tokenizer_of(loaded)
     accepted = inspect.signature(loaded.model.forward).parameters
     padding: dict[str, Any] = {"padding": True, "truncation": True, "max_length": limit}
+    # Many a tokenizer is saved with padding on the left, to generate: learned positions would be counted from there.
+    padding["padding_side"] = "left" if loaded.model.config.model_type == "xlnet" else "right"  # type: ignore[union-attr]
     if length is not None:
         padding |= {"padding": "max_length", "max_length": length}
 

@@ -11,13 +11,15 @@ import transformers
 from checkpoints import TEXTS, WORDS, save_bert, save_jsonl, save_tokenizer
 from typer.testing import CliRunner
 
-from zest_fast import pack
+from zest_fast import SelectiveBackward, pack, plan
 from zest_fast.cli import app
-from zest_fast.cli.jobs import dial, finetuning
+from zest_fast.cli.jobs import dial, finetuning, scores
+from zest_fast.cli.jobs.training import train
 from zest_fast.finetuning.delta_files import read_delta
 from zest_fast.finetuning.run_state import read_run
 from zest_fast.integrations.pretrained import Streamed, load_model
 from zest_fast.planning import savings
+from zest_fast.planning.counted_memory import held_bytes, peak_bytes
 from zest_fast.planning.savings import Savings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -267,6 +269,30 @@ def test_weights_on_disk_are_no_way_where_they_have_to_be_loaded(run, home, fits
     on_disk = int(table[table.stream].peak_bytes.min()) // 2  # in bfloat16
     refused(run(*words, on_disk, "--dtype", "bfloat16"), "weights on disk are no way here: --dtype")
     assert not fits[1:]  # none fitted
+
+
+def test_training_and_scoring_hold_no_more_than_the_plan_says(home):
+    """Of a large vocabulary, whose logits lean saving never has whole. Books: see tests/bench/test_bench.py."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=8000, use_cache=False, **sizes)
+    model, layers, cpu = transformers.LlamaForCausalLM(config), ["model.layers.2.mlp.down_proj"], torch.device("cpu")
+    ids = torch.randint(500, (8, 64))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    planned = plan(model, layers, batch=batch).peak_bytes
+    with SelectiveBackward(model, layers) as tuned:
+        optimizer = torch.optim.AdamW(list(tuned.parameters()), foreach=False)
+
+        def trained():
+            train(model, optimizer, [batch], epochs=1, steps=1, lr=0.1, device=cpu, report=lambda *_: None, losses=[])
+
+        trained()
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        there = held_bytes([*model.parameters(), *model.buffers(), *states, *batch.values()])
+        assert there + peak_bytes(trained) <= 1.01 * planned
+        assert there + peak_bytes(lambda: scores.evaluate(model, [batch], cpu, one_by_one=True)) <= planned
+        at_once, one_by_one = (scores.evaluate(model, [batch], cpu, one_by_one=way) for way in (False, True))
+        assert one_by_one.predictions == at_once.predictions and one_by_one.loss == pytest.approx(at_once.loss)
 
 
 def test_a_folder_that_was_there_stays_and_is_not_used(run, home, monkeypatch):

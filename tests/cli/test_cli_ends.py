@@ -386,7 +386,7 @@ def test_a_second_ctrl_c_ends_at_once(home) -> None:
 def test_ctrl_c_after_the_training_leaves_the_whole_delta(run, home, monkeypatch) -> None:
     scored = []
 
-    def score(job):
+    def score(job, wanted):
         scored.append(job)
         if len(scored) == 2:
             raise KeyboardInterrupt

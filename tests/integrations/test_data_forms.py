@@ -264,6 +264,24 @@ def test_conversations_that_teach_nothing_or_are_none_are_named():
         refuses("line 1", part, call=messages_of, value=value, place="line 1")
 
 
+@pytest.mark.parametrize("what", ["tools", "tool_calls", "reasoning_content"])
+def test_what_the_template_leaves_out_is_named(what):
+    said = {"role": "assistant", "content": "", what: [{"function": {"name": "es"}}]}
+    if what == "tools":
+        said = {"role": "assistant", "content": "yes"}
+    tools = [{"name": "es"}] if what == "tools" else None
+    one = Conversation("line 4", [{"role": "user", "content": "hi"}, said], tools=tools)
+    written = "{% if tools %}{{ tools }}{% endif %}" + TURNS.replace("<|end|>", "{{ m." + what + " or '' }}<|end|>")
+    refuses(
+        f"line 4: the chat template writes nothing of the {what}",
+        call=encode_conversations,
+        conversations=[one],
+        tokenizer=byte_tokenizer(TURNS),
+    )
+    (found,) = encode_conversations([one], byte_tokenizer(written))
+    assert "es" in byte_tokenizer().decode(found.ids)
+
+
 def test_sharegpt_and_parts_of_text_are_the_same_messages():
     share = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes", "weight": None}]
     plain = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]

@@ -255,7 +255,7 @@ class _Run:
         self._say_masters(optimizer)
         place = None
         if wanted.resume is None:
-            self.before, self.planned = _score(job), planned
+            self.before, self.planned = _score(job, wanted), planned
         else:
             file, found = wanted.resume
             place, self.before, self.planned = found.place, found.before, found.planned
@@ -266,7 +266,7 @@ class _Run:
         try:
             if training is None:
                 raise KeyboardInterrupt
-            after = _score(job)  # when the weights are safe already
+            after = _score(job, wanted)  # when the weights are safe already
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"training was over, and the trained layers are saved as {saved}") from None
         cut, problem = tuned.cut, _problem(tuned)
@@ -631,11 +631,12 @@ def _samples(job: Job) -> int | None:
         return None
 
 
-def _score(job: Job) -> dict[str, Any] | None:
-    """None where there is no validation data."""
+def _score(job: Job, wanted: Wanted) -> dict[str, Any] | None:
+    """None where there is no validation data. Within --max-memory, as far as that is a matter of the batch."""
     if job.loaders.validation is None:
         return None
     names: dict[str, Any] = {"task": job.loaded.task, "class_names": job.loaded.class_names}
+    names["one_by_one"] = job.own_batches and wanted.saving is not None
     return evaluate(job.model, job.loaders.validation, job.device, **names).plain()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -41,13 +41,18 @@ def evaluate(
     *,
     task: str | None = None,
     class_names: Sequence[str] | None = None,
+    one_by_one: bool = False,
 ) -> Score:
-    """Loss and the figures of the task in eval mode; the mode is as before afterwards. class_names: of tags."""
+    """Loss and the figures of the task in eval mode; the mode is as before afterwards. class_names: of tags.
+
+    one_by_one: logits of a single text of each batch at a time, which of a large vocabulary take more than a step of
+    lean training.
+    """
     mode = model.training
     model.eval()
     tally = _tally_for(task, class_names or ())
     total = count = 0.0
-    for batch in loader:
+    for batch in _texts_in(loader) if one_by_one else loader:
         moved = to_device(batch, device)
         loss, logits, targets = loss_and_predictions(model, moved, task)
         found = tally.add(logits, targets, moved["labels"] if isinstance(moved, dict) else moved[1])
@@ -57,6 +62,15 @@ def evaluate(
     if not count:
         raise ValueError("the validation data holds nothing to predict")
     return Score(total / count, int(count), tally.figures())
+
+
+def _texts_in(loader: DataLoader[Any]) -> Iterator[Any]:
+    for batch in loader:
+        tokens = isinstance(batch, Mapping) and batch["labels"].dim() == 2
+        for place in range(len(batch["labels"])) if tokens else ():
+            yield {name: tensor[place : place + 1] for name, tensor in batch.items()}
+        if not tokens:
+            yield batch
 
 
 def _tally_for(task: str | None, class_names: Sequence[str]) -> _Tally:

@@ -36,6 +36,19 @@ def loss_and_predictions(
 
     Of the task regression both are numbers [n], of multi-label both [n, labels].
     """
+    loss, logits, targets = _checked_loss(model, batch, task)
+    if isinstance(batch, Mapping) and logits.dim() == 3:
+        if _predicts_next(model):  # position t predicts token t + 1
+            logits, targets = logits[:, :-1], targets[:, 1:]
+        logits, targets = logits.flatten(0, 1), targets.flatten()
+    return loss, logits, targets
+
+
+def _checked_loss(
+    model: torch.nn.Module, batch: Any, task: str | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean loss, logits and targets in the shapes of the batch. No value of the logits is asked for, which lean saving
+    of a language model never has whole."""
     if isinstance(batch, Mapping):
         if "labels" not in batch:
             raise ValueError(f"the batch holds {sorted(batch)} and no 'labels'; training needs them")
@@ -44,10 +57,6 @@ def loss_and_predictions(
         if task in ("regression", "multi-label"):
             return loss, *_numbers(logits, targets, task)
         _check_classes(logits, targets, classes=-1)
-        if logits.dim() == 3:
-            if _predicts_next(model):  # position t predicts token t + 1
-                logits, targets = logits[:, :-1], targets[:, 1:]
-            logits, targets = logits.flatten(0, 1), targets.flatten()
         return loss, logits, targets
     inputs, targets = batch
     logits = logits_of(call_model(model, inputs))
@@ -202,7 +211,7 @@ def _backward(model: torch.nn.Module, group: list[Any], device: torch.device, ta
     for batch, count in zip(group, counts, strict=True):
         if not count and any(counts):
             continue  # nothing to learn: its mean is not a number
-        loss, _, _ = loss_and_predictions(model, to_device(batch, device), task)
+        loss = _checked_loss(model, to_device(batch, device), task)[0]  # the logits go before backward
         if not torch.isfinite(loss):
             raise RuntimeError(f"the loss is {loss.item()} at {where}")
         part = loss * (count / sum(counts)) if len(group) > 1 else loss

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from zest_fast.foundation.nearest import nearest
@@ -29,6 +29,7 @@ _ROLES = {
     "observation": "tool",
 }
 _WEIGHTS = ("weight", "train", "masked")  # of a single message, as other trainers know them
+_BESIDE_WORDS = ("tool_calls", "reasoning_content", "thinking")  # what a message may say beside its content
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -112,11 +113,33 @@ def _encoded(one: Conversation, tokenizer: Any) -> Tokens:
     template = tokenizer.get_chat_template(tools=one.tools)
     marked = _MARKED.search(template) is not None and tokenizer.is_fast
     tokens = _by_marks(one, learnt[0], tokenizer) if marked else _by_prefixes(one, learnt, tokenizer)
+    _check_written(one, tokens.ids, tokenizer)
     if all(label == IGNORED for label in tokens.labels):
         raise ValueError(
             f"{one.place}: the chat template marks no token as the assistant's: is {{% generation %}} around its words?"
         )
     return tokens
+
+
+def _check_written(one: Conversation, ids: list[int], tokenizer: Any) -> None:
+    """Raises ValueError for tools, calls and thoughts that the template leaves out: the model would learn silence."""
+    without = {"tools": replace(one, tools=None)}
+    for key in _BESIDE_WORDS:
+        messages = [{name: value for name, value in message.items() if name != key} for message in one.messages]
+        without[key] = replace(one, messages=messages)
+    for what, other in without.items():
+        if other != one and _writes(other, ids, tokenizer):
+            raise ValueError(
+                f"{one.place}: the chat template writes nothing of the {what}, and the model would never see them; use "
+                "one that does (chat_template=FILE), or leave them out of the data"
+            )
+
+
+def _writes(one: Conversation, ids: list[int], tokenizer: Any) -> bool:
+    try:
+        return list(_rendered(one, one.messages, tokenizer)["input_ids"]) == ids
+    except ValueError:  # it needs what is left out
+        return False
 
 
 def _by_marks(one: Conversation, learnt: int, tokenizer: Any) -> Tokens:

@@ -430,6 +430,13 @@ def test_what_is_cut_off_is_counted_and_most_is_refused():
     refuses("2 of 3 samples have nothing left", "max_length=", call=cut, samples=most, length=5, shifted=True)
 
 
+def test_whole_texts_that_are_cut_are_counted_in_the_first_ones(bert):
+    data = table(text=["a joy"] * 3 + ["a joy " * 9], label=["pos", "neg"] * 2)
+    notes = make_loaders(data, bert, batch_size=2).notes
+    assert notes == ("1 of the first 4 texts are longer than 16 tokens and are cut",)
+    assert make_loaders(data, bert, batch_size=2, text_column="text", max_length=3).notes[-1].startswith("4 of the")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("template", [TURNS, MARKED_TURNS], ids=["prefixes", "marks"])
 def test_the_labels_are_those_of_trl(template, chat, tmp_path):

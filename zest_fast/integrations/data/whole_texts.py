@@ -43,6 +43,7 @@ def read_texts(data: Table, form: Form, loaded: LoadedModel, max_length: int | N
     first = [texts for texts, _ in parts[0]]
     length = None
     notes = _unknown_words([" ".join(texts) for texts in first[:_LOOKED_AT]], tokenizer)
+    notes += _cut_off(first[:_LOOKED_AT], tokenizer, limit)
     if same_length:
         every = [texts for part in parts for texts, _ in part]
         length = max(len(ids) for ids in tokenizer(*_columns(every), truncation=True, max_length=limit)["input_ids"])
@@ -111,6 +112,11 @@ def _unknown_words(texts: list[str], tokenizer: Any) -> list[str]:
     ids = [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     share = ids.count(unknown) / max(len(ids), 1)
     return [f"{share:.0%} of the tokens are unknown to the tokenizer: is it for this language?"] if share > 0.5 else []
+
+
+def _cut_off(texts: Sequence[tuple[str, ...]], tokenizer: Any, limit: int) -> list[str]:
+    longer = sum(len(ids) > limit for ids in tokenizer(*_columns(texts), verbose=False)["input_ids"])
+    return [f"{longer} of the first {len(texts)} texts are longer than {limit} tokens and are cut"] if longer else []
 
 
 def _text_collate(

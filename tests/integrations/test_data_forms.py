@@ -280,6 +280,8 @@ def test_what_the_template_leaves_out_is_named(what):
     )
     (found,) = encode_conversations([one], byte_tokenizer(written))
     assert "es" in byte_tokenizer().decode(found.ids)
+    nothing = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes", what: []}]
+    assert encode_conversations([Conversation("line 5", nothing)], byte_tokenizer(TURNS))
 
 
 def test_sharegpt_and_parts_of_text_are_the_same_messages():

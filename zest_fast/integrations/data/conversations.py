@@ -125,7 +125,7 @@ def _check_written(one: Conversation, ids: list[int], tokenizer: Any) -> None:
     """Raises ValueError for tools, calls and thoughts that the template leaves out: the model would learn silence."""
     without = {"tools": replace(one, tools=None)}
     for key in _BESIDE_WORDS:
-        messages = [{name: value for name, value in message.items() if name != key} for message in one.messages]
+        messages = [{name: value for name, value in m.items() if name != key or not value} for m in one.messages]
         without[key] = replace(one, messages=messages)
     for what, other in without.items():
         if other != one and _writes(other, ids, tokenizer):

@@ -120,13 +120,13 @@ def test_median_of_nothing_is_an_error():
 def test_the_books_of_a_plan_hold_of_a_real_run_what_the_allocator_counts(case):
     model, batch = case.build()
     peers.drop_gradients(model, batch)
-    books = Ledger()
-    hold(books, model, batch, {})
-    books.start()
-    with books:
+    ledger = Ledger()
+    hold(ledger, model, batch, {})
+    ledger.start()
+    with ledger:
         held = held_bytes([*model.parameters(), *model.buffers(), *batch.values()])
         peers.drop_gradients(model, batch)
-    peak = books.peak()
+    peak = ledger.books().peak()
     rounding = 512 * len(peak.alive)  # the ledger's unit is that of a GPU's allocator
     counted = peak_bytes(lambda: peers.drop_gradients(model, batch))
     assert 0 < peak.size - rounding - held <= counted <= 2 * (peak.size - held) + MIB

@@ -42,7 +42,7 @@ def test_what_is_asked_for_by_name_is_needed() -> None:
         for node in ast.walk(ast.parse(Path(private.__file__).read_text()))
         if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch._C.")
     }
-    assert used - optional - {"_C._autograd", "_C._functorch"} <= set(private.NEEDED)
+    assert used - optional - {"_C._autograd", "_C._functorch", "_C._nn"} <= set(private.NEEDED)
 
 
 def test_current_task_is_known_in_backward_only() -> None:

@@ -58,6 +58,7 @@ NEEDED = (
     "_C._is_any_autocast_enabled",
     "_C._len_torch_dispatch_stack",
     "_C._len_torch_function_stack",
+    "_C._nn.flatten_dense_tensors",
     "_is_functional_tensor",
     "_neg_view",
     "autograd._engine_run_backward",

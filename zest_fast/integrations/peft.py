@@ -47,7 +47,7 @@ def lora_config(
         r: rank of the adapters.
         ranks: for some of the layers another rank than `r`; "score" = by the scores of a Ranking, from the best of the
             chosen, which gets twice the rank of the last one, with a mean of about `r`. An adapter of another rank
-            keeps the factor lora_alpha / r of the rest (PEFT's alpha_pattern).
+            keeps the factor of the rest, lora_alpha / r or with use_rslora lora_alpha / sqrt(r) (PEFT's alpha_pattern).
         head: trained whole (PEFT's modules_to_save): "auto" = that of a classifier, of one of transformers all that it
             has beside its base model; nothing for a language model; names; None. Layers inside of it get no adapter.
         **options: further arguments of LoraConfig; lora_alpha is `r` where not given.
@@ -69,7 +69,9 @@ def lora_config(
     options.setdefault("task_type", _task_type(model))
     options.setdefault("lora_alpha", r)
     patterns = {f"^{re.escape(name)}": rank for name, rank in (ranks or {}).items()}
-    options.setdefault("alpha_pattern", {key: rank * options["lora_alpha"] / r for key, rank in patterns.items()})
+    power = 0.5 if options.get("use_rslora") else 1  # its factor is lora_alpha / sqrt(rank)
+    alphas = {key: options["lora_alpha"] * (rank / r) ** power for key, rank in patterns.items()}
+    options.setdefault("alpha_pattern", alphas)
     return LoraConfig(
         r=r, target_modules=targets.pattern, rank_pattern=patterns, modules_to_save=targets.whole, **options
     )

@@ -485,6 +485,12 @@ def test_plain_blocks_are_skipped(monkeypatch):
     assert attempts == [None]
 
 
+def test_a_head_may_be_an_iterator():
+    """The quick dry run asks for it, and the step."""
+    plans = [plan(Stack(count=12), ["blocks.3.first"], head=head, **ROWS) for head in (["end"], iter(["end"]))]
+    assert plans[0].trainable_parameters == plans[1].trainable_parameters == 8 * 16 + 16 + 8 * 4 + 4
+
+
 def test_an_error_is_that_of_the_whole_model():
     class Fails(Block):
         def forward(self, x):

@@ -460,3 +460,25 @@ def test_axolotl_gets_one_pattern_where_names_end_alike():
     assert axolotl_lora(["block.0"], Nested(), head=None)["lora_target_modules"] == r"block\.0"
     with pytest.raises(ValueError, match="all of them are in the head, head, which trains whole"):
         axolotl_lora(["head"], Nested())
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_adapters_of_another_rank_have_the_factor_of_the_rest(use_rslora):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    config = lora_config(["0", "1"], model, r=2, ranks={"1": 8}, lora_alpha=6, head=None, use_rslora=use_rslora)
+    adapted = [module for module in get_peft_model(model, config).modules() if isinstance(module, LoraLayer)]
+    assert [module.r["default"] for module in adapted] == [2, 8]
+    assert adapted[0].scaling["default"] == pytest.approx(adapted[1].scaling["default"])
+
+
+def test_layers_that_torch_does_not_call_get_no_adapter():
+    """An adapter there does nothing: in nn.MultiheadAttention at all, in an encoder layer on its fast path."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(40, 3))
+    idle = ["0.self_attn.out_proj", "0.linear2"]
+    for configure in (lora_config, shira_config):
+        for name in idle:
+            with pytest.raises(ValueError, match=f"take the weights of {re.escape(name)} and do not call them"):
+                configure([name], model, head=None, r=1)
+    selector = ZestSelector(model, (torch.randn(4, 5, 8), torch.randint(3, (4,))))
+    assert set(idle) < set(selector.ranking.names)
+    assert selector.get_best_targets() == []

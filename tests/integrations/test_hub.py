@@ -132,6 +132,10 @@ def test_an_adapter_brings_its_own_card(llama, delta, tmp_path):
     assert again.data.base_model == "owner/base" and again.data.base_model_relation == "adapter"
     ranks = again.text[again.text.index("## Ranks and errors") : again.text.index("## How the layers")]
     assert ranks in card.text and f"| `{LAYER}` |" in ranks
+    shutil.copy(llama / "model.safetensors", tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"holds whole weights \(model\.safetensors\).*with_base=True"):
+        push(tmp_path / "adapter", "me/adapter", api=api)
+    (tmp_path / "adapter" / "model.safetensors").unlink()
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"does not say its ranks and errors \(KeyError\)"):
         push(tmp_path / "adapter", "me/adapter", delta=delta, api=api)

@@ -280,6 +280,37 @@ def test_convolutions_that_peft_computes_otherwise_go_whole(options, tmp_path):
         assert torch.allclose(loaded(base, tmp_path / "adapter")(x), tuned(x), atol=1e-4)
 
 
+def test_embeddings_that_peft_computes_otherwise_go_whole(tmp_path):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(10, 8, max_norm=1.0), nn.Linear(8, 3))
+    x, tuned = torch.randint(10, (2, 5)), copy.deepcopy(base)
+    delta = shifted(tuned, ["0", "1"], tmp_path)
+    assert delta_to_lora(delta, base, tmp_path / "adapter", rank=100).whole == ("0",)
+    with torch.no_grad():
+        assert torch.allclose(loaded(base, tmp_path / "adapter")(x), tuned(x), atol=1e-5)
+
+
+def test_layers_that_the_fast_path_of_torch_does_not_call_go_whole(tmp_path):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    base = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)).eval()
+    x, tuned = torch.randn(2, 5, 8), copy.deepcopy(base)
+    names = ["0.layers.1.linear1", "0.layers.1.self_attn.out_proj"]
+    delta = shifted(tuned, [*names, "1"], tmp_path)
+    assert delta_to_lora(delta, base, tmp_path / "adapter", rank=100).whole == tuple(names)
+    with torch.no_grad():
+        assert torch.allclose(loaded(base, tmp_path / "adapter").eval()(x), tuned(x), atol=1e-5)
+
+
+def shifted(tuned, layers, tmp_path):
+    """The delta of a random change of these layers."""
+    with SelectiveBackward(tuned, layers, head=None) as wrapped:
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        return wrapped.save(tmp_path / "d.safetensors")
+
+
 def test_a_folder_and_a_bfloat16_base(tmp_path):
     folder = save_llama(tmp_path / "llama")
     base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

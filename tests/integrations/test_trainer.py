@@ -173,6 +173,14 @@ def test_a_callback_that_comes_too_late_is_refused(tmp_path):
         trainer.train()
 
 
+def test_a_head_may_be_an_iterator(tmp_path):
+    """It is asked for more than once."""
+    callback = ZestCallback([QUERY], head=iter(["classifier"]))
+    trainer_of(bert(), classified(), tmp_path, callbacks=[callback])
+    prepared = prepare(trainer_of(bert(), classified(), tmp_path), 1, by="rgn", head=iter(["classifier"]))
+    assert callback.tuned.summary().head == prepared.summary().head == ("classifier",)
+
+
 def test_one_callback_serves_one_trainer(tmp_path):
     callback = ZestCallback([QUERY])
     trainer_of(bert(), classified(), tmp_path, callbacks=[callback])

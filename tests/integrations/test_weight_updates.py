@@ -180,6 +180,11 @@ def test_wrappers_leave_the_names_of_the_base(wrapper, llama, tmp_path, one_proc
             assert torch.equal(server.weights[name], there.full_tensor() if wrapper == "fully_shard" else there)
 
 
+def test_a_name_that_ends_as_a_wrapper_does_is_sent_as_it_is():
+    model = nn.ModuleDict({"database_layer": nn.Linear(4, 4), "end": nn.Linear(4, 3)})
+    assert list(weight_updates(model).changed())[:2] == ["database_layer.weight", "database_layer.bias"]
+
+
 def test_an_adapter_is_sent_while_it_is_merged_and_refused_otherwise(llama):
     model, server = opened(llama), Server(llama)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["v_proj"], r=2, init_lora_weights=False))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from zest_fast.planning import step
 from zest_fast.planning.blocks import layout_of
@@ -87,7 +91,7 @@ def outcome(monkeypatch, source, layers, **settings):
     def noted(*arguments):
         try:
             found = real(*arguments)
-        except Unlike as error:
+        except (Unlike, KeyError) as error:
             attempts.append(str(error))
             raise
         attempts.append(None)
@@ -172,18 +176,58 @@ class Block(nn.Module):
         return x + self.second(self.inner(x))
 
 
-class AsksForItsNumber(Block):
+class Often(Block):
+    """times: how often its two layers run, which shows in FLOPs and in what backward needs."""
+
+    times = 1
+
     def inner(self, x):
-        return torch.cat([self.first(x)] * (1 + (self.number == 5)), -1)[..., : 2 * x.shape[-1]]
+        y = super().inner(x)
+        for _ in range(self.times - 1):
+            y = super().inner(self.second(y))
+        return y
 
 
-class LooksItUp(Block):
+class AsksForItsNumber(Often):
+    times = property(lambda self: 3 if self.number == 5 else 1)
+
+
+class LooksItUp(Often):
+    times = property(lambda self: self.copies[self.number])
+
     def __init__(self, number, width=8):
         super().__init__(number, width)
         self.copies = [1, 1, 1, 1, 1, 3, 1, 1]
 
+
+TIMES = [1, 1, 1, 1, 1, 3, 1, 1]
+
+
+class LooksElsewhere(Often):
+    """In a list that it does not hold."""
+
+    times = property(lambda self: TIMES[self.number])
+
+
+class Names(Often):
+    times = property(lambda self: 3 if f"block {self.number}" == "block 5" else 1)
+
+
+class AsksForItsType(Often):
+    times = property(lambda self: 1 if isinstance(self.number, int) else 2)
+
+
+class Counts(Often):
+    calls = 0
+
     def inner(self, x):
-        return torch.cat([self.first(x)] * self.copies[self.number], -1)[..., : 2 * x.shape[-1]]
+        Counts.calls += 1
+        self.times = 3 if Counts.calls == 6 else 1
+        return super().inner(x)
+
+
+class Shared(Often):
+    times = property(lambda self: self.state.times)
 
 
 class Dropping(Block):
@@ -264,6 +308,83 @@ class Masked(Stack):
         return x
 
 
+class Called(Stack):
+    """Block 5 is called in another way, by `around(block, x)`."""
+
+    def __init__(self, around):
+        super().__init__(Often)
+        self.around = around
+
+    def walk(self, x):
+        for number, block in enumerate(self.blocks):
+            x = self.around(block, x) if number == 5 else block(x)
+        return x
+
+
+def checkpointed(block, x):
+    return checkpoint(block, x, use_reentrant=False)
+
+
+def without_gradient(block, x):
+    with torch.no_grad():
+        return block(x)
+
+
+def in_bfloat16(block, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return block(x)
+
+
+def as_float64(block, x):
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.double, torch.Tensor.float):
+        return block(x)
+
+
+def twice_as_often(block, x):
+    block.times = 2
+    return block(x)
+
+
+class Counting(Stack):
+    """Its blocks count their calls, in their class."""
+
+    def __init__(self):
+        super().__init__(Counts)
+
+    def walk(self, x):
+        Counts.calls = 0
+        return super().walk(x)
+
+
+class Told(Stack):
+    """What blocks share says something else for block 5."""
+
+    def __init__(self):
+        super().__init__(Shared)
+        self.state = SimpleNamespace(times=1)
+        for block in self.blocks:
+            block.state = self.state
+
+    def walk(self, x):
+        for number, block in enumerate(self.blocks):
+            self.state.times = 3 if number == 5 else 1
+            x = block(x)
+        return x
+
+
+class InPlace(Stack):
+    """A product after block 5 goes into a tensor that is there already."""
+
+    def walk(self, x):
+        product, rows = torch.empty(8, 8), torch.empty(8, 2)
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number == 5:
+                with torch.no_grad():
+                    torch.mm(rows, x.detach(), out=product)
+        return x
+
+
 class Scaled(Block):
     def forward(self, x, scale=None):
         return super().forward(x if scale is None else x * scale)
@@ -292,47 +413,82 @@ def double(module, inputs, output):
 
 def another_dtype():
     model = Stack()
-    model.blocks[5].first.register_buffer("scale", torch.ones(8))
-    model.blocks[4].first.register_buffer("scale", torch.ones(8, dtype=torch.float64))
+    for number, block in enumerate(model.blocks):
+        block.register_buffer("scale", torch.ones(8, dtype=torch.float64 if number == 5 else torch.float32))
     return model
 
 
 def in_eval():
-    model = Stack()
+    model = Stack(Dropping)
+    for block in model.blocks:
+        block.rate = 0.5
     model.blocks[5].eval()
     return model
 
 
+def another_stride():
+    model = Stack()
+    first = model.blocks[5].first
+    first.weight = nn.Parameter(first.weight.detach().T.contiguous().T)
+    return model
+
+
+# name: the model, and of what tells its block 5 from others while it runs, why the quick dry run is given up; "" where
+# the blocks themselves show that it is not to be skipped
 LOOK_ALIKE = {
-    "a block asks for its number": lambda: Stack(AsksForItsNumber),
-    "a block looks its number up": lambda: Stack(LooksItUp),
-    "rates of dropout": lambda: Stack(Dropping),
-    "run twice": Twice,
-    "all outputs used": Collecting,
-    "one output used": Skipping,
-    "something between two": Between,
-    "no calls": WithoutCalls,
-    "another input": Masked,
-    "weights used elsewhere": Regularised,
-    "a shared weight": shared,
-    "a hook": hooked,
-    "another buffer": another_dtype,
-    "a mode": in_eval,
+    "a block asks for its number": (lambda: Stack(AsksForItsNumber), "asks for its number"),
+    "a block looks its number up": (lambda: Stack(LooksItUp), "asks for its number"),
+    "a block looks its number up elsewhere": (lambda: Stack(LooksElsewhere), "asks for its number"),
+    "a block writes its number": (lambda: Stack(Names), "asks for its number"),
+    "a block asks for the type of its number": (lambda: Stack(AsksForItsType), "asks for its number"),
+    "rates of dropout": (lambda: Stack(Dropping), ""),
+    "run twice": (Twice, "used elsewhere|another order"),
+    "all outputs used": (Collecting, "used elsewhere"),
+    "one output used": (Skipping, "used elsewhere"),
+    "something between two": (Between, "5"),
+    "something between two that makes no tensor": (InPlace, "computed between"),
+    "no calls": (WithoutCalls, "different inputs"),
+    "another input": (Masked, "different inputs"),
+    "checkpointed": (lambda: Called(checkpointed), "called in different ways"),
+    "without gradient": (lambda: Called(without_gradient), "called in different ways"),
+    "under autocast": (lambda: Called(in_bfloat16), "called in different ways"),
+    "what it saves is packed": (lambda: Called(as_float64), "called in different ways"),
+    "told before it is called": (lambda: Called(twice_as_often), "called in different ways"),
+    "a class counts its calls": (Counting, "called in different ways"),
+    "told by what all share": (Told, "called in different ways"),
+    "weights used elsewhere": (Regularised, "used elsewhere"),
+    "a shared weight": (shared, ""),
+    "a hook": (hooked, ""),
+    "another buffer": (another_dtype, ""),
+    "another stride": (another_stride, ""),
+    "a mode": (in_eval, ""),
 }
 
 
 @pytest.mark.parametrize("layers", [["blocks.1.first", "end"], "all"], ids=["one", "all"])
 @pytest.mark.parametrize("case", LOOK_ALIKE)
 def test_blocks_that_look_alike_and_are_not(monkeypatch, case, layers):
-    model = LOOK_ALIKE[case]()
-    quick, full, _ = outcome(monkeypatch, model, layers, **ROWS, lean=False)
+    make, why = LOOK_ALIKE[case]
+    model = make()
+    quick, full, attempts = outcome(monkeypatch, model, layers, **ROWS, lean=False)
     assert quick == full
+    runs = runs_of(model, layout_of(model), Setting(layers=layers, batch_size=2))
+    assert any(5 in run.skipped for run in runs) == bool(why)
+    if why:
+        assert re.search(why, attempts[0])
+        assert attempts[1] is None
 
 
 def test_plain_blocks_are_skipped(monkeypatch):
     quick, full, attempts = outcome(monkeypatch, Stack(count=12), "all", **ROWS)
     assert quick == full
     assert attempts == [None]
+
+
+def test_a_head_may_be_an_iterator():
+    """The quick dry run asks for it, and the step."""
+    plans = [plan(Stack(count=12), ["blocks.3.first"], head=head, **ROWS) for head in (["end"], iter(["end"]))]
+    assert plans[0].trainable_parameters == plans[1].trainable_parameters == 8 * 16 + 16 + 8 * 4 + 4
 
 
 def test_an_error_is_that_of_the_whole_model():

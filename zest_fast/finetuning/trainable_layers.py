@@ -107,6 +107,11 @@ def layer_names(
     return tuple(dict.fromkeys(names))
 
 
+def reusable_head(head: str | Iterable[str] | None) -> str | tuple[str, ...] | None:
+    """A head to be asked for more than once, of an iterator too. Raises TypeError for what holds no names."""
+    return head if head is None or isinstance(head, str) else layer_names(head, argument="head", takes_n=False)
+
+
 def head_modules(model: nn.Module, head: str | Iterable[str] | None) -> tuple[str, ...]:
     """Names of the modules that another trainer has to train whole.
 

@@ -220,6 +220,15 @@ def suffix_matches(model: nn.Module, layers: Sequence[str]) -> list[str]:
     return [name for name, _ in model.named_modules() if name.endswith(ends) and name not in layers]
 
 
+def used_without_a_call(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether the parent of a layer takes its weight and does not call it, so that an adapter around it does nothing.
+
+    nn.MultiheadAttention always does; nn.TransformerEncoderLayer in eval mode without gradients (its fast path).
+    """
+    parents = nn.MultiheadAttention | nn.TransformerEncoderLayer
+    return isinstance(modules.get(name.rpartition(".")[0]), parents)
+
+
 def as_yaml(settings: Mapping[str, Any]) -> str:
     """The settings as YAML; strings are quoted as in JSON, which is YAML too.
 

@@ -13,7 +13,13 @@ from peft import LoraConfig, PeftConfig
 from torch import nn
 
 from zest_fast.foundation.nearest import nearest, some
-from zest_fast.integrations.exports import outside_of_head, selected, suffix_matches, trained_head
+from zest_fast.integrations.exports import (
+    outside_of_head,
+    selected,
+    suffix_matches,
+    trained_head,
+    used_without_a_call,
+)
 from zest_fast.profiling.heads import is_language_model, unwrap
 from zest_fast.profiling.layers import is_transformers_conv1d
 from zest_fast.profiling.profile import profile
@@ -41,7 +47,7 @@ def lora_config(
         r: rank of the adapters.
         ranks: for some of the layers another rank than `r`; "score" = by the scores of a Ranking, from the best of the
             chosen, which gets twice the rank of the last one, with a mean of about `r`. An adapter of another rank
-            keeps the factor lora_alpha / r of the rest (PEFT's alpha_pattern).
+            keeps the factor of the rest, lora_alpha / r or with use_rslora lora_alpha / sqrt(r) (PEFT's alpha_pattern).
         head: trained whole (PEFT's modules_to_save): "auto" = that of a classifier, of one of transformers all that it
             has beside its base model; nothing for a language model; names; None. Layers inside of it get no adapter.
         **options: further arguments of LoraConfig; lora_alpha is `r` where not given.
@@ -50,7 +56,8 @@ def lora_config(
         The configuration.
 
     Raises:
-        ValueError: a layer that the model does not have or PEFT cannot adapt.
+        ValueError: a layer that the model does not have, that PEFT cannot adapt, or whose weight torch uses without a
+            call (in nn.MultiheadAttention and nn.TransformerEncoderLayer), where an adapter does nothing.
     """
     targets = _targets(layers, model, n, head, _adaptable, "LoRA adapts Linear, Conv and Embedding")
     if ranks == "score":
@@ -62,7 +69,9 @@ def lora_config(
     options.setdefault("task_type", _task_type(model))
     options.setdefault("lora_alpha", r)
     patterns = {f"^{re.escape(name)}": rank for name, rank in (ranks or {}).items()}
-    options.setdefault("alpha_pattern", {key: rank * options["lora_alpha"] / r for key, rank in patterns.items()})
+    power = 0.5 if options.get("use_rslora") else 1  # its factor is lora_alpha / sqrt(rank)
+    alphas = {key: options["lora_alpha"] * (rank / r) ** power for key, rank in patterns.items()}
+    options.setdefault("alpha_pattern", alphas)
     return LoraConfig(
         r=r, target_modules=targets.pattern, rank_pattern=patterns, modules_to_save=targets.whole, **options
     )
@@ -168,7 +177,11 @@ class ZestSelector:
             Their names; all where no argument is given.
         """
         modules = dict(self.model.named_modules())
-        return self._best(lambda name: _adaptable(modules.get(name)), top_p, num_modules, threshold)
+
+        def fits(name: str) -> bool:
+            return _adaptable(modules.get(name)) and not used_without_a_call(modules, name)
+
+        return self._best(fits, top_p, num_modules, threshold)
 
     def get_best_target_parameters(
         self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None
@@ -232,6 +245,12 @@ def _targets(
     modules = dict(model.named_modules())
     if unfit := [name for name in names if not fits(modules.get(name))]:
         raise ValueError(f"layers: {adapts}, not {some(unfit)}; leave out what it cannot")
+    if idle := [name for name in names if used_without_a_call(modules, name)]:
+        raise ValueError(
+            f"layers: torch's own attention and encoder layers take the weights of {some(idle)} and do not call them, "
+            "in eval mode at the latest, so that an adapter there does nothing; train the layers themselves, with "
+            "SelectiveBackward"
+        )
     if more := _ends_alike(model, whole):
         raise ValueError(
             f"head: PEFT takes modules_to_save for the ends of names, so {some(whole)} would bring in {some(more)}, "

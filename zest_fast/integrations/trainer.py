@@ -22,7 +22,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from zest_fast.finetuning.selective_backward import SelectiveBackward
-from zest_fast.finetuning.trainable_layers import layer_names
+from zest_fast.finetuning.trainable_layers import layer_names, reusable_head
 from zest_fast.foundation.nearest import some
 from zest_fast.lean.master_weights import LOW, MasterWeights
 from zest_fast.planning.choose import choose
@@ -73,7 +73,7 @@ class ZestCallback(TrainerCallback):
         **options: Any,
     ) -> None:
         self.layers = layer_names(layers, n)
-        self.options = {"head": head, **options}
+        self.options = {"head": reusable_head(head), **options}
         self.save_delta = save_delta
         self.tuned: SelectiveBackward | None = None
 
@@ -329,8 +329,9 @@ def prepared_callback(
     if isinstance(layers, bool):
         raise TypeError(f"layers must be names or how many, not {layers}")
     names: Any = layers
+    options["head"] = reusable_head(options.get("head", "auto"))
     if isinstance(layers, Integral):
-        _refuse_frozen_value_head(trainer.model, options.get("head", "auto"))
+        _refuse_frozen_value_head(trainer.model, options["head"])
         names = _of_the_first_process(_best(trainer, operator.index(layers), by, probe, max_memory))
     elif max_memory is not None:
         raise ValueError("max_memory chooses among ranked layers: say how many, or leave it out where they are named")

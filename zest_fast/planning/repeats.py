@@ -7,8 +7,9 @@ strides, what trains, modes and hooks. Whatever cannot be compared counts as dif
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,22 +23,30 @@ Path = tuple[str, str]  # of an attribute: the module in its block, and its name
 
 _PLAIN = (str, float, bool, type(None), bytes, torch.dtype, torch.device)
 _CONTENTS = ("_parameters", "_buffers", "_modules")
+_OF_TORCH = {*vars(nn.Module()), "forward"} - {"training"}
 
 
 class Unlike(Exception):
     """Blocks that look alike are not: the dry run has to go through all of them."""
 
 
-class BlockNumber(int):
-    """The number of a block, as an attribute of it. Whoever compares it or computes with it makes blocks differ."""
+class BlockNumber:
+    """In the place of a block's number, an attribute of it. Whoever looks at it or computes with it is refused.
+
+    It is no int: of one, lists and ranges ask nothing that could be refused.
+    """
 
     def _asked(self, *others: object) -> Any:
         raise Unlike("a block asks for its number")
 
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = __bool__ = _asked
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = _asked
-    __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = __divmod__ = __pow__ = _asked
-    __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = __neg__ = __float__ = __int__ = _asked
+    __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = __divmod__ = __rdivmod__ = __pow__ = __rpow__ = _asked
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __lshift__ = __rlshift__ = _asked
+    __rshift__ = __rrshift__ = __neg__ = __pos__ = __abs__ = __invert__ = _asked
+    __int__ = __float__ = __complex__ = __index__ = __round__ = __trunc__ = __floor__ = __ceil__ = _asked
+    __str__ = __repr__ = __format__ = __getattr__ = _asked
+    __class__ = property(_asked)  # isinstance asks for it
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ def runs_of(model: nn.Module, layout: Layout, setting: Setting) -> tuple[Run, ..
             if found is None or (numbers is not None and found != numbers):
                 break
             numbers, stop = found, stop + 1
-        if numbers is not None and _lists_agree(blocks[start], numbers, stop - start):
+        if numbers is not None:
             run = _run(runs, blocks, trained, cut, range(start, stop), numbers)
             runs += [run] if run is not None else []
         start = stop
@@ -197,19 +206,35 @@ def _same(x: Any, y: Any) -> bool:
     return False
 
 
-def _lists_agree(block: nn.Module, numbers: Iterable[Path], count: int) -> bool:
-    """Whether whatever list a block could look its number up in has the same for all `count` blocks from it on."""
-    for name, attribute in numbers:
-        first = getattr(block.get_submodule(name), attribute)
-        for module in block.modules():
-            for found in _lists(module):
-                if len(found) > first >= 0 and not all(_same(found[first], x) for x in found[first : first + count]):
-                    return False
-    return True
+def state_of(block: nn.Module, numbers: Iterable[Path]) -> list[Any]:
+    """What a block may go by now, but for its numbers: plain values of its modules, of objects that they hold, of their
+    classes and of the files that these are from, in which some keep count.
+    """
+    held = [
+        (name, attribute, _values(value))
+        for name, module in block.named_modules()
+        for attribute, value in vars(module).items()
+        if attribute not in _OF_TORCH and (name, attribute) not in numbers
+    ]
+    kinds = dict.fromkeys(kind for module in block.modules() for kind in type(module).__mro__)
+    own = [kind for kind in kinds if kind.__module__.partition(".")[0] not in ("builtins", "torch")]
+    files = [sys.modules[name] for name in dict.fromkeys(kind.__module__ for kind in own) if name in sys.modules]
+    return held + [
+        _values(value, within=True)
+        for place in (*own, *files)
+        for name, value in vars(place).items()
+        if not name.startswith("__")
+    ]
 
 
-def _lists(module: nn.Module) -> Iterator[list[Any] | tuple[Any, ...]]:
-    for name, value in vars(module).items():
-        held = vars(value).values() if hasattr(value, "to_dict") else ()  # a configuration
-        if name not in _CONTENTS:
-            yield from (x for x in (value, *held) if isinstance(x, list | tuple))
+def _values(x: Any, within: bool = False) -> Any:
+    """A copy that compares by value; None for what has no plain value."""
+    if type(x) is int or isinstance(x, _PLAIN):
+        return type(x), x
+    if isinstance(x, list | tuple):
+        return [_values(entry, within) for entry in x]
+    if isinstance(x, dict):
+        return [(_values(key, within), _values(entry, within)) for key, entry in x.items()]
+    if within or isinstance(x, nn.Module | Tensor | type) or callable(x) or not hasattr(x, "__dict__"):
+        return None
+    return _values(vars(x), within=True)  # a configuration, or what blocks keep count in

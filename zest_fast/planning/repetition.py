@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from zest_fast.foundation.torch_private import saved_tensors_hooks
 from zest_fast.planning.ledger import Allocation, Books, Event, Ledger
-from zest_fast.planning.repeats import BlockNumber, Run, Unlike
+from zest_fast.planning.repeats import BlockNumber, Path, Run, Unlike, state_of
 
 _SIMPLE = (int, float, str, bool, type(None))
 
@@ -50,19 +52,19 @@ class SkippedBlocks:
         self._calls: list[int] = []
         self._parameters: list[Tensor] = []
         for run in runs:
-            call = _Call()
+            call = _Call(run.numbers)
             for place in run.traced:
                 block = model.get_submodule(names[place])
                 for name, attribute in run.numbers:
                     module = block.get_submodule(name)
-                    setattr(module, attribute, BlockNumber(getattr(module, attribute)))
+                    vars(module)[attribute] = BlockNumber()
                 block.register_forward_pre_hook(self._entered(place), prepend=True)
             before = model.get_submodule(names[run.traced[-2]])
             before.register_forward_pre_hook(call.note_inputs, prepend=True, with_kwargs=True)
             before.register_forward_hook(call.note_output)
             for place in run.skipped:
                 block = model.get_submodule(names[place])
-                block.forward = self._stand_in(place, call)
+                block.forward = self._stand_in(place, block, call)
                 self._parameters += block.parameters()
 
     def leave_out(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -89,33 +91,38 @@ class SkippedBlocks:
 
         return note
 
-    def _stand_in(self, place: int, call: _Call) -> Callable[..., Any]:
+    def _stand_in(self, place: int, block: nn.Module, call: _Call) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             self._calls.append(place)
-            return call.handed_on(args, kwargs)
+            return call.handed_on(block, args, kwargs)
 
         return forward
 
 
 class _Call:
-    """What the block before the skipped ones got and gave, without holding it."""
+    """What the block before the skipped ones got, went by and gave, without holding it."""
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: frozenset[Path]) -> None:
+        self._numbers = numbers
         self._inputs: Any = None
+        self._around: Any = None
         self._output: Any = None
 
     def note_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._inputs is None:
             self._inputs = _described((args, kwargs))
+            self._around = _around(), state_of(module, self._numbers)
 
     def note_output(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._output is None:
             self._output = _described(output)
 
-    def handed_on(self, args: Any, kwargs: Any) -> Any:
+    def handed_on(self, block: nn.Module, args: Any, kwargs: Any) -> Any:
         """The output of a skipped block: its first input, where the output of a block is one of that form."""
         if self._inputs is None or self._output is None or _described((args, kwargs)) != self._inputs:
             raise Unlike("blocks of a run get different inputs")
+        if (_around(), state_of(block, self._numbers)) != self._around:
+            raise Unlike("blocks of a run are called in different ways")
         first = next((x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)), None)
         leaves, form = self._output
         tensors = [leaf for leaf in leaves if isinstance(leaf, _Form)]
@@ -123,6 +130,14 @@ class _Call:
         if first is None or tensors != [_form(first)] or not all(isinstance(leaf, _SIMPLE) for leaf in others):
             raise Unlike("a block's output is not of the form of its input")
         return tree_unflatten([first if isinstance(leaf, _Form) else leaf for leaf in leaves], form)
+
+
+def _around() -> tuple[Any, ...]:
+    """The modes of torch in which a block is called, and who decides about saved tensors."""
+    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    hook = saved_tensors_hooks()  # each region of checkpointing makes its own
+    whose = None if hook is None else getattr(hook, "__qualname__", type(hook))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, whose
 
 
 @dataclass(frozen=True)
@@ -303,6 +318,8 @@ class _Repetition:
 
     def _flops(self) -> dict[tuple[str, int], int]:
         flops = dict(self._books.flops)
+        if any(place in self._skipped for _, place in flops):
+            raise Unlike("something is computed between skipped blocks")
         for run in self._runs:
             for phase in {phase for phase, _ in flops}:
                 of_one = flops.get((phase, run.like), 0)

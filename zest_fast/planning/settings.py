@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import torch
 
+from zest_fast.finetuning.trainable_layers import reusable_head
 from zest_fast.foundation.nearest import nearest
 from zest_fast.foundation.options import Checkpoint, Frozen, PlannedDevice
 from zest_fast.planning.optimizers import Build, check_optimizer
@@ -57,6 +58,7 @@ class Setting:
         if self.device not in get_args(PlannedDevice):
             raise ValueError(f"device={self.device!r} is unknown; 'cuda' or 'cpu' is needed")
         check_optimizer(self.optimizer)
+        object.__setattr__(self, "head", reusable_head(self.head))
         if self.frozen is not None and self.frozen not in QUANTISED:
             raise ValueError(f"frozen={self.frozen!r} is unknown; None, 'int8' or 'nf4' is needed")
         if self.frozen is not None and self.layers == "all":

@@ -54,13 +54,14 @@ def push(
     if not weights:
         raise ValueError(f"{os.fspath(path)!r} holds no weights: name the file of a delta, or a folder of weights")
     is_adapter = "adapter_config.json" in files
-    whole = [] if is_adapter else [file for file in weights if not _is_delta(_at(source, file))]
+    own = [file for file in weights if is_adapter and Path(file).stem == "adapter_model"]
+    whole = [file for file in weights if file not in own and not _is_delta(_at(source, file))]
     if whole and not with_base:
         raise ValueError(
             f"{os.fspath(path)!r} holds whole weights ({some(whole, 3)}): uploading them publishes the base, too, "
             "whose licence has to allow it: say with_base=True, or name the delta instead"
         )
-    card = _card(source, files, delta, base=base, scores=scores, license=license, merged=bool(whole))
+    card = _card(source, files, delta, base=base, scores=scores, license=license, merged=bool(whole) and not is_adapter)
     api = _api() if api is None else api
     page = api.create_repo(repo_id, private=private, exist_ok=True)
     with tempfile.TemporaryDirectory() as staged:

@@ -18,6 +18,7 @@ from zest_fast.finetuning.delta_use import fitted
 from zest_fast.finetuning.digests import Base
 from zest_fast.foundation.nearest import some
 from zest_fast.foundation.replacing import new_folder
+from zest_fast.integrations.exports import used_without_a_call
 from zest_fast.integrations.merging import load_base, settings_of
 from zest_fast.integrations.sharing.low_rank import LowRank, check_wanted, low_rank, refuse_what_does_not_hold
 from zest_fast.integrations.sharing.model_cards import model_card
@@ -247,7 +248,8 @@ def _parts(
     biases: list[str] = []
     for name in moved:
         module, _, own = name.rpartition(".")
-        if len(owners[name]) > 1 or not _takes_lora(modules[module]) or own not in ("weight", "bias"):
+        adaptable = _takes_lora(modules[module]) and not used_without_a_call(modules, module)
+        if len(owners[name]) > 1 or not adaptable or own not in ("weight", "bias"):
             whole |= owners[name]
         else:
             (weights if own == "weight" else biases).append(module)
@@ -272,11 +274,14 @@ def _owners(model: nn.Module) -> dict[str, set[str]]:
 
 
 def _takes_lora(module: nn.Module) -> bool:
-    """Whether PEFT computes W + BA for it: for convolutions it leaves out groups, dilation and other paddings."""
+    """Whether PEFT computes W + BA for it: for convolutions it leaves out groups, dilation and other paddings, and
+    what max_norm makes of an embedding's rows it makes of those of A."""
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         plain = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and module.padding_mode == "zeros"
         return plain and module.groups == 1 and set(module.dilation) == {1}
-    return type(module) in (nn.Linear, nn.Embedding) or is_transformers_conv1d(module)
+    if type(module) is nn.Embedding:
+        return module.max_norm is None
+    return type(module) is nn.Linear or is_transformers_conv1d(module)
 
 
 def _has_bias(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from zest_fast.integrations.merging import settings_of
 from zest_fast.streaming.checkpoints import plain_checkpoint
 
 # What wrappers put into names: DistributedDataParallel is unwrapped as a module, the others are within names.
-_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "base_layer.")
+_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "base_layer"}
 _OF_PEFT = "base_model.model."
 
 
@@ -269,9 +269,7 @@ def _is_beside_base(name: str, model: nn.Module) -> bool:
 
 def _plain_name(name: str) -> str:
     """Without what wrappers and PEFT put into it."""
-    for mark in _WRAPPERS:
-        name = name.replace(mark, "")
-    name = name.removeprefix(_OF_PEFT)
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS).removeprefix(_OF_PEFT)
     before, found, after = name.partition(".modules_to_save.")
     return f"{before}.{after.partition('.')[2]}" if found else name
 

@@ -19,8 +19,8 @@ from bench.pages import Block, blocks, commands
 
 NOTEBOOKS = ROOT / "examples" / "notebooks"
 GUIDES = (
-    *("start", "trainer", "llama", "streaming", "vision", "planning", "cache", "probe", "sweep", "watch", "watch_logs"),
-    *("report", "profile", "processes"),
+    *("start", "data", "trainer", "tools", "llama", "streaming", "vision", "deltas", "planning", "cache", "probe"),
+    *("sweep", "watch", "watch_logs", "report", "profile", "processes"),
 )
 
 _SET_UP = """\

@@ -386,6 +386,8 @@ PUBLIC_BY_USE = {  # attributes and modules that begin with an underscore, and t
     "_NormBase": "the same of all that normalise by batch or instance",
     "_SpectralNorm": "of torch.nn.utils.parametrizations: what a parametrization is recognised by",
     "_is_hf_initialized": "of transformers",
+    "_name_or_path": "of transformers: where from_pretrained found a model, which its own save_pretrained reads",
+    "_prepare_inputs": "of transformers: what trainers override, those of TRL among them",
     "_keys_to_ignore_on_load_unexpected": "of transformers: what its models declare",
     "_init_weights": "of transformers: what its models override",
     "_loss_function": "of transformers",

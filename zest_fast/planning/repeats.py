@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zest_fast.foundation.torch_private import gradient_hooks, post_accumulate_hooks
 from zest_fast.planning.blocks import Layout
 from zest_fast.planning.settings import Setting
 
@@ -180,7 +181,7 @@ def _same_tensors(ours: dict[str, Tensor | None], theirs: dict[str, Tensor | Non
 
 
 def _described(x: Tensor) -> tuple[Any, ...]:
-    hooks = (x._backward_hooks, getattr(x, "_post_accumulate_grad_hooks", None))
+    hooks = (gradient_hooks(x), post_accumulate_hooks(x))
     return type(x), x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_leaf, *map(bool, hooks), vars_of(x)
 
 

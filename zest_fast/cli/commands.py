@@ -229,7 +229,8 @@ def finetune(
         )
     share = share_of("--probe", probe)
     with work(model, data) as console:
-        from zest_fast.cli.jobs.dial import Dial, opened_first
+        from zest_fast.cli.jobs.dial import opened_first
+        from zest_fast.cli.jobs.wanted import Dial
         from zest_fast.integrations.pretrained import Streamed
 
         def opened(on_disk: tuple[Any, Any] | None, same_length: bool) -> Any:
@@ -254,7 +255,8 @@ def finetune(
             job = opened((tuple(names or ()), chosen) if stream else None, cache is not None)
         else:
             job = opened_first(opened, model, names, chosen, ctx.params["device"], cache is not None)
-        from zest_fast.cli.jobs.finetuning import Wanted, finetune_job, settings_of_job
+        from zest_fast.cli.jobs.finetuning import finetune_job, settings_of_job
+        from zest_fast.cli.jobs.wanted import Wanted
 
         wanted = Wanted(
             layers=names,

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,6 +24,7 @@ from zest_fast import Choice as ChosenLayers
 from zest_fast import Fit, choose, fit_memory
 from zest_fast.cli.jobs.job import Job
 from zest_fast.cli.jobs.runs import unmoved
+from zest_fast.cli.jobs.wanted import Choice, Wanted
 from zest_fast.cli.options import option
 from zest_fast.foundation.byte_counts import memory_bytes
 from zest_fast.integrations.pretrained import downloaded_folder
@@ -35,21 +36,8 @@ from zest_fast.ranking.ranking import Ranking
 from zest_fast.streaming.checkpoints import INDEX, WHOLE, read_packed
 from zest_fast.streaming.mapped_files import check_platform
 
-if TYPE_CHECKING:
-    from zest_fast.cli.jobs.finetuning import Choice, Wanted
-
 _PADDING = 1.1
 """A cache pads every text to the longest: where a batch grows by more than this, the dial leaves it out."""
-
-
-@dataclass(frozen=True)
-class Dial:
-    """settled: of checkpoint, frozen, stream and cache, what the command line says. opened: the same model and data
-    with other options of `open_job`."""
-
-    limit: str
-    settled: frozenset[str]
-    opened: Callable[..., Job]
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,107 +17,36 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from zest_fast import PrefixCache, SelectiveBackward, choose, plan, profile, rank
-from zest_fast import probe as run_probe
+from zest_fast import PrefixCache, SelectiveBackward
 from zest_fast.cli import show
 from zest_fast.cli.jobs import runs
-from zest_fast.cli.jobs.dial import Dial, turn
+from zest_fast.cli.jobs.choosing import (
+    check_choice,
+    choose_layers,
+    exchanged,
+    first_line,
+    passes_of_run,
+    plan_lines,
+    planned_optimizer,
+    steps_of_run,
+)
+from zest_fast.cli.jobs.dial import turn
 from zest_fast.cli.jobs.interrupts import listening
-from zest_fast.cli.jobs.job import Job, to_device
+from zest_fast.cli.jobs.job import Job
 from zest_fast.cli.jobs.record import training_record
 from zest_fast.cli.jobs.saving import save_somewhere
 from zest_fast.cli.jobs.scores import evaluate
-from zest_fast.cli.jobs.training import optimizer_for, scheduler_for, steps_of, train
-from zest_fast.cli.options import split_names
+from zest_fast.cli.jobs.training import optimizer_for, scheduler_for, train
+from zest_fast.cli.jobs.wanted import Choice, Wanted
 from zest_fast.finetuning.trainable_layers import chosen_layers, head_layers
-from zest_fast.foundation.options import Checkpoint, Frozen, Preference
 from zest_fast.foundation.text_table import printable
 from zest_fast.integrations.data.sources import digest_of_data
 from zest_fast.integrations.merging import DataSettings, merge_folder, save_model_folder
 from zest_fast.integrations.pretrained import downloaded_folder
-from zest_fast.lean.master_weights import LOW
-from zest_fast.planning.report import Plan
-from zest_fast.probing.collecting import collect
-from zest_fast.profiling.heads import find_head, is_language_model
 from zest_fast.ranking.ranking import Ranking
 from zest_fast.streaming.checkpoints import read_packed
 
 _RUN_STATES = 4  # times what trains: weights, two moments, a float32 master
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the command line asks for.
-
-    layers: None = the `top` ones of a ranking, by a metric or (by=None) by the Ranker that ships.
-    head: "auto", "none", or the names of modules, separated by commas.
-    probe: the share of a sweep's cost that a probe may take, to be mixed into that ranking; None = no probe.
-    prefer, checkpoint, frozen: as for `choose` and SelectiveBackward.
-    dial: --max-memory, which settles checkpoint, frozen, stream and cache; None = they are as they are. saving: what it
-    has found, for report, recipe and a run that goes on.
-    cache, cache_limit: folder and limit of a PrefixCache; None = no cache.
-    schedule, warmup: of the learning rate. accumulate: batches of a step.
-    masters: float32 masters of what trains in bfloat16 or float16.
-    save_model: a folder for the tuned model; None = the delta alone. save_every: steps; None = never.
-    resume: the file of an interrupted run, and what it says. dry_run: stop before training.
-    data_settings: how data became batches. params: those of the command; written: those that were written on the
-    command parameters of the line, for the notes on those without effect.
-    """
-
-    layers: Sequence[str] | None
-    head: str
-    by: str | None
-    probe: float | None
-    top: int
-    prefer: Preference
-    dial: Dial | None
-    checkpoint: Checkpoint | None
-    frozen: Frozen | None
-    cache: Path | None
-    cache_limit: str
-    epochs: int
-    steps: int | None
-    lr: float
-    schedule: str
-    warmup: float
-    accumulate: int
-    masters: bool
-    out: Path
-    save_model: Path | None
-    save_every: int | None
-    resume: tuple[Path, runs.Progress] | None
-    dry_run: bool
-    model: str
-    data: str
-    stream: bool
-    data_settings: DataSettings
-    params: dict[str, Any]
-    written: Collection[str]
-    saving: dict[str, Any] | None = None
-
-    @property
-    def own_cache(self) -> Path | None:
-        """The folder of the cache that the dial has made up, which goes when the run is over."""
-        own = (self.saving or {}).get("own_cache")
-        return None if own is None else Path(own)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What trains and why. ranking: a Ranking, or what a run says of one; None where layers were named."""
-
-    layers: Sequence[str]
-    head: str | list[str] | None
-    ranking: Any = None
-    explanation: str | None = None
-
-    @property
-    def by(self) -> str | None:
-        return self.ranking.by if isinstance(self.ranking, Ranking) else (self.ranking or {}).get("by")
-
-    @property
-    def note(self) -> str | None:
-        return self.ranking.note if isinstance(self.ranking, Ranking) else (self.ranking or {}).get("note")
 
 
 def settings_of_job(job: Job, params: Mapping[str, Any]) -> DataSettings:
@@ -151,21 +80,21 @@ def finetune_job(job: Job, wanted: Wanted, console: Console) -> dict[str, Any]:
             f"--save-model: {wanted.model} is a {type(job.model).__name__} without save_pretrained, of which no folder "
             "can be made; leave it out, and put the delta into the model with zest_fast.apply_delta"
         )
-    choice, batch = _choose(job, wanted, console)
+    choice, batch = choose_layers(job, wanted, console)
     found = None
     if wanted.dial is not None and wanted.resume is None:
-        _check(job, choice)
+        check_choice(job, choice)
         turned = turn(
             job,
             wanted,
             choice,
             console,
-            optimizer=_planned_optimizer(job, wanted),
-            steps=_passes(job, wanted),
-            again=partial(_exchanged, job, wanted, choice),
+            optimizer=planned_optimizer(job, wanted),
+            steps=passes_of_run(job, wanted),
+            again=partial(exchanged, job, wanted, choice),
         )
         job, wanted, choice, found = turned.job, turned.wanted, turned.choice, turned.plan
-    lines, planned = _plan(job, wanted, choice, batch, console, found)
+    lines, planned = plan_lines(job, wanted, choice, batch, console, found)
     batch = None  # which may lie on a GPU
     if wanted.dry_run:
         _say(console, job, wanted, lines)
@@ -224,7 +153,7 @@ class _Run:
             tuned,
             kept,
         )
-        self.total = _steps(job, wanted)
+        self.total = steps_of_run(job, wanted)
         self.recipe: dict[str, Any] = {
             "optimizer": "AdamW",
             "lr": wanted.lr,
@@ -426,110 +355,9 @@ class _Run:
                 self.tuned.remove()  # plain weights in the place of packed ones
                 save_model_folder(loaded, out, loaded.class_names or ())
         except Exception as error:  # whatever save_pretrained of a stranger's model raises: the delta is there
-            reason = _reason(error) if isinstance(error, OSError) else _first_line(error)
+            reason = _reason(error) if isinstance(error, OSError) else first_line(error)
             return None, f"--save-model {out} could not be written ({reason})"
         return str(out), None
-
-
-def _choose(job: Job, wanted: Wanted, console: Console) -> tuple[Choice, Any]:
-    """The layers that were named, that a run had chosen, or the best ones of a ranking; and a batch to plan by.
-
-    The batch is None where none can be had without moving the data loader on.
-    """
-    if wanted.resume is not None:
-        run = wanted.resume[1]
-        return Choice(run.layers, run.head or None, run.ranking, run.explanation), None
-    if wanted.layers is not None:
-        chosen = Choice(wanted.layers, _head(job, wanted.head, wanted.layers))
-        return chosen, job.first_batch() if wanted.dry_run else job.any_batch()
-    batch, by = job.first_batch(), wanted.by
-    with console.status("profiling one batch"):
-        profiled = profile(job.model, batch, metrics=None if by is None else [by])
-    found = None
-    if wanted.probe is not None:
-        with console.status("probing"):
-            batches = collect(job.model, job.loaders.train, lambda one: to_device(one, job.device))
-            found = run_probe(
-                job.model, batches, layers=profiled.names, budget=wanted.probe, progress=console.is_terminal
-            )
-    ranking = rank(profiled, by=by, probe=found)
-    layers: Any = ranking.top(wanted.top)
-    explanation = None
-    if wanted.prefer != "score":  # counts on the model itself, for which not every model is made
-        layers = choose(ranking, wanted.top, model=job.model, batch=batch, prefer=wanted.prefer)
-        explanation = layers.explanation
-    return Choice(layers, _head(job, wanted.head, layers), ranking, explanation), batch
-
-
-def _exchanged(job: Job, wanted: Wanted, choice: Choice, layers: Any) -> Choice:
-    """With these layers instead, as `choose` returns them."""
-    return replace(choice, layers=layers, head=_head(job, wanted.head, layers), explanation=layers.explanation)
-
-
-def _check(job: Job, choice: Choice) -> None:
-    """Raises what SelectiveBackward would."""
-    chosen_layers(job.model, choice.layers)
-    head_layers(job.model, choice.head)
-
-
-def _plan(
-    job: Job, wanted: Wanted, choice: Choice, batch: Any, console: Console, found: Plan | None = None
-) -> tuple[list[str], dict[str, Any] | None]:
-    """Lines that say what will train, why, and what a step will hold; and the latter for the report.
-
-    found: a plan that is there already. None where none can be made: not every model runs on tensors without contents.
-    """
-    _check(job, choice)
-    lines = ["training " + ", ".join(choice.layers)]
-    if choice.note:
-        lines.append(f"ranking: {choice.note}")
-    if choice.explanation:
-        lines.append(f"choice: {choice.explanation}")
-    if wanted.saving is not None:
-        lines.append(f"--max-memory {wanted.saving['max_memory']}: {wanted.saving['explanation']}")
-    if found is not None:
-        lines.append(_plan_line(found))
-    elif wanted.stream:
-        lines.append("plan: zest-fast plan --stream makes one of weights that stay on disk")
-    elif batch is not None:
-        try:
-            with console.status("planning a step"):
-                found = plan(
-                    job.model,
-                    choice.layers,
-                    batch=batch,
-                    head=choice.head,
-                    optimizer=_planned_optimizer(job, wanted),
-                    checkpoint=wanted.checkpoint,
-                    frozen=wanted.frozen,
-                    accumulating=wanted.accumulate > 1,
-                )
-        except Exception as error:  # of a model whose code needs values, whatever that raises
-            lines.append(f"plan: none can be made of this model ({type(error).__name__}: {_first_line(error)})")
-        else:
-            lines.append(_plan_line(found))
-    if found is None:
-        return lines, None
-    return lines, {
-        "peak_bytes": found.peak_bytes,
-        "flops": found.flops,
-        "breakdown": found.breakdown,
-        "trainable_parameters": found.trainable_parameters,
-        "cut": found.cut,
-    }
-
-
-def _plan_line(found: Plan) -> str:
-    parts = ", ".join(f"{kind} {size / 2**20:,.1f}" for kind, size in found.breakdown.items() if size)
-    return (
-        f"plan: a step takes {found.peak_bytes / 2**20:,.1f} MiB of tensors at its peak ({parts}) and "
-        f"{found.flops / 1e9:,.3g} GFLOP, {found.setting.size}; backward ends at {found.cut}"
-    )
-
-
-def _planned_optimizer(job: Job, wanted: Wanted) -> str:
-    low = wanted.masters and any(parameter.dtype in LOW for parameter in job.model.parameters())
-    return "adamw-masters" if low else "adamw-foreach" if job.device.type == "cuda" else "adamw"
 
 
 def _dry_report(job: Job, wanted: Wanted, choice: Choice, planned: dict[str, Any] | None) -> dict[str, Any]:
@@ -576,10 +404,6 @@ def _plain_ranking(ranking: Any) -> Any:
     return ranking.plain() if isinstance(ranking, Ranking) else ranking
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "no message")[:200]
-
-
 def _reason(error: OSError) -> str:
     return error.strerror or str(error)
 
@@ -591,36 +415,6 @@ def _problem(tuned: SelectiveBackward) -> str | None:
     except RuntimeError as error:
         return str(error)
     return None
-
-
-def _head(job: Job, head: str, layers: Sequence[str]) -> str | list[str] | None:
-    """ "auto" and, with it, whatever the checkpoint did not hold: layers that are drawn at random have to train."""
-    if head == "none":
-        return None
-    if head != "auto":
-        return split_names(head, "--head")
-    fresh = {name.rpartition(".")[0] for name in job.loaded.fresh} - set(layers)
-    if not fresh:
-        return "auto"
-    found = None if is_language_model(job.model) else find_head(job.model)
-    return sorted(fresh if found is None else fresh | {found})
-
-
-def _steps(job: Job, wanted: Wanted) -> int:
-    """Of the whole run."""
-    return wanted.steps or steps_of(_rounds_length(job), wanted.epochs, wanted.accumulate)
-
-
-def _passes(job: Job, wanted: Wanted) -> int:
-    """Of the whole run, of which a step takes several: what a cache saves. The last step may take fewer."""
-    return wanted.steps * wanted.accumulate if wanted.steps else _rounds_length(job) * wanted.epochs
-
-
-def _rounds_length(job: Job) -> int:
-    try:
-        return len(job.loaders.train)
-    except TypeError:
-        raise ValueError("the data have no length (an IterableDataset): say how long to train with --steps") from None
 
 
 def _samples(job: Job) -> int | None:

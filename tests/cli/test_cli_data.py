@@ -22,6 +22,7 @@ from checkpoints import (
     save_rows,
     save_t5,
 )
+from command_results import document, done, refused
 from scipy import stats
 from sklearn.metrics import f1_score
 from torch.utils.data import DataLoader
@@ -78,21 +79,6 @@ def home(files, tmp_path, monkeypatch):
 @pytest.fixture
 def run(home):
     return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
-
-
-def done(result):
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def document(result):
-    return json.loads(done(result).stdout)
-
-
-def refused(result, *parts):
-    assert result.exit_code == 2 and result.stdout == "", result.output
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ") and all(part in line for part in parts), line
 
 
 BERT_LAYER = "bert.encoder.layer.1.output.dense"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pytest
 import torch
 import transformers
 from checkpoints import TEXTS, WORDS, save_bert, save_jsonl, save_tokenizer
+from command_results import document, done, refused
 from typer.testing import CliRunner
 
 from zest_fast import SelectiveBackward, pack, plan
@@ -98,21 +98,6 @@ def fits(monkeypatch):
 
     monkeypatch.setattr(dial, "fit_memory", noted)
     return found
-
-
-def done(result):
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def document(result):
-    return json.loads(done(result).stdout)
-
-
-def refused(result, *parts):
-    assert result.exit_code == 2 and result.stdout == "", result.output
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ") and all(part in line for part in parts), line
 
 
 def options_of(way: Savings) -> tuple[str, ...]:

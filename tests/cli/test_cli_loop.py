@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import TEXTS, save_bert, save_digits, save_jsonl, save_llama, save_resnet
+from command_results import document, done, refused
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -82,21 +83,6 @@ def home(models, tmp_path, monkeypatch):
 @pytest.fixture
 def run(home):
     return lambda *words: CliRunner().invoke(app, [str(word) for word in words])
-
-
-def done(result):
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def document(result):
-    return json.loads(done(result).stdout)
-
-
-def refused(result, *parts):
-    assert result.exit_code == 2 and result.stdout == "", result.output
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ") and all(part in line for part in parts), line
 
 
 BERT = ("finetune", "bert", "films.jsonl")

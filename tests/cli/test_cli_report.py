@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 
 import zest_fast
 from zest_fast.cli import app
-from zest_fast.cli.jobs.record import thinned
+from zest_fast.cli.jobs import scores
+from zest_fast.cli.jobs.record import FIGURES, thinned
 from zest_fast.finetuning.delta_files import read_delta
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -275,3 +276,29 @@ def test_axe_has_nothing_to_say(folder, width, dark):
         found = look_at(Path(name), folder, width=width, dark=dark)
         assert found["violations"] == [] and found["passes"] > 30
         assert found["dark"] is dark and found["width"] == width and found["needs"] <= width
+
+
+def test_a_training_that_is_scored_by_other_figures_has_its_scores_too(made, folder, without_matplotlib):
+    (folder / "bert").symlink_to(made / "bert")
+    save_jsonl(folder / "numbers.jsonl", TEXTS * 2, [place / 4 for place in range(2 * len(TEXTS))])
+    words = ("--layers", "bert.encoder.layer.1.output.dense", "--validation-share", 0.5, "--task", "regression")
+    done = command("finetune", "bert", "numbers.jsonl", *words, "--out", "other.safetensors", "--json")
+    assert done.exit_code == 0, done.output
+    Path("other.json").write_text(done.stdout)
+    for file in ("other.safetensors", "other.json"):
+        found = page(file)
+        text = Path("page.html").read_text(encoding="utf-8")
+        assert not found.errors and "another form" not in text
+        for name in ("mse", "pearson", "spearman", "predictions"):
+            assert f">{name}</th>" in text
+        assert f"{json.loads(done.stdout)['before']['mse']:.4g}" in text
+
+
+def test_every_task_is_scored_by_figures_that_a_page_knows():
+    tallies = (scores._Classes(), scores._Numbers(), scores._Sets(), scores._Tags(("O", "B-x", "I-x")))
+    logits, tags = torch.zeros(2, 3), torch.tensor([0, 1])
+    for tally, outputs, targets in zip(
+        tallies, (logits, logits[:, 0], logits, logits), (tags, torch.ones(2), torch.ones(2, 3), tags), strict=True
+    ):
+        tally.add(outputs, targets, targets.view(1, -1))
+        assert set(tally.figures()) <= set(FIGURES)

@@ -7,6 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from zest_fast.foundation.documents import Keys, Null, Number
+
+FIGURES = ("accuracy", "mse", "pearson", "spearman", "f1_micro", "f1_macro", "token_f1", "entity_f1")
+"""What a score may hold beside `loss` and `predictions`, by the task (scores.py)."""
+SCORE = Keys(
+    {"loss": Null(Number(finite=False)), "predictions": Number(0)}, dict.fromkeys(FIGURES, Null(Number(finite=False)))
+)
 _MOST_POINTS = 500  # a delta is read by its header first, which should stay small
 
 

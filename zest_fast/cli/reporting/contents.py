@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zest_fast.cli.jobs.record import thinned
+from zest_fast.cli.jobs.record import SCORE, thinned
 from zest_fast.foundation.documents import Keys, ListOf, MapOf, Null, Number, OneOf, Text
 
 if TYPE_CHECKING:
@@ -23,9 +23,8 @@ _RANKING = Keys(
     {"note": Text(), "intervals": ListOf(ListOf(_LOSS, least=2, most=2)), "reasons": MapOf(ListOf(_PART))},
 )
 _PLAN = Keys({"peak_bytes": Number(0), "breakdown": MapOf(Number(0)), "flops": Number(0)}, others=True)
-_SCORE = Keys({"loss": _LOSS, "accuracy": _LOSS, "predictions": Number(0)})
 _CURVE = Keys({"steps": ListOf(Number(0, integer=True)), "losses": ListOf(_LOSS)})
-_RECORD = Keys({"plan": Null(_PLAN), "before": Null(_SCORE), "curve": _CURVE})
+_RECORD = Keys({"plan": Null(_PLAN), "before": Null(SCORE), "curve": _CURVE})
 
 
 @dataclass(frozen=True)

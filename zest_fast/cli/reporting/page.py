@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zest_fast.cli.jobs.record import FIGURES
 from zest_fast.cli.reporting.contents import Contents, Curve, Ranked, Row
 from zest_fast.cli.reporting.sources import WHAT, Sources
 from zest_fast.foundation.html_parts import escaped, html_table, paragraph
@@ -247,9 +248,10 @@ def _training(curve: Curve | None, draw: _Figures) -> str:
         return _muted("No learning curve: a delta of zest-fast finetune holds one, and what finetune --json prints.")
     parts = [_muted(f"From {curve.source}")]
     scores = {"before": curve.before, "after": curve.after}
-    lines = [[when, *_cells_of(score)] for when, score in scores.items() if score]
+    names = [name for name in FIGURES if any(name in score for score in scores.values() if score)]
+    lines = [[when, *_cells_of(score, names)] for when, score in scores.items() if score]
     if lines:
-        header = ["validation", "loss", "accuracy", "predictions"]
+        header = ["validation", "loss", *(name.replace("_", " ") for name in names), "predictions"]
         parts.append(_scrolling(html_table(header, lines, caption="On data that were held out"), "Validation scores"))
     else:
         parts.append(_muted("No score: no data were held out, or the file does not say."))
@@ -265,9 +267,14 @@ def _training(curve: Curve | None, draw: _Figures) -> str:
     return "".join(parts)
 
 
-def _cells_of(score: Mapping[str, Any]) -> list[str]:
-    accuracy = "" if score["accuracy"] is None else f"{score['accuracy']:.1%}"
-    return ["" if score["loss"] is None else number(score["loss"]), accuracy, f"{score['predictions']:,}"]
+def _cells_of(score: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """names: of the figures beside the loss."""
+    figures = {name: score.get(name) for name in ("loss", *names)}
+    cells = [
+        "" if value is None else f"{value:.1%}" if name == "accuracy" else number(value)
+        for name, value in figures.items()
+    ]
+    return [*cells, f"{score['predictions']:,}"]
 
 
 def _evenly(count: int, most: int) -> list[int]:

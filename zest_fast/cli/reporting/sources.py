@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zest_fast.cli.jobs.record import SCORE
 from zest_fast.foundation.documents import (
     Json,
     Keys,
@@ -46,7 +47,7 @@ _MARKS = {
     "watch": b"zest_fast.watch",
 }
 _LOSS = Null(Number())
-_SCORE = Null(Keys({"loss": _LOSS, "accuracy": _LOSS, "predictions": Number(0)}))
+_SCORE = Null(SCORE)
 _FINETUNING = Keys(
     {"training_loss": ListOf(_LOSS), "layers": ListOf(Text()), "before": _SCORE, "after": _SCORE, "plan": Null(Json())},
     {"trainable_parameters": Number(0), "parameters": Number(0)},

@@ -23,6 +23,11 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def first_line(error: BaseException, empty: str | None = None) -> str:
+    """Of an error that is not ours, for a message of ours; `empty`, or else its class, where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__ if empty is None else empty)
+
+
 def shorten(name: str, width: int = 44) -> str:
     """Leave out the middle of a long layer name: block numbers at the front and the type at the end both matter."""
     if len(name) <= width:

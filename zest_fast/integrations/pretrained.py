@@ -18,6 +18,7 @@ import torch
 from zest_fast.foundation.documents import check_stored
 from zest_fast.foundation.hub_kernels import refuse_kernels
 from zest_fast.foundation.nearest import nearest, some
+from zest_fast.foundation.text_table import first_line
 from zest_fast.integrations.quiet import quiet_transformers
 from zest_fast.integrations.references import is_reference, load_function, nearest_path
 from zest_fast.streaming.opening import open_streamed
@@ -388,10 +389,10 @@ def _config(source: str, trust_remote_code: bool = False) -> Any:
         if "trust_remote_code" in str(error):
             raise _refused_code(f"model {source!r}", error, _auto_map(folder / "config.json")) from error
         if folder.is_dir():
-            raise ValueError(f"{folder / 'config.json'}: {_first_line(error)}") from error
+            raise ValueError(f"{folder / 'config.json'}: {first_line(error)}") from error
         raise ValueError(
             f"model {source!r} is no folder here, no module:function, and the hub did not give it "
-            f"({_first_line(error)}); {nearest_path(folder, _folders_beside(folder))}"
+            f"({first_line(error)}); {nearest_path(folder, _folders_beside(folder))}"
         ) from error
     refuse_kernels(source, config)
     architectures = config.architectures
@@ -410,7 +411,7 @@ def _refused_code(what: str, error: Exception, names: Mapping[str, Any] | None) 
         f"{what} asks to run code of its own{code}, which is not done unasked: it can do whatever you can, such as "
         "read your files and send them away. Read it first; then trust_remote_code=True imports and runs it, or build "
         "the model in a function of yours and pass module:function"
-        + ("" if names else f" (transformers: {_first_line(error)})")
+        + ("" if names else f" (transformers: {first_line(error)})")
     )
 
 
@@ -516,7 +517,7 @@ def _from_pretrained(
         if "Unrecognized configuration class" in str(error):
             kind = _config(source, loading["trust_remote_code"]).model_type
             raise ValueError(f"model {source!r} ({kind}) has no form for {task}") from error
-        raise ValueError(f"model {source!r}: {_first_line(error)}") from error
+        raise ValueError(f"model {source!r}: {first_line(error)}") from error
     missing = tuple(sorted(report["missing_keys"]))
     _check_something_fits(source, model, missing, report["unexpected_keys"])
     for name, held, wanted in report["mismatched_keys"]:
@@ -581,7 +582,7 @@ def _load(auto: Any, source: str, trust_remote_code: bool) -> Any:
             files = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json")
             names = next(filter(None, (_auto_map(Path(source) / file) for file in files)), None)
             raise _refused_code(f"{auto.__name__} of {source!r}", error, names) from error
-        raise ValueError(f"{auto.__name__} of {source!r}: {_first_line(error)}") from error
+        raise ValueError(f"{auto.__name__} of {source!r}: {first_line(error)}") from error
 
 
 def _check_weights(folder: Path) -> None:
@@ -623,7 +624,7 @@ def _check_safetensors(file: Path) -> None:
         with safe_open(str(file), framework="pt"):
             pass  # opening compares the header with the length of the file
     except SafetensorError as error:
-        raise ValueError(f"weights file {file} is torn ({_first_line(error)}); copy or download it again") from error
+        raise ValueError(f"weights file {file} is torn ({first_line(error)}); copy or download it again") from error
 
 
 def _check_json(file: Path, what: str) -> dict[str, Any]:
@@ -642,7 +643,3 @@ def _check_json(file: Path, what: str) -> dict[str, Any]:
 def _folders_beside(path: Path) -> list[Path]:
     parent = next(folder for folder in path.parents if folder.is_dir())
     return [entry for entry in parent.iterdir() if entry.is_dir()]
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zest_fast.foundation.hub_kernels import refuse_kernels
 from zest_fast.foundation.nearest import nearest
+from zest_fast.foundation.text_table import first_line
 
 # What `plan` knows by name, and how it differs from the defaults of the configuration's class (which are LLaMA-7B and
 # BERT-base themselves). The images' models have the 1000 classes of ImageNet, the texts' classifiers two.
@@ -110,7 +111,7 @@ def _config(source: Any) -> Any:
                 "run here: build the model in code that you have read, and plan that (zest-fast plan: module:function)"
             ) from error
         where = f"{source} is no configuration" if path.exists() else f"model {str(source)!r} is unknown"
-        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        why = first_line(error)
         raise ValueError(
             f"{where} ({why}); a plan takes a config.json, a PretrainedConfig, an nn.Module or a name: "
             + nearest(key, NAMED)

@@ -105,6 +105,13 @@ class NewerVersionError(ValueError):
     """The file was written by a later zest_fast."""
 
 
+def refuse_newer(path: Path, version: int, known: int) -> None:
+    if version > known:
+        raise NewerVersionError(
+            f"{str(path)!r} has format version {version}, this zest_fast reads up to {known}: upgrade zest_fast"
+        )
+
+
 def _suffix(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix not in (".json", ".parquet"):
@@ -128,11 +135,7 @@ def _check(header: Any, path: Path, specification: Specification) -> None:
     Keys({"format": Text(), "version": Number(1, 10**6, integer=True)}, others=True).check(header, "")
     if header["format"] != FORMAT:
         raise ValueError(f"its format is {shown(header['format'])}, not {FORMAT!r}")
-    if header["version"] > VERSION:
-        raise NewerVersionError(
-            f"{str(path)!r} has format version {header['version']}, this zest_fast reads up to {VERSION}: "
-            "upgrade zest_fast"
-        )
+    refuse_newer(path, header["version"], VERSION)
     specification.check(header, "")
     if (header["version"] == _OF_ONE_BATCH) == ("batches" in header):
         raise ValueError(f"batches: with format version {header['version']} they do not go together")

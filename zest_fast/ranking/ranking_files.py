@@ -28,7 +28,7 @@ from zest_fast.foundation.documents import (
 )
 from zest_fast.foundation.replacing import replacing
 from zest_fast.profiling.layer_profile import LayerProfile
-from zest_fast.profiling.profile_files import INFO, VALUE, NewerVersionError, plain_value, strict_number
+from zest_fast.profiling.profile_files import INFO, VALUE, NewerVersionError, plain_value, refuse_newer, strict_number
 from zest_fast.ranking.assessment import Assessment, Known
 from zest_fast.ranking.ranking import Ranking
 
@@ -118,11 +118,8 @@ def _plain(assessment: Assessment) -> dict[str, Any]:
 
 def _ranking(document: Any, path: Path) -> Ranking:
     Keys({"format": Text(), "version": Number(1, 10**6, integer=True)}, others=True).check(document, "")
-    if document["format"] == FORMAT and document["version"] > VERSION:
-        raise NewerVersionError(
-            f"{str(path)!r} has format version {document['version']}, this zest_fast reads up to {VERSION}: "
-            "upgrade zest_fast"
-        )
+    if document["format"] == FORMAT:
+        refuse_newer(path, document["version"], VERSION)
     _RANKING.check(document, "")
     layers = document["layers"]
     names = [layer["name"] for layer in layers]

@@ -14,6 +14,7 @@ from torch import nn
 from zest_fast.foundation.documents import parse_json, whole_file
 from zest_fast.foundation.hub_kernels import refuse_kernels
 from zest_fast.foundation.nearest import nearest
+from zest_fast.foundation.text_table import first_line
 
 
 def empty_model(folder: Path) -> nn.Module:
@@ -48,7 +49,7 @@ def _config(folder: Path) -> Any:
         there = [entry.name for entry in folder.iterdir()]
         raise ValueError(f"{os.fspath(path)!r} does not exist; {nearest(path.name, there)}") from error
     except Exception as error:
-        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        why = first_line(error)
         raise ValueError(f"{os.fspath(path)!r} is no configuration that transformers knows: {why}") from error
     refuse_kernels(os.fspath(folder), config)
     return config

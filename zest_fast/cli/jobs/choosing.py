@@ -15,6 +15,7 @@ from zest_fast.cli.jobs.training import steps_of
 from zest_fast.cli.jobs.wanted import Choice, Wanted
 from zest_fast.cli.options import split_names
 from zest_fast.finetuning.trainable_layers import chosen_layers, head_layers
+from zest_fast.foundation.text_table import first_line
 from zest_fast.lean.master_weights import LOW
 from zest_fast.planning.report import Plan
 from zest_fast.probing.collecting import collect
@@ -95,7 +96,8 @@ def plan_lines(
                     accumulating=wanted.accumulate > 1,
                 )
         except Exception as error:  # of a model whose code needs values, whatever that raises
-            lines.append(f"plan: none can be made of this model ({type(error).__name__}: {first_line(error)})")
+            why = first_line(error, "no message")[:200]
+            lines.append(f"plan: none can be made of this model ({type(error).__name__}: {why})")
         else:
             lines.append(_plan_line(found))
     if found is None:
@@ -145,10 +147,6 @@ def _rounds_length(job: Job) -> int:
         return len(job.loaders.train)
     except TypeError:
         raise ValueError("the data have no length (an IterableDataset): say how long to train with --steps") from None
-
-
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "no message")[:200]
 
 
 def passes_of_run(job: Job, wanted: Wanted) -> int:

@@ -24,7 +24,6 @@ from zest_fast.cli.jobs.choosing import (
     check_choice,
     choose_layers,
     exchanged,
-    first_line,
     passes_of_run,
     plan_lines,
     planned_optimizer,
@@ -39,7 +38,7 @@ from zest_fast.cli.jobs.scores import evaluate
 from zest_fast.cli.jobs.training import optimizer_for, scheduler_for, train
 from zest_fast.cli.jobs.wanted import Choice, Wanted
 from zest_fast.finetuning.trainable_layers import chosen_layers, head_layers
-from zest_fast.foundation.text_table import printable
+from zest_fast.foundation.text_table import first_line, printable
 from zest_fast.integrations.data.sources import digest_of_data
 from zest_fast.integrations.merging import DataSettings, merge_folder, save_model_folder
 from zest_fast.integrations.pretrained import downloaded_folder
@@ -355,7 +354,7 @@ class _Run:
                 self.tuned.remove()  # plain weights in the place of packed ones
                 save_model_folder(loaded, out, loaded.class_names or ())
         except Exception as error:  # whatever save_pretrained of a stranger's model raises: the delta is there
-            reason = _reason(error) if isinstance(error, OSError) else first_line(error)
+            reason = _reason(error) if isinstance(error, OSError) else first_line(error, "no message")[:200]
             return None, f"--save-model {out} could not be written ({reason})"
         return str(out), None
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zest_fast.foundation.nearest import nearest
+from zest_fast.foundation.text_table import first_line
 from zest_fast.integrations.data.labels import shortened
 from zest_fast.integrations.data.tokens import IGNORED, Tokens
 
@@ -181,5 +182,5 @@ def _rendered(one: Conversation, messages: list[dict[str, Any]], tokenizer: Any,
     try:
         return tokenizer.apply_chat_template(messages, tools=one.tools, tokenize=True, return_dict=True, **options)
     except Exception as error:  # a template raises what it likes, and jinja whatever it meets
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise ValueError(f"{one.place}: the chat template refuses this conversation ({reason})") from error

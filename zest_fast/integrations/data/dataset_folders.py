@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from zest_fast.foundation.text_table import first_line
 from zest_fast.integrations.data.tables import ENDINGS, Table, check_size
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -39,7 +40,7 @@ def open_saved(path: Path) -> dict[str, Callable[[], Table]]:
     try:
         found = library.load_from_disk(str(path))
     except Exception as error:  # of a torn folder it raises what pyarrow and json meet
-        raise ValueError(f"{path} cannot be read as a set of datasets ({_first_line(error)})") from error
+        raise ValueError(f"{path} cannot be read as a set of datasets ({first_line(error)[:300]})") from error
     return _parts(path, found)
 
 
@@ -64,7 +65,7 @@ def _loaded(source: str, config: str | None) -> Any:
         return library.load_dataset(source, config)
     except Exception as error:  # no network, no such set, a configuration to be chosen, a script that is not run
         raise ValueError(
-            f"data {source!r} is no file or folder here, and the hub did not give it ({_first_line(error)})"
+            f"data {source!r} is no file or folder here, and the hub did not give it ({first_line(error)[:300]})"
         ) from error
 
 
@@ -108,7 +109,3 @@ def _datasets(why: str) -> Any:
     except ImportError as error:
         raise ImportError(f"{why}: pip install 'zest_fast[datasets]'") from error
     return datasets
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -82,8 +82,11 @@ def test_a_delta_goes_alone_with_its_card(delta):
 def test_a_card_says_no_more_than_is_known(llama, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
     with SelectiveBackward(model, [LAYER]) as tuned:
-        delta = tuned.save(tmp_path / "d.safetensors", recipe={"note": "# a title | <script>", "model": str(llama)})
+        record = {"plan": None, "before": None, "curve": {"steps": [1], "losses": [0.123]}}
+        recipe = {"note": "# a title | <script>", "model": str(llama), "record": record}
+        delta = tuned.save(tmp_path / "d.safetensors", recipe=recipe)
     card = model_card(delta)
+    assert "record" not in card and "0.123" not in card
     parsed = ModelCard(card)
     assert parsed.data.base_model is None and parsed.data.license is None
     assert "of `llama` trained" in card and str(tmp_path) not in card

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from zest_fast.integrations.sharing.lora import LoraExport
 
 _MOST_ROWS = 200  # of a table of tensors
+_NO_RECIPE = ("model", "record")  # the base, which is named by itself, and the loss of up to 500 steps
 
 
 def model_card(
@@ -73,7 +74,7 @@ def model_card(
         *_trained(delta),
         *([] if adapter is None else _ranks(adapter)),
         *_chosen(delta.ranking),
-        *_recipe({key: value for key, value in recipe.items() if key != "model"}),
+        *_recipe({key: value for key, value in recipe.items() if key not in _NO_RECIPE}),
         *_scores(scores),
         *_use(Path(path).name, spoken, adapter, merged),
     ]

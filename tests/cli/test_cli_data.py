@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -250,6 +251,20 @@ def test_figures_are_those_of_scipy_and_scikit_learn():
     for average in ("micro", "macro"):
         expected = f1_score(labels.numpy(), (logits > 0).numpy(), average=average, zero_division=0)
         assert found[f"f1_{average}"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("data", [torch.zeros(2, 3), torch.zeros(0, 3)], ids=["scored", "nothing to score"])
+def test_scores_leave_each_module_in_its_mode(data):
+    """A body that its owner keeps in eval mode stays there."""
+    model = Replay().train()
+    model.body, model.head = torch.nn.Dropout().eval(), torch.nn.Dropout()
+    rows = [{"logits": one, "labels": torch.tensor(0)} for one in data]
+    loader = DataLoader(rows or [{"logits": torch.zeros(3), "labels": torch.tensor(-100)}])
+    with contextlib.nullcontext() if rows else pytest.raises(ValueError, match="nothing to predict"):
+        evaluate(model, loader, torch.device("cpu"))
+    with pytest.raises(ValueError, match="no 'labels'"):
+        evaluate(model, [{"logits": data}], torch.device("cpu"))
+    assert model.training and model.head.training and not model.body.training
 
 
 def test_tags_are_scored_by_token_and_by_entity():

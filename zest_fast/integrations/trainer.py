@@ -30,6 +30,7 @@ from zest_fast.prefix.cache import PrefixCache
 from zest_fast.probing.budget import TooFewSamples
 from zest_fast.probing.collecting import collect
 from zest_fast.probing.probe import probe as run_probe
+from zest_fast.profiling.borrowing.training_modes import in_eval_mode
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.profile import profile, unwrapped
 from zest_fast.ranking.ranking import Ranking, rank
@@ -425,15 +426,11 @@ def _takes(trainer: Any, batch: Any) -> bool:
         return False
     if type(trainer).compute_loss is Trainer.compute_loss:
         return True
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()  # nothing is drawn, and no running mean moves
-        own, theirs = model(**batch).loss, trainer.compute_loss(model, dict(batch))
-    except (TypeError, ValueError, KeyError, AttributeError):  # a batch that only the trainer understands
-        return False
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with in_eval_mode(model):  # nothing is drawn, and no running mean moves
+        try:
+            own, theirs = model(**batch).loss, trainer.compute_loss(model, dict(batch))
+        except (TypeError, ValueError, KeyError, AttributeError):  # a batch that only the trainer understands
+            return False
     return bool(torch.isclose(own.float(), theirs.float(), rtol=1e-3))
 
 

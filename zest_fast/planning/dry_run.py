@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from zest_fast.foundation.torch_private import DataDependentOutputException, DynamicOutputShapeException
 from zest_fast.lean.frozen_norms import keep_frozen_norms_in_eval
 from zest_fast.planning.fake_mode import FakeMode, masks_as_in_a_real_step
+from zest_fast.profiling.borrowing.training_modes import modes_kept
 from zest_fast.profiling.loss import loss_of
 
 
@@ -82,10 +83,9 @@ def faked(model: nn.Module, batch: Any) -> Iterator[Callable[[], Tensor]]:
     The model, in train mode meanwhile, has its own tensors, modes and random state back afterwards: it is borrowed and
     not copied, for whatever cannot be copied. Nothing requires a gradient. Raises as `dry`.
     """
-    modes = [(module, module.training) for module in model.modules()]
     real = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
     handles: list[Any] = []
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), modes_kept(model):
         try:
             with dry(batch) as mode, mode:
                 fill(model, None, device=None)
@@ -99,8 +99,6 @@ def faked(model: nn.Module, batch: Any) -> Iterator[Callable[[], Tensor]]:
             for module, parameters, buffers in real:
                 _put_back(module._parameters, parameters)
                 _put_back(module._buffers, buffers)
-            for module, training in modes:
-                module.training = training
 
 
 def _put_back(there: dict[str, Any], found: dict[str, Any]) -> None:

@@ -89,18 +89,6 @@ def preserved(model: nn.Module, seed: int | None = None) -> Iterator[None]:
         state.restore()
 
 
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """At the end each module is in the mode in which it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def generators() -> tuple[Any, ...]:
     """The states of the generators; two are equal where nothing was drawn in between."""
     numpy_state: Any = np.random.get_state()

@@ -17,12 +17,13 @@ from zest_fast.finetuning.trainable_layers import chosen_layers
 from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.foundation.nearest import some
 from zest_fast.prefix.inputs import logits_of, rows_of
-from zest_fast.prefix.volatile_state import in_eval_mode, preserved
+from zest_fast.prefix.volatile_state import preserved
 from zest_fast.probing.budget import BATCH, PENDING, Sizes, sizes_for, sweep_units
 from zest_fast.probing.directions import find_directions, flat_gradients, trainable
 from zest_fast.probing.quadratic import saved, trained
 from zest_fast.probing.samples import Samples, samples_of
 from zest_fast.profiling.borrowing.model_state import ModelState
+from zest_fast.profiling.borrowing.training_modes import in_eval_mode
 from zest_fast.profiling.heads import find_head, is_language_model
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
 from zest_fast.profiling.loss import call_model

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from zest_fast.finetuning.digests import hash_tensors
 from zest_fast.foundation.version import __version__
 from zest_fast.prefix.inputs import Inputs, rows_of
-from zest_fast.prefix.volatile_state import in_eval_mode, preserved
+from zest_fast.prefix.volatile_state import preserved
 from zest_fast.profiling.borrowing.model_state import ModelState
+from zest_fast.profiling.borrowing.training_modes import in_eval_mode
 from zest_fast.profiling.layers import Layer, LayerSelection, find_layers, select_layers
 from zest_fast.profiling.metrics import ALL_METRIC_NAMES
 from zest_fast.profiling.profile import profile

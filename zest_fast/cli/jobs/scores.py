@@ -14,6 +14,7 @@ from zest_fast.cli.jobs.job import to_device
 from zest_fast.cli.jobs.training import loss_and_predictions
 from zest_fast.integrations.data.tags import OUTSIDE
 from zest_fast.integrations.data.tokens import IGNORED
+from zest_fast.profiling.borrowing.training_modes import in_eval_mode
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,20 @@ def evaluate(
     class_names: Sequence[str] | None = None,
     one_by_one: bool = False,
 ) -> Score:
-    """Loss and the figures of the task in eval mode; the mode is as before afterwards. class_names: of tags.
+    """Loss and the figures of the task in eval mode; each module's mode is as before afterwards. class_names: of tags.
 
     one_by_one: logits of a single text of each batch at a time, which of a large vocabulary take more than a step of
     lean training.
     """
-    mode = model.training
-    model.eval()
     tally = _tally_for(task, class_names or ())
     total = count = 0.0
-    for batch in _texts_in(loader) if one_by_one else loader:
-        moved = to_device(batch, device)
-        loss, logits, targets = loss_and_predictions(model, moved, task)
-        found = tally.add(logits, targets, moved["labels"] if isinstance(moved, dict) else moved[1])
-        total += float(loss) * found if found else 0.0
-        count += found
-    model.train(mode)
+    with in_eval_mode(model):
+        for batch in _texts_in(loader) if one_by_one else loader:
+            moved = to_device(batch, device)
+            loss, logits, targets = loss_and_predictions(model, moved, task)
+            found = tally.add(logits, targets, moved["labels"] if isinstance(moved, dict) else moved[1])
+            total += float(loss) * found if found else 0.0
+            count += found
     if not count:
         raise ValueError("the validation data holds nothing to predict")
     return Score(total / count, int(count), tally.figures())

@@ -2,7 +2,8 @@
 //
 // Two shapes of the loop, by which dimension is dense: channels (Linear, channels_last), where a tile of channels
 // accumulates in float32 over 32 positions before it moves to float64; or positions (convolutions), where each channel
-// is one dot product over blocks of 2,048. Any other stride is gathered into dense blocks first. Every (n, tile) is one
+// is one dot product over blocks of 2,048, channel after channel as they lie in memory. Dense bfloat16 is widened in
+// registers; any other stride, and float16, is gathered into dense blocks first. Every (n, tile) is one
 // task; tasks belong to at most 256 chunks and chunks add up in order, so the result does not depend on the thread count.
 // A task whose sums are so small that float32 products may have underflowed is done again in float64.
 #include <cmath>
@@ -13,7 +14,7 @@
 namespace zest::cpu {
 namespace {
 
-constexpr int64_t channel_tile = 512;
+constexpr int64_t channel_tile = 1024;
 constexpr int64_t positions_per_flush = 32;
 constexpr int64_t dot_block = 2048;
 constexpr int64_t max_chunks = 256;
@@ -21,25 +22,34 @@ constexpr int64_t serial_below = 65536;
 constexpr int64_t prefetch_ahead = 1024;  // elements
 constexpr double smallest_trusted_sum = 1e-28;
 
-template <class C>
-ZEST_INLINE double dot(const C* y, const C* g, int64_t n) {
+// Two vectors of elements. Of bfloat16 those at even and at odd places: a shift and a mask of 64 bytes, no shuffle.
+template <class V, class C>
+ZEST_INLINE void load_pair(const C* p, V& first, V& second) {
+    std::memcpy(&first, p, 64), std::memcpy(&second, p + 64 / sizeof(C), 64);
+}
+template <class V>
+ZEST_INLINE void load_pair(const bfloat16* p, V& first, V& second) {
+    typedef uint32_t Bits __attribute__((vector_size(64)));
+    Bits both;
+    std::memcpy(&both, p, 64);
+    first = (V)(both << 16), second = (V)(both & 0xffff0000u);
+}
+
+template <class C, class T>
+ZEST_INLINE double dot(const T* y, const T* g, int64_t n) {
     typedef C V __attribute__((vector_size(64)));
     constexpr int64_t width = 64 / sizeof(C);
     double sum = 0;
     int64_t i = 0;
-    if (n >= width) {
+    if (n >= 2 * width) {
         V a = {}, b = {}, y0, y1, g0, g1;
         for (; i + 2 * width <= n; i += 2 * width) {
-            std::memcpy(&y0, y + i, 64), std::memcpy(&g0, g + i, 64);
-            std::memcpy(&y1, y + i + width, 64), std::memcpy(&g1, g + i + width, 64);
+            load_pair(y + i, y0, y1), load_pair(g + i, g0, g1);
             // The next row usually lies ahead: keep memory busy while this one is being finished.
-            __builtin_prefetch(y + i + prefetch_ahead), __builtin_prefetch(y + i + prefetch_ahead + width);
-            __builtin_prefetch(g + i + prefetch_ahead), __builtin_prefetch(g + i + prefetch_ahead + width);
+            __builtin_prefetch(y + i + prefetch_ahead), __builtin_prefetch(g + i + prefetch_ahead);
+            if (sizeof(T) == sizeof(C))
+                __builtin_prefetch(y + i + prefetch_ahead + width), __builtin_prefetch(g + i + prefetch_ahead + width);
             a += y0 * g0, b += y1 * g1;
-        }
-        if (i + width <= n) {
-            std::memcpy(&y0, y + i, 64), std::memcpy(&g0, g + i, 64);
-            a += y0 * g0, i += width;
         }
         typedef double Wide __attribute__((vector_size(8 * width)));
         const Wide wide = __builtin_convertvector(a, Wide) + __builtin_convertvector(b, Wide);
@@ -49,49 +59,97 @@ ZEST_INLINE double dot(const C* y, const C* g, int64_t n) {
             for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
         sum = lanes[0];
     }
-    for (; i < n; ++i) sum += double(y[i]) * double(g[i]);
+    for (; i < n; ++i) sum += double(widen(y[i])) * double(widen(g[i]));
     return sum;
 }
 
-// out[k] = y[k] . g[k] for rows of n dense elements; the loop over k is inside, since rows may be short.
-template <class C>
-ZEST_INLINE void dot_rows_inline(const C* y, int64_t y_row, const C* g, int64_t g_row, int64_t rows, int64_t n,
+// out[k] += y[k] . g[k] for rows of n dense elements; the loop over k is inside, since rows may be short.
+template <class C, class T>
+ZEST_INLINE void dot_rows_inline(const T* y, int64_t y_row, const T* g, int64_t g_row, int64_t rows, int64_t n,
                                  double* out) {
-    for (int64_t k = 0; k < rows; ++k) out[k] += dot(y + k * y_row, g + k * g_row, n);
+    for (int64_t k = 0; k < rows; ++k)
+        for (int64_t from = 0; from < n; from += dot_block)
+            out[k] += dot<C>(y + k * y_row + from, g + k * g_row + from, std::min(dot_block, n - from));
 }
 
-template <class C>
-ZEST_INLINE void multiply_add_inline(const C* y, const C* g, int64_t n, C* sum) {
-    for (int64_t i = 0; i < n; ++i) sum[i] += y[i] * g[i];
+// Products of rows q of n dense elements, added to n sums; four rows at a time, so that sums are loaded and stored once
+// for each four. The sums lie as load_pair has the elements: see add_sums.
+template <class C, class T>
+ZEST_INLINE void multiply_add_inline(const T* y, int64_t y_row, const T* g, int64_t g_row, int64_t rows, int64_t n, C* sum) {
+    typedef C V __attribute__((vector_size(64)));
+    constexpr int64_t step = 2 * 64 / sizeof(C);
+    const int64_t whole = n - n % step;
+    const auto add = [&](int64_t q, int64_t k, V& a, V& b) __attribute__((always_inline)) {
+        V y0, y1, g0, g1;
+        load_pair(y + q * y_row + k, y0, y1), load_pair(g + q * g_row + k, g0, g1);
+        a += y0 * g0, b += y1 * g1;
+    };
+    for (int64_t q = 0; q < rows; q += 4)
+        for (int64_t k = 0; k < whole; k += step) {
+            V a, b;
+            std::memcpy(&a, sum + k, 64), std::memcpy(&b, sum + k + step / 2, 64);
+            add(q, k, a, b);
+            if (q + 4 <= rows)
+                add(q + 1, k, a, b), add(q + 2, k, a, b), add(q + 3, k, a, b);
+            else
+                for (int64_t rest = q + 1; rest < rows; ++rest) add(rest, k, a, b);
+            std::memcpy(sum + k, &a, 64), std::memcpy(sum + k + step / 2, &b, 64);
+        }
+    for (int64_t q = 0; q < rows; ++q)
+        for (int64_t k = whole; k < n; ++k) sum[k] += widen(y[q * y_row + k]) * widen(g[q * g_row + k]);
+}
+
+// row[k] += the sum of channel k; of bfloat16 vectors, even channels lie before odd ones.
+template <class T, class C>
+void add_sums(const C* sum, int64_t n, double* row) {
+    const int64_t paired = sizeof(T) == 2 ? n - n % 32 : 0;
+    for (int64_t k = 0; k < paired; k += 32)
+        for (int64_t i = 0; i < 16; ++i) {
+            row[k + 2 * i] += double(sum[k + i]);
+            row[k + 2 * i + 1] += double(sum[k + 16 + i]);
+        }
+    for (int64_t k = paired; k < n; ++k) row[k] += double(sum[k]);
 }
 
 ZEST_CLONES void dot_rows(const float* y, int64_t y_row, const float* g, int64_t g_row, int64_t rows, int64_t n,
                           double* out) {
-    dot_rows_inline(y, y_row, g, g_row, rows, n, out);
+    dot_rows_inline<float>(y, y_row, g, g_row, rows, n, out);
+}
+ZEST_CLONES void dot_rows(const bfloat16* y, int64_t y_row, const bfloat16* g, int64_t g_row, int64_t rows, int64_t n,
+                          double* out) {
+    dot_rows_inline<float>(y, y_row, g, g_row, rows, n, out);
 }
 ZEST_CLONES void dot_rows(const double* y, int64_t y_row, const double* g, int64_t g_row, int64_t rows, int64_t n,
                           double* out) {
-    dot_rows_inline(y, y_row, g, g_row, rows, n, out);
+    dot_rows_inline<double>(y, y_row, g, g_row, rows, n, out);
 }
-ZEST_CLONES void multiply_add(const float* y, const float* g, int64_t n, float* sum) { multiply_add_inline(y, g, n, sum); }
-ZEST_CLONES void multiply_add(const double* y, const double* g, int64_t n, double* sum) {
-    multiply_add_inline(y, g, n, sum);
+ZEST_CLONES void multiply_add(const float* y, int64_t y_row, const float* g, int64_t g_row, int64_t rows, int64_t n,
+                              float* sum) {
+    multiply_add_inline(y, y_row, g, g_row, rows, n, sum);
+}
+ZEST_CLONES void multiply_add(const bfloat16* y, int64_t y_row, const bfloat16* g, int64_t g_row, int64_t rows, int64_t n,
+                              float* sum) {
+    multiply_add_inline(y, y_row, g, g_row, rows, n, sum);
+}
+ZEST_CLONES void multiply_add(const double* y, int64_t y_row, const double* g, int64_t g_row, int64_t rows, int64_t n,
+                              double* sum) {
+    multiply_add_inline(y, y_row, g, g_row, rows, n, sum);
 }
 
-template <class C>
-bool native(const Operand& x) {
-    return x.dtype == (sizeof(C) == 8 ? DType::float64 : DType::float32);
+template <class T>
+const T* at(const Operand& x, int64_t offset) {
+    return reinterpret_cast<const T*>(x.data) + offset;
 }
 
-template <class C>
-const C* at(const Operand& x, int64_t offset) {
-    return reinterpret_cast<const C*>(x.data) + offset;
+template <class T>
+bool holds(const Operand& x) {
+    return x.dtype == (sizeof(T) == 8 ? DType::float64 : sizeof(T) == 4 ? DType::float32 : DType::bfloat16);
 }
 
 // n elements from offset on, in place where they are dense and of the computing type.
 template <class C>
 const C* run(const Operand& x, int64_t offset, int64_t stride, int64_t n, C* buffer) {
-    if (stride == 1 && native<C>(x)) return at<C>(x, offset);
+    if (stride == 1 && holds<C>(x)) return at<C>(x, offset);
     copy_run(x, offset, stride, n, buffer);
     return buffer;
 }
@@ -102,43 +160,77 @@ struct Problem {
     Strides3 ys, gs;
 
     bool channels_dense() const { return ys.channel == 1 || positions == 1; }
+
+    // Whether the inner dimension is read where it lies: both are of this type and dense.
+    template <class T>
+    bool in_place() const {
+        const bool dense = channels_dense() ? ys.channel == 1 && gs.channel == 1 : ys.position == 1 && gs.position == 1;
+        return dense && holds<T>(y) && holds<T>(g);
+    }
 };
+
+// Adds the products of `count` channels from offsets y0 and g0 on to row; T: as they lie in memory.
+template <class C, class T>
+void in_place_task(const Problem& p, int64_t y0, int64_t g0, int64_t count, double* row) {
+    if (!p.channels_dense()) {
+        dot_rows(at<T>(p.y, y0), p.ys.channel, at<T>(p.g, g0), p.gs.channel, count, p.positions, row);
+        return;
+    }
+    C sum[channel_tile];
+    for (int64_t from = 0; from < p.positions; from += positions_per_flush) {
+        std::fill(sum, sum + count, C(0));
+        multiply_add(at<T>(p.y, y0 + from * p.ys.position), p.ys.position, at<T>(p.g, g0 + from * p.gs.position),
+                     p.gs.position, std::min(positions_per_flush, p.positions - from), count, sum);
+        add_sums<T>(sum, count, row);
+    }
+}
+
+// The same of other strides and types, gathered piece by piece.
+template <class C>
+void gathered_task(const Problem& p, int64_t y0, int64_t g0, int64_t count, double* row) {
+    if (p.channels_dense()) {
+        C sum[channel_tile], y_buffer[channel_tile], g_buffer[channel_tile];
+        for (int64_t from = 0; from < p.positions; from += positions_per_flush) {
+            std::fill(sum, sum + count, C(0));
+            for (int64_t q = from; q < std::min(from + positions_per_flush, p.positions); ++q)
+                multiply_add(run(p.y, y0 + q * p.ys.position, p.ys.channel, count, y_buffer), 0,
+                             run(p.g, g0 + q * p.gs.position, p.gs.channel, count, g_buffer), 0, 1, count, sum);
+            add_sums<C>(sum, count, row);
+        }
+        return;
+    }
+    C y_buffer[dot_block], g_buffer[dot_block];
+    for (int64_t k = 0; k < count; ++k)
+        for (int64_t from = 0; from < p.positions; from += dot_block) {
+            const int64_t length = std::min(dot_block, p.positions - from);
+            dot_rows(run(p.y, y0 + k * p.ys.channel + from * p.ys.position, p.ys.position, length, y_buffer), 0,
+                     run(p.g, g0 + k * p.gs.channel + from * p.gs.position, p.gs.position, length, g_buffer), 0, 1,
+                     length, row + k);
+        }
+}
 
 // Channels [first, first + count) of sample n.
 template <class C>
 void one_task(const Problem& p, int64_t n, int64_t first, int64_t count, double* row) {
     const int64_t y0 = n * p.ys.sample + first * p.ys.channel, g0 = n * p.gs.sample + first * p.gs.channel;
     std::fill(row, row + count, 0.0);
-    if (p.channels_dense()) {
-        C sum[channel_tile], y_buffer[channel_tile], g_buffer[channel_tile];
-        for (int64_t from = 0; from < p.positions; from += positions_per_flush) {
-            std::fill(sum, sum + count, C(0));
-            for (int64_t q = from; q < std::min(from + positions_per_flush, p.positions); ++q)
-                multiply_add(run(p.y, y0 + q * p.ys.position, p.ys.channel, count, y_buffer),
-                             run(p.g, g0 + q * p.gs.position, p.gs.channel, count, g_buffer), count, sum);
-            for (int64_t k = 0; k < count; ++k) row[k] += double(sum[k]);
-        }
-        return;
-    }
-    const bool dense = p.ys.position == 1 && p.gs.position == 1 && native<C>(p.y) && native<C>(p.g);
-    for (int64_t from = 0; from < p.positions; from += dot_block) {
-        const int64_t length = std::min(dot_block, p.positions - from);
-        if (dense) {
-            dot_rows(at<C>(p.y, y0 + from), p.ys.channel, at<C>(p.g, g0 + from), p.gs.channel, count, length, row);
-            continue;
-        }
-        C y_buffer[dot_block], g_buffer[dot_block];
-        for (int64_t k = 0; k < count; ++k)
-            dot_rows(run(p.y, y0 + k * p.ys.channel + from * p.ys.position, p.ys.position, length, y_buffer), 0,
-                     run(p.g, g0 + k * p.gs.channel + from * p.gs.position, p.gs.position, length, g_buffer), 0, 1,
-                     length, row + k);
-    }
+    if (p.in_place<C>()) return in_place_task<C, C>(p, y0, g0, count, row);
+    if constexpr (sizeof(C) == 4)
+        if (p.in_place<bfloat16>()) return in_place_task<C, bfloat16>(p, y0, g0, count, row);
+    gathered_task<C>(p, y0, g0, count, row);
 }
 
 bool may_have_underflowed(const double* row, int64_t count) {
-    double largest = 0;
-    for (int64_t k = 0; k < count; ++k) largest = std::fmax(largest, std::fabs(row[k]));
-    return largest < smallest_trusted_sum;
+    for (int64_t k = 0; k < count; ++k)
+        if (std::fabs(row[k]) >= smallest_trusted_sum) return false;  // the first, as a rule
+    return true;
+}
+
+// In four sums, which do not wait for each other.
+double sum_of_squares(const double* row, int64_t count) {
+    double sum[4] = {};
+    for (int64_t k = 0; k < count; ++k) sum[k % 4] += row[k] * row[k];
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 // Calls use(offset into S, count, row of S) for every task of one chunk.
@@ -166,7 +258,7 @@ double products(const Problem& p, double* out, int threads) {
         double sum = 0;
         for_each_task<C>(p, chunk, chunks, [&](int64_t at, int64_t count, const double* row) {
             if (out != nullptr) std::copy(row, row + count, out + at);
-            for (int64_t k = 0; k < count; ++k) sum += row[k] * row[k];
+            sum += sum_of_squares(row, count);
         });
         squares[chunk] = sum;
     }

@@ -1,11 +1,12 @@
 // Moments of a tensor, and of a gradient with its weight, in one pass over memory.
 //
-// Blocks of 2,048 elements are summed in vector lanes of float32 (float64 for float64 input): x, |x| and x^2, which are
-// a handful of instructions per vector and keep up with memory. Where a block's mean outweighs its deviation, so that
-// sum x^2 - (sum x)^2 / n would lose digits, the block, still in the first-level cache, is read again about its mean;
-// where its values are too large or too small for float32 squares, in float64. A block's result is float64, and blocks
-// merge by Chan's formula. At most 128 additions per lane keep float32 sums within 1e-6. Bytes moved: those of the
-// inputs, once. Blocks belong to at most 256 chunks whose borders depend on the length only, and chunks merge in order,
+// Pieces of 2,048 elements are summed in vector lanes of float32 (float64 for float64 input): x, |x| and x^2, which are
+// a handful of instructions per vector and keep up with memory; the lanes of four pieces, a block, add up in float64.
+// Where a block's mean outweighs its deviation, so that sum x^2 - (sum x)^2 / n would lose digits, the block, still in
+// the cache, is read again about its mean; where its values are too large or too small for float32 squares, in float64.
+// A block's result is float64, and blocks merge by Chan's formula. At most 128 additions per lane keep float32 sums
+// within 1e-6. Bytes moved: those of the inputs, once; dense bfloat16 is widened in registers, other strides and float16
+// piece by piece. Blocks belong to at most 256 chunks whose borders depend on the length only, and chunks merge in order,
 // so the thread count never shows in the result.
 #include <cmath>
 #include <limits>
@@ -16,7 +17,8 @@
 namespace zest::cpu {
 namespace {
 
-constexpr int64_t block_size = 2048;
+constexpr int64_t piece_size = 2048;
+constexpr int64_t block_size = 4 * piece_size;
 constexpr int64_t max_chunks = 256;
 constexpr int64_t serial_below = 65536;  // fewer elements than this cost less than waking threads
 
@@ -46,10 +48,28 @@ ZEST_INLINE typename Lanes<C>::vector load(const C* p) {
     return v;
 }
 
-// Keeps memory busy while a block is being finished. An address beyond the end is harmless.
+// Two vectors of elements. Of bfloat16 those at even and at odd places: a shift and a mask of 64 bytes, no shuffle.
 template <class C>
-ZEST_INLINE void prefetch_next_block(const C* p) {
-    __builtin_prefetch(reinterpret_cast<const char*>(p) + block_size * sizeof(C));
+struct Pair {
+    typename Lanes<C>::vector first, second;
+};
+template <class C>
+ZEST_INLINE Pair<C> load_pair(const C* p) {
+    return {load(p), load(p + Lanes<C>::width)};
+}
+ZEST_INLINE Pair<float> load_pair(const bfloat16* p) {
+    using V = Lanes<float>::vector;
+    Lanes<float>::bits both;
+    std::memcpy(&both, p, 64);
+    return {(V)(both << 16), (V)(both & 0xffff0000u)};
+}
+
+// Keeps memory busy while a block is being finished. An address beyond the end is harmless.
+template <class T, class C>
+ZEST_INLINE void prefetch_ahead(const T* p) {
+    const char* ahead = reinterpret_cast<const char*>(p + piece_size);
+    __builtin_prefetch(ahead);
+    if (sizeof(T) == sizeof(C)) __builtin_prefetch(ahead + 64);  // a pair of vectors is two cache lines
 }
 
 template <class C>
@@ -57,55 +77,185 @@ ZEST_INLINE typename Lanes<C>::vector magnitude(typename Lanes<C>::vector x) {
     return (typename Lanes<C>::vector)((typename Lanes<C>::bits)x & Lanes<C>::no_sign);
 }
 
-// The lanes of a and b added in float64, pairwise in a fixed order.
+// Sums of a block, each in 16 lanes of float64 (float64 input uses eight).
+template <int count>
+struct LaneSums {
+    double lane[count][16] = {};
+
+    // The lanes of one sum, pairwise in a fixed order.
+    double operator[](int which) const {
+        double sum[16];
+        std::memcpy(sum, lane[which], sizeof(sum));
+        for (int half = 8; half > 0; half /= 2)
+            for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+        return sum[0];
+    }
+};
+
 template <class C>
-ZEST_INLINE double sum_lanes(typename Lanes<C>::vector a, typename Lanes<C>::vector b) {
-    auto lanes = __builtin_convertvector(a, typename Lanes<C>::wide) + __builtin_convertvector(b, typename Lanes<C>::wide);
-    double sum[Lanes<C>::width];
-    std::memcpy(sum, &lanes, sizeof(sum));
-    for (int half = Lanes<C>::width / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
-    return sum[0];
+ZEST_INLINE void add_lanes(typename Lanes<C>::vector v, double* lanes) {
+    typename Lanes<C>::wide sum;
+    std::memcpy(&sum, lanes, sizeof(sum));
+    sum += __builtin_convertvector(v, typename Lanes<C>::wide);
+    std::memcpy(lanes, &sum, sizeof(sum));
+}
+
+// Sums of x, |x| and x^2 over a piece.
+template <class C, class T>
+ZEST_INLINE void add_piece_inline(const T* x, int64_t n, LaneSums<3>& sums) {
+    using V = typename Lanes<C>::vector;
+    constexpr int64_t step = 2 * Lanes<C>::width;
+    const int64_t whole = n - n % step;
+    V s0 = {}, s1 = {}, a0 = {}, a1 = {}, q0 = {}, q1 = {};
+    for (int64_t i = 0; i < whole; i += step) {
+        const Pair<C> u = load_pair(x + i);
+        prefetch_ahead<T, C>(x + i);
+        s0 += u.first, s1 += u.second;
+        a0 += magnitude<C>(u.first), a1 += magnitude<C>(u.second);
+        q0 += u.first * u.first, q1 += u.second * u.second;
+    }
+    add_lanes<C>(s0, sums.lane[0]), add_lanes<C>(s1, sums.lane[0]);
+    add_lanes<C>(a0, sums.lane[1]), add_lanes<C>(a1, sums.lane[1]);
+    add_lanes<C>(q0, sums.lane[2]), add_lanes<C>(q1, sums.lane[2]);
+    for (int64_t i = whole; i < n; ++i) {
+        const double u = double(widen(x[i]));
+        sums.lane[0][0] += u, sums.lane[1][0] += std::fabs(u), sums.lane[2][0] += u * u;
+    }
+}
+
+// Sums of dw, |dw|, dw^2, w, w^2, w dw and |w dw| over a piece.
+template <class C, class T>
+ZEST_INLINE void add_pieces_inline(const T* dw, const T* w, int64_t n, LaneSums<7>& sums) {
+    using V = typename Lanes<C>::vector;
+    constexpr int64_t step = 2 * Lanes<C>::width;
+    const int64_t whole = n - n % step;
+    V s = {}, a = {}, q = {}, t = {}, qw = {}, p = {}, pa = {};
+    const auto add = [&](V g, V u) __attribute__((always_inline)) {
+        const V product = g * u;
+        s += g, a += magnitude<C>(g), q += g * g;
+        t += u, qw += u * u;
+        p += product, pa += magnitude<C>(product);
+    };
+    for (int64_t i = 0; i < whole; i += step) {
+        const Pair<C> g = load_pair(dw + i), u = load_pair(w + i);
+        prefetch_ahead<T, C>(dw + i), prefetch_ahead<T, C>(w + i);
+        add(g.first, u.first), add(g.second, u.second);
+    }
+    add_lanes<C>(s, sums.lane[0]), add_lanes<C>(a, sums.lane[1]), add_lanes<C>(q, sums.lane[2]);
+    add_lanes<C>(t, sums.lane[3]), add_lanes<C>(qw, sums.lane[4]);
+    add_lanes<C>(p, sums.lane[5]), add_lanes<C>(pa, sums.lane[6]);
+    for (int64_t i = whole; i < n; ++i) {
+        const double g = double(widen(dw[i])), u = double(widen(w[i])), product = g * u;
+        sums.lane[0][0] += g, sums.lane[1][0] += std::fabs(g), sums.lane[2][0] += g * g;
+        sums.lane[3][0] += u, sums.lane[4][0] += u * u;
+        sums.lane[5][0] += product, sums.lane[6][0] += std::fabs(product);
+    }
+}
+
+// Sums of d = x - centre (or |x| - centre) and of d^2 over a piece.
+template <class C, bool absolute, class T>
+ZEST_INLINE void add_centred_as(const T* x, int64_t n, C centre, LaneSums<2>& sums) {
+    using V = typename Lanes<C>::vector;
+    constexpr int64_t step = 2 * Lanes<C>::width;
+    const int64_t whole = n - n % step;
+    V d = {}, q = {};
+    const auto add = [&](V u) __attribute__((always_inline)) {
+        const V away = (absolute ? magnitude<C>(u) : u) - centre;
+        d += away, q += away * away;
+    };
+    for (int64_t i = 0; i < whole; i += step) {
+        const Pair<C> u = load_pair(x + i);
+        add(u.first), add(u.second);
+    }
+    add_lanes<C>(d, sums.lane[0]), add_lanes<C>(q, sums.lane[1]);
+    for (int64_t i = whole; i < n; ++i) {
+        const double u = double(widen(x[i])), away = (absolute ? std::fabs(u) : u) - double(centre);
+        sums.lane[0][0] += away, sums.lane[1][0] += away * away;
+    }
+}
+template <class C, class T>
+ZEST_INLINE void add_centred_inline(const T* x, int64_t n, bool absolute, double near_mean, LaneSums<2>& sums) {
+    absolute ? add_centred_as<C, true>(x, n, C(near_mean), sums) : add_centred_as<C, false>(x, n, C(near_mean), sums);
+}
+
+// One clone per instruction set; everything above is inlined into these.
+ZEST_CLONES void add_piece(const float* x, int64_t n, LaneSums<3>& s) { add_piece_inline<float>(x, n, s); }
+ZEST_CLONES void add_piece(const double* x, int64_t n, LaneSums<3>& s) { add_piece_inline<double>(x, n, s); }
+ZEST_CLONES void add_piece(const bfloat16* x, int64_t n, LaneSums<3>& s) { add_piece_inline<float>(x, n, s); }
+ZEST_CLONES void add_pieces(const float* dw, const float* w, int64_t n, LaneSums<7>& s) {
+    add_pieces_inline<float>(dw, w, n, s);
+}
+ZEST_CLONES void add_pieces(const double* dw, const double* w, int64_t n, LaneSums<7>& s) {
+    add_pieces_inline<double>(dw, w, n, s);
+}
+ZEST_CLONES void add_pieces(const bfloat16* dw, const bfloat16* w, int64_t n, LaneSums<7>& s) {
+    add_pieces_inline<float>(dw, w, n, s);
+}
+ZEST_CLONES void add_centred(const float* x, int64_t n, bool absolute, double near_mean, LaneSums<2>& s) {
+    add_centred_inline<float>(x, n, absolute, near_mean, s);
+}
+ZEST_CLONES void add_centred(const double* x, int64_t n, bool absolute, double near_mean, LaneSums<2>& s) {
+    add_centred_inline<double>(x, n, absolute, near_mean, s);
+}
+ZEST_CLONES void add_centred(const bfloat16* x, int64_t n, bool absolute, double near_mean, LaneSums<2>& s) {
+    add_centred_inline<float>(x, n, absolute, near_mean, s);
+}
+
+// From here on a block is a function (start, n) -> its elements [start, start + n), which hold until the next call.
+
+template <class Use>
+void for_each_piece(int64_t n, const Use& use) {
+    for (int64_t start = 0; start < n; start += piece_size) use(start, std::min(piece_size, n - start));
+}
+
+// Plain two-pass moments in float64: for blocks that float32 cannot hold, and to count entries that are not finite.
+template <class Block>
+Moments careful_moments(const Block& x, int64_t n) {
+    Moments m;
+    m.count = double(n);
+    for_each_piece(n, [&](int64_t start, int64_t count) {
+        const auto* piece = x(start, count);
+        for (int64_t i = 0; i < count; ++i) {
+            const double u = double(widen(piece[i]));
+            m.nonfinite += !std::isfinite(u);
+            m.mean += u / double(n);
+            m.abs_mean += std::fabs(u) / double(n);
+        }
+    });
+    for_each_piece(n, [&](int64_t start, int64_t count) {
+        const auto* piece = x(start, count);
+        for (int64_t i = 0; i < count; ++i) {
+            const double u = double(widen(piece[i])), d = u - m.mean, a = std::fabs(u) - m.abs_mean;
+            m.m2 += d * d;
+            m.abs_m2 += a * a;
+        }
+    });
+    return m;
+}
+
+template <class Block, class WeightBlock>
+GradientMoments careful_gradient_moments(const Block& dw, const WeightBlock& w, int64_t n) {
+    GradientMoments r;
+    r.gradient = careful_moments(dw, n);
+    const Moments weight = careful_moments(w, n);
+    r.weight_mean = weight.mean, r.weight_m2 = weight.m2, r.weight_nonfinite = weight.nonfinite;
+    for_each_piece(n, [&](int64_t start, int64_t count) {
+        const auto *g = dw(start, count), *u = w(start, count);
+        for (int64_t i = 0; i < count; ++i) {
+            const double product = double(widen(g[i])) * double(widen(u[i]));
+            r.product_sum += product;
+            r.product_abs_sum += std::fabs(product);
+        }
+    });
+    return r;
 }
 
 // Below this a float32 sum of squares has lost digits to underflow (also where the CPU flushes subnormals to zero).
 constexpr double smallest_trusted_sum = 1e-28;
 
 template <class C>
-ZEST_INLINE bool trusted(double sum) {
+bool trusted(double sum) {
     return sum < std::numeric_limits<double>::infinity() && (sizeof(C) == 8 || sum >= smallest_trusted_sum);
-}
-
-// Plain two-pass moments in float64: for blocks that float32 cannot hold, and to count entries that are not finite.
-template <class C>
-Moments careful_moments(const C* x, int64_t n) {
-    Moments m;
-    m.count = double(n);
-    for (int64_t i = 0; i < n; ++i) {
-        m.nonfinite += !std::isfinite(x[i]);
-        m.mean += double(x[i]) / double(n);
-        m.abs_mean += std::fabs(double(x[i])) / double(n);
-    }
-    for (int64_t i = 0; i < n; ++i) {
-        const double d = double(x[i]) - m.mean, a = std::fabs(double(x[i])) - m.abs_mean;
-        m.m2 += d * d;
-        m.abs_m2 += a * a;
-    }
-    return m;
-}
-
-template <class C>
-GradientMoments careful_gradient_moments(const C* dw, const C* w, int64_t n) {
-    GradientMoments r;
-    r.gradient = careful_moments(dw, n);
-    const Moments weight = careful_moments(w, n);
-    r.weight_mean = weight.mean, r.weight_m2 = weight.m2, r.weight_nonfinite = weight.nonfinite;
-    for (int64_t i = 0; i < n; ++i) {
-        const double product = double(dw[i]) * double(w[i]);
-        r.product_sum += product;
-        r.product_abs_sum += std::fabs(product);
-    }
-    return r;
 }
 
 // Sums over one block: of d = x - centre, and of its square. From them the mean and the squares about the mean.
@@ -124,110 +274,56 @@ struct Sums {
     }
 };
 
-template <class C, bool absolute>
-ZEST_INLINE typename Lanes<C>::vector value(typename Lanes<C>::vector x) {
-    return absolute ? magnitude<C>(x) : x;
-}
-
 // The sums of x (or of |x|) about a centre near their mean: for blocks whose sums about zero cancel.
-template <class C, bool absolute>
-ZEST_INLINE Sums centred_sums(const C* x, int64_t n, double near_mean) {
-    using V = typename Lanes<C>::vector;
-    constexpr int64_t step = Lanes<C>::width;
-    const int64_t whole = n - n % step;
-    const C c = C(near_mean);
-    V d = {}, q = {};
-    const V zero = {};
-    for (int64_t i = 0; i < whole; i += step) {
-        const V u = value<C, absolute>(load(x + i)) - c;
-        d += u, q += u * u;
-    }
-    Sums s = {double(c), sum_lanes<C>(d, zero), sum_lanes<C>(q, zero)};
-    for (int64_t i = whole; i < n; ++i) {
-        const double u = (absolute ? std::fabs(double(x[i])) : double(x[i])) - double(c);
-        s.d += u, s.dd += u * u;
-    }
-    return s;
+template <class C, class Block>
+Sums centred_sums(const Block& x, int64_t n, bool absolute, double near_mean) {
+    LaneSums<2> sums;
+    for_each_piece(n, [&](int64_t start, int64_t count) {
+        add_centred(x(start, count), count, absolute, near_mean, sums);
+    });
+    return {double(C(near_mean)), sums[0], sums[1]};
 }
 
 // Means and squares from sums about zero where those are good enough, else from another look at the block.
 // False where float32 cannot hold the squares.
-template <class C, bool absolute>
-ZEST_INLINE bool settle(const C* x, int64_t n, double sum, double square, double& mean, double& m2) {
+template <class C, class Block>
+bool settle(const Block& x, int64_t n, bool absolute, double sum, double square, double& mean, double& m2) {
     Sums s = {0, sum, square};
-    if (s.cancels(double(n))) s = centred_sums<C, absolute>(x, n, sum / double(n));
+    if (s.cancels(double(n))) s = centred_sums<C>(x, n, absolute, sum / double(n));
     s.finish(double(n), mean, m2);
     return trusted<C>(s.dd);
 }
 
-template <class C>
-ZEST_INLINE Moments block_moments(const C* x, int64_t n) {
-    using V = typename Lanes<C>::vector;
-    constexpr int64_t step = 2 * Lanes<C>::width;
-    const int64_t whole = n - n % step;
-    V s0 = {}, s1 = {}, a0 = {}, a1 = {}, q0 = {}, q1 = {};
-    for (int64_t i = 0; i < whole; i += step) {
-        const V u = load(x + i), v = load(x + i + step / 2);
-        prefetch_next_block(x + i), prefetch_next_block(x + i + step / 2);
-        s0 += u, s1 += v;
-        a0 += magnitude<C>(u), a1 += magnitude<C>(v);
-        q0 += u * u, q1 += v * v;
-    }
-    double sum = sum_lanes<C>(s0, s1), abs_sum = sum_lanes<C>(a0, a1), square = sum_lanes<C>(q0, q1);
-    for (int64_t i = whole; i < n; ++i) {
-        const double u = double(x[i]);
-        sum += u, abs_sum += std::fabs(u), square += u * u;
-    }
+template <class C, class Block>
+Moments block_moments(const Block& x, int64_t n) {
+    LaneSums<3> sums;
+    for_each_piece(n, [&](int64_t start, int64_t count) { add_piece(x(start, count), count, sums); });
+    const double sum = sums[0], abs_sum = sums[1], square = sums[2];
     Moments m;
     m.count = double(n);
     if (abs_sum == 0) return m;  // all zero
-    const bool fits = settle<C, false>(x, n, sum, square, m.mean, m.m2) &&
-                      settle<C, true>(x, n, abs_sum, square, m.abs_mean, m.abs_m2);
+    const bool fits = settle<C>(x, n, false, sum, square, m.mean, m.m2) &&
+                      settle<C>(x, n, true, abs_sum, square, m.abs_mean, m.abs_m2);
     return fits ? m : careful_moments(x, n);
 }
 
-template <class C>
-ZEST_INLINE GradientMoments block_gradient_moments(const C* dw, const C* w, int64_t n) {
-    using V = typename Lanes<C>::vector;
-    constexpr int64_t step = Lanes<C>::width;
-    const int64_t whole = n - n % step;
-    V s = {}, a = {}, q = {}, t = {}, qw = {}, p = {}, pa = {};
-    const V zero = {};
-    for (int64_t i = 0; i < whole; i += step) {
-        const V g = load(dw + i), u = load(w + i), product = g * u;
-        prefetch_next_block(dw + i), prefetch_next_block(w + i);
-        s += g, a += magnitude<C>(g), q += g * g;
-        t += u, qw += u * u;
-        p += product, pa += magnitude<C>(product);
-    }
-    double sum = sum_lanes<C>(s, zero), abs_sum = sum_lanes<C>(a, zero), square = sum_lanes<C>(q, zero);
-    double weight_sum = sum_lanes<C>(t, zero), weight_square = sum_lanes<C>(qw, zero);
+template <class C, class Block, class WeightBlock>
+GradientMoments block_gradient_moments(const Block& dw, const WeightBlock& w, int64_t n) {
+    LaneSums<7> sums;
+    for_each_piece(n, [&](int64_t start, int64_t count) {
+        add_pieces(dw(start, count), w(start, count), count, sums);
+    });
+    const double sum = sums[0], abs_sum = sums[1], square = sums[2], weight_sum = sums[3], weight_square = sums[4];
     GradientMoments r;
     r.gradient.count = double(n);
-    r.product_sum = sum_lanes<C>(p, zero), r.product_abs_sum = sum_lanes<C>(pa, zero);
-    for (int64_t i = whole; i < n; ++i) {
-        const double g = double(dw[i]), u = double(w[i]), product = g * u;
-        sum += g, abs_sum += std::fabs(g), square += g * g;
-        weight_sum += u, weight_square += u * u;
-        r.product_sum += product, r.product_abs_sum += std::fabs(product);
-    }
+    r.product_sum = sums[5], r.product_abs_sum = sums[6];
     Moments& d = r.gradient;
     const bool no_gradient = abs_sum == 0 && r.product_abs_sum == 0;  // exact zeros need no care
-    const bool fits = settle<C, false>(w, n, weight_sum, weight_square, r.weight_mean, r.weight_m2) &&
-                      (no_gradient || (settle<C, false>(dw, n, sum, square, d.mean, d.m2) &&
-                                       settle<C, true>(dw, n, abs_sum, square, d.abs_mean, d.abs_m2) &&
+    const bool fits = settle<C>(w, n, false, weight_sum, weight_square, r.weight_mean, r.weight_m2) &&
+                      (no_gradient || (settle<C>(dw, n, false, sum, square, d.mean, d.m2) &&
+                                       settle<C>(dw, n, true, abs_sum, square, d.abs_mean, d.abs_m2) &&
                                        trusted<C>(r.product_abs_sum)));
     return fits ? r : careful_gradient_moments(dw, w, n);
-}
-
-// One clone per instruction set; everything above is inlined into these.
-ZEST_CLONES Moments reduce_block(const float* x, int64_t n) { return block_moments(x, n); }
-ZEST_CLONES Moments reduce_block(const double* x, int64_t n) { return block_moments(x, n); }
-ZEST_CLONES GradientMoments reduce_block(const float* dw, const float* w, int64_t n) {
-    return block_gradient_moments(dw, w, n);
-}
-ZEST_CLONES GradientMoments reduce_block(const double* dw, const double* w, int64_t n) {
-    return block_gradient_moments(dw, w, n);
 }
 
 // result = block(start, n) merged over all blocks of n <= block_size elements, in a fixed order.
@@ -248,20 +344,39 @@ Result reduce(int64_t numel, int threads, const Block& block) {
     return total;
 }
 
+// The block of an operand that begins at `first`: in place where it is dense bfloat16 or of the computing type.
+template <int N, class C>
+auto block_of(const Layout<N>& layout, int o, const Operand& x, int64_t first, C* buffer) {
+    return [=, &layout, &x](int64_t start, int64_t n) { return read_block(layout, o, x, first + start, n, buffer); };
+}
+auto block_of(const bfloat16* x, int64_t first) {
+    return [=](int64_t start, int64_t) { return x + first + start; };
+}
+
+template <int N>
+const bfloat16* dense_bfloat16(const Layout<N>& layout, const Operand& x) {
+    return layout.contiguous() && x.dtype == DType::bfloat16 ? reinterpret_cast<const bfloat16*>(x.data) : nullptr;
+}
+
 template <class C>
 Moments moments_as(const Layout<1>& layout, const Operand& x, int threads) {
-    return reduce<Moments>(layout.numel, threads, [&](int64_t start, int64_t n) {
-        C buffer[block_size];
-        return reduce_block(read_block(layout, 0, x, start, n, buffer), n);
+    const bfloat16* narrow = dense_bfloat16(layout, x);
+    return reduce<Moments>(layout.numel, threads, [&](int64_t first, int64_t n) {
+        if (narrow) return block_moments<float>(block_of(narrow, first), n);
+        C buffer[piece_size];
+        return block_moments<C>(block_of(layout, 0, x, first, buffer), n);
     });
 }
 
 template <class C>
 GradientMoments gradient_moments_as(const Layout<2>& layout, const Operand& dw, const Operand& w, int threads) {
-    return reduce<GradientMoments>(layout.numel, threads, [&](int64_t start, int64_t n) {
-        C dw_buffer[block_size], w_buffer[block_size];
-        const C* d = read_block(layout, 0, dw, start, n, dw_buffer);
-        return reduce_block(d, read_block(layout, 1, w, start, n, w_buffer), n);
+    const bfloat16 *narrow = dense_bfloat16(layout, dw), *narrow_weight = dense_bfloat16(layout, w);
+    return reduce<GradientMoments>(layout.numel, threads, [&](int64_t first, int64_t n) {
+        if (narrow && narrow_weight)
+            return block_gradient_moments<float>(block_of(narrow, first), block_of(narrow_weight, first), n);
+        C buffer[piece_size], weight_buffer[piece_size];
+        return block_gradient_moments<C>(block_of(layout, 0, dw, first, buffer),
+                                         block_of(layout, 1, w, first, weight_buffer), n);
     });
 }
 

@@ -9,7 +9,7 @@
 #include <cmath>
 
 #include "cpu/kernels.h"
-#include "cpu/load.h"
+#include "cpu/vectors.h"
 
 namespace zest::cpu {
 namespace {
@@ -22,78 +22,62 @@ constexpr int64_t serial_below = 65536;
 constexpr int64_t prefetch_ahead = 1024;  // elements
 constexpr double smallest_trusted_sum = 1e-28;
 
-// Two vectors of elements. Of bfloat16 those at even and at odd places: a shift and a mask of 64 bytes, no shuffle.
-template <class V, class C>
-ZEST_INLINE void load_pair(const C* p, V& first, V& second) {
-    std::memcpy(&first, p, 64), std::memcpy(&second, p + 64 / sizeof(C), 64);
-}
-template <class V>
-ZEST_INLINE void load_pair(const bfloat16* p, V& first, V& second) {
-    typedef uint32_t Bits __attribute__((vector_size(64)));
-    Bits both;
-    std::memcpy(&both, p, 64);
-    first = (V)(both << 16), second = (V)(both & 0xffff0000u);
-}
-
-template <class C, class T>
+template <class C, int bytes, class T>
 ZEST_INLINE double dot(const T* y, const T* g, int64_t n) {
-    typedef C V __attribute__((vector_size(64)));
-    constexpr int64_t width = 64 / sizeof(C);
+    using V = Vector<C, bytes>;
+    constexpr int64_t step = 2 * V::lanes;
     double sum = 0;
     int64_t i = 0;
-    if (n >= 2 * width) {
-        V a = {}, b = {}, y0, y1, g0, g1;
-        for (; i + 2 * width <= n; i += 2 * width) {
-            load_pair(y + i, y0, y1), load_pair(g + i, g0, g1);
+    if (n >= step) {
+        V a = zero<C, bytes>(), b = a, y0, y1, g0, g1;
+        for (; i + step <= n; i += step) {
+            load_pair(y0, y1, y + i), load_pair(g0, g1, g + i);
             // The next row usually lies ahead: keep memory busy while this one is being finished.
             __builtin_prefetch(y + i + prefetch_ahead), __builtin_prefetch(g + i + prefetch_ahead);
-            if (sizeof(T) == sizeof(C))
-                __builtin_prefetch(y + i + prefetch_ahead + width), __builtin_prefetch(g + i + prefetch_ahead + width);
-            a += y0 * g0, b += y1 * g1;
+            if (sizeof(T) == sizeof(C)) {
+                __builtin_prefetch(y + i + prefetch_ahead + V::lanes);
+                __builtin_prefetch(g + i + prefetch_ahead + V::lanes);
+            }
+            multiply_add(a, y0, g0), multiply_add(b, y1, g1);
         }
-        typedef double Wide __attribute__((vector_size(8 * width)));
-        const Wide wide = __builtin_convertvector(a, Wide) + __builtin_convertvector(b, Wide);
-        double lanes[width];
-        std::memcpy(lanes, &wide, sizeof(lanes));
-        for (int64_t half = width / 2; half > 0; half /= 2)
-            for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-        sum = lanes[0];
+        double lanes[V::lanes] = {};
+        add_lanes(a, lanes), add_lanes(b, lanes);
+        sum = add_up<V::lanes>(lanes);
     }
     for (; i < n; ++i) sum += double(widen(y[i])) * double(widen(g[i]));
     return sum;
 }
 
 // out[k] += y[k] . g[k] for rows of n dense elements; the loop over k is inside, since rows may be short.
-template <class C, class T>
-ZEST_INLINE void dot_rows_inline(const T* y, int64_t y_row, const T* g, int64_t g_row, int64_t rows, int64_t n,
-                                 double* out) {
+template <class C, int bytes, class T>
+ZEST_INLINE void dot_rows_as(const T* y, int64_t y_row, const T* g, int64_t g_row, int64_t rows, int64_t n,
+                             double* out) {
     for (int64_t k = 0; k < rows; ++k)
         for (int64_t from = 0; from < n; from += dot_block)
-            out[k] += dot<C>(y + k * y_row + from, g + k * g_row + from, std::min(dot_block, n - from));
+            out[k] += dot<C, bytes>(y + k * y_row + from, g + k * g_row + from, std::min(dot_block, n - from));
 }
 
 // Products of rows q of n dense elements, added to n sums; four rows at a time, so that sums are loaded and stored once
 // for each four. The sums lie as load_pair has the elements: see add_sums.
-template <class C, class T>
-ZEST_INLINE void multiply_add_inline(const T* y, int64_t y_row, const T* g, int64_t g_row, int64_t rows, int64_t n, C* sum) {
-    typedef C V __attribute__((vector_size(64)));
-    constexpr int64_t step = 2 * 64 / sizeof(C);
+template <class C, int bytes, class T>
+ZEST_INLINE void add_products_as(const T* y, int64_t y_row, const T* g, int64_t g_row, int64_t rows, int64_t n, C* sum) {
+    using V = Vector<C, bytes>;
+    constexpr int64_t step = 2 * V::lanes;
     const int64_t whole = n - n % step;
-    const auto add = [&](int64_t q, int64_t k, V& a, V& b) __attribute__((always_inline)) {
+    const auto add_row = [&](int64_t q, int64_t k, V& a, V& b) __attribute__((always_inline)) {
         V y0, y1, g0, g1;
-        load_pair(y + q * y_row + k, y0, y1), load_pair(g + q * g_row + k, g0, g1);
-        a += y0 * g0, b += y1 * g1;
+        load_pair(y0, y1, y + q * y_row + k), load_pair(g0, g1, g + q * g_row + k);
+        multiply_add(a, y0, g0), multiply_add(b, y1, g1);
     };
     for (int64_t q = 0; q < rows; q += 4)
         for (int64_t k = 0; k < whole; k += step) {
             V a, b;
-            std::memcpy(&a, sum + k, 64), std::memcpy(&b, sum + k + step / 2, 64);
-            add(q, k, a, b);
+            load_pair(a, b, sum + k);
             if (q + 4 <= rows)
-                add(q + 1, k, a, b), add(q + 2, k, a, b), add(q + 3, k, a, b);
+                add_row(q, k, a, b), add_row(q + 1, k, a, b), add_row(q + 2, k, a, b), add_row(q + 3, k, a, b);
             else
-                for (int64_t rest = q + 1; rest < rows; ++rest) add(rest, k, a, b);
-            std::memcpy(sum + k, &a, 64), std::memcpy(sum + k + step / 2, &b, 64);
+                for (int64_t rest = q; rest < rows; ++rest) add_row(rest, k, a, b);
+            store(a, sum + k), store(b, sum + k + V::lanes);
         }
     for (int64_t q = 0; q < rows; ++q)
         for (int64_t k = whole; k < n; ++k) sum[k] += widen(y[q * y_row + k]) * widen(g[q * g_row + k]);
@@ -111,30 +95,18 @@ void add_sums(const C* sum, int64_t n, double* row) {
     for (int64_t k = paired; k < n; ++k) row[k] += double(sum[k]);
 }
 
-ZEST_CLONES void dot_rows(const float* y, int64_t y_row, const float* g, int64_t g_row, int64_t rows, int64_t n,
-                          double* out) {
-    dot_rows_inline<float>(y, y_row, g, g_row, rows, n, out);
-}
-ZEST_CLONES void dot_rows(const bfloat16* y, int64_t y_row, const bfloat16* g, int64_t g_row, int64_t rows, int64_t n,
-                          double* out) {
-    dot_rows_inline<float>(y, y_row, g, g_row, rows, n, out);
-}
-ZEST_CLONES void dot_rows(const double* y, int64_t y_row, const double* g, int64_t g_row, int64_t rows, int64_t n,
-                          double* out) {
-    dot_rows_inline<double>(y, y_row, g, g_row, rows, n, out);
-}
-ZEST_CLONES void multiply_add(const float* y, int64_t y_row, const float* g, int64_t g_row, int64_t rows, int64_t n,
-                              float* sum) {
-    multiply_add_inline(y, y_row, g, g_row, rows, n, sum);
-}
-ZEST_CLONES void multiply_add(const bfloat16* y, int64_t y_row, const bfloat16* g, int64_t g_row, int64_t rows, int64_t n,
-                              float* sum) {
-    multiply_add_inline(y, y_row, g, g_row, rows, n, sum);
-}
-ZEST_CLONES void multiply_add(const double* y, int64_t y_row, const double* g, int64_t g_row, int64_t rows, int64_t n,
-                              double* sum) {
-    multiply_add_inline(y, y_row, g, g_row, rows, n, sum);
-}
+ZEST_VERSIONS(void dot_rows(const float* y, int64_t y_row, const float* g, int64_t g_row, int64_t rows, int64_t n, double* out),
+              dot_rows_as<float, bytes>(y, y_row, g, g_row, rows, n, out))
+ZEST_VERSIONS(void dot_rows(const double* y, int64_t y_row, const double* g, int64_t g_row, int64_t rows, int64_t n, double* out),
+              dot_rows_as<double, bytes>(y, y_row, g, g_row, rows, n, out))
+ZEST_VERSIONS(void dot_rows(const bfloat16* y, int64_t y_row, const bfloat16* g, int64_t g_row, int64_t rows, int64_t n, double* out),
+              dot_rows_as<float, bytes>(y, y_row, g, g_row, rows, n, out))
+ZEST_VERSIONS(void add_products(const float* y, int64_t y_row, const float* g, int64_t g_row, int64_t rows, int64_t n, float* out),
+              add_products_as<float, bytes>(y, y_row, g, g_row, rows, n, out))
+ZEST_VERSIONS(void add_products(const double* y, int64_t y_row, const double* g, int64_t g_row, int64_t rows, int64_t n, double* out),
+              add_products_as<double, bytes>(y, y_row, g, g_row, rows, n, out))
+ZEST_VERSIONS(void add_products(const bfloat16* y, int64_t y_row, const bfloat16* g, int64_t g_row, int64_t rows, int64_t n, float* out),
+              add_products_as<float, bytes>(y, y_row, g, g_row, rows, n, out))
 
 template <class T>
 const T* at(const Operand& x, int64_t offset) {
@@ -179,7 +151,7 @@ void in_place_task(const Problem& p, int64_t y0, int64_t g0, int64_t count, doub
     C sum[channel_tile];
     for (int64_t from = 0; from < p.positions; from += positions_per_flush) {
         std::fill(sum, sum + count, C(0));
-        multiply_add(at<T>(p.y, y0 + from * p.ys.position), p.ys.position, at<T>(p.g, g0 + from * p.gs.position),
+        add_products(at<T>(p.y, y0 + from * p.ys.position), p.ys.position, at<T>(p.g, g0 + from * p.gs.position),
                      p.gs.position, std::min(positions_per_flush, p.positions - from), count, sum);
         add_sums<T>(sum, count, row);
     }
@@ -193,7 +165,7 @@ void gathered_task(const Problem& p, int64_t y0, int64_t g0, int64_t count, doub
         for (int64_t from = 0; from < p.positions; from += positions_per_flush) {
             std::fill(sum, sum + count, C(0));
             for (int64_t q = from; q < std::min(from + positions_per_flush, p.positions); ++q)
-                multiply_add(run(p.y, y0 + q * p.ys.position, p.ys.channel, count, y_buffer), 0,
+                add_products(run(p.y, y0 + q * p.ys.position, p.ys.channel, count, y_buffer), 0,
                              run(p.g, g0 + q * p.gs.position, p.gs.channel, count, g_buffer), 0, 1, count, sum);
             add_sums<C>(sum, count, row);
         }

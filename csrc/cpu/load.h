@@ -6,7 +6,8 @@
 #include "layout.h"
 
 // One binary, three instruction sets, chosen by the loader at start-up: before ThreadSanitizer is, which gets one.
-#ifdef ZEST_CLONES
+#if defined(ZEST_ONE_VERSION)
+#define ZEST_CLONES
 #elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define ZEST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else

@@ -12,7 +12,7 @@
 #include <limits>
 
 #include "cpu/kernels.h"
-#include "cpu/load.h"
+#include "cpu/vectors.h"
 
 namespace zest::cpu {
 namespace {
@@ -22,48 +22,6 @@ constexpr int64_t block_size = 4 * piece_size;
 constexpr int64_t max_chunks = 256;
 constexpr int64_t serial_below = 65536;  // fewer elements than this cost less than waking threads
 
-template <class C>
-struct Lanes;
-template <>
-struct Lanes<float> {
-    typedef float vector __attribute__((vector_size(64)));
-    typedef uint32_t bits __attribute__((vector_size(64)));
-    typedef double wide __attribute__((vector_size(128)));
-    static constexpr uint32_t no_sign = 0x7fffffffu;
-    static constexpr int width = 16;
-};
-template <>
-struct Lanes<double> {
-    typedef double vector __attribute__((vector_size(64)));
-    typedef uint64_t bits __attribute__((vector_size(64)));
-    typedef double wide __attribute__((vector_size(64)));
-    static constexpr uint64_t no_sign = 0x7fffffffffffffffull;
-    static constexpr int width = 8;
-};
-
-template <class C>
-ZEST_INLINE typename Lanes<C>::vector load(const C* p) {
-    typename Lanes<C>::vector v;
-    std::memcpy(&v, p, 64);
-    return v;
-}
-
-// Two vectors of elements. Of bfloat16 those at even and at odd places: a shift and a mask of 64 bytes, no shuffle.
-template <class C>
-struct Pair {
-    typename Lanes<C>::vector first, second;
-};
-template <class C>
-ZEST_INLINE Pair<C> load_pair(const C* p) {
-    return {load(p), load(p + Lanes<C>::width)};
-}
-ZEST_INLINE Pair<float> load_pair(const bfloat16* p) {
-    using V = Lanes<float>::vector;
-    Lanes<float>::bits both;
-    std::memcpy(&both, p, 64);
-    return {(V)(both << 16), (V)(both & 0xffff0000u)};
-}
-
 // Keeps memory busy while a block is being finished. An address beyond the end is harmless.
 template <class T, class C>
 ZEST_INLINE void prefetch_ahead(const T* p) {
@@ -72,51 +30,31 @@ ZEST_INLINE void prefetch_ahead(const T* p) {
     if (sizeof(T) == sizeof(C)) __builtin_prefetch(ahead + 64);  // a pair of vectors is two cache lines
 }
 
-template <class C>
-ZEST_INLINE typename Lanes<C>::vector magnitude(typename Lanes<C>::vector x) {
-    return (typename Lanes<C>::vector)((typename Lanes<C>::bits)x & Lanes<C>::no_sign);
-}
-
 // Sums of a block, each in 16 lanes of float64 (float64 input uses eight).
 template <int count>
 struct LaneSums {
     double lane[count][16] = {};
 
-    // The lanes of one sum, pairwise in a fixed order.
-    double operator[](int which) const {
-        double sum[16];
-        std::memcpy(sum, lane[which], sizeof(sum));
-        for (int half = 8; half > 0; half /= 2)
-            for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
-        return sum[0];
-    }
+    double operator[](int which) const { return add_up<16>(lane[which]); }
 };
 
-template <class C>
-ZEST_INLINE void add_lanes(typename Lanes<C>::vector v, double* lanes) {
-    typename Lanes<C>::wide sum;
-    std::memcpy(&sum, lanes, sizeof(sum));
-    sum += __builtin_convertvector(v, typename Lanes<C>::wide);
-    std::memcpy(lanes, &sum, sizeof(sum));
-}
-
 // Sums of x, |x| and x^2 over a piece.
-template <class C, class T>
-ZEST_INLINE void add_piece_inline(const T* x, int64_t n, LaneSums<3>& sums) {
-    using V = typename Lanes<C>::vector;
-    constexpr int64_t step = 2 * Lanes<C>::width;
+template <class C, int bytes, class T>
+ZEST_INLINE void add_piece_as(const T* x, int64_t n, LaneSums<3>& sums) {
+    using V = Vector<C, bytes>;
+    constexpr int64_t step = 2 * V::lanes;
     const int64_t whole = n - n % step;
-    V s0 = {}, s1 = {}, a0 = {}, a1 = {}, q0 = {}, q1 = {};
+    V s0 = zero<C, bytes>(), s1 = s0, a0 = s0, a1 = s0, q0 = s0, q1 = s0, u, v;
     for (int64_t i = 0; i < whole; i += step) {
-        const Pair<C> u = load_pair(x + i);
+        load_pair(u, v, x + i);
         prefetch_ahead<T, C>(x + i);
-        s0 += u.first, s1 += u.second;
-        a0 += magnitude<C>(u.first), a1 += magnitude<C>(u.second);
-        q0 += u.first * u.first, q1 += u.second * u.second;
+        add(s0, u), add(s1, v);
+        add(a0, magnitude(u)), add(a1, magnitude(v));
+        multiply_add(q0, u, u), multiply_add(q1, v, v);
     }
-    add_lanes<C>(s0, sums.lane[0]), add_lanes<C>(s1, sums.lane[0]);
-    add_lanes<C>(a0, sums.lane[1]), add_lanes<C>(a1, sums.lane[1]);
-    add_lanes<C>(q0, sums.lane[2]), add_lanes<C>(q1, sums.lane[2]);
+    add_lanes(s0, sums.lane[0]), add_lanes(s1, sums.lane[0]);
+    add_lanes(a0, sums.lane[1]), add_lanes(a1, sums.lane[1]);
+    add_lanes(q0, sums.lane[2]), add_lanes(q1, sums.lane[2]);
     for (int64_t i = whole; i < n; ++i) {
         const double u = double(widen(x[i]));
         sums.lane[0][0] += u, sums.lane[1][0] += std::fabs(u), sums.lane[2][0] += u * u;
@@ -124,26 +62,25 @@ ZEST_INLINE void add_piece_inline(const T* x, int64_t n, LaneSums<3>& sums) {
 }
 
 // Sums of dw, |dw|, dw^2, w, w^2, w dw and |w dw| over a piece.
-template <class C, class T>
-ZEST_INLINE void add_pieces_inline(const T* dw, const T* w, int64_t n, LaneSums<7>& sums) {
-    using V = typename Lanes<C>::vector;
-    constexpr int64_t step = 2 * Lanes<C>::width;
+template <class C, int bytes, class T>
+ZEST_INLINE void add_pieces_as(const T* dw, const T* w, int64_t n, LaneSums<7>& sums) {
+    using V = Vector<C, bytes>;
+    constexpr int64_t step = 2 * V::lanes;
     const int64_t whole = n - n % step;
-    V s = {}, a = {}, q = {}, t = {}, qw = {}, p = {}, pa = {};
-    const auto add = [&](V g, V u) __attribute__((always_inline)) {
-        const V product = g * u;
-        s += g, a += magnitude<C>(g), q += g * g;
-        t += u, qw += u * u;
-        p += product, pa += magnitude<C>(product);
-    };
+    V s = zero<C, bytes>(), a = s, q = s, t = s, qw = s, p = s, pa = s, g[2], u[2];
     for (int64_t i = 0; i < whole; i += step) {
-        const Pair<C> g = load_pair(dw + i), u = load_pair(w + i);
+        load_pair(g[0], g[1], dw + i), load_pair(u[0], u[1], w + i);
         prefetch_ahead<T, C>(dw + i), prefetch_ahead<T, C>(w + i);
-        add(g.first, u.first), add(g.second, u.second);
+        for (int half = 0; half < 2; ++half) {
+            const V both = product(g[half], u[half]);
+            add(s, g[half]), add(a, magnitude(g[half])), multiply_add(q, g[half], g[half]);
+            add(t, u[half]), multiply_add(qw, u[half], u[half]);
+            add(p, both), add(pa, magnitude(both));
+        }
     }
-    add_lanes<C>(s, sums.lane[0]), add_lanes<C>(a, sums.lane[1]), add_lanes<C>(q, sums.lane[2]);
-    add_lanes<C>(t, sums.lane[3]), add_lanes<C>(qw, sums.lane[4]);
-    add_lanes<C>(p, sums.lane[5]), add_lanes<C>(pa, sums.lane[6]);
+    add_lanes(s, sums.lane[0]), add_lanes(a, sums.lane[1]), add_lanes(q, sums.lane[2]);
+    add_lanes(t, sums.lane[3]), add_lanes(qw, sums.lane[4]);
+    add_lanes(p, sums.lane[5]), add_lanes(pa, sums.lane[6]);
     for (int64_t i = whole; i < n; ++i) {
         const double g = double(widen(dw[i])), u = double(widen(w[i])), product = g * u;
         sums.lane[0][0] += g, sums.lane[1][0] += std::fabs(g), sums.lane[2][0] += g * g;
@@ -153,53 +90,47 @@ ZEST_INLINE void add_pieces_inline(const T* dw, const T* w, int64_t n, LaneSums<
 }
 
 // Sums of d = x - centre (or |x| - centre) and of d^2 over a piece.
-template <class C, bool absolute, class T>
+template <class C, int bytes, bool absolute, class T>
 ZEST_INLINE void add_centred_as(const T* x, int64_t n, C centre, LaneSums<2>& sums) {
-    using V = typename Lanes<C>::vector;
-    constexpr int64_t step = 2 * Lanes<C>::width;
+    using V = Vector<C, bytes>;
+    constexpr int64_t step = 2 * V::lanes;
     const int64_t whole = n - n % step;
-    V d = {}, q = {};
-    const auto add = [&](V u) __attribute__((always_inline)) {
-        const V away = (absolute ? magnitude<C>(u) : u) - centre;
-        d += away, q += away * away;
-    };
+    V d = zero<C, bytes>(), q = d, u[2];
     for (int64_t i = 0; i < whole; i += step) {
-        const Pair<C> u = load_pair(x + i);
-        add(u.first), add(u.second);
+        load_pair(u[0], u[1], x + i);
+        for (int half = 0; half < 2; ++half) {
+            const V away = less(absolute ? magnitude(u[half]) : u[half], centre);
+            add(d, away), multiply_add(q, away, away);
+        }
     }
-    add_lanes<C>(d, sums.lane[0]), add_lanes<C>(q, sums.lane[1]);
+    add_lanes(d, sums.lane[0]), add_lanes(q, sums.lane[1]);
     for (int64_t i = whole; i < n; ++i) {
         const double u = double(widen(x[i])), away = (absolute ? std::fabs(u) : u) - double(centre);
         sums.lane[0][0] += away, sums.lane[1][0] += away * away;
     }
 }
-template <class C, class T>
-ZEST_INLINE void add_centred_inline(const T* x, int64_t n, bool absolute, double near_mean, LaneSums<2>& sums) {
-    absolute ? add_centred_as<C, true>(x, n, C(near_mean), sums) : add_centred_as<C, false>(x, n, C(near_mean), sums);
+template <class C, int bytes, class T>
+ZEST_INLINE void add_centred_as(const T* x, int64_t n, bool absolute, double near_mean, LaneSums<2>& sums) {
+    absolute ? add_centred_as<C, bytes, true>(x, n, C(near_mean), sums)
+             : add_centred_as<C, bytes, false>(x, n, C(near_mean), sums);
 }
 
-// One clone per instruction set; everything above is inlined into these.
-ZEST_CLONES void add_piece(const float* x, int64_t n, LaneSums<3>& s) { add_piece_inline<float>(x, n, s); }
-ZEST_CLONES void add_piece(const double* x, int64_t n, LaneSums<3>& s) { add_piece_inline<double>(x, n, s); }
-ZEST_CLONES void add_piece(const bfloat16* x, int64_t n, LaneSums<3>& s) { add_piece_inline<float>(x, n, s); }
-ZEST_CLONES void add_pieces(const float* dw, const float* w, int64_t n, LaneSums<7>& s) {
-    add_pieces_inline<float>(dw, w, n, s);
-}
-ZEST_CLONES void add_pieces(const double* dw, const double* w, int64_t n, LaneSums<7>& s) {
-    add_pieces_inline<double>(dw, w, n, s);
-}
-ZEST_CLONES void add_pieces(const bfloat16* dw, const bfloat16* w, int64_t n, LaneSums<7>& s) {
-    add_pieces_inline<float>(dw, w, n, s);
-}
-ZEST_CLONES void add_centred(const float* x, int64_t n, bool absolute, double near_mean, LaneSums<2>& s) {
-    add_centred_inline<float>(x, n, absolute, near_mean, s);
-}
-ZEST_CLONES void add_centred(const double* x, int64_t n, bool absolute, double near_mean, LaneSums<2>& s) {
-    add_centred_inline<double>(x, n, absolute, near_mean, s);
-}
-ZEST_CLONES void add_centred(const bfloat16* x, int64_t n, bool absolute, double near_mean, LaneSums<2>& s) {
-    add_centred_inline<float>(x, n, absolute, near_mean, s);
-}
+// Everything above is inlined into these.
+ZEST_VERSIONS(void add_piece(const float* x, int64_t n, LaneSums<3>& s), add_piece_as<float, bytes>(x, n, s))
+ZEST_VERSIONS(void add_piece(const double* x, int64_t n, LaneSums<3>& s), add_piece_as<double, bytes>(x, n, s))
+ZEST_VERSIONS(void add_piece(const bfloat16* x, int64_t n, LaneSums<3>& s), add_piece_as<float, bytes>(x, n, s))
+ZEST_VERSIONS(void add_pieces(const float* dw, const float* w, int64_t n, LaneSums<7>& s),
+              add_pieces_as<float, bytes>(dw, w, n, s))
+ZEST_VERSIONS(void add_pieces(const double* dw, const double* w, int64_t n, LaneSums<7>& s),
+              add_pieces_as<double, bytes>(dw, w, n, s))
+ZEST_VERSIONS(void add_pieces(const bfloat16* dw, const bfloat16* w, int64_t n, LaneSums<7>& s),
+              add_pieces_as<float, bytes>(dw, w, n, s))
+ZEST_VERSIONS(void add_centred(const float* x, int64_t n, bool absolute, double near_mean, LaneSums<2>& s),
+              add_centred_as<float, bytes>(x, n, absolute, near_mean, s))
+ZEST_VERSIONS(void add_centred(const double* x, int64_t n, bool absolute, double near_mean, LaneSums<2>& s),
+              add_centred_as<double, bytes>(x, n, absolute, near_mean, s))
+ZEST_VERSIONS(void add_centred(const bfloat16* x, int64_t n, bool absolute, double near_mean, LaneSums<2>& s),
+              add_centred_as<float, bytes>(x, n, absolute, near_mean, s))
 
 // From here on a block is a function (start, n) -> its elements [start, start + n), which hold until the next call.
 

@@ -17,9 +17,9 @@ g++ "${flags[@]}" "${memory[@]}" "${kernels[@]}" "$root/tests/sanitizers/driver.
 "$work/memory" "$cases"
 
 echo "== ThreadSanitizer"
-g++ "${flags[@]}" -fsanitize=thread -DZEST_CLONES= -c "$root/tests/sanitizers/driver.cpp" -o "$work/driver.o"
+g++ "${flags[@]}" -fsanitize=thread -DZEST_ONE_VERSION -c "$root/tests/sanitizers/driver.cpp" -o "$work/driver.o"
 for kernel in "${kernels[@]}" "$root/tests/sanitizers/threads.cpp"; do
-    g++ "${flags[@]}" -fsanitize=thread -DZEST_CLONES= -c "$kernel" -o "$work/$(basename "$kernel").o"
+    g++ "${flags[@]}" -fsanitize=thread -DZEST_ONE_VERSION -c "$kernel" -o "$work/$(basename "$kernel").o"
 done
 g++ -fsanitize=thread "$work"/*.o -o "$work/races" -pthread # no -fopenmp: threads.cpp is the runtime
 "$work/races" "$cases"

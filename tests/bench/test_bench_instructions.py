@@ -28,10 +28,11 @@ def test_a_case_that_only_one_of_the_two_has_is_named() -> None:
     assert instructions.changes(before, fewer) == ["moments, float32: not recorded"]
 
 
-def test_counts_of_another_compiler_are_not_compared() -> None:
+def test_counts_of_another_compiler_are_not_compared_and_those_of_other_flags_are() -> None:
     before = instructions.recorded()
     other = replace(before, settings={**before.settings, "compiler": "g++ 99"})
-    assert instructions.not_comparable(before, before) == ""
+    flags = replace(before, settings={**before.settings, "flags": "-O2"})
+    assert instructions.not_comparable(before, before) == instructions.not_comparable(flags, before) == ""
     assert instructions.not_comparable(other, before).startswith("compiler is g++ 99, the recorded counts have g++ ")
 
 

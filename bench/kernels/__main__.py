@@ -24,9 +24,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.kernels import reductions
-from bench.measure import interleave, median, ratio, write_result
+from bench.measure import write_result
 from zest_fast import kernels
+from zest_fast.benchmarking import torch_reductions as reductions
+from zest_fast.benchmarking.timing import interleave, median, ratio
 
 MIB = 2**20
 SIZES = (MIB // 4, 4 * MIB, 32 * MIB, 256 * MIB)

@@ -68,6 +68,9 @@ def judge(found: Any, expected: Mapping[str, float], dtype: torch.dtype, count: 
             raise ValueError(f"it returned {name!r}, which is unknown; {nearest(str(name), expected)}")
     if missing := [name for name in expected if name not in found]:
         raise ValueError(f"it returned no {', '.join(missing)}")
+    for name, value in found.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"it returned {name!r} of shape {list(value.shape)}; one number is needed")
     verdicts = [_of_one(name, found[name], expected, dtype, count) for name in expected]
     return max(verdicts, key=lambda verdict: verdict.error / verdict.tolerance)
 

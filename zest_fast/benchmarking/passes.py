@@ -202,8 +202,11 @@ def measure_passes(
     device: torch.device,
     peak_of: Callable[[Pass], int] | None = None,
 ) -> Case:
-    """Judge, count bytes, and time in interleaved rounds; the first pass is the baseline. Whatever one raises is why it
-    is not timed; the baseline's passes through. peak_of: by default what a pass holds beyond what is there before it."""
+    """Judge, count bytes, and time in interleaved rounds; the first pass is the baseline.
+
+    Whatever one raises is why it is not timed; the baseline's passes through. peak_of: bytes, by default those that a
+    pass holds beyond what is there before it.
+    """
     verdicts: dict[str, Verdict] = {}
     why: dict[str, str] = {}
     peaks: dict[str, float] = {}

@@ -12,7 +12,8 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -37,8 +38,9 @@ def interleave(
     first equally often.
 
     limits: candidates that run in the first so many rounds only (the slow ones), without a warm-up.
-    collect: collect garbage before each run, so that what one candidate leaves in cycles does not burden the next (tens
-    of ms: not for kernels). The collector is off during a run in any case.
+    collect: collect garbage before each run, so that what one candidate leaves in cycles does not burden the next: not
+    for kernels. What is there before the rounds is passed over, which would take a fifth of a second each time. The
+    collector is off during a run in any case.
     timed: runs a candidate and returns its seconds, in place of `clock`.
     """
     limits = limits or {}
@@ -47,15 +49,30 @@ def interleave(
         for _ in range(warmup if name not in limits else 0):
             run()
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    order, shuffler = list(candidates), random.Random(seed)
-    for index in range(rounds):
-        order.reverse() if index % 2 else shuffler.shuffle(order)
-        for name in order:
-            if index < limits.get(name, rounds):
-                if collect:
-                    gc.collect()
-                times[name].append(_without_collector(timed, candidates[name]))
+    with _frozen() if collect else nullcontext():
+        for name in _order(list(candidates), rounds, limits, seed):
+            if collect:
+                gc.collect()
+            times[name].append(_without_collector(timed, candidates[name]))
     return times
+
+
+def _order(names: list[str], rounds: int, limits: Mapping[str, int], seed: int) -> Iterator[str]:
+    shuffler = random.Random(seed)
+    for index in range(rounds):
+        names.reverse() if index % 2 else shuffler.shuffle(names)
+        yield from (name for name in names if index < limits.get(name, rounds))
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """The collector passes over what is alive now."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def seconds_of(run: Run, clock: Callable[[], float] = time.perf_counter) -> float:

@@ -12,7 +12,6 @@ After the rounds every candidate gets an input that it has not seen: one that ke
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +24,7 @@ from zest_fast.benchmarking.kernel_cases import DTYPES, Candidate, Problem, rand
 from zest_fast.benchmarking.machine import last_level_cache
 from zest_fast.benchmarking.results import Case, Measured
 from zest_fast.benchmarking.timers import CpuTimer, CudaTimer, Timer, flushing
-from zest_fast.benchmarking.timing import ROUNDS_OF_AN_INTERVAL, Run, interleave, median, ratio
+from zest_fast.benchmarking.timing import ROUNDS_OF_AN_INTERVAL, Run, interleave, median, ratio, seconds_of_one
 from zest_fast.foundation.text_table import first_line
 
 ABOVE_ROOF = 1.05  #: times a bandwidth or a rate of products: more is no speed but a mistake of the measurement
@@ -176,7 +175,11 @@ def _rounds(runs: Mapping[str, Callable[[int], Run]], site: Site) -> tuple[dict[
     """Seconds of one call of each, an entry a round, and how they were taken. runs: a window of so many calls."""
     calls, windows = {}, {}
     for name, window_of in runs.items():
-        calls[name] = _CALLS_OF_A_GRAPH if site.on_gpu else max(1, min(_MOST_CALLS, round(_WINDOW / _once(window_of))))
+        calls[name] = (
+            _CALLS_OF_A_GRAPH
+            if site.on_gpu
+            else max(1, min(_MOST_CALLS, round(_WINDOW / seconds_of_one(window_of(1)))))
+        )
         windows[name] = window_of(calls[name])
     once = {name: site.seconds(window) / calls[name] for name, window in windows.items()}
     slow = {name: min(ROUNDS_OF_AN_INTERVAL, site.rounds) for name, seconds in once.items() if seconds > _SLOW}
@@ -186,16 +189,9 @@ def _rounds(runs: Mapping[str, Callable[[int], Run]], site: Site) -> tuple[dict[
     return {name: [t / calls[name] for t in values] for name, values in raw.items()}, how
 
 
-def _once(window_of: Callable[[int], Run]) -> float:
-    """Seconds of one call; of the second where the first is short enough to be mostly warm-up."""
-    run, elapsed = window_of(1), 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        run()
-        elapsed = max(time.perf_counter() - start, 1e-7)
-        if elapsed > 0.1:
-            break
-    return elapsed
+def _calls(once: Run) -> int:
+    """How many fill a window."""
+    return max(1, min(_MOST_CALLS, round(_WINDOW / seconds_of_one(once))))
 
 
 def _roofs(problem: Problem, site: Site) -> dict[str, Callable[[int], Run]]:

@@ -82,6 +82,16 @@ def seconds_of(run: Run, clock: Callable[[], float] = time.perf_counter) -> floa
     return clock() - start
 
 
+def seconds_of_one(run: Run) -> float:
+    """Of one call, and of the second where the first is short enough to be mostly warm-up."""
+    elapsed = 0.0
+    for _ in range(2):
+        elapsed = max(seconds_of(run), 1e-7)
+        if elapsed > 0.1:
+            break
+    return elapsed
+
+
 def _without_collector(timed: Callable[[Run], float], run: Run) -> float:
     was_enabled = gc.isenabled()
     gc.disable()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from command_results import done, refused
 from typer.testing import CliRunner
+from without_module import refuse_import
 
 from zest_fast.benchmarking import torch_reductions
 from zest_fast.benchmarking.results import Result
@@ -162,6 +163,11 @@ def test_a_built_in_model_is_measured(run):
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(words, parts, run):
     refused(run(*words), *parts)
+
+
+def test_built_in_models_say_what_they_need(run, monkeypatch):
+    refuse_import(monkeypatch, "transformers")
+    refused(run("profile", "--size", "tiny"), "the built-in models need transformers", "zest_fast[transformers]")
 
 
 def test_compare_ends_with_1_where_it_got_slower_and_with_2_where_it_cannot_say(run, tmp_path):

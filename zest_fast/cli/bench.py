@@ -249,6 +249,13 @@ def _built_in(size: str, only: list[str] | None, dtype: str | None, device: torc
 
     from zest_fast.benchmarking.models import SIZES, Case
 
+    try:
+        import transformers  # noqa: F401 (an hour later would be late)
+    except ImportError as error:
+        raise ImportError(
+            "the built-in models need transformers: pip install 'zest_fast[transformers]', or name MODEL and DATA"
+        ) from error
+
     cases = {case.model: case for case in SIZES[size]}
     weights = None if dtype is None else getattr(torch, dtype)
 

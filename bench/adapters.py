@@ -21,10 +21,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bench.markdown import markdown_table
 from bench.measure import write_result
 from zest_fast import SelectiveBackward, adamw, apply_delta, delta_to_lora, profile, rank
 from zest_fast.demo.task import Task
+from zest_fast.foundation.text_table import markdown_table
 
 TASKS = ("minilm", "lite0")
 STEPS, BATCH, RATE, HEAD_RATE = 150, 32, 3e-4, 1e-2

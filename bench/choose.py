@@ -24,8 +24,8 @@ import pandas
 import torch
 
 from bench.data import IMAGE_SIZE, MODELS
-from bench.markdown import markdown_table
 from bench.measure import write_result
+from zest_fast.foundation.text_table import markdown_table
 from zest_fast.planning import choose
 from zest_fast.planning.step_costs import StepCosts, measured_costs
 from zest_fast.profiling.layer_profile import LayerProfile

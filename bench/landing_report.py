@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from bench.finetune.report import above, means
-from bench.markdown import markdown_table
+from zest_fast.foundation.text_table import markdown_table
 
 GIB = 2**30
 SHAPE, DTYPE = "llama-7b 2 x 2048", "bfloat16"

@@ -20,7 +20,7 @@ from bench.pages import Block, blocks, commands
 NOTEBOOKS = ROOT / "examples" / "notebooks"
 GUIDES = (
     *("start", "data", "trainer", "tools", "llama", "streaming", "vision", "deltas", "planning", "cache", "probe"),
-    *("sweep", "watch", "watch_logs", "report", "profile", "processes"),
+    *("sweep", "watch", "watch_logs", "report", "profile", "processes", "bench"),
 )
 
 _SET_UP = """\

@@ -26,8 +26,8 @@ from sklearn.kernel_ridge import KernelRidge
 import zest_fast
 from bench.layerbench.measures import Bootstrap, attainable_tau, recovered_gain, reliability, tau_b
 from bench.layerbench.protocol import DRAWS, SEED
-from bench.markdown import markdown_table
 from bench.measure import RESULTS, write_result
+from zest_fast.foundation.text_table import markdown_table
 
 SHARES = (0.2, 0.5)  # of the layers
 DRAWN = 8  # choices of the layers that are measured

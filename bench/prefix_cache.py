@@ -30,9 +30,10 @@ from torch import nn
 
 from bench.finetune.arms import Arm, Trained
 from bench.finetune.run import FOLDER, Pair
-from bench.markdown import markdown_table
-from bench.measure import RESULTS, interleave, median, ratio, write_result
+from bench.measure import RESULTS, write_result
 from zest_fast import PrefixCache
+from zest_fast.benchmarking.timing import interleave, median, ratio
+from zest_fast.foundation.text_table import markdown_table
 from zest_fast.prefix.inputs import rows_of
 from zest_fast.profiling.layers import find_layers
 from zest_fast.profiling.loss import call_model

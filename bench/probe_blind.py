@@ -18,10 +18,10 @@ import torch
 from bench.layerbench.measures import recovered_gain, reliability, tau_b
 from bench.layerbench.protocol import OUTCOMES
 from bench.layerbench.rivals import Middle
-from bench.markdown import markdown_table
 from bench.measure import RESULTS, write_result
 from bench.probes import BUDGET, SAMPLES, measure
 from zest_fast import Probe, Ranker, load_records
+from zest_fast.foundation.text_table import markdown_table
 from zest_fast.ranking.shipped import shipped_ranker
 
 NAMES = {

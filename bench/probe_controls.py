@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from bench.layerbench.measures import tau_b
-from bench.markdown import markdown_table
 from bench.measure import RESULTS, write_result
 from bench.probes import BUDGET, SAMPLES, measure
 from zest_fast import load_records
+from zest_fast.foundation.text_table import markdown_table
 
 PAIRS = (
     "splade-tiny/trec",

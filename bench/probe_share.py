@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from bench.data import load_pair
-from bench.markdown import markdown_table
-from bench.measure import RESULTS, interleave, median, ratio, write_result
+from bench.measure import RESULTS, write_result
 from bench.probes import BUDGET, SAMPLES
+from zest_fast.benchmarking.timing import interleave, median, ratio
+from zest_fast.foundation.text_table import markdown_table
 from zest_fast.prefix.inputs import rows_of
 from zest_fast.probing.probe import probe
 from zest_fast.sweeping.recipe import Recipe

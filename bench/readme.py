@@ -22,7 +22,6 @@ from bench.landing_report import landing_text
 from bench.layerbench import report as layerbench_report
 from bench.lean.report import lean_text
 from bench.llama7b.report import llama7b_text
-from bench.markdown import markdown_table
 from bench.measure import RESULTS, ROOT
 from bench.memory_table.report import memory_text
 from bench.part_of_a_sweep import part_text
@@ -35,6 +34,7 @@ from bench.start_up import start_up_text
 from bench.stream.report import compared_text, pair_text, stream_text
 from bench.versions import versions_text
 from bench.watch.report import watch_text
+from zest_fast.foundation.text_table import markdown_table
 
 MIB = 2**20
 KERNEL_SIZES = (4 * MIB, 256 * MIB)  # of the four sizes measured: cache-resident, and far beyond

@@ -26,9 +26,9 @@ import torch
 from torch import nn
 
 from bench.finetune.run import PROFILED, RATES, SEEDS, SETTINGS, Pair
-from bench.markdown import markdown_table
 from bench.measure import RESULTS, write_result
 from zest_fast.finetuning.selective_backward import SelectiveBackward
+from zest_fast.foundation.text_table import markdown_table
 from zest_fast.prefix.inputs import logits_of, rows_of
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.loss import call_model

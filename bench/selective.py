@@ -27,8 +27,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.measure import interleave, median, ratio, write_result
-from bench.models import Batch, bert, llama
+from bench.measure import write_result
+from zest_fast.benchmarking.models import Batch, bert, llama
+from zest_fast.benchmarking.timing import interleave, median, ratio
 from zest_fast.finetuning.digests import Base
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 

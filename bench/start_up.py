@@ -14,9 +14,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import models
-from bench.markdown import markdown_table
-from bench.measure import ROOT, interleave, median, write_result
+from bench.measure import ROOT, write_result
+from zest_fast.benchmarking import models
+from zest_fast.benchmarking.timing import interleave, median
+from zest_fast.foundation.text_table import markdown_table
 
 PLAN = """
 import time, torch, transformers

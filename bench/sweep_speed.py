@@ -16,7 +16,8 @@ import pandas
 import torch
 
 from bench.data import load_pair
-from bench.measure import interleave, median, ratio, write_result
+from bench.measure import write_result
+from zest_fast.benchmarking.timing import interleave, median, ratio
 from zest_fast.prefix.inputs import rows_of
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.sweep import sweep

@@ -19,8 +19,9 @@ from datetime import UTC, datetime
 from importlib.metadata import distribution, version
 from pathlib import Path
 
-from bench.markdown import markdown_table
-from bench.measure import RESULTS, ROOT, describe_machine, describe_versions
+from bench.measure import RESULTS, ROOT, describe_versions
+from zest_fast.benchmarking.machine import describe_machine
+from zest_fast.foundation.text_table import markdown_table
 
 CELLS = {
     "oldest": "every lower bound of pyproject.toml",

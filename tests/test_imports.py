@@ -29,6 +29,7 @@ ROOMS = (
     "probing",
     "watching",
     "integrations",
+    "benchmarking",
     "demo",
     "cli",
 )

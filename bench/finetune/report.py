@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import pictures
-from bench.markdown import markdown_table
+from zest_fast.foundation.text_table import markdown_table
 
 LEGEND = (
     "Accuracy on the test split in percent, mean over the seeds ± its standard error over them; every seed is in the "

@@ -38,17 +38,11 @@ from torch import Tensor, nn
 from bench.data import DATASETS, load_pair
 from bench.finetune.arms import NAMES, RANK, Arm, Orders, Trained, arms
 from bench.layerbench.baselines import Spectrum
-from bench.measure import (
-    RESULTS,
-    describe_machine,
-    describe_versions,
-    interleave,
-    median,
-    ratio,
-    write_result,
-)
+from bench.measure import RESULTS, describe_versions, write_result
 from bench.spectra import load_spectra
 from zest_fast import PrefixCache
+from zest_fast.benchmarking.machine import describe_machine
+from zest_fast.benchmarking.timing import interleave, median, ratio
 from zest_fast.foundation.replacing import replacing
 from zest_fast.planning.counted_memory import peak_bytes
 from zest_fast.prefix.inputs import logits_of, rows_of

@@ -9,9 +9,9 @@ import torch
 
 from bench.gpu.site import Site
 from zest_fast import kernels
-from zest_fast.kernels import GradientMoments, Moments, collector, reference
+from zest_fast.benchmarking.accuracy import TOLERANCE, worst_error
+from zest_fast.kernels import collector, reference
 
-TOLERANCE = 2e-5  # as for whole profiles
 LENGTHS = (1, 1023, 8193, 1_000_003)
 LINEARS = ((1, 17, 9), (129, 100, 65), (300, 768, 257), (512, 1024, 1024))  # T, I, O
 OUTPUTS = ((2, 5, 3), (4, 196, 130), (8, 512, 768))  # N, P, K
@@ -55,21 +55,21 @@ def _moments(site: Site, dtype: torch.dtype, backend: str) -> Iterator[float]:
     lengths = LENGTHS[:3] if site.dry else LENGTHS
     tensors = [site.random(n, dtype=dtype) + 0.5 for n in lengths]
     for found, x in zip(kernels.moments(tensors, backend=backend), tensors, strict=True):
-        yield _error_of_moments(found, reference.moments(x))
+        yield worst_error(found, reference.moments(x))
 
 
 def _gradient_moments(site: Site, dtype: torch.dtype, backend: str) -> Iterator[float]:
     for _, i, o in LINEARS[: 2 if site.dry else None]:
         dw, w = site.random(o, i, dtype=dtype), site.random(o, i, dtype=dtype)
         found = kernels.gradient_moments(dw, w, backend=backend)
-        yield _error_of_gradient(found, reference.gradient_moments(dw, w))
+        yield worst_error(found, reference.gradient_moments(dw, w))
 
 
 def _linear_gradient_moments(site: Site, dtype: torch.dtype, backend: str) -> Iterator[float]:
     for t, i, o in LINEARS[: 2 if site.dry else None]:
         x, g, w = site.random(t, i, dtype=dtype), site.random(t, o, dtype=dtype), site.random(o, i, dtype=dtype)
         found = kernels.linear_gradient_moments(x, g, w, backend=backend)
-        yield _error_of_gradient(found, reference.linear_gradient_moments(x, g, w))
+        yield worst_error(found, reference.linear_gradient_moments(x, g, w))
 
 
 def _channel_products(site: Site, dtype: torch.dtype, backend: str) -> Iterator[float]:
@@ -86,31 +86,3 @@ KERNELS: dict[str, Callable[[Site, torch.dtype, str], Iterator[float]]] = {
     "linear_gradient_moments": _linear_gradient_moments,
     "channel_products": _channel_products,
 }
-
-
-def _error_of_moments(found: Moments, expected: Moments) -> float:
-    """Worst error: of a mean relative to the deviation, of the rest relative to the value."""
-    return max(
-        math.inf if found.count != expected.count else 0.0,
-        _relative(found.mean, expected.mean, expected.std or abs(expected.mean)),
-        _relative(found.std, expected.std, expected.std),
-        _relative(found.abs_mean, expected.abs_mean, expected.abs_mean),
-        _relative(found.abs_std, expected.abs_std, expected.abs_std),
-    )
-
-
-def _error_of_gradient(found: GradientMoments, expected: GradientMoments) -> float:
-    return max(
-        _error_of_moments(found.gradient, expected.gradient),
-        _relative(found.weight_mean, expected.weight_mean, expected.weight_std),
-        _relative(found.weight_std, expected.weight_std, expected.weight_std),
-        _relative(found.product_sum, expected.product_sum, expected.product_abs_sum),
-        _relative(found.product_abs_sum, expected.product_abs_sum, expected.product_abs_sum),
-    )
-
-
-def _relative(value: float, target: float, unit: float) -> float:
-    difference = abs(value - target)
-    if difference == 0:
-        return 0.0
-    return difference / unit if unit > 0 and math.isfinite(difference) else math.inf

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from bench.gpu.correctness import DTYPES, backends
 from bench.gpu.site import GB, Run, Site
-from bench.kernels import reductions
-from bench.measure import median, ratio
+from zest_fast.benchmarking import torch_reductions as reductions
+from zest_fast.benchmarking.timing import median, ratio
 from zest_fast.kernels import cuda, triton_kernels
 
 TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)

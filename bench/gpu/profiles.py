@@ -17,11 +17,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zest_fast
-from bench import models
 from bench.gpu.site import GB, Site
-from bench.measure import ROOT, interleave, median, ratio
-from bench.models import Batch, Case
+from bench.measure import ROOT
 from bench.profile import peers
+from zest_fast.benchmarking import models
+from zest_fast.benchmarking.models import Batch, Case
+from zest_fast.benchmarking.timing import interleave, median, ratio
 
 CAPS = (24, 40, 80)  # GB
 LLAMA_7B = {

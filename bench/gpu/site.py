@@ -2,21 +2,22 @@
 
 Kernels are timed with CUDA events around several calls on rotating inputs (twice the L2 together, so that no call finds
 its input there), behind a sleep that lets the CPU queue them all first. Candidates are interleaved as in
-bench/measure.py, since clocks drift.
+zest_fast.benchmarking.timing, since clocks drift.
 """
 
 from __future__ import annotations
 
-import random
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from zest_fast.benchmarking.machine import driver_version
+from zest_fast.benchmarking.timing import interleave
 from zest_fast.planning.counted_memory import peak_bytes
 
 Run = Callable[[int], object]  # called with the number of the call: it takes inputs[number % len(inputs)]
@@ -98,7 +99,7 @@ class Site:
             "capability": f"{properties.major}.{properties.minor}",
             "memory_gb": round(properties.total_memory / GB, 1),
             "l2_mib": round(properties.L2_cache_size / 2**20, 1),
-            "driver": _driver_version(),
+            "driver": driver_version(),
             "cuda": torch.version.cuda,
         }
 
@@ -113,13 +114,8 @@ class Site:
                 working[name] = run
             except Exception as error:
                 failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        times: dict[str, list[float]] = {name: [] for name in working}
-        order, shuffler = list(working), random.Random(0)
-        for index in range(self.rounds):
-            order.reverse() if index % 2 else shuffler.shuffle(order)
-            for name in order:
-                times[name].append(self._seconds(working[name], 1 if self.dry else calls))
-        return times, failed
+        timed = partial(self._seconds, calls=1 if self.dry else calls)
+        return interleave(working, self.rounds, warmup=0, collect=False, timed=timed), failed
 
     def _seconds(self, run: Run, calls: int) -> float:
         if self.dry:
@@ -134,11 +130,3 @@ class Site:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / calls
-
-
-def _driver_version() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return "unknown"

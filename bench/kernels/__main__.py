@@ -12,42 +12,32 @@ Writes bench/results/kernels.json. The full run takes about three minutes on two
 from __future__ import annotations
 
 import argparse
-import math
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from bench.kernels import reductions
-from bench.measure import interleave, median, ratio, write_result
-from zest_fast import kernels
+from bench.measure import write_result
+from zest_fast.benchmarking.kernel_cases import (
+    LAYOUTS,
+    Compiled,
+    Problem,
+    candidates_of,
+    linear_problem,
+    problem_of,
+    random_numbers,
+)
+from zest_fast.benchmarking.timing import Run, interleave, median, ratio, seconds_of_one
 
 MIB = 2**20
 SIZES = (MIB // 4, 4 * MIB, 32 * MIB, 256 * MIB)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LAYOUTS = ("tokens", "pixels")
+DTYPES = ("float32", "bfloat16")
 LINEARS = ((768, 768, 3072), (384, 1024, 2816), (96, 4096, 4096))  # T, I, O
 READERS = ("read_sum", "read_dot", "read_amax")
-Run = Callable[[], object]
-
-
-@dataclass
-class Problem:
-    """One kernel on one input: what it reads, what it multiplies, and the candidates that compute it."""
-
-    kernel: str
-    shape: list[int]
-    dtype: str
-    bytes: int
-    candidates: dict[str, Run]
-    flop: int = 0
-    threads: int = field(default_factory=torch.get_num_threads)
+CPU = torch.device("cpu")
 
 
 def main() -> None:
@@ -57,9 +47,9 @@ def main() -> None:
     results = []
     for threads in options.threads:
         torch.set_num_threads(threads)
-        compiled = {} if options.quick or options.no_compile else _compiled()
-        for problem in _problems((64 * 1024,) if options.quick else SIZES, options.quick, compiled):
-            results.append(_measure(problem, options.rounds, options.seconds))
+        compiled = None if options.quick or options.no_compile else Compiled()
+        for problem in _problems((64 * 1024,) if options.quick else SIZES, options.quick):
+            results.append(_measure(problem, _runs(problem, compiled), options.rounds, options.seconds))
     for kernel in dict.fromkeys(result["kernel"] for result in results):
         console.print(_table(kernel, [result for result in results if result["kernel"] == kernel]))
     settings = {"rounds": options.rounds, "quick": options.quick}
@@ -79,136 +69,38 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _compiled() -> dict[str, Callable]:
-    torch.compiler.reset()
-    return {
-        "moments": reductions.compiled_moments(),
-        "gradient_moments": reductions.compiled_gradient_moments(),
-        "tokens": reductions.compiled_channel_products([1]),
-        "pixels": reductions.compiled_channel_products([2, 3]),
-    }
-
-
-def _problems(sizes: tuple[int, ...], quick: bool, compiled: dict[str, Callable]) -> Iterator[Problem]:
-    """Problems one at a time, so that no two large inputs are alive together."""
-    for name, dtype in DTYPES.items():
+def _problems(sizes: tuple[int, ...], quick: bool) -> Iterator[Problem]:
+    for dtype in DTYPES:
         for size in sizes:
-            yield _moments(size, name, dtype, compiled)
-            yield _gradient_moments(size, name, dtype, compiled)
+            yield problem_of("moments", size, dtype)
+            yield problem_of("gradient_moments", size, dtype)
             for layout in LAYOUTS:
-                yield _channel_products(size, layout, name, dtype, compiled)
+                yield problem_of("channel_products", size, dtype, layout)
         for sizes_of_linear in ((8, 16, 32),) if quick else LINEARS:
-            yield _linear_gradient_moments(*sizes_of_linear, name, dtype)
+            yield linear_problem(*sizes_of_linear, dtype)
 
 
-def _moments(size: int, name: str, dtype: torch.dtype, compiled: dict[str, Callable]) -> Problem:
-    x = _random(size // dtype.itemsize, dtype=dtype)
-    candidates: dict[str, Run] = {
-        "zest_fast": lambda: kernels.moments([x]),
-        "torch_separate": lambda: _numbers(reductions.separate_moments(x)),
-        "torch_lean": partial(_lean, reductions.lean_moments, x, scratch=reductions.Scratch()),
-        **_compiled_candidate(compiled, "moments", x),
-        **_readers(size),
-    }
-    return Problem("moments", list(x.shape), name, size, candidates)
-
-
-def _gradient_moments(size: int, name: str, dtype: torch.dtype, compiled: dict[str, Callable]) -> Problem:
-    n = size // dtype.itemsize // 2
-    dw, w = _random(n, dtype=dtype), _random(n, dtype=dtype)
-    candidates: dict[str, Run] = {
-        "zest_fast": lambda: kernels.gradient_moments(dw, w),
-        "torch_separate": lambda: _numbers(reductions.separate_gradient_moments(dw, w)),
-        "torch_lean": partial(_lean, reductions.lean_gradient_moments, dw, w, scratch=reductions.Scratch()),
-        **_compiled_candidate(compiled, "gradient_moments", dw, w),
-        **_readers(size),
-    }
-    return Problem("gradient_moments", [n], name, size, candidates)
-
-
-def _channel_products(size: int, layout: str, name: str, dtype: torch.dtype, compiled: dict[str, Callable]) -> Problem:
-    shape, positions = _channel_shape(size // dtype.itemsize // 2, layout)
-    y, g = _random(*shape, dtype=dtype), _random(*shape, dtype=dtype)
-    scratch = reductions.Scratch()
-    candidates: dict[str, Run] = {
-        "zest_fast": lambda: kernels.channel_products(y, g),
-        "torch_separate": lambda: reductions.separate_channel_products(y, g, positions),
-        "torch_lean": lambda: reductions.lean_channel_products(y, g, positions, scratch),
-        **_compiled_candidate(compiled, layout, y, g),
-        **_readers(2 * y.nbytes),
-    }
-    return Problem(f"channel_products ({layout})", shape, name, 2 * y.nbytes, candidates)
-
-
-def _channel_shape(numel: int, layout: str) -> tuple[list[int], list[int]]:
-    """Shape of about `numel` elements and its positions: [8, tokens, 768], or [8, channels, side, side]."""
-    if layout == "tokens":
-        return [8, max(1, numel // (8 * 768)), 768], [1]
-    side = 14 if numel < MIB else 56
-    return [8, max(1, numel // (8 * side * side)), side, side], [2, 3]
-
-
-def _linear_gradient_moments(t: int, i: int, o: int, name: str, dtype: torch.dtype) -> Problem:
-    x, g, w = _random(t, i, dtype=dtype), _random(t, o, dtype=dtype), _random(o, i, dtype=dtype)
-    scratch, out = reductions.Scratch(), w.new_empty(w.shape)
-
-    def dw() -> Tensor:
-        return torch.mm(g.t(), x, out=out)
-
-    candidates: dict[str, Run] = {
-        "zest_fast": lambda: kernels.linear_gradient_moments(x, g, w),
-        "torch_separate": lambda: _numbers(reductions.separate_gradient_moments(g.t() @ x, w)),
-        "torch_lean": lambda: _lean(reductions.lean_gradient_moments, dw(), w, scratch=scratch),
-        "bare_mm": dw,
-    }
-    read = x.nbytes + g.nbytes + w.nbytes
-    return Problem("linear_gradient_moments", [t, i, o], name, read, candidates, flop=2 * t * i * o)
-
-
-def _random(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Normal numbers, a million different ones repeated: drawing 256 MiB would outlast the benchmark."""
-    drawn = torch.randn(min(math.prod(shape), MIB), generator=torch.Generator().manual_seed(0)).to(dtype)
-    return drawn.repeat(-(-math.prod(shape) // len(drawn)))[: math.prod(shape)].view(shape)
-
-
-def _numbers(sums: reductions.Sums) -> list[float]:
-    return [value.item() for value in sums.values()]
-
-
-def _lean(sums: Callable[..., reductions.Sums], *tensors: Tensor, scratch: reductions.Scratch) -> list[float]:
-    return torch.stack(list(sums(*tensors, scratch).values())).tolist()
-
-
-def _compiled_candidate(compiled: dict[str, Callable], key: str, *tensors: Tensor) -> dict[str, Run]:
-    return {"torch_compiled": partial(compiled[key], *tensors)} if compiled else {}
+def _runs(problem: Problem, compiled: Compiled | None) -> dict[str, Run]:
+    """One input for all, as warm as the caches allow; alive until they are measured."""
+    tensors = problem.inputs(CPU)
+    runs: dict[str, Run] = {one.name: partial(one.on_cpu, *tensors) for one in candidates_of(problem, CPU, compiled)}
+    return runs if problem.flop else runs | _readers(problem.bytes)
 
 
 def _readers(size: int) -> dict[str, Run]:
-    buffer = _random(size // 4, dtype=torch.float32)
+    buffer = random_numbers(size // 4, dtype=torch.float32)
     return {"read_sum": buffer.sum, "read_dot": lambda: torch.dot(buffer, buffer), "read_amax": buffer.amax}
 
 
-def _measure(problem: Problem, rounds: int, seconds: float) -> dict[str, object]:
-    once = {name: _seconds_of_one(run) for name, run in problem.candidates.items()}
+def _measure(problem: Problem, runs: dict[str, Run], rounds: int, seconds: float) -> dict[str, object]:
+    once = {name: seconds_of_one(run) for name, run in runs.items()}
     repeats = {name: max(1, min(200, round(1e-3 / t))) for name, t in once.items()}  # about 1 ms between clock readings
     rounds = max(min(rounds, 5), min(rounds, int(seconds / sum(t * repeats[name] for name, t in once.items()))))
     slow = {name: min(rounds, 3) for name, t in once.items() if t > 0.2}
-    runs = {name: partial(_repeat, run, repeats[name]) for name, run in problem.candidates.items()}
-    raw = interleave(runs, rounds, limits=slow, warmup=0, collect=False)
+    windows = {name: partial(_repeat, run, repeats[name]) for name, run in runs.items()}
+    raw = interleave(windows, rounds, limits=slow, warmup=0, collect=False)
     times = {name: [t / repeats[name] for t in values] for name, values in raw.items()}
     return _result(problem, times)
-
-
-def _seconds_of_one(run: Run) -> float:
-    """Seconds of one call; of the second where the first is short enough to be mostly warm-up."""
-    elapsed = 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        run()
-        elapsed = max(time.perf_counter() - start, 1e-7)
-        if elapsed > 0.1:
-            break
-    return elapsed
 
 
 def _repeat(run: Run, count: int) -> None:
@@ -220,10 +112,10 @@ def _result(problem: Problem, times: dict[str, list[float]]) -> dict[str, object
     seconds = {name: median(values) for name, values in times.items()}
     peers = [name for name in times if name.startswith("torch_")]
     result: dict[str, object] = {
-        "kernel": problem.kernel,
+        "kernel": problem.label,
         "shape": problem.shape,
         "dtype": problem.dtype,
-        "threads": problem.threads,
+        "threads": torch.get_num_threads(),
         "bytes": problem.bytes,
         "seconds": {name: value.as_dict() for name, value in seconds.items()},
         "gb_per_s": problem.bytes / seconds["zest_fast"].median / 1e9,

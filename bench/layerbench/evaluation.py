@@ -52,8 +52,9 @@ from bench.layerbench.protocol import (
     rows_of,
 )
 from bench.layerbench.protocol import __doc__ as PROTOCOL
-from bench.measure import RESULTS, describe_machine, describe_versions
+from bench.measure import RESULTS, describe_versions
 from bench.spectra import CACHE, load_spectra
+from zest_fast.benchmarking.machine import describe_machine
 from zest_fast.foundation.replacing import replacing
 from zest_fast.ranking.probed import PROBED
 from zest_fast.sweeping.tables import SHIPPED, load_records, sweeps_of

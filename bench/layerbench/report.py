@@ -10,7 +10,7 @@ from bench import pictures
 from bench.layerbench.control_contestants import NAMES as CONTROLS
 from bench.layerbench.goals import PROBED
 from bench.layerbench.protocol import SETTINGS
-from bench.markdown import markdown_table
+from zest_fast.foundation.text_table import markdown_table
 
 KNOWN, NEW, OTHER = SETTINGS
 NAMES = {

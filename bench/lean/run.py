@@ -26,10 +26,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench.measure import interleave, median, ratio, write_result
-from bench.models import TINY, Batch, Case, llama, mobilenetv2, resnet50
-from bench.profile.peers import profiled_layers
+from bench.measure import write_result
 from zest_fast import SelectiveBackward
+from zest_fast.benchmarking.hooks import profiled_layers
+from zest_fast.benchmarking.models import TINY, Batch, Case, llama, mobilenetv2, resnet50
+from zest_fast.benchmarking.timing import interleave, median, ratio
 from zest_fast.lean.apply import apply_lean
 from zest_fast.lean.optimizer import adamw
 from zest_fast.planning.counted_memory import peak_bytes

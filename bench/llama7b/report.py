@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.markdown import markdown_table
+from zest_fast.foundation.text_table import markdown_table
 
 LLAMA_LEGEND = (
     "Peak of resident memory (VmHWM: Python, torch and scratch of the kernels included) with random bfloat16 weights, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.markdown import markdown_table
+from zest_fast.foundation.text_table import markdown_table
 
 GIB = 2**30
 NEAR = 0.02  # of the counted bytes

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from bench.measure import RESULTS, write_result
-from bench.memory_table.real_steps import counted_and_timed_step
+from zest_fast.benchmarking.real_steps import counted_and_timed_step
 from zest_fast.foundation.replacing import replacing
 from zest_fast.planning.batches import make_batch
 from zest_fast.planning.blocks import layout_of

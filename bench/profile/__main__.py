@@ -23,10 +23,11 @@ from rich.table import Table
 from torch import nn
 
 import zest_fast
-from bench.measure import interleave, median, ratio, write_result
-from bench.models import LARGE, STANDARD, TINY, Batch, Case
+from bench.measure import write_result
 from bench.profile import libraries, peers
 from bench.profile.memory import measure_peaks
+from zest_fast.benchmarking.models import LARGE, STANDARD, TINY, Batch, Case
+from zest_fast.benchmarking.timing import interleave, median, ratio
 
 SLOW_ROUNDS = 3  # of candidates that take several passes or answer another question
 LARGE_ROUNDS = 6  # of the larger batches

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from bench.models import Batch
-from bench.profile.peers import profiled_layers
+from zest_fast.benchmarking.hooks import profiled_layers
+from zest_fast.benchmarking.models import Batch
 
 Norms = dict[str, Tensor]
 QUANTITY = "norm of each sample's gradient, per layer"

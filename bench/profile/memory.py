@@ -2,7 +2,7 @@
 
 The claim (with the first row as reference): profile without fisher <= that peer + 16 MiB, with and without gradient
 checkpointing; fisher adds at most the bytes of the outputs Y that nothing else keeps. Figures are bytes beyond the
-model and the batch, counted by bench.measure.peak_bytes.
+model and the batch, counted by zest_fast.planning.counted_memory.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import zest_fast
-from bench.models import Batch, Case
 from bench.profile import peers
+from zest_fast.benchmarking.models import Batch, Case
 from zest_fast.planning.counted_memory import peak_bytes
 from zest_fast.profiling.metrics import METRIC_NAMES
 

@@ -1,41 +1,28 @@
 """What zest_fast.profile() is compared with, in plain PyTorch: functions (model, batch) -> {layer: {metric: value}}.
 
-Written for the models of bench/models.py, where every profiled weight is used once and no in-place operation follows a
-layer; the general case is the library's job. Layers are all modules with a weight of two or more dimensions but
-embeddings, as in profile(). Index letters: n samples, p positions, k output channels; Y and G = dL/dY are [n, p.., k]
-for Linear, [n, k, p..] for convolutions.
+Written for the models of zest_fast.benchmarking.models, where every profiled weight is used once and no in-place
+operation follows a layer; the general case is the library's job. Layers are all modules with a weight of two or more
+dimensions but embeddings, as in profile(). Index letters: n samples, p positions, k output channels; Y and G = dL/dY
+are [n, p.., k] for Linear, [n, k, p..] for convolutions.
 """
 
 from __future__ import annotations
 
-import math
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.kernels.reductions import Scratch, lean_channel_products, lean_gradient_moments, lean_moments
-from bench.models import Batch
-
-Table = dict[str, dict[str, float]]
-
-
-def profiled_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that profile() has a row for, by name."""
-    owners = {
-        name: module for name, module in model.named_modules() if isinstance(getattr(module, "weight", None), Tensor)
-    }
-    return {n: m for n, m in owners.items() if m.weight.dim() >= 2 and not isinstance(m, nn.Embedding)}
+from zest_fast.benchmarking import hooks
+from zest_fast.benchmarking.hooks import Table, positions_of, profiled_layers, removed_at_the_end, trainable
+from zest_fast.benchmarking.models import Batch
 
 
 def plain(model: nn.Module, batch: Batch) -> None:
     """The baseline: one forward and one backward of all parameters, gradients None before and after."""
-    model(**batch).loss.backward()
-    model.zero_grad(set_to_none=True)
+    hooks.plain_pass(model, lambda: model(**batch).loss)
 
 
 def drop_gradients(model: nn.Module, batch: Batch, *, only: str = "all") -> None:
@@ -44,8 +31,8 @@ def drop_gradients(model: nn.Module, batch: Batch, *, only: str = "all") -> None
     only: "all" parameters are trainable, or the "profiled" weights alone (which never holds an embedding's gradient).
     """
     weights = list(model.parameters()) if only == "all" else [m.weight for m in profiled_layers(model).values()]
-    with _trainable(model, weights), _hooks() as hooks:
-        hooks += [w.register_post_accumulate_grad_hook(_drop) for w in weights]
+    with trainable(model, weights), removed_at_the_end() as handles:
+        handles += [w.register_post_accumulate_grad_hook(_drop) for w in weights]
         model(**batch).loss.backward()
 
 
@@ -60,8 +47,8 @@ def reductions_after_backward(model: nn.Module, batch: Batch) -> Table:
     """Keep every output and gradient, then reduce with one torch expression per metric: the straightforward way."""
     outputs: dict[str, Tensor] = {}
     layers = profiled_layers(model)
-    with _hooks() as hooks:
-        hooks += [m.register_forward_hook(partial(_keep_output, outputs, name)) for name, m in layers.items()]
+    with removed_at_the_end() as handles:
+        handles += [m.register_forward_hook(partial(_keep_output, outputs, name)) for name, m in layers.items()]
         model(**batch).loss.backward()
     table = {name: written_out(module, y.detach(), y.grad) for name, module in layers.items() for y in [outputs[name]]}
     model.zero_grad(set_to_none=True)
@@ -98,81 +85,16 @@ def written_out(module: nn.Module, y: Tensor, dy: Tensor) -> dict[str, float]:
 
 def _over_positions(module: nn.Module, product: Tensor) -> Tensor:
     """Sum Y ⊙ G over its positions: [n, k]."""
-    positions = _positions(module, product)
+    positions = positions_of(module, product)
     return product.sum(positions) if positions else product  # to torch.sum an empty list means every dimension
-
-
-def _positions(module: nn.Module, y: Tensor) -> list[int]:
-    channel = y.dim() - 1 if isinstance(module, nn.Linear) else 1
-    return [d for d in range(1, y.dim()) if d != channel]
 
 
 # (b) the strongest peer
 
 
 def hook_reductions(model: nn.Module, batch: Batch, *, fisher: bool = True) -> Table:
-    """Hooks reduce each gradient with separate torch reductions and drop it at once, and each output on the way.
-
-    At its best: unprofiled parameters are frozen, every metric is derived from shared sums, the sums are those that
-    torch vectorises best (dot and sum run at the speed of memory, var_mean does not) and are taken over blocks that
-    stay in the cache, temporaries live in two reused buffers, and scalars leave torch once, at the end. foreach does
-    not apply: one gradient is alive at a time, and on a CPU _foreach_norm is the same loop. The price of Σx² - (Σx)²/n:
-    digits on offset data.
-    """
-    layers = profiled_layers(model)
-    sums: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
-    scratch = Scratch()
-    with _trainable(model, [m.weight for m in layers.values()]), _hooks() as hooks:
-        for name, module in layers.items():
-            on_output = partial(_reduce_output, sums[name], scratch, fisher)
-            on_gradient = partial(_reduce_gradient, sums[name], scratch)
-            hooks += [
-                module.register_forward_hook(on_output),
-                module.weight.register_post_accumulate_grad_hook(on_gradient),
-            ]
-        model(**batch).loss.backward()
-    numel = {name: {"act": sums[name].pop("act_numel"), "weight": m.weight.numel()} for name, m in layers.items()}
-    flat = iter(torch.stack([value for row in sums.values() for value in row.values()]).tolist())
-    return {name: _derive({key: next(flat) for key in row}, numel[name]) for name, row in sums.items()}
-
-
-def _reduce_output(
-    sums: dict, scratch: Scratch, fisher: bool, module: nn.Module, inputs: tuple, output: Tensor
-) -> None:
-    y = output.detach()
-    sums["act_numel"] = y.numel()
-    sums |= {f"act_{key}": value for key, value in lean_moments(y, scratch).items()}
-    if fisher:
-        output.register_hook(partial(_reduce_fisher, sums, scratch, module, y))
-
-
-def _reduce_fisher(sums: dict, scratch: Scratch, module: nn.Module, y: Tensor, dy: Tensor) -> None:
-    positions = _positions(module, y)
-    per_channel = lean_channel_products(y, dy, positions, scratch) if positions else y * dy
-    sums["fisher"] = torch.linalg.vector_norm(per_channel).square() / (2 * len(y))
-
-
-def _reduce_gradient(sums: dict, scratch: Scratch, weight: Tensor) -> None:
-    dw, weight.grad = weight.grad, None
-    sums |= lean_gradient_moments(dw, weight.detach(), scratch)
-
-
-def _derive(sums: dict[str, float], numel: dict[str, int]) -> dict[str, float]:
-    row = {}
-    for kind, n in (("weight", numel["weight"]), ("act", numel["act"]), ("grad", numel["weight"])):
-        row[f"{kind}_mean"], row[f"{kind}_std"] = _mean_std(n, sums[f"{kind}_sum"], sums[f"{kind}_square"])
-        if kind != "weight":
-            absolute = _mean_std(n, sums[f"{kind}_abs"], sums[f"{kind}_square"])
-            row[f"{kind}_abs_mean"], row[f"{kind}_abs_std"] = absolute
-    row["grad_norm"] = math.sqrt(sums["grad_square"])
-    row["plain"], row["snip"] = sums["product"] / numel["weight"], sums["product_abs"]
-    row["rgn"] = row["grad_norm"] / math.sqrt(sums["weight_square"])
-    return {**row, "fisher": sums["fisher"]} if "fisher" in sums else row
-
-
-def _mean_std(n: int, total: float, square: float) -> tuple[float, float]:
-    mean = total / n
-    return mean, math.sqrt(max(0.0, square / n - mean * mean))
+    """Hooks reduce each gradient and drop it at once, and each output on the way: zest_fast.benchmarking.hooks."""
+    return hooks.hook_reductions(model, lambda: model(**batch).loss, fisher=fisher)
 
 
 # (c) zero-cost-nas (Abdelfattah 2021): one forward and backward per metric, the formulas as published
@@ -194,7 +116,7 @@ def _snip(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Gradient of a mask of ones that multiplies each weight inside an overridden forward."""
     layers = profiled_layers(model)
     masks = {name: torch.ones_like(m.weight, requires_grad=True) for name, m in layers.items()}
-    with _trainable(model, []):
+    with trainable(model, []):
         for name, module in layers.items():
             module.forward = types.MethodType(partial(_masked_forward, masks[name]), module)
         try:
@@ -230,32 +152,7 @@ def _fisher(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
         output.register_hook(on_gradient)
 
-    with _hooks() as hooks:
-        hooks += [m.register_forward_hook(partial(on_output, name)) for name, m in profiled_layers(model).items()]
+    with removed_at_the_end() as handles:
+        handles += [m.register_forward_hook(partial(on_output, name)) for name, m in profiled_layers(model).items()]
         model(**batch).loss.backward()
     return values
-
-
-@contextmanager
-def _trainable(model: nn.Module, weights: list[Tensor]) -> Iterator[None]:
-    """Only `weights` require a gradient inside."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    chosen = {id(w) for w in weights}
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(id(parameter) in chosen)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _hooks() -> Iterator[list]:
-    """A list of hook handles that are removed on the way out."""
-    handles: list = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -39,12 +39,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import zest_fast
-from bench.measure import RESULTS, ROOT, interleave, ratio, write_result
+from bench.measure import RESULTS, ROOT, write_result
 from bench.prefix_cache import EPOCHS, RATE, ROUNDS, SAMPLES
 from bench.stream.compare import TOKENS, arm_alone, compare
 from bench.stream.measured import GIB, forget_peak, read_bytes, sampled, status
 from bench.stream.pair import PAIR, pair_rows
 from bench.stream.random_folder import write_random
+from zest_fast.benchmarking.timing import interleave, ratio
 from zest_fast.finetuning.quantised_formats import FORMATS
 from zest_fast.foundation.options import Checkpoint
 from zest_fast.lean.apply import apply_lean

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 import zest_fast
-from bench.measure import ROOT, interleave, median, ratio
+from bench.measure import ROOT
 from bench.stream.measured import GIB, forget_peak, status
+from zest_fast.benchmarking.timing import interleave, median, ratio
 from zest_fast.lean.optimizer import adamw, optimizer_in_backward
 from zest_fast.planning.blocks import layout_of
 

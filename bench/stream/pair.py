@@ -17,9 +17,9 @@ from torch import nn
 
 import zest_fast
 from bench.finetune.arms import Arm, Trained
-from bench.measure import interleave, median, ratio
 from bench.packages.classifiers import Classifier, SentenceEncoder
 from bench.prefix_cache import EPOCHS, RATE, ROUNDS, SAMPLES, Measured
+from zest_fast.benchmarking.timing import interleave, median, ratio
 
 PAIR = "smollm2/trec"
 ZEST, UPPER = "ZEST@5", "upper half"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.markdown import markdown_table
+from zest_fast.foundation.text_table import markdown_table
 
 STREAM_LEGEND = (
     "A step of a LLaMA with random weights, five layers from half of the depth up, batch 1: forward, backward and "

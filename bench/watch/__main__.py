@@ -33,10 +33,11 @@ from typing import Any
 
 import torch
 
-from bench.measure import RESULTS, median, write_result
-from bench.models import STANDARD, TINY, Case, bert, llama
+from bench.measure import RESULTS, write_result
 from bench.watch.loops import Loop, loops_of
 from bench.watch.processes import measure_processes
+from zest_fast.benchmarking.models import STANDARD, TINY, Case, bert, llama
+from zest_fast.benchmarking.timing import median
 
 ROUNDS = 5
 BETWEEN = 2  # steps of these in a round: their difference is what a watch costs between two logged steps
@@ -130,7 +131,7 @@ def one_step(loop: Loop, before: int = 0, clock: Callable[[], float] = time.perf
 
 def timed(loops: Mapping[str, Loop], rounds: int, take: Callable[[Loop, int], float]) -> dict[str, list[float]]:
     """Seconds of a step of each, an entry a round; a first round is not counted. Orders are mirrored as in
-    bench.measure."""
+    zest_fast.benchmarking.timing."""
     times: dict[str, list[float]] = {name: [] for name in loops}
     order, shuffler = [*loops, *REPEATED * (BETWEEN - 1)], random.Random(0)
     for index in range(rounds + 1):

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import zest_fast
-from bench.models import Batch
-from bench.profile.peers import profiled_layers, written_out
+from bench.profile.peers import written_out
+from zest_fast.benchmarking.hooks import profiled_layers
+from zest_fast.benchmarking.models import Batch
 
 NEVER = 1 << 40
 BINS = 64  # of a histogram, in wandb and in a watch

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import distributed, multiprocessing, nn
 
-from bench.models import TINY, Case, bert
 from bench.watch.loops import Loop
+from zest_fast.benchmarking.models import TINY, Case, bert
 
 SMALL = Case(
     "bert",

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import zest_fast
-from bench import measure, models, readme
+from bench import readme
 from bench.profile import libraries, memory, peers
+from zest_fast.benchmarking import models, timing
 from zest_fast.planning.counted_memory import held_bytes, peak_bytes
 from zest_fast.planning.ledger import Ledger
 from zest_fast.planning.step import hold
@@ -86,7 +87,7 @@ def test_profile_benchmark_measures_every_candidate(tmp_path):
 def test_rounds_are_interleaved_and_slow_candidates_stop_early():
     calls = []
     candidates = {name: lambda name=name: calls.append(name) for name in "abc"}
-    times = measure.interleave(candidates, 6, limits={"c": 2}, warmup=1)
+    times = timing.interleave(candidates, 6, limits={"c": 2}, warmup=1)
     assert calls[:2] == ["a", "b"]  # the warm-up, not timed
     rounds = [calls[2:5], calls[5:8]] + [calls[i : i + 2] for i in range(8, 16, 2)]
     assert [sorted(order) for order in rounds] == [["a", "b", "c"]] * 2 + [["a", "b"]] * 4
@@ -97,7 +98,7 @@ def test_rounds_are_interleaved_and_slow_candidates_stop_early():
 def test_a_ratio_is_taken_inside_rounds_so_that_drift_cancels():
     drift = [1.0, 5.0, 2.0, 9.0, 3.0, 4.0]
     times = {"plain": drift, "profile": [1.1 * t for t in drift]}
-    spread = measure.ratio(times, "profile", "plain")
+    spread = timing.ratio(times, "profile", "plain")
     assert (spread.median, spread.low, spread.high) == pytest.approx((1.1, 1.1, 1.1))
 
 
@@ -106,14 +107,14 @@ def test_a_ratio_is_taken_inside_rounds_so_that_drift_cancels():
     [(1, 0, 0, 0.0), (5, 0, 4, 0.9375), (6, 0, 5, 0.96875), (9, 1, 7, 1 - 20 / 512), (15, 3, 11, 1 - 2 * 576 / 2**15)],
 )
 def test_interval_of_the_median_is_that_of_the_binomial(n, low, high, coverage):
-    spread = measure.median([float(i) for i in reversed(range(n))])
+    spread = timing.median([float(i) for i in reversed(range(n))])
     assert (spread.low, spread.high, spread.n) == (low, high, n)
     assert spread.coverage == pytest.approx(coverage)
 
 
 def test_median_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="at least one round"):
-        measure.median([])
+        timing.median([])
 
 
 @pytest.mark.parametrize("case", models.TINY, ids=str)

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from bench import models, readme
+from bench import readme
 from bench import reselect as reselected
 from bench.watch import __main__ as command
 from bench.watch.loops import LOOPS, Watched, loops_of
 from bench.watch.report import watch_text
+from zest_fast.benchmarking import models
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 
 pytestmark = pytest.mark.usefixtures("one_thread")

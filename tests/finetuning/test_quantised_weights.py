@@ -12,9 +12,9 @@ from safetensors.torch import load_model
 from small_models import Mlp, assert_same, llama, snapshot
 from torch import nn
 
-from bench import models
-from bench.memory_table.real_steps import counted_step
 from zest_fast import SelectiveBackward, merge_delta
+from zest_fast.benchmarking import models
+from zest_fast.benchmarking.real_steps import counted_step
 from zest_fast.finetuning import selective_backward
 from zest_fast.finetuning.quantised_formats import FORMATS
 from zest_fast.finetuning.quantised_weights import QuantisedLinear

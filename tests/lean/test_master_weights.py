@@ -323,8 +323,8 @@ def test_closures_and_what_is_refused():
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adamw-in-backward"])
 def test_the_plan_counts_them(optimizer):
     """Masters take 4 bytes for each weight that trains, and states are float32; in float32 there are none."""
-    from bench.memory_table.real_steps import counted_step
-    from bench.models import bert
+    from zest_fast.benchmarking.models import bert
+    from zest_fast.benchmarking.real_steps import counted_step
 
     model, batch = bert(2, 64, num_hidden_layers=2, vocab_size=500)
     layers = ["bert.encoder.layer.1.output.dense"]

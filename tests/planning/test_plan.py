@@ -11,8 +11,8 @@ from small_models import assert_same, conv_net, images, snapshot
 from typer.testing import CliRunner
 
 import zest_fast
-from bench import models
-from bench.memory_table.real_steps import counted_step, upper_half
+from zest_fast.benchmarking import models
+from zest_fast.benchmarking.real_steps import counted_step, upper_half
 from zest_fast.cli import app
 from zest_fast.integrations.training_files import plan_training_file
 from zest_fast.planning import profile_pass

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import zest_fast
-from bench.memory_table.real_steps import upper_half
+from zest_fast.benchmarking.real_steps import upper_half
 from zest_fast.planning.counted_memory import held_bytes, peak_bytes
 from zest_fast.planning.optimizers import build_optimizer
 from zest_fast.planning.plan import plan, planned_peak

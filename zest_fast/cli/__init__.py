@@ -1,6 +1,7 @@
 """The command `zest-fast`. torch and transformers are imported inside the commands, so that `--help` is quick."""
 
 from zest_fast.cli import (  # noqa: F401 (they register their commands)
+    bench,
     commands,
     convert,
     deltas,

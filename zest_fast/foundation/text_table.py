@@ -18,6 +18,12 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int =
     return "\n".join(lines)
 
 
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Of Markdown: the first column is text and the others are figures."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def number(value: float) -> str:
     """Four significant digits: enough to compare, short enough to read."""
     return f"{value:.4g}"

@@ -34,13 +34,13 @@ def nearest_path(path: Path, candidates: Iterable[Path] | None = None) -> str:
     return f"{nearest(wrong, (entry.name for entry in there if not entry.name.startswith('.')))} in {str(parent)!r}"
 
 
-def load_function(reference: str) -> Callable[[], Any]:
-    """The function that `module:function` names, to be called without arguments.
+def find_function(reference: str) -> Callable[..., Any]:
+    """The function that `module:function` names.
 
-    What is installed goes before the current folder, which is importable only while the module is imported and while
-    the function runs (see current_folder_last). A UserWarning says which of two modules of the same name was taken.
-    Raises ValueError where there is no such module or function and where it ends Python instead of returning,
-    TypeError where it cannot be called without arguments. What the user's code raises passes through unchanged.
+    What is installed goes before the current folder, which is importable only while the module is imported (see
+    current_folder_last). A UserWarning says which of two modules of the same name was taken.
+    Raises ValueError where there is no such module or function and where it ends Python instead of being imported,
+    TypeError where it is no function. What the user's code raises passes through unchanged.
     """
     module_name, _, name = reference.partition(":")
     with current_folder_last():
@@ -63,9 +63,19 @@ def load_function(reference: str) -> Callable[[], Any]:
         raise ValueError(f"{reference!r}: {module_name} has no function {name!r}; {taken or nearest(name, functions)}")
     if taken:
         warnings.warn(f"{reference!r}: {taken}", UserWarning, stacklevel=2)
-    function = getattr(module, name)
+    function: Callable[..., Any] = getattr(module, name)
     if not callable(function):
-        raise TypeError(f"{reference!r} is a {type(function).__name__}; it has to be a function without arguments")
+        raise TypeError(f"{reference!r} is a {type(function).__name__}; it has to be a function")
+    return function
+
+
+def load_function(reference: str) -> Callable[[], Any]:
+    """The function that `module:function` names, to be called without arguments.
+
+    As find_function; the current folder is importable while the function runs, too. Raises TypeError where it cannot be
+    called without arguments, ValueError where it ends Python instead of returning.
+    """
+    function = find_function(reference)
     if needed := _needed(function):
         raise TypeError(f"{reference!r} needs {', '.join(needed)}; it has to be a function without arguments")
 

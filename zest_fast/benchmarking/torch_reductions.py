@@ -1,8 +1,8 @@
 """The statistics of zest_fast.kernels in PyTorch, three times.
 
     separate_*  the definitions, one torch expression per statistic
-    lean_*      sums from which they follow, each by the reduction that torch runs fastest, temporaries in reused
-    buffers compiled_*  the same sums in one expression, fused by torch.compile (needs a C++ compiler at run time)
+    lean_*      sums from which they follow, each by the reduction that torch runs fastest, in reused temporaries
+    compiled_*  the same sums in one expression, fused by torch.compile (needs a C++ compiler at run time)
 
 lean and compiled take the deviation from Σx² - (Σx)²/n, which loses digits on offset data; the kernels do not. They get
 this advantage because it makes them stronger opponents.
@@ -10,12 +10,16 @@ this advantage because it makes them stronger opponents.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Sums = dict[str, Tensor]
+SUMS_OF_X = ("sum", "square", "abs")  #: in the order of compiled_moments
+SUMS_OF_GRADIENT = ("grad_sum", "grad_square", "grad_abs", "weight_sum", "weight_square", "product_abs", "product")
 BLOCK = 1 << 16  # entries: four blocks of float32 fit a second-level cache of 1 MiB, and 2 µs a call do not matter yet
 
 
@@ -59,7 +63,7 @@ def separate_gradient_moments(dw: Tensor, w: Tensor) -> Sums:
 def lean_moments(x: Tensor, scratch: Scratch) -> Sums:
     """Σx, Σx² and Σ|x|."""
     rows = [_block_moments(block, scratch) for block in x.reshape(-1).split(BLOCK)]
-    return _total(("sum", "square", "abs"), rows)
+    return _total(SUMS_OF_X, rows)
 
 
 def _block_moments(x: Tensor, scratch: Scratch) -> tuple[Tensor, ...]:
@@ -70,8 +74,7 @@ def lean_gradient_moments(dw: Tensor, w: Tensor, scratch: Scratch) -> Sums:
     """Σ and Σ² of dW and W, Σ|dW|, ΣW⊙dW, and Σ|W⊙dW| as the dot product of |W| and |dW|."""
     blocks = zip(dw.reshape(-1).split(BLOCK), w.reshape(-1).split(BLOCK), strict=True)
     rows = [_block_gradient_moments(dw_block, w_block, scratch) for dw_block, w_block in blocks]
-    names = ("grad_sum", "grad_square", "grad_abs", "weight_sum", "weight_square", "product_abs", "product")
-    return _total(names, rows)
+    return _total(SUMS_OF_GRADIENT, rows)
 
 
 def _block_gradient_moments(dw: Tensor, w: Tensor, scratch: Scratch) -> tuple[Tensor, ...]:
@@ -98,6 +101,34 @@ def _dot(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
     return torch.dot(x, y) if x.dtype in (torch.float32, torch.float64) else torch.mul(x, y, out=out).sum()
 
 
+def statistics_of_x(n: int, sums: Mapping[str, float]) -> dict[str, float]:
+    """What separate_moments gives, of the sums of lean_moments over n entries."""
+    mean, std = mean_and_deviation(n, sums["sum"], sums["square"])
+    abs_mean, abs_std = mean_and_deviation(n, sums["abs"], sums["square"])
+    return {"mean": mean, "std": std, "abs_mean": abs_mean, "abs_std": abs_std}
+
+
+def statistics_of_gradient(n: int, sums: Mapping[str, float]) -> dict[str, float]:
+    """What separate_gradient_moments gives, of the sums of lean_gradient_moments over n entries."""
+    of_dw = {name: sums[f"grad_{name}"] for name in SUMS_OF_X}
+    weight_mean, weight_std = mean_and_deviation(n, sums["weight_sum"], sums["weight_square"])
+    return {
+        **statistics_of_x(n, of_dw),
+        "norm": math.sqrt(sums["grad_square"]),
+        "weight_mean": weight_mean,
+        "weight_std": weight_std,
+        "weight_norm": math.sqrt(sums["weight_square"]),
+        "plain": sums["product"] / n,
+        "snip": sums["product_abs"],
+    }
+
+
+def mean_and_deviation(n: int, total: float, square: float) -> tuple[float, float]:
+    """Of n entries, of their sum and their sum of squares."""
+    mean = total / n
+    return mean, math.sqrt(max(0.0, square / n - mean * mean))
+
+
 def separate_channel_products(y: Tensor, g: Tensor, positions: list[int]) -> Tensor:
     """S [N, K] = Σ over the dimensions `positions` of Y⊙G."""
     return (y * g).sum(positions)
@@ -109,7 +140,7 @@ def lean_channel_products(y: Tensor, g: Tensor, positions: list[int], scratch: S
     return torch.stack([torch.mul(a, b, out=scratch.like(a)).sum(inner) for a, b in zip(y, g, strict=True)])
 
 
-def compiled_moments() -> Callable[[Tensor], Tensor]:
+def compiled_moments() -> Callable[[Tensor], Any]:
     """A compiled function x -> the sums of lean_moments, in float32."""
 
     def sums(x: Tensor) -> Tensor:
@@ -119,18 +150,18 @@ def compiled_moments() -> Callable[[Tensor], Tensor]:
     return torch.compile(sums, dynamic=True)
 
 
-def compiled_gradient_moments() -> Callable[[Tensor, Tensor], Tensor]:
+def compiled_gradient_moments() -> Callable[[Tensor, Tensor], Any]:
     """A compiled function (dw, w) -> the sums of lean_gradient_moments, in float32."""
 
     def sums(dw: Tensor, w: Tensor) -> Tensor:
         dw, w = dw.float(), w.float()
         product = w * dw
-        terms = (dw, dw * dw, dw.abs(), w, w * w, product, product.abs())
+        terms = (dw, dw * dw, dw.abs(), w, w * w, product.abs(), product)
         return torch.stack([term.sum() for term in terms])
 
     return torch.compile(sums, dynamic=True)
 
 
-def compiled_channel_products(positions: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
+def compiled_channel_products(positions: list[int]) -> Callable[[Tensor, Tensor], Any]:
     """A compiled function (y, g) -> S [N, K]."""
     return torch.compile(lambda y, g: (y.float() * g.float()).sum(positions), dynamic=True)

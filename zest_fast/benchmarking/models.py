@@ -1,4 +1,4 @@
-"""The models of `bench.profile`: architectures of transformers with random weights and random data.
+"""Models to measure on where the user names none: architectures of transformers with random weights and random data.
 
 All are in train mode (batch norm uses the batch) with dropout set to zero and no tf-style padding: the cheapest plain
 pass, hence the hardest denominator for a ratio.
@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 Batch = dict[str, torch.Tensor]
+Config = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Case:
         return f"{self.model} {self.shape}"
 
 
-def bert(batch: int, tokens: int, **config: object) -> tuple[nn.Module, Batch]:
+def bert(batch: int, tokens: int, **config: Any) -> tuple[nn.Module, Batch]:
     """BERT-base for classification into two classes; input_ids [batch, tokens]."""
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -40,38 +42,48 @@ def bert(batch: int, tokens: int, **config: object) -> tuple[nn.Module, Batch]:
     return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.randint(2, (batch,))}
 
 
-def llama(batch: int, tokens: int, **config: object) -> tuple[nn.Module, Batch]:
+def llama(batch: int, tokens: int, **config: Any) -> tuple[nn.Module, Batch]:
     """LLaMA with 6 blocks of width 1024, 16 heads on 4 key-value heads, the 32,000 tokens of LLaMA; input_ids [batch,
     tokens].
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    standard = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 16}
+    standard: Config = {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 16,
+    }
     config = {**standard, "num_key_value_heads": 4, "vocab_size": 32000, "use_cache": False, **config}
     model = LlamaForCausalLM(LlamaConfig(**config)).train()
     ids = torch.randint(model.config.vocab_size, (batch, tokens))
     return model, {"input_ids": ids, "labels": ids.clone()}
 
 
-def resnet50(batch: int, pixels: int, **config: object) -> tuple[nn.Module, Batch]:
+def resnet50(batch: int, pixels: int, **config: Any) -> tuple[nn.Module, Batch]:
     """ResNet-50, 1000 classes; pixel_values [batch, 3, pixels, pixels]."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(0)
-    return _images(ResNetForImageClassification(ResNetConfig(num_labels=1000, **config)), batch, pixels)
+    return _images(ResNetForImageClassification(ResNetConfig(**{"num_labels": 1000, **config})), batch, pixels)
 
 
-def mobilenetv2(batch: int, pixels: int, **config: object) -> tuple[nn.Module, Batch]:
+def mobilenetv2(batch: int, pixels: int, **config: Any) -> tuple[nn.Module, Batch]:
     """MobileNetV2 of width 1, 1000 classes; pixel_values [batch, 3, pixels, pixels]."""
     from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
     torch.manual_seed(0)
-    plain = {"num_labels": 1000, "classifier_dropout_prob": 0.0, "tf_padding": False, "image_size": pixels}
+    plain: Config = {
+        "num_labels": 1000,
+        "classifier_dropout_prob": 0.0,
+        "tf_padding": False,
+        "image_size": pixels,
+    }
     return _images(MobileNetV2ForImageClassification(MobileNetV2Config(**plain, **config)), batch, pixels)
 
 
-def _images(model: nn.Module, batch: int, pixels: int) -> tuple[nn.Module, Batch]:
+def _images(model: Any, batch: int, pixels: int) -> tuple[nn.Module, Batch]:
     images = torch.randn(batch, 3, pixels, pixels)
     return model.train(), {"pixel_values": images, "labels": torch.randint(model.config.num_labels, (batch,))}
 
@@ -89,8 +101,13 @@ LARGE = (
     Case("mobilenetv2", "64x160²", partial(mobilenetv2, 64, 160)),
 )
 
-_TINY_BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-_TINY_LLAMA = {**_TINY_BERT, "num_key_value_heads": 1, "vocab_size": 99}
+_TINY_BERT: Config = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+_TINY_LLAMA: Config = {**_TINY_BERT, "num_key_value_heads": 1, "vocab_size": 99}
 TINY = (
     Case("bert", "2x8", partial(bert, 2, 8, vocab_size=99, **_TINY_BERT), checkpointing=True),
     Case("llama", "2x8", partial(llama, 2, 8, **_TINY_LLAMA), checkpointing=True),
@@ -101,3 +118,17 @@ TINY = (
     ),
     Case("mobilenetv2", "2x32²", partial(mobilenetv2, 2, 32, depth_multiplier=0.25)),
 )
+
+_SMALL: Config = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 2000}
+SMALL = (
+    Case("bert", "4x64", partial(bert, 4, 64, intermediate_size=1024, **_SMALL), checkpointing=True),
+    Case(
+        "llama",
+        "4x64",
+        partial(llama, 4, 64, intermediate_size=704, num_key_value_heads=2, **_SMALL),
+        checkpointing=True,
+    ),
+    Case("resnet50", "4x96²", partial(resnet50, 4, 96)),
+    Case("mobilenetv2", "8x96²", partial(mobilenetv2, 8, 96)),
+)
+SIZES = {"tiny": TINY, "small": SMALL, "standard": STANDARD}

@@ -613,7 +613,7 @@ class Remembers(nn.Module):
 def test_what_is_remembered_anew_is_that_of_the_moment(lets_go):
     """Whatever was changed since, in a pass or by hand, and be it through `.data`, which no version counts."""
     model = nn.Sequential(nn.Linear(2, 2), Remembers(), nn.BatchNorm1d(2))
-    inner, before = model[1], None
+    inner = model[1]
     before = Before(model, list(model.modules()))
     for step in range(6):
         if lets_go:

@@ -3,7 +3,9 @@
 A LLaMA of 1.1 B parameters in bfloat16 (random weights), 1 x 256 tokens, five layers from half of the depth up, AdamW
 in the backward pass. Times are interleaved, in one process, on warm files; peaks (VmHWM) are those of a process for
 each arm, which takes two steps. "plain freezing" is requires_grad_(False) and nothing else; "accelerate, disk" is
-`dispatch_model` with frozen blocks on the disk, as its guide has it.
+`dispatch_model` with frozen blocks on the disk, as its guide has it. Its `cpu_offload` is no arm: where the CPU
+computes, too, each layer gets the very memory that was put aside (accelerate 1.15: equal addresses), so that nothing
+is saved, and what trains gets no gradient, as every parameter is on the meta device between passes.
 """
 
 from __future__ import annotations

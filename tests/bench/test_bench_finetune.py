@@ -215,7 +215,8 @@ def test_lora_on_a_convolution_whose_padding_the_model_computes():
     assert all(parameter.grad is not None for parameter in trained.parameters.values())
 
 
-def test_a_cached_arm_comes_out_the_same_and_is_not_trained_twice(small, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_a_cached_arm_comes_out_the_same_and_is_not_trained_twice(epochs, small, tmp_path, monkeypatch, capsys):
     layers = list(LAYERS[6:11])
     runs = {
         str(seed): {"arm": "ZEST@5", "layers": layers, "seed": seed, "rate": 1e-2, "test_accuracy": 0.5}
@@ -223,13 +224,24 @@ def test_a_cached_arm_comes_out_the_same_and_is_not_trained_twice(small, tmp_pat
     }
     (tmp_path / "toy--digits.json").write_text(json.dumps({"runs": runs, "arms": {"full": {"rate": 1e-3}}}))
     monkeypatch.setitem(finetune.SETTINGS, "image", {"batch_size": 24, "steps": 8, "head_rate": 1e-3})  # two rounds
-    finetune.Pair("toy/digits", tmp_path).run_cached()
-    found = json.loads((tmp_path / "toy--digits.json").read_text())["cached"]
+    finetune.Pair("toy/digits", tmp_path).run_cached(epochs)
+    name, counts = {
+        1: ("cached", "96 computed, 96 read"),
+        4: ("cached, 4 epochs", "48 computed, 144 read"),
+    }[epochs]
+    found = json.loads((tmp_path / "toy--digits.json").read_text())[name]
     assert found.keys() == {"0", "1"} and "with the cache" in capsys.readouterr().out
     for run in found.values():
         assert run["cached"]["test_accuracy"] == run["plain"]["test_accuracy"]
         assert run["cached"]["test_loss"] == pytest.approx(run["plain"]["test_loss"], rel=1e-5)
-        assert "96 computed, 96 read" in run["cache"] and run["full"]["seconds"] > 0
-    finetune.Pair("toy/digits", tmp_path).run_cached()
-    assert json.loads((tmp_path / "toy--digits.json").read_text())["cached"] == found
+        assert counts in run["cache"] and run["full"]["seconds"] > 0
+    finetune.Pair("toy/digits", tmp_path).run_cached(epochs)
+    assert json.loads((tmp_path / "toy--digits.json").read_text())[name] == found
     assert not capsys.readouterr().out
+
+
+def test_epochs_of_a_cached_run_are_parts_of_its_steps(small, tmp_path):
+    runs = {"0": {"arm": "ZEST@5", "layers": list(LAYERS[6:11]), "seed": 0, "rate": 1e-2, "test_accuracy": 0.5}}
+    (tmp_path / "toy--digits.json").write_text(json.dumps({"runs": runs, "arms": {"full": {"rate": 1e-3}}}))
+    with pytest.raises(ValueError, match="--epochs 3: toy/digits takes 8 steps; give a divisor of that"):
+        finetune.Pair("toy/digits", tmp_path).run_cached(3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from checkpoints import TEXTS, WORDS, save_bert, save_jsonl, save_tokenizer
 from command_results import document, done, refused
 from typer.testing import CliRunner
 
-from zest_fast import SelectiveBackward, pack, plan
+from zest_fast import SelectiveBackward, pack, plan, profile
 from zest_fast.cli import app
-from zest_fast.cli.jobs import dial, finetuning, scores
+from zest_fast.cli.jobs import choosing, dial, finetuning, scores
 from zest_fast.cli.jobs.training import train
 from zest_fast.finetuning.delta_files import read_delta
 from zest_fast.finetuning.run_state import read_run
@@ -196,6 +197,37 @@ def test_layers_are_exchanged_only_where_no_way_fits(run, home, fits):
     assert other["layers"] != best["layers"] and "not the best 2" in other["choice"]
     assert other["saving"]["peak_bytes"] < least
     refused(run(*words, "--top", 2, "--max-memory", "60KiB"), "KiB would do", ", or --batch-size ")
+
+
+def test_a_profile_beyond_the_budget_is_refused_before_it_runs(run, home, monkeypatch):
+    words = (*BERT, "--top", 1, "--dry-run", "--max-memory")
+    profiled = []
+    monkeypatch.setattr(
+        choosing, "profile", lambda *given, **options: profiled.append(given) or profile(*given, **options)
+    )
+    result = run(*words, "180KiB")
+    refused(
+        result, "--max-memory 180KiB: to rank the layers takes a profile of the whole model, which holds", "--layers"
+    )
+    assert not profiled
+    done(run(*words, "180KiB", "--by", "weight_std", "--frozen", "int8", "--checkpoint", "above-cut"))
+    done(run(*words, "1GB"))
+    assert len(profiled) == 2
+
+
+def test_nf4_is_taken_where_nothing_else_fits_and_trains_as_by_hand(run, home, fits, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(dial, "find_spec", find_spec)
+    words = (*BERT, "--layers", "bert.encoder.layer.0.output.dense")
+    run(*words, "--max-memory", "1GB", "--dry-run")
+    rows = fits[0].to_pandas()
+    least = rows.loc[rows.peak_bytes.idxmin()]
+    assert least.frozen == "nf4" and (rows[rows.frozen != "nf4"].peak_bytes > least.peak_bytes).all()
+    found = document(run(*words, "--max-memory", int(least.peak_bytes), "--json"))
+    assert way_of(found).frozen == "nf4" and found["verified"]
+    assert read_delta(home / "delta.safetensors").data["frozen"] == "nf4"
+    by_hand = document(run(*words, *options_of(way_of(found)), "--json"))
+    assert found["training_loss"] == by_hand["training_loss"]
 
 
 def test_weights_on_disk_are_no_way_of_a_model_that_is_no_folder(run, home):

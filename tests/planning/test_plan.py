@@ -207,6 +207,10 @@ def test_plan_of_a_profile(metrics):
     real = weights + peak_bytes(lambda: zest_fast.profile(model, batch, metrics=metrics))
     planned = plan_profile(model, batch_size=2, sequence_length=64, dtype=None, metrics=metrics)
     assert 0.98 * real <= planned.peak_bytes <= 1.02 * real + 32 * 2**20
+    of_batch = plan_profile(model, batch=batch, metrics=metrics)
+    assert 0.98 * real <= of_batch.peak_bytes <= 1.02 * real + 32 * 2**20
+    with pytest.raises(ValueError, match="this plan is of a batch"):
+        of_batch.again(batch_size=4)
 
 
 @pytest.mark.parametrize("metrics", [None, ["act_mean", "snip"], ["fisher"], ["rgn"]])

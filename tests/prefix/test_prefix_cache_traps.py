@@ -8,6 +8,7 @@ import errno
 import os
 import resource
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from zest_fast import PrefixCache, SelectiveBackward
+from zest_fast.prefix.passes import Before
+from zest_fast.prefix.sample_keys import Samples
 from zest_fast.prefix.volatile_state import VolatileState
 from zest_fast.prefix.walk import Walk
 
@@ -583,3 +586,88 @@ def test_buffers_that_a_pass_writes_are_put_back_one_and_many(norms):
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
     assert not state.changed_buffers()
+
+
+class Remembers(nn.Module):
+    """A counter, a list, a tensor, a buffer that is replaced and one that is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.seen, self.latest = 0, [], torch.zeros(2)
+        self.register_buffer("replaced", torch.zeros(2))
+        self.register_buffer("written", torch.zeros(2))
+
+    def forward(self, x):
+        self.count += 1
+        self.seen.append(self.count)
+        self.latest = x
+        self.replaced = x + self.count
+        self.written.add_(x)
+        return x
+
+    def state(self):
+        return self.count, [*self.seen], self.latest.tolist(), self.replaced.tolist(), self.written.tolist()
+
+
+@pytest.mark.parametrize("lets_go", [False, True])
+def test_what_is_remembered_anew_is_that_of_the_moment(lets_go):
+    """Whatever was changed since, in a pass or by hand, and be it through `.data`, which no version counts."""
+    model = nn.Sequential(nn.Linear(2, 2), Remembers(), nn.BatchNorm1d(2))
+    inner = model[1]
+    before = Before(model, list(model.modules()))
+    for step in range(6):
+        if lets_go:
+            before.let_go()
+        if step == 1:
+            inner.written.data.add_(5)
+        if step == 2:
+            inner.register_buffer("another", torch.ones(3))
+            inner.more = [1]
+        if step == 3:
+            inner.double()
+        if step == 4:
+            model[0].note = "another"
+            torch.manual_seed(step)
+        before.renew()
+        expected, drawn = inner.state(), torch.get_rng_state()
+        inner(torch.full((2,), 1.5, dtype=inner.written.dtype))
+        torch.rand(1)
+        model[0].note = "changed"
+        if step > 2:
+            inner.more.append(2)
+            inner.another.zero_()
+        before.restore()
+        assert inner.state() == expected and torch.equal(torch.get_rng_state(), drawn)
+        assert getattr(model[0], "note", None) == ("another" if step > 3 else None)
+        assert step < 3 or (inner.more == [1] and bool(inner.another.all()))
+        inner(torch.full((2,), 0.5, dtype=inner.written.dtype))  # which stays
+
+
+def test_what_was_let_go_is_not_held():
+    model = nn.Sequential(Remembers())
+    model[0](torch.ones(2))
+    before = Before(model, list(model.modules()))
+    held = weakref.ref(model[0].latest)
+    before.let_go()
+    model[0].latest = None
+    assert held() is None
+
+
+def test_digests_of_samples_tell_memory_formats_and_all_arguments_apart():
+    images = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5)
+    last = images.contiguous(memory_format=torch.channels_last)
+
+    def digests(*args: torch.Tensor) -> list[bytes]:
+        found = Samples.of(args, {})
+        assert isinstance(found, Samples)
+        return found.digests
+
+    assert digests(images) == digests(images.clone()) and len({*digests(images), *digests(last)}) == 4
+    as_they_lie = last.permute(0, 2, 3, 1).contiguous().view(2, 3, 4, 5)  # the same bytes, another image
+    assert not {*digests(as_they_lie)} & {*digests(last)}
+    for rows in ([0], [1, 0]):
+        part = last[rows].contiguous(memory_format=torch.channels_last)
+        assert digests(part) == [digests(last)[row] for row in rows]
+    lengthways = images.transpose(0, 1).contiguous().transpose(0, 1)  # samples do not lie one by one
+    assert digests(lengthways) == digests(images)
+    assert digests(images.expand(2, 3, 4, 5), torch.zeros(2)) != digests(images, torch.ones(2))

@@ -150,26 +150,33 @@ def plan_setting(
     layout = layout_of(skeleton)
 
     def again(other: Setting) -> Plan:
-        if batch is not None and sizes_of(other) != sizes_of(setting):
-            raise ValueError(
-                "this plan is of a batch, whose sizes cannot be changed: plan with batch_size= and the sizes of a "
-                "sample for a table of others"
-            )
+        _check_sizes(batch, setting, other)
         return make_plan(name, other, dry_step(skeleton, layout, other, batch, loss_fn), layout, again, notes)
+
+    return again(setting)
+
+
+def _check_sizes(batch: Any, setting: Setting, other: Setting) -> None:
+    """Raises ValueError for sizes that are not those of the batch."""
 
     def sizes_of(one: Setting) -> tuple[int | None, ...]:
         return one.batch_size, one.sequence_length, one.image_size
 
-    return again(setting)
+    if batch is not None and sizes_of(other) != sizes_of(setting):
+        raise ValueError(
+            "this plan is of a batch, whose sizes cannot be changed: plan with batch_size= and the sizes of a sample "
+            "for a table of others"
+        )
 
 
 def plan_profile(
     model_or_config: Any,
     *,
-    batch_size: int,
+    batch: Any = None,
+    batch_size: int | None = None,
     sequence_length: int | None = None,
     image_size: int | None = None,
-    dtype: Any = "bfloat16",
+    dtype: Any = "auto",
     metrics: MetricNames | None = None,
 ) -> Plan:
     """Plan the pass of `zest_fast.profile` on one batch: its memory and FLOPs, by a dry run as of `plan`.
@@ -177,7 +184,8 @@ def plan_profile(
     On a CPU the pass needs up to 32 MiB less, which GPUs take for a piece of a dW.
 
     Args:
-        model_or_config: as for `plan`, as the sizes and dtype.
+        model_or_config: as for `plan`, as the batch, the sizes and dtype.
+        batch: one to plan for, in the place of the sizes.
         batch_size: samples.
         sequence_length: tokens of a sample.
         image_size: pixels of both sides.
@@ -198,19 +206,17 @@ def plan_profile(
         >>> zest_fast.plan_profile(model, batch_size=4, image_size=8).purpose
         'profile'
     """
-    setting = Setting(
-        layers=None,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        image_size=image_size,
-        dtype=dtype_name(dtype),
-    )
+    sizes = _sizes(batch, batch_size, sequence_length, image_size, None)
+    if dtype == "auto":
+        dtype = "bfloat16" if batch is None else None
+    setting = Setting(layers=None, **sizes, dtype=dtype_name(dtype))
     names = metrics if metrics is None or isinstance(metrics, str) else tuple(metrics)
     name, skeleton = named_model(model_or_config)
     layout, notes = layout_of(skeleton), _notes(skeleton)
 
     def again(other: Setting) -> Plan:
-        step = dry_profile(skeleton, layout, other, names)
+        _check_sizes(batch, setting, other)
+        step = dry_profile(skeleton, layout, other, names, batch)
         return make_plan(name, other, step, layout, again, notes, purpose="profile")
 
     return again(setting)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zest_fast.planning.batches import cast, make_batch
 from zest_fast.planning.blocks import Layout
-from zest_fast.planning.dry_run import dry, fill
+from zest_fast.planning.dry_run import dry, fake_batch, fill
 from zest_fast.planning.ledger import Ledger
 from zest_fast.planning.settings import DTYPES, Setting
 from zest_fast.planning.step import Step, hold
@@ -25,9 +26,14 @@ _TILE_BYTES = 32 << 20
 
 
 def dry_profile(
-    skeleton: nn.Module, layout: Layout, setting: Setting, metrics: Iterable[str] | str | None = None
+    skeleton: nn.Module,
+    layout: Layout,
+    setting: Setting,
+    metrics: Iterable[str] | str | None = None,
+    batch: Any = None,
 ) -> Step:
-    """The forward and backward pass of a profile of every layer, in eval mode."""
+    """The forward and backward pass of a profile of every layer, in eval mode. batch: its shapes are those of the pass,
+    in the place of the sizes of the setting."""
     needed = statistics_needed(select_metrics(metrics))
     if needed & ON_REQUEST:
         raise NotImplementedError(f"metrics: {', '.join(sorted(needed & ON_REQUEST))} take passes that are not planned")
@@ -35,9 +41,9 @@ def dry_profile(
         raise ValueError("metrics: none of them needs a backward pass, so a profile needs the memory of inference")
     model = copy.deepcopy(skeleton).eval()
     weights = DTYPES[setting.dtype][0] if setting.dtype else None
-    with dry() as mode, mode:
+    with dry(batch) as mode, mode:
         fill(model, weights)
-        batch = cast(make_batch(model, setting), weights)
+        batch = cast(make_batch(model, setting) if batch is None else fake_batch(batch), weights)
         chosen = select_layers(find_layers(dict(model.named_modules())), None)
         trainable = {id(layer.weight.parameter): layer.weight.parameter for layer in chosen}
         watched = watched_for(needed)

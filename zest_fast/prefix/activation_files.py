@@ -112,9 +112,8 @@ class ActivationFiles:
             return False
         number, offset = place
         with contextlib.suppress(OSError):  # a disk that cannot be read is as good as a damaged file
-            head = os.pread(self._files[number], _HEAD.size, offset)
-            count = _read_whole(self._files[number], into, offset + _HEAD.size)
-            if len(head) == _HEAD.size and count == self._size:
+            head = bytearray(_HEAD.size)
+            if _read_whole(self._files[number], [memoryview(head), into], offset) == self._record:
                 found, checksum = _HEAD.unpack(head)
                 if found == sample and checksum == _checksum(sample, into):
                     return True
@@ -213,13 +212,18 @@ def _checksum(sample: bytes, contents: memoryview) -> int:
     return zlib.crc32(contents, zlib.crc32(sample))
 
 
-def _read_whole(descriptor: int, into: memoryview, offset: int) -> int:
+def _read_whole(descriptor: int, into: list[memoryview], offset: int) -> int:
+    """One after another, by a single call where the system reads all at once; how many bytes there are."""
     done = 0
-    while done < len(into):
-        count = os.preadv(descriptor, [into[done:]], offset + done)
+    while into:
+        count = os.preadv(descriptor, into, offset + done)
         if not count:
             break
         done += count
+        while into and count >= len(into[0]):
+            count -= len(into[0])
+            into = into[1:]
+        into = [into[0][count:], *into[1:]] if into else []
     return done
 
 

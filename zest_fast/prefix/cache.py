@@ -23,11 +23,11 @@ class PrefixCache:
     the output of an encoder) are found by following the values of the first batch. What is read is what the same layers
     would compute, but for the rounding of other batch sizes.
 
-    A sample is known by the bytes of its inputs, so loaders may shuffle; a sample that is padded to another length, or
-    augmented at random, is another sample. The folder may hold caches of many models: what was written for other
-    weights, another cut, dtype, mode, or torch is never read. Files of a process that was killed are read up to their
-    last whole record, damaged ones are named and computed again, and several processes may share a folder. Nothing is
-    deleted by itself: remove the folder when you are done.
+    A sample is known by the bytes of its inputs, so loaders may shuffle; a sample that is padded to another length, in
+    another memory format, or augmented at random, is another sample. The folder may hold caches of many models: what
+    was written for other weights, another cut, dtype, mode, or torch is never read. Files of a process that was killed
+    are read up to their last whole record, damaged ones are named and computed again, and several processes may share a
+    folder. Nothing is deleted by itself: remove the folder when you are done.
 
     The outputs of the first two batches of each shape, of the first that is read and of one in 64 are compared with
     those of the full pass; of the 2nd, 4th, 8th ... that is read, two samples with what the layers below the cut give.

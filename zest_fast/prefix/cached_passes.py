@@ -30,7 +30,7 @@ from zest_fast.prefix.walk import Walk
 from zest_fast.profiling.heads import unwrap
 from zest_fast.profiling.watched import unwatched
 
-FORMAT = 1
+FORMAT = 2
 _CHECKED = 64
 """One batch in so many is held against the full pass; in between, two samples of the 2nd, 4th, 8th ... that is read."""
 _CHANGES = (
@@ -68,6 +68,7 @@ class CachedPasses:
         self._bases: list[tuple[_Weights, str]] = []
         self._distinct: set[bytes] = set()
         self._busy = threading.Lock()
+        self._before: tuple[list[nn.Module], Before] | None = None  # of which modules, from one pass to the next
         self._room = Room(cache.folder, cache.limit)
         self._count = self._read = 0  # batches that were read whole; samples
         self._warned_of_keys = False
@@ -111,13 +112,15 @@ class CachedPasses:
             samples = Samples.of(args, keywords)
             if isinstance(samples, str):
                 return self._plainly(samples, forward, args, keywords)
-            before = Before(self._model, self._walk.modules)
+            before = self._as_it_is()
             try:
                 with self._passes.by(forward):
                     return self._run(samples)
             except NotReusable as error:
                 before.restore()  # random numbers that were drawn, statistics that were taken
                 return self._plainly(str(error), forward, args, keywords)
+            finally:
+                before.let_go()
         finally:
             self._busy.release()
 
@@ -141,6 +144,15 @@ class CachedPasses:
             return forward(*args, **keywords)
         with self._passes.by(forward):
             return self._passes.whole(layout.boundary, samples)
+
+    def _as_it_is(self) -> Before:
+        """Buffers, generators and attributes of this moment."""
+        modules = self._walk.modules
+        if self._before is None or self._before[0] is not modules:
+            self._before = modules, Before(self._model, modules)
+        else:
+            self._before[1].renew()
+        return self._before[1]
 
     def _plainly(self, why: str, forward: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         if not self._cache.plain[why]:
@@ -358,9 +370,10 @@ class CachedPasses:
     def _state(self, samples: Samples) -> tuple[Any, ...]:
         """What a layout is of: shapes, whether there is one sample, numerics, modes, hooks, and what trains."""
         modules = self._walk.modules
-        states = tuple([(module.training, is_observed(module)) for module in modules])
+        modes = tuple([module.training for module in modules])
+        observed = tuple([module for module in modules if is_observed(module)])
         trained = tuple([p.requires_grad for module in modules for p in module._parameters.values() if p is not None])
-        return samples.shared, samples.count == 1, _numerics(samples), states, trained
+        return samples.shared, samples.count == 1, _numerics(samples), modes, observed, trained
 
     def _files(self, boundary: Boundary, cut: str, samples: Samples, weights: _Weights) -> ActivationFiles:
         cache, model = self._cache, self._model

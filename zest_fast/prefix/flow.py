@@ -109,10 +109,10 @@ _OBSERVED = "has hooks that look at what runs inside"
 
 def is_observed(module: nn.Module) -> bool:
     """Whether somebody else has hooked it."""
-    hooks = forward_hooks(module), forward_pre_hooks(module)
-    if not hooks[0] and not hooks[1]:  # as most
+    after, before = forward_hooks(module), forward_pre_hooks(module)
+    if not after and not before:  # as most
         return False
-    return any(not is_ours(hook) for own in hooks if own for hook in own.values())
+    return not all(map(is_ours, (*after.values(), *before.values())))
 
 
 def is_ours(code: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path, tree_map
 
 from zest_fast.prefix.activation_files import DIGEST
+from zest_fast.prefix.boundaries import order_of
 from zest_fast.prefix.inputs import take
 
 _OF_THE_LOSS = ("num_items_in_batch",)
@@ -55,16 +56,17 @@ class Samples:
 
     @cached_property
     def digests(self) -> list[bytes]:
-        """Of each sample: the bytes of its rows in all arguments."""
+        """Of each sample: the bytes of its rows in all arguments, as they lie in memory. An image in channels_last is
+        another sample than the same one that is contiguous: neither is copied to be hashed."""
         rows = [leaf for _, leaf in _leaves(self.args, self.keywords)[0] if self._has_rows(leaf)]
-        dense = [_plain_bytes(leaf) for leaf in rows]
-        found = []
+        orders, views = zip(*map(_by_memory, rows), strict=True)
+        dense = [(contents, len(contents) // self.count) for contents in map(_plain_bytes, views)]
+        head, found = str(orders).encode(), []
         for row in range(self.count):
-            state = hashlib.blake2b(digest_size=DIGEST)
-            for contents in dense:
-                size = len(contents) // self.count
+            state = hashlib.sha256(head)  # with the instructions that CPUs have for it twice as fast as blake2b
+            for contents, size in dense:
                 state.update(contents[row * size : (row + 1) * size])
-            found.append(state.digest())
+            found.append(state.digest()[:DIGEST])
         return found
 
     def take(self, rows: Tensor) -> Samples:
@@ -92,6 +94,13 @@ def _leaves(args: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[list[tu
     counted = {name: value for name, value in keywords.items() if name not in _OF_THE_LOSS}
     found, structure = tree_flatten_with_path((args, dict(sorted(counted.items()))))
     return [("".join(map(str, path[1:])) or "0", leaf) for path, leaf in found], str(structure)
+
+
+def _by_memory(leaf: Tensor) -> tuple[tuple[int, ...], Tensor]:
+    """The order of its dimensions in memory, and the tensor in it; its own where samples do not lie one by one."""
+    order = order_of(leaf)
+    dense = leaf.detach().permute(order)
+    return (order, dense) if order[0] == 0 and dense.is_contiguous() else (tuple(range(leaf.dim())), leaf)
 
 
 def _plain_bytes(tensor: Tensor) -> memoryview:

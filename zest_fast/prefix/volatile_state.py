@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -22,16 +23,46 @@ class VolatileState:
 
     def __init__(self, model: nn.Module, modules: Iterable[nn.Module] | None = None) -> None:
         self._model = model
+        self._modules = list(model.modules() if modules is None else modules)
+        self._remember()
+
+    def _remember(self) -> None:
         # The dictionaries, because a model may replace buffers; clones, because it may write into them.
-        held = ((module, module._buffers) for module in (model.modules() if modules is None else modules))
+        held = ((module, module._buffers) for module in self._modules)
         self._registered = [(module, dict(buffers)) for module, buffers in held if buffers]
         buffers = {id(b): b for _, own in self._registered for b in own.values() if b is not None}
+        self._plain = [(buffer, _kind(buffer)) for buffer in buffers.values() if _is_plain(buffer)]
         groups: dict[Any, list[Tensor]] = {}
-        for buffer in buffers.values():
-            if _is_plain(buffer):
-                groups.setdefault((type(buffer), buffer.device, buffer.dtype), []).append(buffer)
+        for buffer, kind in self._plain:
+            groups.setdefault(kind, []).append(buffer)
         self._groups = [(group, _joined(group)) for group in groups.values()]
         self._generators = generators()
+
+    def renew(self) -> None:
+        """Remembers what is there now, of the same modules: the values are copied, and what they are found by is kept
+        where it still holds."""
+        if self._is_laid_out_the_same():
+            self._groups = [(group, _joined(group)) for group, _ in self._groups]
+            self._generators = generators()
+        else:
+            self._remember()
+
+    def let_go(self) -> None:
+        """Of the copies of values, and of buffers that hold on to a graph; `renew` comes before another `restore`."""
+        self._groups = [(group, group[0].new_empty(0)) for group, _ in self._groups]
+        if any(buffer.requires_grad for buffer, _ in self._plain):
+            self._registered, self._plain, self._groups = [], [], []
+
+    def _is_laid_out_the_same(self) -> bool:
+        now = [(module, module._buffers) for module in self._modules if module._buffers]
+        return (
+            len(now) == len(self._registered)
+            and all(
+                module is known and buffers.keys() == before.keys() and all(map(is_, buffers.values(), before.values()))
+                for (module, buffers), (known, before) in zip(now, self._registered, strict=True)
+            )
+            and all(_kind(buffer) == kind for buffer, kind in self._plain)
+        )
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -119,6 +150,11 @@ def _joined(group: list[Tensor]) -> Tensor:
 
 def _same(buffer: Tensor, clone: Tensor) -> bool:
     return bool(torch.eq(buffer, clone).logical_or_((buffer != buffer) & (clone != clone)).all())
+
+
+def _kind(buffer: Tensor) -> tuple[Any, ...]:
+    """Those of one kind are joined."""
+    return type(buffer), buffer.device, buffer.dtype
 
 
 def _is_plain(buffer: Tensor) -> bool:

@@ -8,16 +8,18 @@ from typing import Any
 
 from rich.console import Console
 
-from zest_fast import choose, plan, profile, rank
+from zest_fast import choose, plan, plan_profile, profile, rank
 from zest_fast import probe as run_probe
 from zest_fast.cli.jobs.job import Job, to_device
 from zest_fast.cli.jobs.training import steps_of
 from zest_fast.cli.jobs.wanted import Choice, Wanted
 from zest_fast.cli.options import split_names
 from zest_fast.finetuning.trainable_layers import chosen_layers, head_layers
+from zest_fast.foundation.byte_counts import memory_bytes
 from zest_fast.foundation.text_table import first_line
+from zest_fast.integrations.quiet import quiet_transformers
 from zest_fast.lean.master_weights import LOW
-from zest_fast.planning.report import Plan
+from zest_fast.planning.report import Plan, sized, tensors_within
 from zest_fast.probing.collecting import collect
 from zest_fast.profiling.heads import find_head, is_language_model
 
@@ -34,6 +36,8 @@ def choose_layers(job: Job, wanted: Wanted, console: Console) -> tuple[Choice, A
         chosen = Choice(wanted.layers, _head(job, wanted.head, wanted.layers))
         return chosen, job.first_batch() if wanted.dry_run else job.any_batch()
     batch, by = job.first_batch(), wanted.by
+    if wanted.dial is not None:
+        _check_profile(job, batch, by, wanted.dial.limit)
     with console.status("profiling one batch"):
         profiled = profile(job.model, batch, metrics=None if by is None else [by])
     found = None
@@ -50,6 +54,22 @@ def choose_layers(job: Job, wanted: Wanted, console: Console) -> tuple[Choice, A
         layers = choose(ranking, wanted.top, model=job.model, batch=batch, prefer=wanted.prefer)
         explanation = layers.explanation
     return Choice(layers, _head(job, wanted.head, layers), ranking, explanation), batch
+
+
+def _check_profile(job: Job, batch: Any, by: str | None, limit: str) -> None:
+    """Raises ValueError where the pass by which layers are ranked holds more than --max-memory."""
+    try:
+        with quiet_transformers():
+            needs = plan_profile(job.model, batch=batch, metrics=None if by is None else [by]).peak_bytes
+    except Exception:  # metrics without a backward pass; and where no plan can be made, the dial says so
+        return
+    allowed = memory_bytes(limit)
+    if needs > (allowed if job.device.type == "cpu" else tensors_within(allowed)):
+        raise ValueError(
+            f"--max-memory {limit}: to rank the layers takes a profile of the whole model, which holds {sized(needs)}; "
+            "name them by --layers, of a profile that was made elsewhere, say, or rank --by weight_std, which runs "
+            "nothing"
+        )
 
 
 def exchanged(job: Job, wanted: Wanted, choice: Choice, layers: Any) -> Choice:

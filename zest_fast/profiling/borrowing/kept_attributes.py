@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,20 +25,38 @@ class KeptAttributes:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._modules = list(modules)
+        self._before: list[_Attributes | None] = [None] * len(self._modules)
         self._containers: dict[int, tuple[Any, Any]] = {}
         self.tensors: list[Tensor] = []
         """Tensors that are no parameters or buffers, each once."""
         self.objects: list[Any] = []
         """What else was found, one level into containers: generators of random numbers may be among it."""
-        for module in modules:
-            attributes = vars(module)
-            self._before.append((attributes, attributes.copy()))
-            for name in sorted(attributes.keys() - _OF_TORCH):
-                value = attributes[name]
-                if type(value) not in _COMMON:
-                    self._look_at(value)
+        self.renew()
+
+    def renew(self) -> None:
+        """Keeps what is there now, of the same modules; those with nothing but numbers and strings, which are the same
+        ones, are not looked through again."""
+        self._empty()
+        for number, (module, known) in enumerate(zip(self._modules, self._before, strict=True)):
+            if known is None or not known.is_light or known.now is not vars(module) or not _has_same(*known[:2]):
+                self._before[number] = self._attributes(vars(module))
         self.tensors = list({id(tensor): tensor for tensor in self.tensors}.values())
+
+    def let_go(self) -> None:
+        """Of whatever takes memory; what is left speeds up `renew`, without which nothing can be put back any more."""
+        self._empty()
+        self._before = [known if known is not None and known.is_light else None for known in self._before]
+
+    def _empty(self) -> None:
+        self._containers.clear()
+        self.tensors, self.objects = [], []
+
+    def _attributes(self, now: dict[str, Any]) -> _Attributes:
+        others = [now[name] for name in sorted(now.keys() - _OF_TORCH) if type(now[name]) not in _COMMON]
+        for value in others:
+            self._look_at(value)
+        return _Attributes(now, now.copy(), is_light=not others)
 
     def _look_at(self, value: Any) -> None:
         if isinstance(value, Tensor):
@@ -52,13 +70,10 @@ class KeptAttributes:
 
     def restore(self) -> None:
         """Puts back what has changed."""
-        for now, before in self._before:
-            if (
-                len(now) == len(before)
-                and all(map(operator.is_, now.values(), before.values()))
-                and now.keys() == before.keys()
-            ):
-                continue  # the usual case: the same keys in the same order
+        for known in self._before:
+            if known is None or _has_same(known.now, known.before):
+                continue  # the usual case
+            now, before = known.now, known.before
             changed = [name for name, value in before.items() if now.get(name, _NOTHING) is not value]
             for name in changed:
                 if name not in _OF_TORCH and _is_plain(before[name]):
@@ -72,7 +87,25 @@ class KeptAttributes:
                 container.extend(entries) if isinstance(container, list | deque) else container.update(entries)
 
 
+class _Attributes(NamedTuple):
+    """Of one module."""
+
+    now: dict[str, Any]
+    before: dict[str, Any]
+    is_light: bool
+    """Whether they are numbers and strings, beside what torch keeps there."""
+
+
 _NOTHING = object()
+
+
+def _has_same(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    """Whether two dictionaries hold the same objects under the same names, in the same order."""
+    return (
+        len(now) == len(before)
+        and all(map(operator.is_, now.values(), before.values()))
+        and now.keys() == before.keys()
+    )
 
 
 def _is_plain(value: Any) -> bool:

@@ -2,9 +2,11 @@
 
 python -m bench.finetune                                       # every pair; run it again and it goes on
 python -m bench.finetune --pairs minilm/trec --threads 1
+python -m bench.finetune --arms "ZEST@5" "LoRA r8" full        # only these; the others can follow
 python -m bench.finetune --costs                               # time and count the steps of finished pairs again
 python -m bench.finetune --cached                              # ZEST@5 of finished pairs again, with a prefix cache
 python -m bench.finetune --cached --epochs 4                   # the same, over a quarter of the samples four times
+python -m bench.finetune --forgetting                          # of finished pairs: what a text model has forgotten
 python -m bench.finetune --collect                             # finetune.json from what is there
 
 Protocol. Every arm of a pair starts from the same weights (the head fitted on its own split), takes the same number of
@@ -13,12 +15,14 @@ the one of RATES with the least loss on the split "score" after the first seed; 
 but "head only", which has it from RATES too. Then every seed is trained at that rate, and the split "test" is looked at
 once for each; the curves are those of the last seed. ZEST ranks the profile of one batch of the seed's training samples
 with a Ranker that was fitted without that family of data sets; "ZEST probed" mixes in a probe of its first 1,024
-training samples, at 5 % of a sweep. "contribution" ranks by the records of the sweep, which
-are losses on "score": what a ranking could reach at best. Random layers are drawn twice for each seed. Seconds and peak
-bytes of a step are relative to full fine-tuning in the same rounds. --cached trains ZEST@5 of each seed at its
-rate with a PrefixCache and without, and full, each once, and notes accuracies and the processor time of the whole run.
+training samples, at 5 % of a sweep. "contribution" ranks by the records of the sweep, which are losses on "score": what
+a ranking could reach at best; "joint" trains 25 sets of five of its best layers with the first seed at its rate and
+takes the one with the least loss on "score". Random layers are drawn twice for each seed. Seconds and peak bytes of a
+step are relative to full fine-tuning in the same rounds. --cached trains ZEST@5 of each seed at its rate with a
+PrefixCache and without, and full, each once, and notes accuracies and the processor time of the whole run.
 Its runs are one epoch, in which nothing is read: with --epochs 4 all three take as many steps over a quarter of the
-samples, in another order each time.
+samples, in another order each time. --forgetting trains the tested runs of FORGETTING once more and scores what
+is left of the model's first task (forgetting.py).
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +44,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.data import DATASETS, load_pair
-from bench.finetune.arms import NAMES, RANK, Arm, Orders, Trained, arms
+from bench.finetune.arms import ADAPTERS, NAMES, RANK, Arm, Orders, Trained, adapter_of, arms, joint_sets
+from bench.finetune.forgetting import score_of
 from bench.layerbench.baselines import Spectrum
 from bench.measure import RESULTS, describe_versions, write_result
 from bench.spectra import load_spectra
@@ -81,6 +87,7 @@ ROUNDS = 7
 """Of timed steps."""
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
 CACHED = "ZEST@5"
+FORGETTING = ("full", "ZEST@5", "random@5", "largest@5", *(f"{adapter} r{RANK}" for adapter in ADAPTERS))
 FOLDER = RESULTS / "finetune"
 SETTINGS = {
     "image": {"batch_size": 32, "steps": 64, "head_rate": 5e-4},
@@ -94,28 +101,33 @@ def main() -> None:
         prog="python -m bench.finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), metavar="MODEL/DATASET")
+    parser.add_argument("--arms", nargs="+", default=list(NAMES), choices=NAMES, metavar="ARM", help="only these")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="one file for each pair, written after every run")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--costs", action="store_true", help="only measure the steps of finished pairs again")
     parser.add_argument("--cached", action="store_true", help="only train ZEST@5 of finished pairs with a prefix cache")
     parser.add_argument("--epochs", type=int, default=1, help="of --cached: so many times a part of the samples")
+    parser.add_argument(
+        "--forgetting", action="store_true", help="only score what finished pairs of text have forgotten"
+    )
     parser.add_argument("--collect", action="store_true", help="only write finetune.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if not arguments.collect:
         arguments.folder.mkdir(parents=True, exist_ok=True)
         for name in arguments.pairs:
-            pair = Pair(name, arguments.folder)
-            pair.run_cached(
-                arguments.epochs
-            ) if arguments.cached else pair.measure_costs() if arguments.costs else pair.run()
+            pair = Pair(name, arguments.folder, arguments.arms)
+            cached = partial(pair.run_cached, arguments.epochs)
+            chosen = {"cached": cached, "costs": pair.measure_costs, "forgetting": pair.score_forgetting}
+            next((do for option, do in chosen.items() if getattr(arguments, option)), pair.run)()
     print(collect(arguments.folder))
 
 
 def collect(folder: Path, out: Path | None = None) -> Path:
     """finetune.json from the files of the pairs; of arms that were added since, those that are done."""
     documents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    results = [{key: d[key] for key in ("pair", "tests", "arms")} for d in documents if "arms" in d]
+    keys = ("pair", "tests", "arms", "forgetting")
+    results = [{key: d[key] for key in keys if key in d} for d in documents if "arms" in d]
     settings = {"rates": RATES, "seeds": SEEDS, **SETTINGS}
     return write_result("finetune", settings, results, out)
 
@@ -123,8 +135,9 @@ def collect(folder: Path, out: Path | None = None) -> Path:
 class Pair:
     """The runs of one model on one data set; what is done is in the file, and is not done again."""
 
-    def __init__(self, pair: str, folder: Path) -> None:
+    def __init__(self, pair: str, folder: Path, names: Sequence[str] | None = None) -> None:
         self.name = pair
+        self.names = NAMES if names is None else names
         self.path = folder / f"{pair.replace('/', '--')}.json"
         self.model_name, _, self.dataset = pair.partition("/")
         self.document: dict[str, Any] = {"pair": pair, "runs": {}}
@@ -133,25 +146,34 @@ class Pair:
 
     def run(self) -> None:
         """Everything that is left to do: of a finished pair, the arms that were added since."""
-        if not self._left():
+        left = self._left()
+        if not left:
             return
         self._load()
         self._ends: dict[tuple[Arm, int, float], list[Tensor]] = {}
         self._fit_head()
         orders = {seed: self._orders(seed) for seed in SEEDS}
         summaries = self.document.get("arms", {})
-        for name in self._left():
+        for name in left:
+            if name == "joint@5":
+                best = self._best_together(orders[SEEDS[0]])
+                orders = {seed: replace(found, by={**found.by, "joint": best}) for seed, found in orders.items()}
+            if not arms(name, orders[SEEDS[0]], self.model, SEEDS[0]):
+                self.document.setdefault("left_out", []).append(name)
+                print(f"{self.name}: {name} is left out: PEFT can adapt no layer of this model so", flush=True)
+                continue
             self._arm(name, orders)
             summaries[name] = self._summary(name, orders)
             print(f"{self.name}: {name} {self._mean_accuracy(name):.3f}", flush=True)
             if "arms" in self.document:
                 self._write()
-        self.document["arms"] = {name: summaries[name] for name in NAMES}
+        self.document["arms"] = {name: summaries[name] for name in NAMES if name in summaries}
         self.document["tests"] = len(self.splits["test"][1])
         self._write()
 
     def _left(self) -> list[str]:
-        return [name for name in NAMES if name not in self.document.get("arms", {})]
+        done = {*self.document.get("arms", {}), *self.document.get("left_out", ())}
+        return [name for name in self.names if name not in done]
 
     def measure_costs(self) -> None:
         """Time and memory of the steps once more, where the pair is finished: on an idle machine, say."""
@@ -160,8 +182,7 @@ class Pair:
         self._load()
         for name, summary in self.document["arms"].items():
             run = self._tested(name)[0]
-            layers = None if run["layers"] is None else tuple(run["layers"])
-            summary |= self._cost(Arm(name, layers, RANK if "LoRA" in name else 0))
+            summary |= self._cost(_arm_of(run))
         self._write()
 
     def run_cached(self, epochs: int = 1) -> None:
@@ -210,6 +231,28 @@ class Pair:
         seconds = time.process_time() - began
         loss, accuracy = self._evaluate(trained.model, "test")
         return {"seconds": seconds, "test_loss": loss, "test_accuracy": accuracy}
+
+    def score_forgetting(self) -> None:
+        """What the tested runs of FORGETTING leave of what a text model could before."""
+        found = score_of(self.model_name, self.dataset)
+        if found is None or "arms" not in self.document:
+            return
+        name, score = found
+        noted = self.document.setdefault("forgetting", {"score": name, "arms": {}})
+        for run in (run for arm in FORGETTING for run in self._tested(arm)):
+            done = noted["arms"].setdefault(run["arm"], {})
+            if str(run["seed"]) in done:
+                continue
+            if not hasattr(self, "model"):
+                self._load()
+                self._fit_head()
+                noted["before"] = score(self.model, self.model)
+            arm = _arm_of(run)
+            trained = Trained(self.model, self.head, arm)
+            self._run(trained, arm, run["seed"], run["rate"], ())
+            done[str(run["seed"])] = score(self.model, trained.model)
+            self._write()
+            print(f"{self.name}: {run['arm']}, seed {run['seed']}: {name} {done[str(run['seed'])]:.3f}", flush=True)
 
     # What every arm starts from
 
@@ -271,6 +314,16 @@ class Pair:
         for seed in SEEDS:
             for arm in arms(name, orders[seed], self.model, seed):
                 self._train(arm, seed, rate, test=True)
+
+    def _best_together(self, orders: Orders) -> tuple[str, ...]:
+        (first, *_) = self._tested("contribution@5") or [None]
+        if first is None:
+            raise ValueError(f"{self.name}: joint@5 trains at the rate of contribution@5, which is not tested yet")
+        losses = {
+            layers: self._train(Arm(f"joint@5 set {number}", layers), SEEDS[0], first["rate"])["loss"]
+            for number, layers in enumerate(joint_sets(orders))
+        }
+        return min(losses, key=losses.__getitem__)
 
     def _train(self, arm: Arm, seed: int, rate: float, *, test: bool = False) -> dict[str, Any]:
         key = f"{arm.name} | seed {seed} | rate {rate:g}" + (" | test" if test else "")
@@ -393,3 +446,9 @@ class Pair:
         self.document |= {"machine": describe_machine(), "versions": describe_versions()}
         with replacing(self.path) as temporary:
             temporary.write_text(json.dumps(self.document, indent=1) + "\n")
+
+
+def _arm_of(run: Mapping[str, Any]) -> Arm:
+    """What a noted run trained."""
+    layers = None if run["layers"] is None else tuple(run["layers"])
+    return Arm(run["arm"], layers, adapter_of(run["arm"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -12,13 +13,15 @@ import torch
 from torch import nn
 
 from bench import pictures, readme
+from bench.finetune import forgetting
 from bench.finetune import report as finetune_report
 from bench.finetune import run as finetune
-from bench.finetune.arms import NAMES, Arm, Orders, Trained, arms
+from bench.finetune.arms import ADAPTERS, NAMES, Arm, Orders, Trained, arms
+from bench.packages.classifiers import SentenceEncoder
 
 ONE_OF_EACH = (
-    "head only", "full", "contribution@5", "ZEST@3", "ZEST@5", "ZEST probed@5", "random@5", "last@5", "LoRA r8",
-    "LoRA+ZEST@3",
+    "head only", "full", "contribution@5", "joint@5", "ZEST@3", "ZEST@5", "ZEST probed@5", "random@5", "last@5",
+    "LoRA r8", "LoRA+ZEST@3",
 )  # fmt: skip
 """A run of every arm takes minutes."""
 LAYERS = tuple(f"body.{2 * place}" for place in range(12))
@@ -48,6 +51,7 @@ def orders():
         "ZEST probed": LAYERS[2:] + LAYERS[:2],
         "largest": LAYERS[1:] + LAYERS[:1],
         "middle": LAYERS[4:] + LAYERS[:4],
+        "joint": LAYERS[3:] + LAYERS[:3],
     }
     return Orders(best_first, LAYERS)
 
@@ -66,6 +70,7 @@ def test_arms_train_what_they_are_called_after(model):
     first, second = found["random@5"]
     assert first.layers != second.layers and len({*first.layers}) == 5
     assert arms("random@5", orders(), model, seed=1)[0].layers != first.layers
+    assert found["joint@5"][0].layers == LAYERS[3:8]
     assert trained_names(model, found["head only"][0]) == set()
     assert trained_names(model, found["ZEST@3"][0]) == {f"{n}.{p}" for n in LAYERS[:3] for p in ("weight", "bias")}
     assert len(trained_names(model, found["full"][0])) == 24
@@ -73,9 +78,88 @@ def test_arms_train_what_they_are_called_after(model):
     assert len(adapters) == 6 and all("lora_" in name and name.split(".lora_")[0] in LAYERS[:3] for name in adapters)
 
 
+def test_relatives_of_lora_begin_where_the_model_is_and_have_as_many_parameters(model):
+    inputs = torch.randn(3, 6)
+    wide = nn.Sequential(nn.Linear(6, 64), nn.Linear(64, 64))
+    model.body, numbers = nn.Sequential(wide, nn.Linear(64, 6)), {}
+    for adapter in ADAPTERS:
+        (arm,) = arms(f"{adapter} r8", Orders({}, ("body.0.1",)), model, seed=0)
+        trained = Trained(model, "head", arm)
+        assert arm.adapter == adapter and torch.allclose(trained.model(inputs), model(inputs))
+        trained.model(inputs).sum().backward()
+        assert all(parameter.grad is not None for parameter in trained.parameters.values())
+        numbers[adapter] = sum(p.numel() for name, p in trained.parameters.items() if not name.startswith("head."))
+    assert numbers == {"LoRA": 1024, "rsLoRA": 1024, "DoRA": 1088, "SHiRA": 1024, "MiSS": 1024}
+
+
+def test_an_arm_that_peft_has_not_for_these_layers_is_left_out():
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(), nn.Linear(8, 2))
+    assert arms("SHiRA r8", Orders({}, ("0",)), net, seed=0) == [] and arms("DoRA r8", Orders({}, ("0",)), net, seed=0)
+
+
+class Words(nn.Module):
+    """As a decoder of transformers: each token's embedding, through a layer; what it says last is what it reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.embeddings = nn.Embedding(9, 6)
+        self.layer = nn.Linear(6, 6)
+
+    def get_input_embeddings(self):
+        return self.embeddings
+
+    def forward(self, input_ids, attention_mask):
+        return SimpleNamespace(last_hidden_state=self.layer(self.embeddings(input_ids)))
+
+
+def test_forgetting_of_a_sentence_encoder_and_of_a_language_model():
+    torch.manual_seed(0)
+    before = nn.ModuleDict({"body": SentenceEncoder(Words())})
+    after = copy.deepcopy(before)
+    tokens = {"input_ids": torch.randint(9, (20, 5)), "attention_mask": torch.ones(20, 5, dtype=torch.long)}
+    tokens["attention_mask"][::2, 3:] = 0
+    assert forgetting.similarity(before, after, tokens) == pytest.approx(1)
+    perplexity = forgetting.perplexity(before, after, tokens)
+    hidden = before.body.encoder(**tokens).last_hidden_state.double()
+    odds = (hidden @ before.body.encoder.embeddings.weight.T.double()).softmax(-1)
+    said = [
+        odds[row, place, tokens["input_ids"][row, place + 1]].log()
+        for row in range(20)
+        for place in range(4)
+        if tokens["attention_mask"][row, place + 1]
+    ]
+    assert perplexity == pytest.approx(torch.stack(said).mean().neg().exp().item(), rel=1e-5)
+    with torch.no_grad():
+        after.body.encoder.layer.weight.normal_()
+    assert forgetting.similarity(before, after, tokens) < 0.9
+    assert forgetting.perplexity(before, after, tokens) != pytest.approx(perplexity, rel=1e-2)
+
+
+def test_forgetting_is_scored_once_for_each_tested_run(small, tmp_path, monkeypatch, capsys):
+    runs = {
+        f"{arm} {seed}": {"arm": arm, "layers": layers, "seed": seed, "rate": 1e-2, "test_accuracy": 0.5}
+        for arm, layers in (("ZEST@5", LAYERS[:5]), ("random@5 draw 1", LAYERS[5:10]), ("head only", []))
+        for seed in (0, 1)
+    }
+    before = small.body[0].weight.clone()
+    (tmp_path / "toy--digits.json").write_text(json.dumps({"pair": "toy/digits", "runs": runs, "arms": {}}))
+    change = lambda old, new: (old.body[0].weight - new.body[0].weight).abs().sum().item()  # noqa: E731
+    monkeypatch.setattr(finetune, "score_of", lambda *_: ("change", change))
+    finetune.Pair("toy/digits", tmp_path).score_forgetting()
+    found = json.loads((tmp_path / "toy--digits.json").read_text())["forgetting"]
+    assert found["before"] == 0 and found["arms"].keys() == {"ZEST@5", "random@5 draw 1"}
+    assert all(value > 0 for value in found["arms"]["ZEST@5"].values()) and torch.equal(small.body[0].weight, before)
+    assert set(found["arms"]["random@5 draw 1"].values()) == {0.0}  # its layers begin above the first
+    capsys.readouterr()
+    finetune.Pair("toy/digits", tmp_path).score_forgetting()
+    assert not capsys.readouterr().out
+    table = finetune_report.forgetting_table({"results": [{"pair": "toy/digits", "forgetting": found}]})
+    assert "| as it came | 0.000 |" in table and "| random@5 | 0.000 ± 0.000 |" in table
+
+
 def test_an_arm_leaves_the_model_that_it_copies_alone(model):
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    trained = Trained(model, "head", Arm("LoRA r8", LAYERS, lora=8))
+    trained = Trained(model, "head", Arm("LoRA r8", LAYERS, "LoRA"))
     with torch.no_grad():
         for parameter in trained.parameters.values():
             parameter.add_(1.0)
@@ -162,6 +246,10 @@ def test_a_run_goes_on_where_it_stopped_and_ends_in_a_table(small, tmp_path, mon
     assert list(pair["arms"]) == list(ONE_OF_EACH)
     zest, draws = pair["arms"]["ZEST@5"], pair["arms"]["random@5"]
     assert len(zest["test_accuracy"]) == 2 and len(draws["test_accuracy"]) == 4 and zest["rate"] in (1e-3, 1e-2)
+    sets = {run["arm"]: run["loss"] for run in after["runs"].values() if run["arm"].startswith("joint@5 set")}
+    best = min(sets, key=sets.__getitem__)
+    chosen = [tuple(run["layers"]) for run in after["runs"].values() if run["arm"] in (best, "joint@5")]
+    assert len(sets) == 25 and len(chosen) > 2 and len(set(chosen)) == 1
     assert zest["trained"] == 5 * 42 + 14 and [point[0] for point in zest["curve"]] == [0, 1, 2, 4, 8]
     assert 0 < zest["peak_bytes"] <= zest["peak_bytes_full"] and zest["to_full"]["median"] > 0
     source = json.dumps(document).encode()
@@ -207,7 +295,7 @@ def test_lora_on_a_convolution_whose_padding_the_model_computes():
     config = transformers.MobileNetV2Config(depth_multiplier=0.35, image_size=32, num_labels=3, tf_padding=True)
     net = transformers.MobileNetV2ForImageClassification(config).eval()
     convolution = "mobilenet_v2.layer.3.expand_1x1.convolution"
-    trained = Trained(net, "classifier", Arm("LoRA+ZEST@3", (convolution,), lora=8))
+    trained = Trained(net, "classifier", Arm("LoRA+ZEST@3", (convolution,), "LoRA"))
     images = torch.randn(2, 3, 32, 32)
     logits = trained.model(images).logits
     assert torch.equal(logits, net(images).logits)  # adapters begin at zero

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -25,8 +26,8 @@ class NumbersBackend(Protocol):
     def channel_products(self, y: Tensor, g: Tensor) -> Tensor:
         """S [N, K] = Σ_p y ⊙ g in float64 for y, g [N, P, K]."""
 
-    def squared_channel_products(self, y: Tensor, g: Tensor) -> float:
-        """Σ_nk S_nk² of ``channel_products``."""
+    def squared_channel_products(self, y: Tensor, g: Tensor, channel_dim: int) -> float:
+        """Σ_nk S_nk² of ``channel_products``, for y, g of one shape, samples first and channels in ``channel_dim``."""
 
 
 class RowsBackend(Protocol):
@@ -45,6 +46,7 @@ class RowsBackend(Protocol):
         """S [N, K] = Σ_p y ⊙ g in float64 for y, g [N, P, K], on their device."""
 
 
+@functools.cache
 def numbers_backend(name: str) -> NumbersBackend | None:
     """The backend of this name, None where it writes rows."""
     if name == "cpu":

@@ -15,6 +15,7 @@ from torch import Tensor
 from zest_fast.foundation.options import Backend
 from zest_fast.kernels.availability import AVAILABLE, Availability
 from zest_fast.kernels.backends import numbers_backend, rows_backend
+from zest_fast.kernels.channels import by_channel
 from zest_fast.kernels.layout import GRADIENT_MOMENTS, MOMENTS
 from zest_fast.kernels.moments import GradientMoments, Moments
 from zest_fast.kernels.storage import readable
@@ -174,12 +175,13 @@ class Collector:
         name = self._use(y.device)
         return (numbers_backend(name) or rows_backend(name)).channel_products(y, g)
 
-    def squared_channel_products(self, y: Tensor, g: Tensor) -> Callable[[], float]:
-        """Σ_nk S_nk² of ``channel_products``."""
+    def squared_channel_products(self, y: Tensor, g: Tensor, channel_dim: int) -> Callable[[], float]:
+        """Σ_nk S_nk² of ``channel_products``, for y, g of one shape, samples first and channels in ``channel_dim``."""
         y, g = readable(y, "y"), readable(g, "g")
         name = self._use(y.device)
         if at_once := numbers_backend(name):
-            return _known(at_once.squared_channel_products(y, g))
+            return _known(at_once.squared_channel_products(y, g, channel_dim))
+        y, g = by_channel(y, channel_dim), by_channel(g, channel_dim)
         products, step = rows_backend(name).channel_products, max(1, _PRODUCT_ENTRIES // max(1, y.shape[2]))
         parts = [products(y[i : i + step], g[i : i + step]).square().sum() for i in range(0, len(y), step)]
         return self.numbers(torch.stack(parts).sum()[None], float) if parts else _known(0.0)

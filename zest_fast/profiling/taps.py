@@ -213,7 +213,7 @@ class Taps(AbstractContextManager["Taps"]):
             by_module.setdefault(layer.called_module, []).append(layer)
         for module, layers in by_module.items():
             tiled = self._counts[layers[0].weight] if self._counts[layers[0].weight].tiled else None
-            before, after = ModuleHook(self._before(tiled)), ModuleHook(self._after(layers, tiled))
+            before, after = ModuleHook(self._before(tiled)), ModuleHook(self._after(module, layers, tiled))
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             handle = module.register_forward_hook(after, with_kwargs=True, prepend=True, always_call=tiled is not None)
             self._handles.append(handle)
@@ -464,13 +464,15 @@ class Taps(AbstractContextManager["Taps"]):
             self.order.setdefault(module, len(self.order))
             self.uses[module] = self.uses.get(module, 0) + 1
 
-    def _after(self, layers: list[Layer], tiled: _Counts | None) -> Callable[..., Tensor | None]:
+    def _after(
+        self, module: nn.Module, layers: list[Layer], tiled: _Counts | None
+    ) -> Callable[..., Tensor | None]:
         places = [_place(layer) for layer in layers]
+        observed = [layer for layer in layers if layer.output_module is module]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
             if is_unwatched():
                 return None
-            observed = [layer for layer in layers if layer.output_module is module]
             if not self._is_own_call():
                 return self._elsewhere(observed, tiled, first_input(args, kwargs), output)
             frozen = tiled is not None and tiled.frozen

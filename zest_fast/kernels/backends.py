@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -46,7 +45,6 @@ class RowsBackend(Protocol):
         """S [N, K] = Σ_p y ⊙ g in float64 for y, g [N, P, K], on their device."""
 
 
-@functools.cache
 def numbers_backend(name: str) -> NumbersBackend | None:
     """The backend of this name, None where it writes rows."""
     if name == "cpu":

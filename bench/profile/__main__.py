@@ -7,7 +7,8 @@
     zero_cost_nas   (c) snip, grad_norm, plain and fisher as published, a pass each
     backpack/opacus (d) per-sample gradient norms, the nearest that these libraries have
 
-Writes bench/results/profile.json. The full run takes about ten minutes on two cores.
+Writes bench/results/profile.json. The full run takes about ten minutes on two cores. `--where` instead tells what a
+profile spends above a plain pass (`where.py`), and writes bench/results/profile_where.json.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import nn
 import zest_fast
 from bench.measure import interleave, median, ratio, write_result
 from bench.models import LARGE, STANDARD, TINY, Batch, Case
-from bench.profile import libraries, peers
+from bench.profile import libraries, peers, where
 from bench.profile.memory import measure_peaks
 
 SLOW_ROUNDS = 3  # of candidates that take several passes or answer another question
@@ -38,6 +39,9 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads or torch.get_num_threads())
     console = Console(width=130)
+    if options.where:
+        _tell_where(options, console)
+        return
     cases = [(case, True) for case in (TINY if options.quick else STANDARD)]
     cases += [(case, False) for case in (() if options.quick or options.no_large else LARGE)]
     results = []
@@ -51,6 +55,15 @@ def main() -> None:
     console.print(f"wrote {write_result('profile', settings, results, options.out)}")
 
 
+def _tell_where(options: argparse.Namespace, console: Console) -> None:
+    torch.set_num_threads(1)  # a thread's clock sees no others
+    cases = [case for case in (TINY if options.quick else STANDARD) if case.model in options.models]
+    results = [where.where(case, options.rounds) for case in cases]
+    console.print(where.table(results))
+    settings = {"rounds": options.rounds, "quick": options.quick, "clock": "processor time of one thread"}
+    console.print(f"wrote {write_result('profile_where', settings, results, options.out, module='profile')}")
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.profile", description="profile() beside its peers")
     models = [case.model for case in STANDARD]
@@ -59,6 +72,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--quick", action="store_true", help="tiny models: checks that everything runs, says nothing")
     parser.add_argument("--no-large", action="store_true", help="leave the larger batches out")
+    parser.add_argument("--where", action="store_true", help="what a profile spends above a plain pass, by parts")
     parser.add_argument("--out", type=Path, help="folder for the JSON (default bench/results)")
     return parser.parse_args()
 

@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,12 @@ from torch import Tensor
 
 import zest_fast
 from bench import measure, models, readme
-from bench.profile import libraries, memory, peers
+from bench.profile import libraries, memory, peers, where
+from zest_fast.kernels import cpu
 from zest_fast.planning.counted_memory import held_bytes, peak_bytes
 from zest_fast.planning.ledger import Ledger
 from zest_fast.planning.step import hold
+from zest_fast.profiling import taps
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
@@ -176,6 +180,25 @@ def test_outputs_nobody_keeps_are_those_that_autograd_does_not_save():
             return self.second(self.first(x)) + 1  # the second layer saves the output of the first, nobody the second's
 
     assert memory.outputs_nobody_keeps(Small(), {"x": torch.randn(3, 4)}) == 3 * 8 * 4
+
+
+def test_where_a_profile_spends_is_told_in_parts_that_add_up():
+    model, batch = models.TINY[0].build()
+    run = partial(zest_fast.profile, model, batch)
+    run()
+    before = cpu.moments, cpu.torch.mm, taps.ModuleHook.__call__
+    bytes_read = []
+    for _ in range(2):
+        with where.Timers() as timers:
+            start = time.thread_time()
+            timers.run(run)
+            total = time.thread_time() - start
+        assert set(timers.seconds) == {*where.PARTS, "pass", "mm"}
+        assert all(seconds > 0 for seconds in timers.seconds.values())
+        assert sum(timers.seconds.values()) <= total
+        bytes_read.append(timers.bytes_read)
+    assert bytes_read[0] == bytes_read[1] > 4 * sum(m.weight.numel() for m in peers.profiled_layers(model).values())
+    assert (cpu.moments, cpu.torch.mm, taps.ModuleHook.__call__) == before
 
 
 MARKERS = "".join(f"<!-- bench:{name}:begin -->\n<!-- bench:{name}:end -->\nprose\n" for name in readme.BLOCKS)

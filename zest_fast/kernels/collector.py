@@ -122,19 +122,19 @@ class Collector:
         if not tensors:
             return []
         names = names or [f"tensors[{i}]" for i in range(len(tensors))]
-        if self._at_once(tensors[0].device) is not None:
-            return [self.moments_of(x, name) for x, name in zip(tensors, names, strict=True)]
         tensors = [readable(x, name) for x, name in zip(tensors, names, strict=True)]
+        if at_once := self._at_once(tensors[0].device):
+            return [_known(at_once.moments(x)) for x in tensors]
         out, later = self._rows(tensors[0].device).take(len(tensors), MOMENTS, Moments.checked)
         rows_backend(self._pick(tensors[0].device)).moments_into(tensors, out)
         return later
 
     def moments_of(self, x: Tensor, name: str) -> Callable[[], Moments]:
         """Moments of one tensor, which an error calls ``name``."""
-        at_once = self._at_once(x.device)
-        if at_once is None:
-            return self.moments([x], [name])[0]
-        return _known(at_once.moments(readable(x, name)))
+        x = readable(x, name)
+        if at_once := self._at_once(x.device):
+            return _known(at_once.moments(x))
+        return self.moments([x], [name])[0]
 
     def gradient_moments(self, dw: Tensor, w: Tensor) -> Callable[[], GradientMoments]:
         """Moments of dw and w (same shape) and of their product."""

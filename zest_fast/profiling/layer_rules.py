@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zest_fast import kernels
 from zest_fast.foundation.torch_private import ragged_dimension
 from zest_fast.kernels import Collector, GradientMoments, Moments
+from zest_fast.kernels.channels import by_channel
 from zest_fast.kernels.moments import SquaredProducts
 from zest_fast.profiling.layers import Layer, channel_dim, is_transformers_conv1d
 
@@ -151,7 +151,7 @@ def output_products(collector: Collector, layer: Layer, y: Tensor, g: Tensor) ->
     if y.is_nested:
         return _jagged_products(y, g)
     y, g, channel = _alike(layer, y, g)
-    return collector.channel_products(kernels.by_channel(y, channel), kernels.by_channel(g, channel))
+    return collector.channel_products(by_channel(y, channel), by_channel(g, channel))
 
 
 def _jagged_products(y: Tensor, g: Tensor) -> Tensor:

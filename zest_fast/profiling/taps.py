@@ -213,13 +213,13 @@ class Taps(AbstractContextManager["Taps"]):
             by_module.setdefault(layer.called_module, []).append(layer)
         for module, layers in by_module.items():
             tiled = self._counts[layers[0].weight] if self._counts[layers[0].weight].tiled else None
-            counts = tiled is None and all(
+            by_itself = tiled is None and all(
                 map(has_output_rule, layers)
             )  # torch's own forward: it calls no other module
-            if not counts:
+            if not by_itself:
                 before = ModuleHook(self._before(tiled))
                 self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            after = ModuleHook(self._after(module, layers, tiled, counts))
+            after = ModuleHook(self._after(module, layers, tiled, by_itself))
             handle = module.register_forward_hook(after, with_kwargs=True, prepend=True, always_call=tiled is not None)
             self._handles.append(handle)
             self._first_hooks[module] = handle.id

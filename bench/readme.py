@@ -29,6 +29,7 @@ from bench.prefix_cache import cache_text
 from bench.probe_blind import blind_text
 from bench.probe_controls import controls_text
 from bench.probe_share import share_text
+from bench.profile.where import cells as where_cells
 from bench.reselect import reselect_text
 from bench.start_up import start_up_text
 from bench.stream.report import compared_text, pair_text, stream_text
@@ -143,6 +144,13 @@ def profile_table(document: dict) -> str:
     return markdown_table(["model, batch", "plain, s", *peers.values(), "profile / (b)"], rows)
 
 
+def where_table(document: dict) -> str:
+    """What a profile spends above a plain pass, in percent of that, by parts."""
+    parts = ("around", "hooks", "moments of Y", "Σ Y⊙G", "dW and W")
+    head = ["model, batch", "plain, ms", "profile", *(f"{part}, %" for part in parts), "hooks, µs a layer", "MiB read"]
+    return markdown_table(head, [[f"{r['model']} {r['shape']}", *where_cells(r)] for r in document["results"]])
+
+
 def _failure(result: dict, name: str) -> str:
     return "does not run" if name in result["failed"] else ""
 
@@ -253,6 +261,10 @@ LEGENDS = {
     "expression per metric. (b): hooks that reduce each gradient with the fastest separate torch reductions and drop "
     "it at once. (c): four of the fifteen metrics, a pass each, as published. (d): the norm of each sample's gradient, "
     "another quantity, for orientation.",
+    "profile_where": "Medians, in percent of the plain pass. *Around*: before the first pass and after the last. "
+    "*Hooks*: Python in forward and backward, without the kernels, which are the next three. The rest is the pass "
+    "itself, which forms fewer gradients and finds the caches filled with other things. *MiB read* by the kernels, "
+    "cached or not.",
     "memory": "Beyond model and batch, from the allocator's own events. *Gradients dropped*: all parameters trainable, "
     "each gradient dropped in a post-accumulate hook. The claim: without fisher at most 16 MiB more than that; fisher "
     "adds at most the outputs that nobody else keeps.",
@@ -277,6 +289,7 @@ _METHODS = {"memory_table.json": "python -m bench.memory_table --check"}
 BLOCKS: dict[str, tuple[dict[str, str], Callable[..., str]]] = {
     "landing": ({**_FINETUNE, **_METHODS}, landing_text),
     "profile": (_PROFILE, profile_table),
+    "profile_where": ({"profile_where.json": "python -m bench.profile --where"}, where_table),
     "memory": (_PROFILE, memory_table),
     "kernels": ({"kernels.json": "python -m bench.kernels"}, kernels_table),
     "instructions": ({"instructions.json": "python -m bench.kernels.instructions"}, instructions_table),

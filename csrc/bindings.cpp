@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -57,6 +58,29 @@ double channel_products(std::uintptr_t y, int y_dtype, const Dims& y_strides, st
     py::gil_scoped_release nogil;
     return cpu::channel_products(samples, positions, channels, operand(y, y_dtype), ys, operand(g, g_dtype), gs,
                                  reinterpret_cast<double*>(out), threads);
+}
+
+// Of tensors of any number of dimensions, samples first: where the channels are is told, and all other dimensions are
+// positions. None where those of an operand do not lie on one stride.
+std::optional<double> squared_channel_products(std::uintptr_t y, int y_dtype, const Dims& y_strides, std::uintptr_t g,
+                                               int g_dtype, const Dims& g_strides, const Dims& sizes, size_t channel,
+                                               int threads) {
+    if (sizes.empty() || channel == 0 || channel >= sizes.size())
+        throw std::invalid_argument("squared_channel_products: samples come first, and channels in another dimension");
+    cpu::Strides3 ys = {y_strides.at(0), 1, y_strides.at(channel)}, gs = {g_strides.at(0), 1, g_strides.at(channel)};
+    int64_t positions = 1;
+    for (size_t d = sizes.size() - 1; d > 0; --d) {  // from the innermost one outwards
+        if (d == channel || sizes[d] == 1) continue;
+        if (positions == 1) {
+            ys.position = y_strides.at(d), gs.position = g_strides.at(d);
+        } else if (y_strides.at(d) != ys.position * positions || g_strides.at(d) != gs.position * positions) {
+            return std::nullopt;
+        }
+        positions *= sizes[d];
+    }
+    py::gil_scoped_release nogil;
+    return cpu::channel_products(sizes[0], positions, sizes[channel], operand(y, y_dtype), ys, operand(g, g_dtype), gs,
+                                 nullptr, threads);
 }
 
 void silu_gated_backward(const std::array<std::uintptr_t, 5>& addresses, const std::array<int64_t, 5>& strides,
@@ -151,6 +175,7 @@ PYBIND11_MODULE(_native, m) {
     m.def("moments", &moments);
     m.def("gradient_moments", &gradient_moments);
     m.def("channel_products", &channel_products);
+    m.def("squared_channel_products", &squared_channel_products);
     m.def("silu_gated_backward", &silu_gated_backward);
     m.def("interval_bits", &interval_bits);
     m.def("masked", &masked);

@@ -31,6 +31,17 @@ def channel_products(
     out: int,
     threads: int,
 ) -> float: ...
+def squared_channel_products(
+    y: int,
+    y_dtype: int,
+    y_strides: Sequence[int],
+    g: int,
+    g_dtype: int,
+    g_strides: Sequence[int],
+    sizes: Sequence[int],
+    channel: int,
+    threads: int,
+) -> float | None: ...
 def silu_gated_backward(
     addresses: Sequence[int], strides: Sequence[int], rows: int, columns: int, dtype: int, threads: int
 ) -> None: ...

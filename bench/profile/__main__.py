@@ -7,7 +7,8 @@
     zero_cost_nas   (c) snip, grad_norm, plain and fisher as published, a pass each
     backpack/opacus (d) per-sample gradient norms, the nearest that these libraries have
 
-Writes bench/results/profile.json. The full run takes about ten minutes on two cores.
+Writes bench/results/profile.json. The full run takes about ten minutes on two cores. `--where` instead tells what a
+profile spends above a plain pass (`where.py`), and writes bench/results/profile_where.json.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from torch import nn
 
 import zest_fast
 from bench.measure import write_result
-from bench.profile import libraries, peers
+from bench.profile import libraries, peers, where
+from bench.profile.cases import LARGE, STANDARD, TINY
 from bench.profile.memory import measure_peaks
-from zest_fast.benchmarking.models import LARGE, STANDARD, TINY, Batch, Case
+from zest_fast.benchmarking.models import Batch, Case
 from zest_fast.benchmarking.timing import interleave, median, ratio
 
 SLOW_ROUNDS = 3  # of candidates that take several passes or answer another question
@@ -39,6 +41,9 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads or torch.get_num_threads())
     console = Console(width=130)
+    if options.where:
+        _tell_where(options, console)
+        return
     cases = [(case, True) for case in (TINY if options.quick else STANDARD)]
     cases += [(case, False) for case in (() if options.quick or options.no_large else LARGE)]
     results = []
@@ -52,6 +57,15 @@ def main() -> None:
     console.print(f"wrote {write_result('profile', settings, results, options.out)}")
 
 
+def _tell_where(options: argparse.Namespace, console: Console) -> None:
+    torch.set_num_threads(1)  # a thread's clock sees no others
+    cases = [case for case in (TINY if options.quick else STANDARD) if case.model in options.models]
+    results = [where.where(case, options.rounds) for case in cases]
+    console.print(where.table(results))
+    settings = {"rounds": options.rounds, "quick": options.quick, "clock": "processor time of one thread"}
+    console.print(f"wrote {write_result('profile_where', settings, results, options.out, module='profile')}")
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.profile", description="profile() beside its peers")
     models = [case.model for case in STANDARD]
@@ -60,6 +74,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
     parser.add_argument("--quick", action="store_true", help="tiny models: checks that everything runs, says nothing")
     parser.add_argument("--no-large", action="store_true", help="leave the larger batches out")
+    parser.add_argument("--where", action="store_true", help="what a profile spends above a plain pass, by parts")
     parser.add_argument("--out", type=Path, help="folder for the JSON (default bench/results)")
     return parser.parse_args()
 

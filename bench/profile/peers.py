@@ -130,6 +130,8 @@ def _snip(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 def _masked_forward(mask: Tensor, module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.Linear):
         return F.linear(x, module.weight * mask, module.bias)
+    if hasattr(module, "static_padding"):  # of EfficientNet-Lite, whose convolutions pad in their forward
+        x = module.static_padding(x)
     return module._conv_forward(x, module.weight * mask, module.bias)
 
 

@@ -86,7 +86,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.watch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    models = [case.model for case in STANDARD]
+    models = [case.model for case in CASES]
     parser.add_argument("--models", nargs="*", choices=models, default=models)
     parser.add_argument("--processes", nargs="*", type=int, default=list(PROCESSES))
     parser.add_argument("--rounds", type=int, default=ROUNDS)

@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,13 @@ from torch import Tensor
 
 import zest_fast
 from bench import readme
-from bench.profile import libraries, memory, peers
-from zest_fast.benchmarking import models, timing
+from bench.profile import cases, libraries, memory, peers, where
+from zest_fast.benchmarking import timing
+from zest_fast.kernels import cpu
 from zest_fast.planning.counted_memory import held_bytes, peak_bytes
 from zest_fast.planning.ledger import Ledger
 from zest_fast.planning.step import hold
+from zest_fast.profiling import taps
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
@@ -117,7 +121,7 @@ def test_median_of_nothing_is_an_error():
         timing.median([])
 
 
-@pytest.mark.parametrize("case", models.TINY, ids=str)
+@pytest.mark.parametrize("case", cases.TINY, ids=str)
 def test_the_books_of_a_plan_hold_of_a_real_run_what_the_allocator_counts(case):
     model, batch = case.build()
     peers.drop_gradients(model, batch)
@@ -140,7 +144,7 @@ def _scale(metric: str, row: dict[str, float], numel: int) -> float:
     return row[metric.replace("_mean", "_std")]
 
 
-@pytest.mark.parametrize("case", models.TINY, ids=str)
+@pytest.mark.parametrize("case", cases.TINY, ids=str)
 def test_peers_and_profile_agree_in_float64(case):
     model, batch = case.build()
     model, batch = model.double(), {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
@@ -155,7 +159,7 @@ def test_peers_and_profile_agree_in_float64(case):
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("case", models.TINY, ids=str)
+@pytest.mark.parametrize("case", cases.TINY, ids=str)
 def test_libraries_agree_on_the_norms_of_samples(case):
     pytest.importorskip("backpack")
     pytest.importorskip("opacus")
@@ -177,6 +181,25 @@ def test_outputs_nobody_keeps_are_those_that_autograd_does_not_save():
             return self.second(self.first(x)) + 1  # the second layer saves the output of the first, nobody the second's
 
     assert memory.outputs_nobody_keeps(Small(), {"x": torch.randn(3, 4)}) == 3 * 8 * 4
+
+
+def test_where_a_profile_spends_is_told_in_parts_that_add_up():
+    model, batch = cases.TINY[0].build()
+    run = partial(zest_fast.profile, model, batch)
+    run()
+    before = cpu.moments, cpu.torch.mm, taps.ModuleHook.__call__
+    bytes_read = []
+    for _ in range(2):
+        with where.Timers() as timers:
+            start = time.thread_time()
+            timers.run(run)
+            total = time.thread_time() - start
+        assert set(timers.seconds) == {*where.PARTS, "pass", "mm"}
+        assert all(seconds > 0 for seconds in timers.seconds.values())
+        assert sum(timers.seconds.values()) <= total
+        bytes_read.append(timers.bytes_read)
+    assert bytes_read[0] == bytes_read[1] > 4 * sum(m.weight.numel() for m in peers.profiled_layers(model).values())
+    assert (cpu.moments, cpu.torch.mm, taps.ModuleHook.__call__) == before
 
 
 MARKERS = "".join(f"<!-- bench:{name}:begin -->\n<!-- bench:{name}:end -->\nprose\n" for name in readme.BLOCKS)

@@ -56,6 +56,6 @@ def test_the_reference_squares_products_a_block_of_samples_at_a_time(monkeypatch
     y, g = torch.randn(7, 3, 5, generator=torch.Generator().manual_seed(0)), torch.ones(7, 3, 5)
     monkeypatch.setattr(reference, "_PRODUCT_ENTRIES", 10)
     expected = float(y.double().sum(1).square().sum())
-    assert reference.squared_channel_products(y, g) == pytest.approx(expected, rel=1e-12)
-    assert Collector("reference").squared_channel_products(y, g)() == pytest.approx(expected, rel=1e-12)
-    assert reference.squared_channel_products(y[:0], g[:0]) == 0.0
+    assert reference.squared_channel_products(y, g, 2) == pytest.approx(expected, rel=1e-12)
+    assert Collector("reference").squared_channel_products(y, g, 2)() == pytest.approx(expected, rel=1e-12)
+    assert reference.squared_channel_products(y[:0], g[:0], 2) == 0.0

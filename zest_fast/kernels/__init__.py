@@ -6,8 +6,6 @@ file validates the tensors, collector.py makes the one choice of backend, each b
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zest_fast.foundation.options import Backend
+from zest_fast.kernels.channels import by_channel
 from zest_fast.kernels.collector import BACKENDS, Collector, pick_backend
 from zest_fast.kernels.layout import DTYPE_NUMBER
 from zest_fast.kernels.moments import GradientMoments, Moments
@@ -193,8 +192,9 @@ def squared_channel_products(
         13.0
     """
     channel_dim = _require_outputs(y, g, channel_dim)
-    y, g = by_channel(y, channel_dim), by_channel(g, channel_dim)
-    return _now(backend, lambda collector: collector.squared_channel_products(y, g))
+    return _now(
+        backend, lambda collector: collector.squared_channel_products(y.detach(), g.detach(), channel_dim % y.dim())
+    )
 
 
 def _now(backend: Backend, run: Callable[[Collector], Callable[[], T]]) -> T:
@@ -203,23 +203,6 @@ def _now(backend: Backend, run: Callable[[Collector], Callable[[], T]]) -> T:
     later = run(collector)
     collector.fetch()
     return later()
-
-
-def by_channel(x: Tensor, channel_dim: int) -> Tensor:
-    """x seen as [N, P, K], samples first; copied only where its positions do not lie on one stride."""
-    x = x.detach()
-    if x.dim() == 2:
-        return x.unsqueeze(1)
-    channel_dim %= x.dim()
-    sizes, strides = list(x.shape), list(x.stride())
-    channels, channel_stride = sizes.pop(channel_dim), strides.pop(channel_dim)
-    positions = [(size, stride) for size, stride in zip(sizes[1:], strides[1:], strict=True) if size != 1]
-    for (_, outer), (size, inner) in itertools.pairwise(positions):
-        if outer != inner * size:
-            return x.movedim(channel_dim, -1).flatten(1, -2)
-    shape = (sizes[0], math.prod(sizes[1:]), channels)
-    position_stride = positions[-1][1] if positions else 1
-    return x.as_strided(shape, (strides[0], position_stride, channel_stride), x.storage_offset())
 
 
 def _require_outputs(y: Tensor, g: Tensor, channel_dim: int | None) -> int:

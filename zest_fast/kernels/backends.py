@@ -25,8 +25,8 @@ class NumbersBackend(Protocol):
     def channel_products(self, y: Tensor, g: Tensor) -> Tensor:
         """S [N, K] = Σ_p y ⊙ g in float64 for y, g [N, P, K]."""
 
-    def squared_channel_products(self, y: Tensor, g: Tensor) -> float:
-        """Σ_nk S_nk² of ``channel_products``."""
+    def squared_channel_products(self, y: Tensor, g: Tensor, channel_dim: int) -> float:
+        """Σ_nk S_nk² of ``channel_products``, for y, g of one shape, samples first and channels in ``channel_dim``."""
 
 
 class RowsBackend(Protocol):

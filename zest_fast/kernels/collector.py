@@ -14,7 +14,8 @@ from torch import Tensor
 
 from zest_fast.foundation.options import Backend
 from zest_fast.kernels.availability import AVAILABLE, Availability
-from zest_fast.kernels.backends import numbers_backend, rows_backend
+from zest_fast.kernels.backends import NumbersBackend, numbers_backend, rows_backend
+from zest_fast.kernels.channels import by_channel
 from zest_fast.kernels.layout import GRADIENT_MOMENTS, MOMENTS
 from zest_fast.kernels.moments import GradientMoments, Moments
 from zest_fast.kernels.storage import readable
@@ -111,6 +112,7 @@ class Collector:
     def __init__(self, backend: str) -> None:
         self._backend = backend
         self._chosen: dict[torch.device, str] = {}
+        self._serving: dict[torch.device, NumbersBackend | None] = {}
         self._buffers: dict[torch.device, _Rows] = {}
         self.used: set[str] = set()
         """Backends that ran."""
@@ -121,21 +123,26 @@ class Collector:
             return []
         names = names or [f"tensors[{i}]" for i in range(len(tensors))]
         tensors = [readable(x, name) for x, name in zip(tensors, names, strict=True)]
-        name = self._use(tensors[0].device)
-        if at_once := numbers_backend(name):
+        if at_once := self._at_once(tensors[0].device):
             return [_known(at_once.moments(x)) for x in tensors]
         out, later = self._rows(tensors[0].device).take(len(tensors), MOMENTS, Moments.checked)
-        rows_backend(name).moments_into(tensors, out)
+        rows_backend(self._pick(tensors[0].device)).moments_into(tensors, out)
         return later
+
+    def moments_of(self, x: Tensor, name: str) -> Callable[[], Moments]:
+        """Moments of one tensor, which an error calls ``name``."""
+        x = readable(x, name)
+        if at_once := self._at_once(x.device):
+            return _known(at_once.moments(x))
+        return self.moments([x], [name])[0]
 
     def gradient_moments(self, dw: Tensor, w: Tensor) -> Callable[[], GradientMoments]:
         """Moments of dw and w (same shape) and of their product."""
         dw, w = readable(dw, "dw"), readable(w, "w")
-        name = self._use(w.device)
-        if at_once := numbers_backend(name):
+        if at_once := self._at_once(w.device):
             return _known(at_once.gradient_moments(dw, w))
         out, (later,) = self._rows(w.device).take(1, GRADIENT_MOMENTS, GradientMoments.from_row)
-        rows_backend(name).gradient_moments_into(dw, w, out[0])
+        rows_backend(self._pick(w.device)).gradient_moments_into(dw, w, out[0])
         return later
 
     def linear_gradient_moments(self, x: Tensor, g: Tensor, w: Tensor) -> Callable[[], GradientMoments]:
@@ -171,16 +178,18 @@ class Collector:
     def channel_products(self, y: Tensor, g: Tensor) -> Tensor:
         """S [N, K] = Σ_p y ⊙ g in float64, on the device, for y, g [N, P, K]."""
         y, g = readable(y, "y"), readable(g, "g")
-        name = self._use(y.device)
-        return (numbers_backend(name) or rows_backend(name)).channel_products(y, g)
+        return (self._at_once(y.device) or rows_backend(self._pick(y.device))).channel_products(y, g)
 
-    def squared_channel_products(self, y: Tensor, g: Tensor) -> Callable[[], float]:
-        """Σ_nk S_nk² of ``channel_products``."""
+    def squared_channel_products(self, y: Tensor, g: Tensor, channel_dim: int) -> Callable[[], float]:
+        """Σ_nk S_nk² of ``channel_products``, for y, g of one shape, samples first and channels in ``channel_dim``."""
         y, g = readable(y, "y"), readable(g, "g")
-        name = self._use(y.device)
-        if at_once := numbers_backend(name):
-            return _known(at_once.squared_channel_products(y, g))
-        products, step = rows_backend(name).channel_products, max(1, _PRODUCT_ENTRIES // max(1, y.shape[2]))
+        if at_once := self._at_once(y.device):
+            return _known(at_once.squared_channel_products(y, g, channel_dim))
+        y, g = by_channel(y, channel_dim), by_channel(g, channel_dim)
+        products, step = (
+            rows_backend(self._pick(y.device)).channel_products,
+            max(1, _PRODUCT_ENTRIES // max(1, y.shape[2])),
+        )
         parts = [products(y[i : i + step], g[i : i + step]).square().sum() for i in range(0, len(y), step)]
         return self.numbers(torch.stack(parts).sum()[None], float) if parts else _known(0.0)
 
@@ -203,11 +212,13 @@ class Collector:
             name = self._chosen[device] = pick_backend(self._backend, device)
         return name
 
-    def _use(self, device: torch.device) -> str:
-        """The backend that is about to run there."""
-        name = self._pick(device)
-        self.used.add(name)
-        return name
+    def _at_once(self, device: torch.device) -> NumbersBackend | None:
+        """The backend that is about to run there, where its results are numbers at once; None of one of rows."""
+        if device not in self._serving:
+            name = self._pick(device)
+            self.used.add(name)
+            self._serving[device] = numbers_backend(name)
+        return self._serving[device]
 
     def _rows(self, device: torch.device) -> _Rows:
         return self._buffers.setdefault(device, _Rows(device))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from zest_fast import _native
 from zest_fast.foundation.torch_private import FakeTensor
+from zest_fast.kernels.channels import by_channel
 from zest_fast.kernels.layout import DTYPE_NUMBER
 from zest_fast.kernels.moments import GradientMoments, Moments
 from zest_fast.kernels.storage import is_as_it_seems
@@ -59,9 +60,20 @@ def channel_products(y: Tensor, g: Tensor) -> Tensor:
     return out
 
 
-def squared_channel_products(y: Tensor, g: Tensor) -> float:
-    """Σ_nk S_nk² of ``channel_products``, without S."""
-    return _channel_products(y, g, 0)
+def squared_channel_products(y: Tensor, g: Tensor, channel_dim: int) -> float:
+    """Σ_nk S_nk² of ``channel_products``, without S; y, g of one shape, samples first, channels in ``channel_dim``."""
+    found = _native.squared_channel_products(
+        y.data_ptr(),
+        DTYPE_NUMBER[y.dtype],
+        y.stride(),
+        g.data_ptr(),
+        DTYPE_NUMBER[g.dtype],
+        g.stride(),
+        y.shape,
+        channel_dim,
+        torch.get_num_threads(),
+    )
+    return _channel_products(by_channel(y, channel_dim), by_channel(g, channel_dim), 0) if found is None else found
 
 
 def silu_gated_backward(g: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zest_fast.kernels.channels import by_channel
 from zest_fast.kernels.moments import GradientMoments, Moments
 
 _PRODUCT_ENTRIES = 1 << 21  # of S [N, K] at once (16 MiB)
@@ -46,8 +47,9 @@ def channel_products(y: Tensor, g: Tensor) -> Tensor:
     return torch.einsum("npk,npk->nk", y.detach().double(), g.detach().double())
 
 
-def squared_channel_products(y: Tensor, g: Tensor) -> float:
-    """Σ_nk S_nk² of ``channel_products``, formed for a block of samples at a time."""
+def squared_channel_products(y: Tensor, g: Tensor, channel_dim: int) -> float:
+    """Σ_nk S_nk² of ``channel_products``, formed for a block of samples at a time; channels in ``channel_dim``."""
+    y, g = by_channel(y, channel_dim), by_channel(g, channel_dim)
     step = max(1, _PRODUCT_ENTRIES // max(1, y.shape[2]))
     parts = [channel_products(y[i : i + step], g[i : i + step]).square().sum() for i in range(0, len(y), step)]
     return float(torch.stack(parts).sum()) if parts else 0.0

@@ -27,7 +27,7 @@ def readable(x: Tensor, name: str) -> Tensor:
 
 def has_storage(x: Tensor) -> bool:
     """Whether every entry of x lies in memory that x itself holds (a view's bit for "negated" aside)."""
-    if x.layout != torch.strided or x.is_nested or x.is_meta:
+    if x.layout is not torch.strided or x.is_nested or x.is_meta:
         return False
     if x.numel() == 0:
         return True

@@ -17,6 +17,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "diffusers", "timm", "accelerate"
 """Packages whose forward passes neither look at flags, draw from generators of their own nor write into weights."""
 _READING = ("numpy", "scipy", "einops", "sklearn")
 """Packages that get no parameter to write into."""
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _WRITING = {"data", "step", "load_state_dict", "vector_to_parameters", "swap_tensors", "copyto"}
 
 
@@ -70,7 +71,8 @@ def may_write(functions: Iterable[FunctionType], modules: Iterable[nn.Module]) -
 
     True also for what only looks like it (``x += 1``), and for code in a package that is not known here.
     """
-    if any(isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None for m in modules):
+    embeddings = (m for m in modules if isinstance(m, _EMBEDDINGS))
+    if any(m.max_norm is not None for m in embeddings):
         return True
     return any(_read(function.__code__).writes or any(map(_is_unknown, values_in(function))) for function in functions)
 
@@ -84,13 +86,16 @@ def _is_unknown(value: Any) -> bool:
 
 def forwards_of(modules: Iterable[nn.Module]) -> Iterator[Callable[..., Any]]:
     """The functions of the modules' classes that a call may run, but for those of libraries."""
-    classes: set[type] = set()
+    kinds: dict[type, bool] = {}  # and whether they are of a library
     for module in modules:
+        kind = type(module)
+        if kind not in kinds:
+            kinds[kind] = _is_library(kind.__module__)
         if "forward" in vars(module):
             yield vars(module)["forward"]
-        if not _is_library(type(module).__module__):  # which may hold functions of its user
+        if not kinds[kind]:  # which may hold functions of its user
             yield from (value for value in vars(module).values() if callable(value) and not isinstance(value, type))
-        classes.update(kind for kind in type(module).__mro__ if not _is_library(kind.__module__))
+    classes = {base for kind in kinds for base in kind.__mro__ if not _is_library(base.__module__)}
     for kind in classes:
         yield from _functions_of(kind)
 
@@ -119,6 +124,7 @@ def _plain(function: Any) -> FunctionType | None:
     return function if isinstance(function, FunctionType) else None
 
 
+@functools.lru_cache(maxsize=4096)
 def _is_library(module: str | None) -> bool:
     return (module or "").partition(".")[0] in _LIBRARIES
 

@@ -92,14 +92,15 @@ def _last_linear(model: nn.Module, outputs: int) -> nn.Module | None:
 
 def _weighted(model: nn.Module) -> Iterator[nn.Module]:
     """Modules that own a parameter of two or more dimensions, in order; no embeddings, and nothing that LoRA added."""
+    modules = list(model.modules())
     added = {
         part
-        for adapter in model.modules()
+        for adapter in modules
         if isinstance(adapter._modules.get("base_layer"), nn.Module)
         for part in set(adapter.modules()) - set(adapter.base_layer.modules())  # type: ignore[union-attr]
     }
-    for module in model.modules():
-        if module in added or isinstance(module, nn.Embedding | nn.EmbeddingBag):
+    for module in modules:
+        if not module._parameters or module in added or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             continue
         if any(p is not None and p.dim() > 1 for p in module._parameters.values()):
             yield module

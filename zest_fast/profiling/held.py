@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +14,20 @@ class Overwritten(Exception):
     """A tensor that was kept for the backward pass was modified in place after that."""
 
 
+class Held(Protocol):
+    """A tensor that is kept. Detached, so that it holds no graph and no reference cycle arises."""
+
+    def get(self) -> Tensor:
+        """The tensor as it was when it was kept.
+
+        Raises:
+            Overwritten: it is not any more.
+        """
+
+
 class Keeper:
-    """Keeps the tensors of one pass: hooks on saved tensors (checkpointing, offloading) see and move them.
+    """Keeps the tensors of one pass. Where hooks on saved tensors are at work (checkpointing, offloading), these see
+    and move them; elsewhere no node is made for them, which would cost time in every call of a layer.
 
     Args:
         anchor: a scalar that requires a gradient, of which the kept tensors' nodes hang.
@@ -27,19 +39,35 @@ class Keeper:
         self._storages: dict[int, StorageWeakRef] = {}
 
     def keep(self, tensor: Tensor) -> Held:
-        if saved_tensors_are_moved():
-            storage = tensor.untyped_storage()
-            if storage_key(storage) not in self._storages:
-                self._storages[storage_key(storage)] = StorageWeakRef(storage)
-        return Held(self, _Hold.apply(self._anchor, tensor.detach()), tensor._version)
+        if not saved_tensors_are_moved():
+            return _HeldHere(tensor.detach())
+        storage = tensor.untyped_storage()
+        if storage_key(storage) not in self._storages:
+            self._storages[storage_key(storage)] = StorageWeakRef(storage)
+        return _HeldByAutograd(self, _Hold.apply(self._anchor, tensor.detach()), tensor._version)
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether the tensor lies in memory that was kept as it is, not in a copy that a hook on saved tensors made."""
         return storage_key(tensor.untyped_storage()) in self._storages
 
 
-class Held:
-    """A tensor in the care of autograd. Detached, so that it holds no graph and no reference cycle arises."""
+class _HeldHere:
+    """The tensor itself; its version number is the one of what it was detached from."""
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._version = tensor._version
+
+    def get(self) -> Tensor:
+        if self._tensor._version != self._version:
+            raise Overwritten
+        return self._tensor
+
+
+class _HeldByAutograd:
+    """A tensor in the care of autograd."""
 
     def __init__(self, keeper: Keeper, output: Tensor, version: int) -> None:
         self._keeper = keeper
@@ -47,11 +75,6 @@ class Held:
         self._version = version
 
     def get(self) -> Tensor:
-        """The tensor as it was when it was kept.
-
-        Raises:
-            Overwritten: it is not any more.
-        """
         try:
             (tensor,) = self._output.grad_fn.saved_tensors  # type: ignore[union-attr]
         except RuntimeError as error:

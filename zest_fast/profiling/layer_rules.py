@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zest_fast import kernels
 from zest_fast.foundation.torch_private import ragged_dimension
 from zest_fast.kernels import Collector, GradientMoments, Moments
+from zest_fast.kernels.channels import by_channel
 from zest_fast.kernels.moments import SquaredProducts
 from zest_fast.profiling.layers import Layer, channel_dim, is_transformers_conv1d
 
@@ -142,15 +142,16 @@ def weight_gradient_moments(collector: Collector, dw: Tensor, weight: Tensor) ->
 
 def products_of_one_use(collector: Collector, layer: Layer, y: Tensor, g: Tensor) -> Callable[[], SquaredProducts]:
     """What fisher is made of, Σ S² with S [N, K] = Σ_p Y⊙G, without S."""
-    y, g = _by_channel(layer, y, g)
-    return _over(y.shape[0], collector.squared_channel_products(y, g))
+    y, g, channel = _alike(layer, y, g)
+    return _over(y.shape[0], collector.squared_channel_products(y.detach(), g.detach(), channel))
 
 
 def output_products(collector: Collector, layer: Layer, y: Tensor, g: Tensor) -> Tensor:
     """S [N, K] = Σ_p Y⊙G in float64, for a layer whose uses have to be added up first."""
     if y.is_nested:
         return _jagged_products(y, g)
-    return collector.channel_products(*_by_channel(layer, y, g))
+    y, g, channel = _alike(layer, y, g)
+    return collector.channel_products(by_channel(y, channel), by_channel(g, channel))
 
 
 def _jagged_products(y: Tensor, g: Tensor) -> Tensor:
@@ -193,15 +194,15 @@ def output_again(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
         return type(module).forward(module, x.detach())
 
 
-def _by_channel(layer: Layer, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """y and g as [N, P, K]."""
+def _alike(layer: Layer, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor, int]:
+    """y and g of one dtype, samples first, and which dimension has the channels."""
     channel = channel_dim(layer, y)
     if y.dim() <= -channel:  # an input without a batch dimension: one sample
         missing = 1 - channel - y.dim()
         y, g = y.reshape((1,) * missing + y.shape), g.reshape((1,) * missing + g.shape)
     if g.dtype != y.dtype:
         g = g.to(y.dtype)
-    return kernels.by_channel(y, channel), kernels.by_channel(g, channel)
+    return y, g, channel % y.dim()
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -29,8 +29,9 @@ def loss_of(
         return closure
     if batch is None:
         raise ValueError("neither batch nor closure was given; pass one of them")
-    devices = {p.device for p in model.parameters()}
-    meshes: list[Any] = [p for p in model.parameters() if is_distributed(p)]  # whose parameters may be offloaded
+    parameters = list(model.parameters())
+    devices = {p.device for p in parameters}
+    meshes: list[Any] = [p for p in parameters if is_distributed(p)]  # whose parameters may be offloaded
     devices |= {torch.device(p.device_mesh.device_type) for p in meshes}
     if isinstance(batch, Mapping):
         inputs, targets = _usable(dict(batch), devices, "batch"), batch.get("labels")

@@ -19,7 +19,7 @@ from zest_fast.profiling.metrics import NEEDS_TILES, PRODUCT, WEIGHT, LayerStati
 from zest_fast.profiling.processes.local import local_part
 
 _Products = Callable[[], SquaredProducts]
-_OUTPUT_NAME = ("its output",)
+_OUTPUT_NAME = "its output"
 # Of means over a whole tensor, in which the rounding of a second computation (checkpointing) averages out.
 _AGAIN, _AGAIN_ON_A_GPU = 1e-6, 1e-4
 
@@ -83,8 +83,7 @@ class Statistics:
     def _output_moments(self, y: Tensor) -> Callable[[], Moments]:
         if y.is_nested:
             y = layer_rules.jagged_rows(y)[0]
-        (found,) = self.collector.moments([y], _OUTPUT_NAME)
-        return found
+        return self.collector.moments_of(y, _OUTPUT_NAME)
 
     @naming_the_layer
     def linear(self, layer: Layer, x: Tensor, g: Tensor) -> None:
@@ -127,7 +126,7 @@ class Statistics:
     def _require_as_returned(self, layer: Layer, y: Tensor) -> None:
         """Notes what tells, once results are there, whether Y is still what the layer returned (see ``finish``)."""
         if not y.is_nested and self._may_be_written(y):
-            (found,) = self.collector.moments([y], _OUTPUT_NAME)
+            found = self.collector.moments_of(y, _OUTPUT_NAME)
             self._outputs_again.setdefault(layer, []).append((found, _AGAIN if y.is_cpu else _AGAIN_ON_A_GPU))
 
     def end_pass(self) -> None:

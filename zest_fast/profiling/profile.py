@@ -198,7 +198,7 @@ class _Pass:
         self._metrics = metrics
         self._backend = backend
         self._size = _size(modules)
-        self._embeddings = [m for m in modules.values() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+        self._embeddings = [m for m in modules.values() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
         self._parents = {parent for layer in self._chosen for parent in ancestors(layer, modules)[:1]}
         self._needed = statistics_needed(metrics)
         self._watched = watched_for(self._needed)

@@ -213,8 +213,13 @@ class Taps(AbstractContextManager["Taps"]):
             by_module.setdefault(layer.called_module, []).append(layer)
         for module, layers in by_module.items():
             tiled = self._counts[layers[0].weight] if self._counts[layers[0].weight].tiled else None
-            before, after = ModuleHook(self._before(tiled)), ModuleHook(self._after(layers, tiled))
-            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            by_itself = tiled is None and all(
+                map(has_output_rule, layers)
+            )  # torch's own forward: it calls no other module
+            if not by_itself:
+                before = ModuleHook(self._before(tiled))
+                self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            after = ModuleHook(self._after(module, layers, tiled, by_itself))
             handle = module.register_forward_hook(after, with_kwargs=True, prepend=True, always_call=tiled is not None)
             self._handles.append(handle)
             self._first_hooks[module] = handle.id
@@ -464,15 +469,20 @@ class Taps(AbstractContextManager["Taps"]):
             self.order.setdefault(module, len(self.order))
             self.uses[module] = self.uses.get(module, 0) + 1
 
-    def _after(self, layers: list[Layer], tiled: _Counts | None) -> Callable[..., Tensor | None]:
+    def _after(
+        self, module: nn.Module, layers: list[Layer], tiled: _Counts | None, counts_calls: bool
+    ) -> Callable[..., Tensor | None]:
+        """counts_calls: whether no hook before the call does."""
         places = [_place(layer) for layer in layers]
+        observed = [layer for layer in layers if layer.output_module is module]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
             if is_unwatched():
                 return None
-            observed = [layer for layer in layers if layer.output_module is module]
             if not self._is_own_call():
                 return self._elsewhere(observed, tiled, first_input(args, kwargs), output)
+            if counts_calls:
+                self._count(module, args)
             frozen = tiled is not None and tiled.frozen
             if frozen:
                 self._thaw(tiled)  # type: ignore[arg-type]
@@ -624,7 +634,10 @@ class Taps(AbstractContextManager["Taps"]):
                 self._arrivals[layer] = self._arrivals.get(layer, 0) + 1
             held_x, held_y = state["x"], state["y"]
             state.clear()  # frees X and Y as soon as this layer is done
-            self._gradient_arrived(layers, tiled, held_x, held_y, g.detach().reshape(shape), bias, elsewhere)
+            g = g.detach()
+            if g.shape != shape:  # of a view that goes by the node of its base
+                g = g.reshape(shape)
+            self._gradient_arrived(layers, tiled, held_x, held_y, g, bias, elsewhere)
 
         node: Any = source.grad_fn
         handle = node.register_prehook(arrived)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -161,7 +162,9 @@ class ModelState(AbstractContextManager["ModelState"]):
                 module.training = training
         self._attributes.restore()
         for own, entries in self._registered:
-            if len(own) != len(entries) or any(own.get(name) is not entry for name, entry in entries.items()):
+            if not own and not entries:
+                continue
+            if own.keys() != entries.keys() or not all(map(operator.is_, map(own.get, entries), entries.values())):
                 own.clear()
                 own.update(entries)
         with torch.no_grad():

@@ -93,7 +93,10 @@ def layout_of(model: nn.Module, modules: dict[str, nn.Module], *, accumulates: b
 
 def _refuse_unknown_wrappers(modules: dict[str, nn.Module]) -> None:
     """Raises for modules that bring gradients of processes together in ways that are not followed here."""
+    first_of_its_kind: dict[type, tuple[str, nn.Module]] = {}
     for name, module in modules.items():
+        first_of_its_kind.setdefault(type(module), (name, module))
+    for name, module in first_of_its_kind.values():
         where = f"module {name!r}" if name else "the model"
         kinds = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__}
         if any(kind.endswith(".FullyShardedDataParallel") for kind in kinds):

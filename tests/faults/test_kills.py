@@ -47,6 +47,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and killed"),
 ]
 FEW, MANY = 2, 50
+KEY = ("record", "seed", "layer", "head_state")
 
 
 @pytest.fixture(params=[FEW, pytest.param(MANY, marks=pytest.mark.slow)])
@@ -70,7 +71,7 @@ def test_sweeps_with_workers(tmp_path, kills) -> None:
         sweep(model, splits, out=path, recipe=recipe, layers=layers, workers=2)
 
     killer = Killer(kills)
-    killer.undisturbed(lambda: work(tmp_path / "whole.jsonl"))
+    killer.undisturbed(lambda: work(tmp_path / "whole.jsonl"), lambda: work(tmp_path / "again.jsonl"))
     model, splits = make(Residual)
     whole = sweep(model, splits, out=tmp_path / "whole.jsonl", recipe=recipe, layers=layers)
     for number in itertools.count():
@@ -80,7 +81,7 @@ def test_sweeps_with_workers(tmp_path, kills) -> None:
             assert now[: len(kept)] == kept  # what was recorded stays
             kept = now
             if kept:
-                keys = [(r["record"], r.get("seed"), r.get("layer")) for r in read_records(path)[1]]
+                keys = [tuple(r.get(key) for key in KEY) for r in read_records(path)[1]]
                 assert len(keys) == len(set(keys))
         if not path.exists():
             continue
@@ -123,7 +124,7 @@ def test_runs_that_are_saved_after_each_step(tmp_path, kills) -> None:
         Run().train(path)
 
     killer = Killer(kills)
-    killer.undisturbed(lambda: work(tmp_path / "whole.run"))
+    killer.undisturbed(lambda: work(tmp_path / "whole.run"), lambda: work(tmp_path / "again.run"))
 
     def state(path: Path) -> dict[str, torch.Tensor]:
         run = Run()
@@ -190,7 +191,7 @@ def test_the_command_finetune(tmp_path, monkeypatch, kills) -> None:
         assert result.exit_code == 0, result.stderr
 
     killer = Killer(kills)
-    killer.undisturbed(lambda: work("whole"))
+    killer.undisturbed(lambda: work("whole"), lambda: work("again"))
     whole = read_delta("whole.safetensors")
     for number in itertools.count():
         while killer.kills < kills and killer.killed(lambda number=number: work(str(number))):
@@ -220,7 +221,9 @@ def test_prefix_caches(tmp_path, kills) -> None:
 
     plain = trained(None)
     killer = Killer(kills)
-    killer.undisturbed(lambda: trained(PrefixCache(tmp_path / "whole")))
+    killer.undisturbed(
+        lambda: trained(PrefixCache(tmp_path / "whole")), lambda: trained(PrefixCache(tmp_path / "again"))
+    )
     read = 0
     for number in itertools.count():
         folder = tmp_path / str(number)
@@ -258,7 +261,7 @@ def test_record_files_and_their_tables(tmp_path, kills) -> None:
                     consolidate([finished], tmp_path / "all.parquet")
 
     killer = Killer(kills)
-    killer.undisturbed(lambda: work(tmp_path / "whole.jsonl"))
+    killer.undisturbed(lambda: work(tmp_path / "whole.jsonl"), lambda: work(tmp_path / "again.jsonl"))
     for number in itertools.count():
         path, there = tmp_path / f"{number}.jsonl", 0
         while killer.kills < kills and killer.killed(lambda path=path: work(path)):
@@ -286,7 +289,7 @@ def test_watch_logs(tmp_path, kills, ending) -> None:
         sink.close()
 
     killer = Killer(kills)
-    killer.undisturbed(lambda: work(tmp_path / f"whole.{ending}"))
+    killer.undisturbed(lambda: work(tmp_path / f"whole.{ending}"), lambda: work(tmp_path / f"again.{ending}"))
     whole = load_watch(tmp_path / f"whole.{ending}").to_pandas()
     for number in itertools.count():
         path, there = tmp_path / f"{number}.{ending}", 0
@@ -378,7 +381,7 @@ def test_files_that_are_replaced(tmp_path, kills, name) -> None:
             save(path)
 
     killer = Killer(kills)
-    killer.undisturbed(work)
+    killer.undisturbed(work, work)
     while killer.kills < kills:
         killer.killed(work)
         assert read(path) in contents
@@ -395,7 +398,7 @@ def test_a_write_that_is_no_replacement_is_torn(tmp_path) -> None:
             path.write_text(text)
 
     killer = Killer(1)
-    killer.undisturbed(work)
+    killer.undisturbed(work, work)
     for _ in range(100):
         killer.killed(work)
         if path.stat().st_size < len(text):

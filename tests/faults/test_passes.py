@@ -202,7 +202,9 @@ def test_workers_after_the_threads_of_openmp(tmp_path, threads, method) -> None:
     """A forked process has none of the threads that OpenMP believes in: it may use one only."""
     program = tmp_path / "program.py"  # spawned processes import it again
     program.write_text(SWEEP.format(threads=threads, path=str(tmp_path / "records.jsonl")))
-    said = in_a_process(f"import runpy; runpy.run_path({str(program)!r}, run_name='__main__')", threads=threads)
+    said = in_a_process(
+        f"import runpy; runpy.run_path({str(program)!r}, run_name='__main__')", threads=threads, timeout=600
+    )
     assert said.split() == ["blocks.0.first", "stem", method]
 
 

@@ -172,6 +172,38 @@ def test_python_m_takes_nothing_from_the_current_folder(tmp_path) -> None:
     assert "zest-fast rank" in result.stdout and not (tmp_path / "taken").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["processes", "jobs"])
+def test_workers_take_nothing_from_the_current_folder(tmp_path, workers) -> None:
+    """`python -c`, which starts a spawned process, and `python -m`, which starts a job, look there first."""
+    for name in ("signal", "random", "socket", "tempfile", "secrets", "torch", "pickle", "uuid"):
+        (tmp_path / f"{name}.py").write_text("open('taken', 'w').close()\nraise SystemExit('shadowed')\n")
+    program = (
+        "from zest_fast.sweeping import local_workers\n"
+        "if __name__ == '__main__':\n"
+        "    local_workers._can_fork = lambda threads: False\n"
+        "    from zest_fast.cli import app\n"
+        "    app(prog_name='zest-fast')\n"
+    )
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "program.py").write_text(program)  # its folder is first on the path, as for zest-fast
+    (tmp_path / "zest_ends_user.py").write_text(USER_MODULE)
+    (tmp_path / "shared").mkdir()
+    job = ("--slurm", "cluster=local", "--slurm", "folder=shared", "--slurm", "timeout_min=5")
+    options = ("--workers", "2") if workers == "processes" else ("--workers", "slurm:1", *job)
+    words = ("sweep", NET, BATCHES, "--steps", "2", "--batch-size", "4", "--seeds", "1", *options, "--json")
+    result = subprocess.run(
+        [sys.executable, "elsewhere/program.py", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert not (tmp_path / "taken").exists()
+    assert {row["layer"] for row in json.loads(result.stdout)["best"]} == {"a", "b"}
+
+
 OUTPUTS = [
     (("profile", NET, BATCHES), "--out", ".json"),
     (("profile", NET, BATCHES), "--plot", ".png"),

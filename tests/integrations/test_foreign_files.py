@@ -79,6 +79,32 @@ def test_json_and_yaml_that_are_deep_or_no_utf8(tmp_path, name):
         assert type(caught.value) is ValueError and len(str(caught.value)) < 500
 
 
+def test_yaml_whose_aliases_unfold_beyond_measure(tmp_path):
+    """A kilobyte that names lists of lists, 10^9 entries once they are written out."""
+    lists = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lists += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
+    settings = "\n".join([*lists, "base_model: tiny", "adapter: lora", "sequence_len: 16"])
+    program = (
+        "import resource; from pathlib import Path\n"
+        "from transformers import LlamaConfig\n"
+        "from zest_fast.integrations.training_files import plan_training_file\n"
+        "config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,\n"
+        "                     num_key_value_heads=2, vocab_size=32)\n"
+        f"path = Path({str(tmp_path / 'bomb.yaml')!r})\n"
+        "resource.setrlimit(resource.RLIMIT_CPU, (100, 100))\n"
+        "for key in ('datasets', 'lora_target_modules', 'unfrozen_parameters', 'micro_batch_size', 'other'):\n"
+        f"    path.write_text({settings!r} + f'\\n{{key}}: *a8')\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "    try: plan_training_file(path, model=config)\n"
+        "    except ValueError as error: assert 'bomb.yaml' in str(error) and len(str(error)) < 1000, error\n"
+        "    print(key, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    grown = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
+    assert len(grown) == 5 and max(grown.values()) < 600, grown
+
+
 def small_but_wide(path: Path) -> Path:
     """A few kilobytes that unfold to one gigabyte and a half: one text of a megabyte, fifteen hundred times."""
     schema = pyarrow.schema([("text", pyarrow.string())], metadata={"zest_fast.records": "[]"})

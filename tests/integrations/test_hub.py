@@ -122,6 +122,36 @@ def test_whole_weights_go_only_when_that_is_asked_for(llama, delta, tmp_path):
         push(beside, "me/merged", api=api)
 
 
+def test_links_out_of_a_folder_are_not_published(llama, delta, tmp_path):
+    """A folder from elsewhere may hold one to any file of the user's; the hub's cache is made of links to its own."""
+    secret = tmp_path / "id_rsa"
+    secret.write_text("a secret")
+    merge_folder(str(llama), delta, tmp_path / "merged")
+    api = FakeApi()
+    for target in (secret, tmp_path / "d.safetensors"):
+        link = tmp_path / "merged" / "notes.txt"
+        link.symlink_to(target)
+        with pytest.raises(ValueError, match=r"notes\.txt' is a link to '.*', outside of the folder"):
+            push(tmp_path / "merged", "me/merged", delta=delta, with_base=True, api=api)
+        assert not api.made and not api.commits
+        link.unlink()
+    (tmp_path / "merged" / "again.json").symlink_to("config.json")  # inside
+    push(tmp_path / "merged", "me/merged", delta=delta, with_base=True, api=api)
+    assert api.files["again.json"] == api.files["config.json"]
+    snapshot, blobs = (tmp_path / "models--a--b" / name for name in ("snapshots/0123", "blobs"))
+    snapshot.parent.mkdir(parents=True)
+    blobs.mkdir()
+    (tmp_path / "merged").rename(snapshot)
+    (snapshot / "config.json").rename(blobs / "1")
+    (snapshot / "config.json").symlink_to("../../blobs/1")
+    push(snapshot, "me/merged", delta=delta, with_base=True, api=api)
+    assert api.files["config.json"] == (blobs / "1").read_bytes()
+    linked = tmp_path / "linked.safetensors"  # a file that is named is meant
+    linked.symlink_to(delta)
+    push(linked, "me/tuned", api=api)
+    assert api.files["linked.safetensors"] == delta.read_bytes()
+
+
 def test_an_adapter_brings_its_own_card(llama, delta, tmp_path):
     base = transformers.AutoModelForCausalLM.from_pretrained(llama)
     delta_to_lora(delta, base, tmp_path / "adapter", error=0.5)

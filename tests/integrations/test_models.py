@@ -11,6 +11,7 @@ import transformers
 from checkpoints import TEXTS, minilm, save_bert, save_lite0, save_llama, save_resnet
 from without_module import refuse_import
 
+import zest_fast
 from zest_fast.integrations.pretrained import find_task, load_model
 from zest_fast.integrations.references import load_function
 from zest_fast.planning.plan import plan
@@ -458,6 +459,30 @@ def test_the_links_of_a_hub_cache_are_followed(tmp_path):
         file.symlink_to(Path("..") / ".." / "blobs" / str(number))
     loaded = load_model(str(snapshot)).model.state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("content", ["deep", "a long number", "a pipe"])
+def test_settings_that_would_not_end_are_refused(tmp_path, name, content):
+    """Python's own stack and time, and a pipe, which is waited for."""
+    folder = save_bert(tmp_path / "bert")
+    (folder / name).unlink(missing_ok=True)
+    if content == "a pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).write_text("[" * 100_000 if content == "deep" else '{"a": ' + "9" * 100_000 + "}")
+    with pytest.raises(ValueError) as caught:
+        load_model(str(folder))
+    one_line(caught.value, name)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a":' * 50_000 + "1" + "}" * 50_000])
+def test_a_deep_configuration_of_what_is_streamed_or_planned_is_refused(tmp_path, content):
+    folder = save_bert(tmp_path / "bert")
+    (folder / "config.json").write_text(content)
+    for read in (zest_fast.open_streamed, lambda source: zest_fast.plan(source, layers=1, batch_size=2)):
+        with pytest.raises(ValueError, match=r"bert"):
+            read(folder)
 
 
 def test_an_adapter_is_no_model(tmp_path):

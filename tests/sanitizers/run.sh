@@ -3,6 +3,7 @@
 # AVX-512 and AVX2 (where qemu-x86_64 is installed): driver.cpp on CASES random cases, then the tests of the kernels in
 # Python with an extension built by the first two. Any report ends it.
 #     PYTHON=python3 CASES=6000 tests/sanitizers/run.sh
+#     tests/sanitizers/run.sh --self-test       # plants a bug of each kind into a copy, and expects each to be reported
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 python=${PYTHON:-python3} cases=${CASES:-1000}
@@ -12,16 +13,49 @@ kernels=("$root"/csrc/cpu/*.cpp)
 flags=(-std=c++17 -O2 -g -fopenmp -ffp-contract=fast -fno-math-errno -Wno-psabi -I"$root/csrc")
 memory=(-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
 
+build_memory() { # program, kernels
+    g++ "${flags[@]}" "${memory[@]}" "${@:2}" "$root/tests/sanitizers/driver.cpp" -o "$1"
+}
+
+build_races() { # program, kernels
+    local objects=() source
+    for source in "${@:2}" "$root/tests/sanitizers/driver.cpp" "$root/tests/sanitizers/threads.cpp"; do
+        objects+=("$1-$(basename "$source").o")
+        g++ "${flags[@]}" -fsanitize=thread -DZEST_ONE_VERSION -c "$source" -o "${objects[-1]}"
+    done
+    g++ -fsanitize=thread "${objects[@]}" -o "$1" -pthread # no -fopenmp: threads.cpp is the runtime
+}
+
+planted() { # what it is, edit of bits.cpp, how it is built, the report that has to come
+    local copy="$work/bits.cpp" others=()
+    sed "$2" "$root/csrc/cpu/bits.cpp" > "$copy"
+    if cmp -s "$copy" "$root/csrc/cpu/bits.cpp"; then
+        echo "$1: the edit changes nothing, bits.cpp is another one now" && return 1
+    fi
+    for kernel in "${kernels[@]}"; do [[ $kernel == */bits.cpp ]] || others+=("$kernel"); done
+    "$3" "$work/planted" "$copy" "${others[@]}"
+    if "$work/planted" 200 > "$work/said" 2>&1 || ! grep -q "$4" "$work/said"; then
+        echo "$1: not reported" && tail -n 20 "$work/said" && return 1
+    fi
+    echo "$1: reported ($(grep -m 1 -o "$4" "$work/said"))"
+}
+
+if [[ ${1:-} == --self-test ]]; then
+    planted "a read beyond the end" 's/for (int64_t i = whole; i < n; ++i)/for (int64_t i = whole; i <= n; ++i)/' \
+        build_memory "AddressSanitizer: heap-buffer-overflow"
+    planted "a signed overflow" 's/^    uint8_t mask\[block\];$/& volatile int planted = 2147483647; planted = planted + int(n % 2) + 1;/' \
+        build_memory "runtime error: signed integer overflow"
+    planted "a race" 's/ work(first, .* run);/ { static int64_t planted = 0; ++planted; & }/' \
+        build_races "ThreadSanitizer: data race"
+    exit
+fi
+
 echo "== AddressSanitizer and UndefinedBehaviorSanitizer"
-g++ "${flags[@]}" "${memory[@]}" "${kernels[@]}" "$root/tests/sanitizers/driver.cpp" -o "$work/memory"
+build_memory "$work/memory" "${kernels[@]}"
 "$work/memory" "$cases"
 
 echo "== ThreadSanitizer"
-g++ "${flags[@]}" -fsanitize=thread -DZEST_ONE_VERSION -c "$root/tests/sanitizers/driver.cpp" -o "$work/driver.o"
-for kernel in "${kernels[@]}" "$root/tests/sanitizers/threads.cpp"; do
-    g++ "${flags[@]}" -fsanitize=thread -DZEST_ONE_VERSION -c "$kernel" -o "$work/$(basename "$kernel").o"
-done
-g++ -fsanitize=thread "$work"/*.o -o "$work/races" -pthread # no -fopenmp: threads.cpp is the runtime
+build_races "$work/races" "${kernels[@]}"
 "$work/races" "$cases"
 
 echo "== Processors that lack what this one has"

@@ -575,6 +575,74 @@ def _read_watched(path: Path) -> None:
     sink_for(path).close()
 
 
+def _shard() -> bytes:
+    import torch
+    from safetensors.torch import save
+
+    tensors = {"a.weight": torch.arange(12.0).view(3, 4), "a.bias": torch.ones(3).bfloat16(), "n": torch.arange(5)}
+    return save(tensors, {"format": "pt"})
+
+
+def _write_shard(whole: bytes, chance: np.random.Generator, path: Path) -> None:
+    """Bytes, or the header as JSON, with its own length or another."""
+    if chance.integers(3) == 0:
+        path.write_bytes(of_bytes(whole, chance))
+        return
+    length = int.from_bytes(whole[:8], "little")
+    header = to_text(of_json(json.loads(whole[8 : 8 + length]), chance)).encode("utf-8", "surrogatepass")
+    wrong = (0, 1, 2**31, 2**40, 2**63, 2**64 - 1)
+    said = wrong[int(chance.integers(len(wrong)))] if chance.integers(8) == 0 else len(header)
+    path.write_bytes(said.to_bytes(8, "little") + header + whole[8 + length :])
+
+
+def _read_shard(path: Path) -> None:
+    from zest_fast.streaming.checkpoints import plain_checkpoint
+
+    checkpoint = plain_checkpoint(path.parent)
+    for name in checkpoint:
+        checkpoint.parameter(name).double().sum()
+
+
+_SAMPLES = [bytes([number]) * 16 for number in range(6)]
+_DESCRIPTION = {"model": "tiny"}
+
+
+def _activations(folder: Path) -> Any:
+    from zest_fast.prefix.activation_files import ActivationFiles, Room
+
+    return ActivationFiles(Room(folder, 2**20), _DESCRIPTION, 64)
+
+
+def _cache() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        files = _activations(Path(folder))
+        for sample in _SAMPLES:
+            files.write(sample, memoryview(sample * 4))
+        files.close()
+        (written,) = Path(folder).glob("*/*.activations")
+        return written.read_bytes()
+
+
+def _read_cache(path: Path) -> None:
+    """What is damaged is not there; what is there is what was written."""
+    from zest_fast.foundation.documents import json_hash
+
+    folder = path.with_name("cache")
+    (folder / json_hash(_DESCRIPTION)[:32]).mkdir(parents=True, exist_ok=True)
+    path.replace(folder / json_hash(_DESCRIPTION)[:32] / path.name)
+    files = _activations(folder)
+    lost = 0
+    for sample in _SAMPLES:
+        into = bytearray(64)
+        if files.read(sample, memoryview(into)):
+            assert into == sample * 4, "another sample's activations"
+        else:
+            lost += 1
+    files.close()
+    if lost:
+        raise Refused(f"{lost} of {len(_SAMPLES)} are computed again")
+
+
 def _write_bytes(whole: bytes, chance: np.random.Generator, path: Path) -> None:
     path.write_bytes(of_bytes(whole, chance))
 
@@ -595,6 +663,8 @@ FORMATS = {
     "table-jsonl": Format("t.jsonl", _rows, _write_rows, _read_table),
     "table-csv": Format("t.csv", _csv, _write_bytes, _read_table),
     "table-parquet": Format("t.parquet", _table_parquet, _write_parquet, _read_table),
+    "shard": Format("model.safetensors", _shard, _write_shard, _read_shard),
+    "prefix-cache": Format("1.activations", _cache, _write_bytes, _read_cache),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from zest_fast.sweeping import records as records_module
 from zest_fast.sweeping.records import read_records
 from zest_fast.sweeping.sweep import sweep
 from zest_fast.sweeping.trials import Trial
-from zest_fast.sweeping.workers import Died, distribute
+from zest_fast.sweeping.workers import Died, current_folder_not_first, distribute
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 SHORT = replace(RECIPE, seeds=(0,), steps=1)
@@ -66,6 +67,17 @@ def test_a_model_that_cannot_be_pickled_is_named_where_it_has_to_be(tmp_path, mo
     monkeypatch.setattr(local_workers, "_can_fork", lambda _: False)
     with pytest.raises(ValueError, match=r"cannot be sent to other processes .*workers=1"):
         sweep(model, splits, out=tmp_path / "records.jsonl", recipe=SHORT, layers=["stem"], workers=2)
+
+
+def test_processes_that_are_started_do_not_look_into_the_current_folder_first(monkeypatch) -> None:
+    program = "import sys; print('' in sys.path[:1])"  # as multiprocessing starts its own, by `python -c`
+    for before in (None, "1"):
+        monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+        if before:
+            monkeypatch.setenv("PYTHONSAFEPATH", before)
+        with current_folder_not_first():
+            said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert said.stdout.strip() == "False" and os.environ.get("PYTHONSAFEPATH") == before
 
 
 def test_a_worker_that_is_killed_loses_nothing(tmp_path) -> None:

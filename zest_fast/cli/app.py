@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from zest_fast.cli.show import printable
 
 # IndexError is what torch raises for a label beyond the outputs and a token beyond the vocabulary.
-USER_ERRORS = (ValueError, TypeError, KeyError, IndexError, OSError, ImportError, RuntimeError)
+USER_ERRORS = (ValueError, TypeError, KeyError, IndexError, OSError, ImportError, RuntimeError, MemoryError)
 
 
 # An argument, True or False behind it, and how else a value begins; not in a path, a file's name or a text in quotes.
@@ -52,6 +52,7 @@ class _OneLineErrors(TyperGroup):
                 raise
             text = error.args[0] if isinstance(error, KeyError) and error.args else error  # str() would quote it
             line = " ".join(str(text).split()) or type(error).__name__
+            line = "; ".join([line, *getattr(error, "__notes__", ())])
             typer.echo(f"error: {printable(self._with_options(ctx, line))}{_place(error)}", err=True)
             raise typer.Exit(2) from error
 

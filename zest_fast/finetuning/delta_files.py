@@ -108,6 +108,7 @@ def read_delta(path: str | os.PathLike[str]) -> Delta:
     The checksum takes a second for each GB and core.
     """
     check_regular(path)
+    which = _identity(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -121,6 +122,8 @@ def read_delta(path: str | os.PathLike[str]) -> Delta:
     except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # decoders of a file from somebody else raise whatever they meet
+        if _identity(path) != which:  # replaced meanwhile: safetensors opens it for the header, and for each tensor
+            return read_delta(path)
         raise ValueError(
             f"{os.fspath(path)!r} is no delta that can be read ({reason(error)}): torn, or written by "
             "something else; save it again, or name a file that SelectiveBackward.save wrote"
@@ -129,6 +132,11 @@ def read_delta(path: str | os.PathLike[str]) -> Delta:
         f"{os.fspath(path)!r} has format version {version}, this zest_fast reads versions {_WITHOUT_CHECKSUM} to "
         f"{VERSION}: " + ("upgrade zest_fast" if version > VERSION else "save it again")
     )
+
+
+def _identity(path: str | os.PathLike[str]) -> tuple[int, int, int]:
+    found = os.stat(path)
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def reason(error: BaseException) -> str:

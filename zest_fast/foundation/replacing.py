@@ -19,6 +19,7 @@ from pathlib import Path
 from zest_fast.foundation.documents import not_regular
 
 _FULL = re.compile("No space left|File too large|unexpected pos|file write failed")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WRITER = re.compile(r"(\d+)-(\d*)\.[0-9a-f]{8}\.tmp")
 _LONGEST = 150  # bytes of the target's name within a temporary's: most file systems end at 255
 
@@ -51,11 +52,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _to_disk(temporary)
         os.replace(temporary, target)
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None and str(error.filename).startswith(str(folder)):
+        if isinstance(error, OSError) and error.errno is not None and _is_of(error, folder):
             error.filename, error.filename2 = os.fspath(path), None  # which the user knows
+            if error.errno in _NO_ROOM:
+                error.strerror = f"{error.strerror}; make room: what was there is as it was"
         if isinstance(error, OSError) or not _FULL.search(str(error)):
             raise
-        what = "no space left for it; what was there is as it was"
+        what = "no space left for it; make room: what was there is as it was"
         raise OSError(errno.ENOSPC, what, os.fspath(path)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -104,6 +107,11 @@ def check_regular(path: str | os.PathLike[str], to: str = "read") -> None:
         raise IsADirectoryError(errno.EISDIR, f"a folder, and a file is needed to {to}", os.fspath(path))
     if kind:
         raise OSError(errno.EINVAL, f"{kind}, and a regular file is needed to {to}", os.fspath(path))
+
+
+def _is_of(error: OSError, folder: Path) -> bool:
+    """Of a file in the folder, or of one that is not named: what is written to an open file names none."""
+    return error.filename is None or str(error.filename).startswith(str(folder))
 
 
 def _create(temporary: Path, target: Path) -> int:

@@ -6,7 +6,6 @@ transformers is imported only when a hub id or a folder asks for it.
 from __future__ import annotations
 
 import copy
-import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from zest_fast.foundation.documents import check_stored
+from zest_fast.foundation.documents import check_stored, parse_json, whole_file
 from zest_fast.foundation.hub_kernels import refuse_kernels
 from zest_fast.foundation.nearest import nearest, some
 from zest_fast.foundation.text_table import first_line
@@ -431,7 +430,7 @@ def _auto_map(file: Path) -> Mapping[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("auto_map")
+        found = parse_json(whole_file(file)).get("auto_map")
     except (ValueError, AttributeError):
         return None
     return found if isinstance(found, Mapping) else {"auto_map": found} if found else None
@@ -632,8 +631,8 @@ def _check_json(file: Path, what: str) -> dict[str, Any]:
         there = [entry for entry in file.parent.iterdir() if entry.is_file()]
         raise ValueError(f"{what} {file} does not exist; {nearest_path(file, there)}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
+        content = parse_json(whole_file(file))
+    except (ValueError, OSError) as error:
         raise ValueError(f"{what} {file} is torn: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{what} {file} holds a {type(content).__name__}, not an object with keys")

@@ -190,6 +190,8 @@ class ActivationFiles:
         self._paths.append(path)
 
     def _open(self, path: Path) -> None:
+        if not path.is_file():  # a pipe of this name would be waited for
+            return
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:  # another process has removed it since

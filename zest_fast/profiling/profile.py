@@ -29,6 +29,7 @@ from zest_fast.profiling.loss import RepeatedLoss, check_loss, loss_of
 from zest_fast.profiling.metrics import BACKWARD, select_metrics, statistics_needed
 from zest_fast.profiling.on_request.gradient_pass import GradientPass
 from zest_fast.profiling.on_request.request import OnRequest
+from zest_fast.profiling.out_of_memory import say_where
 from zest_fast.profiling.processes.together import Alone, together_or_alone
 from zest_fast.profiling.table import Passed, Subject, ancestors, build_profile
 from zest_fast.profiling.taps import Routes, Taps, run_until_it_stands
@@ -168,6 +169,9 @@ def profile(
         try:
             functions = [function for function in (loss_fn, closure) if function is not None]
             return job.run(compute_loss, request, float(loss_scale), functions, interrupts)
+        except Exception as error:
+            say_where(error, modules, job.arrived)
+            raise
         finally:
             _in_progress.difference_update(modules.values())
 
@@ -206,6 +210,7 @@ class _Pass:
         if processes.whole_pass:
             self._watched = replace(self._watched, gradients=True)
         self._saves = self._backward
+        self._running: Taps | None = None
 
     def run(
         self,
@@ -299,11 +304,17 @@ class _Pass:
 
         return run_until_it_stands(self._taps, once, prepare, routes, self._processes.agree)
 
+    @property
+    def arrived(self) -> Layer | None:
+        """Whose gradient came last."""
+        return None if self._running is None else self._running.last_arrived
+
     def _taps(self, routes: Routes) -> Taps:
         self._statistics = self._processes.statistics(
             self._needed, self._backend, self._state.may_have_written, self._chosen
         )
-        return Taps(self._chosen, self._embeddings, self._parents, self._statistics, routes, self._watched)
+        self._running = Taps(self._chosen, self._embeddings, self._parents, self._statistics, routes, self._watched)
+        return self._running
 
     def _once(self, taps: Taps, compute_loss: Callable[[], Tensor], state: ModelState) -> Tensor:
         with taps:

@@ -46,6 +46,7 @@ from zest_fast.profiling.graph import OtherGradients
 from zest_fast.profiling.held import Held, Keeper, Overwritten
 from zest_fast.profiling.layer_rules import has_output_rule, has_tile_rule, linear_gradient, output_again
 from zest_fast.profiling.layers import Layer, Weight
+from zest_fast.profiling.out_of_memory import is_out_of_memory
 from zest_fast.profiling.processes.local import is_distributed, stands_for
 from zest_fast.profiling.watched import Watched, is_unwatched
 
@@ -184,6 +185,8 @@ class Taps(AbstractContextManager["Taps"]):
         self._taps_made: dict[Layer, int] = {}
         self._arrivals: dict[Layer, int] = {}
         self._arrived_at: set[Layer] = set()  # in the backward pass that runs
+        self.last_arrived: Layer | None = None
+        """Whose gradient came last, of its output or its weight."""
         self._passes_with: dict[Layer, int] = {}
         self._out_of_the_graph: set[Layer] = set()
         self.order: dict[nn.Module, int] = {}
@@ -396,7 +399,7 @@ class Taps(AbstractContextManager["Taps"]):
         if failed is not None:
             new = replace(old, tiles=False, own_flags=True)
             own = type(failed).__module__ != "builtins" or getattr(failed, "is_final", False)  # no doing of the taps
-            suspect = not own and not isinstance(failed, MemoryError)
+            suspect = not own and not is_out_of_memory(failed)
             return new if suspect and new != old else None
         leaf, until_the_end, unreached_without_grad = set(old.leaf), set(old.until_the_end), False
         for counts in self._counts.values():
@@ -630,6 +633,7 @@ class Taps(AbstractContextManager["Taps"]):
             for tell in told:
                 tell()
             self._arrived_at.update(layers)
+            self.last_arrived = layers[0]
             for layer in layers:
                 self._arrivals[layer] = self._arrivals.get(layer, 0) + 1
             held_x, held_y = state["x"], state["y"]
@@ -716,6 +720,7 @@ class Taps(AbstractContextManager["Taps"]):
             if p.grad is None or not self._in_final_backward:
                 return
             counts.leaf_firings += 1
+            self.last_arrived = counts.weight.layers[0]
             if not self._summed_at_the_end(counts):
                 dw, p.grad = p.grad, None
                 self._observer.weight_gradient(counts.weight, dw)

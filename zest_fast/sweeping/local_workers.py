@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from zest_fast.sweeping.trials import Trial, Trials
-from zest_fast.sweeping.workers import Died, Result, attempt, naming_what_cannot_be_sent
+from zest_fast.sweeping.workers import Died, Result, attempt, current_folder_not_first, naming_what_cannot_be_sent
 
 _PATIENCE = 1.0  # seconds between looks whether the parent lives
 
@@ -68,7 +68,7 @@ class LocalPool:
         forks = self._context.get_start_method() == "fork"
         arguments = (self._trials, theirs, self._threads, *((self._forked, inherited) if forks else ()))
         process = self._context.Process(target=_work, args=arguments, daemon=True)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), current_folder_not_first():
             # Python 3.12 warns of any fork beside threads; these processes use one thread and none of the locks.
             warnings.filterwarnings("ignore", message=".*multi-threaded", category=DeprecationWarning)
             process.start()

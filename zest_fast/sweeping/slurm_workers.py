@@ -19,7 +19,7 @@ from typing import Any
 
 from zest_fast.sweeping.slurm_job import POLL, Mailbox, Order, Report, Terms, pack, read, work, write
 from zest_fast.sweeping.trials import Trial, Trials
-from zest_fast.sweeping.workers import DEATHS, Died, Result
+from zest_fast.sweeping.workers import DEATHS, Died, Result, current_folder_not_first
 
 _OF_ALL_CLUSTERS = (
     "name",
@@ -237,7 +237,8 @@ class SlurmPool:
         from submitit.helpers import clean_env
 
         try:
-            with clean_env():  # a sweep may run inside a job itself
+            # A sweep may run inside a job itself; jobs get the environment of who submits them.
+            with clean_env(), current_folder_not_first():
                 handles = self._executor.map_array(work, [self._folder] * missing, names)
         except (RuntimeError, OSError) as error:
             if not self._jobs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import tempfile
 from collections import Counter
@@ -82,6 +83,25 @@ def _next(waiting: list[Trial], last: str | None, busy: set[str]) -> Trial:
 
 
 # What workers share that are no copies of this process
+
+
+@contextmanager
+def current_folder_not_first() -> Iterator[None]:
+    """For processes of Python that are started within, and theirs.
+
+    `python -c` and `-m` look into the current folder first, where a file of the user's called random.py would be run in
+    the place of the real module. What the caller may import from there is told to them by its path.
+    """
+    name = "PYTHONSAFEPATH"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextmanager

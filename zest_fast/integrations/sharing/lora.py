@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from zest_fast.finetuning.delta_files import Delta, read_delta
 from zest_fast.finetuning.delta_use import fitted
 from zest_fast.finetuning.digests import Base
+from zest_fast.foundation.documents import parse_json
 from zest_fast.foundation.nearest import some
 from zest_fast.foundation.replacing import new_folder
 from zest_fast.integrations.exports import used_without_a_call
@@ -177,7 +178,7 @@ def read_export(folder: str | os.PathLike[str]) -> LoraExport:
     file = Path(folder, _FILE)
     try:
         with safe_open(file, framework="pt") as opened:
-            said = json.loads((opened.metadata() or {})[_METADATA])
+            said = parse_json((opened.metadata() or {})[_METADATA])
         layers = tuple(AdaptedLayer(**one) for one in said["layers"])
         whole, unchanged = (tuple(map(str, said[key])) for key in ("whole", "unchanged"))
         return LoraExport(Path(folder), layers, whole, unchanged, float(said["error"]), int(said["bytes"]))

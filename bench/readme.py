@@ -33,6 +33,7 @@ from bench.profile.where import cells as where_cells
 from bench.reselect import reselect_text
 from bench.start_up import start_up_text
 from bench.stream.report import compared_text, pair_text, stream_text
+from bench.sweep_speed import OVERHEAD, PHASES
 from bench.versions import versions_text
 from bench.watch.report import watch_text
 from zest_fast.foundation.text_table import markdown_table
@@ -248,8 +249,28 @@ def sweep_speed_table(document: dict) -> str:
         ]
         for result in document["results"]
     ]
-    return markdown_table(
+    table = markdown_table(
         ["model/data", "layers", "naive loop, s", "sweep, s", "ratio", "largest difference of a score"], rows
+    )
+    phases = _sweep_phases(
+        [result for result in document["results"] if "phases" in result]
+    )  # a file of before has none
+    return f"{table}\n\n{phases}" if phases else table
+
+
+def _sweep_phases(results: list[dict]) -> str:
+    """Where the seconds go (sweep / naive loop), and the ratio if what the naive loop does not have cost nothing."""
+    if not results:
+        return ""
+    rows = []
+    for result in results:
+        naive, reuse = (result["phases"][name] for name in ("naive", "reuse"))
+        work = sum(seconds for part, seconds in reuse.items() if part not in OVERHEAD)
+        parts = [f"{reuse[part]:.1f} / {naive[part]:.1f}" for part in PHASES if part not in OVERHEAD]
+        overhead = [f"{reuse[part]:.1f}" for part in OVERHEAD]
+        rows.append([result["pair"], *overhead, *parts, f"{work / result['seconds']['naive']['median']:.2f}"])
+    return markdown_table(
+        ["model/data", *(f"{part}, s" for part in PHASES), "ratio without planning, caches and checks"], rows
     )
 
 

@@ -6,11 +6,15 @@ comparisons with the full forward pass) and the passes that fill the caches coun
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pandas
 import torch
@@ -19,9 +23,24 @@ from bench.data import load_pair
 from bench.measure import write_result
 from zest_fast.benchmarking.timing import interleave, median, ratio
 from zest_fast.prefix.inputs import rows_of
+from zest_fast.sweeping import sweep as sweep_module
+from zest_fast.sweeping import trials as trials_module
 from zest_fast.sweeping.recipe import Recipe
+from zest_fast.sweeping.reused_prefix import ReusedPrefix
 from zest_fast.sweeping.sweep import sweep
+from zest_fast.sweeping.trials import Trials
 
+PHASES: dict[str, tuple[Any, str]] = {
+    "planning": (sweep_module, "plan"),
+    "caches": (Trials, "_caches_at"),
+    "checks": (ReusedPrefix, "check"),
+    "training, forward": (Trials, "_train"),  # and the optimizer: less than one in a hundred
+    "training, backward": (torch.Tensor, "backward"),
+    "scoring": (trials_module, "evaluate"),
+}
+"""What is timed as which part of a sweep; a part that runs inside another one does not count there."""
+OVERHEAD = ("planning", "caches", "checks")
+"""Parts that the naive loop does not have."""
 SHARE = 4  # of the steps, the training samples and the scored samples of one seed, one part in so many
 ROUNDS = 2
 
@@ -57,10 +76,12 @@ def _measure_pair(pair: str, recipe: Recipe) -> dict:
         # All but the layers: what is timed goes on from there.
         begun = [line for line in path.read_bytes().splitlines(True) if b'"record":"layer"' not in line]
         frames: dict[bool, pandas.DataFrame] = {}
+        phases = {name: dict.fromkeys(PHASES, 0.0) for name in ("reuse", "naive")}
 
         def run(reuse: bool) -> None:
             path.write_bytes(b"".join(begun))
-            frames[reuse] = sweep(model, splits, recipe=recipe, out=path, reuse=reuse)
+            with _timed_phases(phases["reuse" if reuse else "naive"]):
+                frames[reuse] = sweep(model, splits, recipe=recipe, out=path, reuse=reuse)
 
         times = interleave(
             {"reuse": lambda: run(True), "naive": lambda: run(False)}, ROUNDS, warmup=0, clock=time.process_time
@@ -69,6 +90,7 @@ def _measure_pair(pair: str, recipe: Recipe) -> dict:
         "pair": pair,
         "layers": frames[True].layer.nunique(),
         "seconds": {name: median(values).as_dict() for name, values in times.items()},
+        "phases": {name: {part: total / ROUNDS for part, total in parts.items()} for name, parts in phases.items()},
         "ratio": ratio(times, "reuse", "naive").as_dict(),
         "largest_difference_of_a_score": float((frames[True].loss - frames[False].loss).abs().max()),
     }
@@ -79,3 +101,28 @@ def _measure_pair(pair: str, recipe: Recipe) -> dict:
         flush=True,
     )
     return result
+
+
+@contextmanager
+def _timed_phases(seconds: dict[str, float]) -> Iterator[None]:
+    """Adds the processor seconds of each of PHASES that run inside."""
+    inside = [0.0]  # of the parts that run within each one that is under way
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            inside.append(0.0)
+            began = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                took = time.process_time() - began
+                seconds[part] += took - inside.pop()
+                inside[-1] += took
+
+        return run
+
+    with ExitStack() as patches:
+        for part, (owner, name) in PHASES.items():
+            patches.enter_context(patch.object(owner, name, timed(part, getattr(owner, name))))
+        yield

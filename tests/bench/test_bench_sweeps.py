@@ -97,5 +97,9 @@ def test_the_speed_of_a_sweep_is_measured_beside_the_naive_loop(tmp_path, monkey
     assert result["pair"] == "residual/toys" and result["layers"] == 7
     assert 0 <= result["largest_difference_of_a_score"] < 1e-4
     assert result["ratio"]["n"] == sweep_speed.ROUNDS and result["ratio"]["low"] > 0
+    for name, parts in result["phases"].items():
+        assert 0 < sum(parts.values()) <= sum(result["seconds"][name][end] for end in ("low", "high")) / 2
+    assert result["phases"]["naive"]["checks"] == 0 < result["phases"]["reuse"]["checks"]
     table = readme.sweep_speed_table(document)
+    assert "ratio without planning, caches and checks" in table
     assert f"| {result['ratio']['median']:.2f} (" in table and "residual/toys" in table

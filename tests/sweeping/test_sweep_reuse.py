@@ -34,14 +34,14 @@ from reuse_models import (
     make_splits,
 )
 from small_models import assert_same, snapshot
-from sweeping_models import RECIPE, child
+from sweeping_models import RECIPE, Residual, child, make
 from torch import nn
 
-from zest_fast.prefix.boundaries import trace_calls
+from zest_fast.prefix.boundaries import close, trace_calls
 from zest_fast.prefix.inputs import rows_of
 from zest_fast.sweeping.reused_prefix import ReusedPrefix, find_boundary
 from zest_fast.sweeping.sweep import sweep
-from zest_fast.sweeping.trials import draw
+from zest_fast.sweeping.trials import COMPARED, draw
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -195,7 +195,7 @@ def test_a_process_that_is_killed_leaves_nothing_but_its_records(tmp_path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
 
 
-@pytest.mark.parametrize("moment", [2, 12, 22, 32, 42, 52, 60])
+@pytest.mark.parametrize("moment", [2, 12, 22, 32, 42, 47, 52])
 def test_an_interrupt_at_any_pass_leaves_the_model_and_the_records_as_they_should_be(moment, tmp_path) -> None:
     class Interrupted(nn.GELU):
         calls = 0
@@ -250,3 +250,34 @@ def test_dimensions_of_samples_are_told_from_others_of_the_same_size(tmp_path) -
     cache.advance(boundary)
     rows = torch.tensor([30, 2, 17])
     torch.testing.assert_close(cache.run(rows), model(rows_of(inputs, rows)), rtol=0, atol=1e-6)
+
+
+def test_the_layers_together_are_compared_on_every_sample(tmp_path, monkeypatch) -> None:
+    compared: dict[int, list[set[int]]] = {}  # by the size of the split
+    check = ReusedPrefix.check
+
+    def noted(self, rows):
+        compared.setdefault(len(self), []).append(set(rows.tolist()))
+        check(self, rows)
+
+    monkeypatch.setattr(ReusedPrefix, "check", noted)
+    model, splits = make(Residual)
+    sweep(model, splits, out=tmp_path / "records.jsonl", recipe=RECIPE)
+    scored = compared[len(splits["score"][1])]
+    assert len(scored) == 6  # all but the stem, below which nothing lies; once for both seeds
+    assert all(len(rows) == COMPARED for rows in scored)
+    assert set.union(*scored) == set(range(len(splits["score"][1])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("special", [[], [torch.nan], [torch.inf], [-torch.inf, torch.nan]])
+def test_close_is_a_difference_of_each_entry_on_the_scale_of_the_largest(special, dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    expected = torch.cat([torch.randn(50, generator=generator), torch.tensor([-4.0, *special])]).to(dtype)
+    for change, same in ((0.0, True), (0.25, True), (0.75, False), (torch.nan, False), (torch.inf, False)):
+        for sign in (1, -1):
+            found = expected.clone()
+            found[7] += sign * change
+            assert close(found, expected, 0.125) is same  # of 4: half a unit is allowed
+    assert not close(expected[1:], expected, 1.0)
+    assert close(expected[:0], expected[:0], 0.0)

@@ -11,6 +11,7 @@ that is not the same in all of them, or draws random numbers, or writes buffers,
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -220,10 +221,23 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
         return False
     if not (expected.is_floating_point() or expected.is_complex()):
         return torch.equal(found, expected)
+    if (near := _near_if_finite(found, expected, tolerance)) is not None:
+        return near
     finite = expected[expected.isfinite()]
     scale = float(finite.abs().max()) if finite.numel() else 0.0
     wide = torch.promote_types(expected.dtype, torch.float32)
     return torch.allclose(found.to(wide), expected.to(wide), rtol=0, atol=tolerance * scale, equal_nan=True)
+
+
+def _near_if_finite(found: Tensor, expected: Tensor, tolerance: float) -> bool | None:
+    """`close` in three passes over the memory instead of a dozen; None where that does not tell (NaN, infinities)."""
+    if expected.is_complex() or not expected.numel() or expected.dtype.itemsize < 4:
+        return None
+    low, high = map(float, torch.aminmax(expected))
+    apart_low, apart_high = map(float, torch.aminmax(found - expected))
+    if not all(map(math.isfinite, (low, high, apart_low, apart_high))):
+        return None
+    return max(-apart_low, apart_high) <= tolerance * max(-low, high)
 
 
 def same_gradient(found: Tensor | None, expected: Tensor | None) -> bool:

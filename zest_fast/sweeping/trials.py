@@ -21,6 +21,9 @@ from zest_fast.sweeping.objectives import Objective
 from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.reused_prefix import ReusedPrefix
 
+COMPARED = 8
+"""Samples of each split on which a layer's passes are compared with full ones, before training and after it."""
+
 
 class Trial(NamedTuple):
     layer: str
@@ -113,8 +116,7 @@ class Trials:
             self._train(part, trial.seed, train, check)
             if check:
                 with torch.no_grad():
-                    chunks = batches(len(score), self.score[1].chunk)
-                    score.check(chunks[trial.seed % len(chunks)])
+                    score.check(self._compared(trial.layer, torch.arange(len(score))))
             return evaluate(score, self.score[1])
 
     def _caches_at(self, boundary: Boundary) -> tuple[ReusedPrefix, ReusedPrefix]:
@@ -131,6 +133,11 @@ class Trials:
             for inputs, objective in (self.train, self.score)
         )
         return train, score
+
+    def _compared(self, layer: str, rows: Tensor) -> Tensor:
+        """Those of these samples that a layer's pass is compared on: the next few with every layer."""
+        first = COMPARED * list(self.tasks).index(layer)
+        return rows.roll(-first)[:COMPARED]
 
     def _train(self, part: Part, seed: int, cache: ReusedPrefix, check: bool = False) -> None:
         recipe, objective = self.recipe, self.train[1]
@@ -151,7 +158,7 @@ class Trials:
                     for group, rate in zip(optimizer.param_groups, rates, strict=True):
                         group["lr"] = rate * recipe.learning_rate_scale(step)
                     if check and step == 0:
-                        cache.check(batch)
+                        cache.check(self._compared(part.name, batch))
                     loss = objective.loss(cache.run(batch), batch)
                     optimizer.zero_grad()
                     loss.backward()

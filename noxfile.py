@@ -105,11 +105,15 @@ def looking(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def wheels(session: nox.Session) -> None:
-    """A source archive and a wheel of this machine; those of a release are made by .github/workflows/wheels.yml."""
-    session.install("build>=1.2", "twine>=6")
+    """A source archive and a wheel of this machine; those of a release are made by .github/workflows/wheels.yml.
+
+    `nox -s wheels -- -C cmake.define.ZEST_CUDA=OFF` builds as that does.
+    """
+    session.install("build>=1.2", "twine>=6", "check-wheel-contents>=0.6")
     shutil.rmtree(Path("dist"), ignore_errors=True)
-    session.run("python", "-m", "build")
+    session.run("python", "-m", "build", *session.posargs)
     session.run("twine", "check", "--strict", *map(str, Path("dist").glob("*")))
+    session.run("check-wheel-contents", "dist")
 
 
 if __name__ == "__main__":

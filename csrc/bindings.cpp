@@ -172,6 +172,11 @@ void bind_cuda(py::module_& m) { m.attr("has_cuda") = false; }
 
 PYBIND11_MODULE(_native, m) {
     m.doc() = "Torch-free kernels of zest_fast; use them through zest_fast.kernels.";
+#ifdef _OPENMP
+    m.attr("has_openmp") = true;
+#else
+    m.attr("has_openmp") = false;  // one thread, whatever `threads` says
+#endif
     m.def("moments", &moments);
     m.def("gradient_moments", &gradient_moments);
     m.def("channel_products", &channel_products);

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+has_openmp: bool
+"""False: one thread, whatever ``threads`` says."""
 has_cuda: bool
 cuda_chunk_size: int
 """This and all else named cuda_ is there only where has_cuda is true."""

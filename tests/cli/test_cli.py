@@ -398,6 +398,12 @@ def test_doctor_says_what_is_off_and_why(run):
     assert all(f"{name}: {what}" in shown for name, what in found["optional"].items())  # [brackets] and all
 
 
+def test_doctor_says_that_a_build_without_openmp_has_one_thread(run, monkeypatch):
+    assert f"{torch.get_num_threads()} threads" in document(run("doctor", "--json"))["backends"]["cpu"]["why"]
+    monkeypatch.setattr("zest_fast._native.has_openmp", False)
+    assert "1 thread (built without OpenMP)" in document(run("doctor", "--json"))["backends"]["cpu"]["why"]
+
+
 def test_json_is_strict(capsys):
     show.json_document({"a": np.float64("inf"), "b": (np.int64(3), np.array([1.0, np.nan]))})
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [3, [1.0, None]]}

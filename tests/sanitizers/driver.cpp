@@ -244,7 +244,11 @@ int main(int count, char** arguments) {
         void (*const kinds[])(int) = {moments_case, moments_case, channel_products_case, gated_case, bits_case};
         kinds[seed % 5](seed);
     }
+#ifdef __x86_64__
     const char* widest = __builtin_cpu_supports("avx512f") ? "AVX-512" : __builtin_cpu_supports("avx2") ? "AVX2" : "baseline";
+#else
+    const char* widest = "not x86-64";
+#endif
     std::printf("%d cases, %d failures, processor: %s\n", cases, failures, widest);
     return failures != 0;
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# csrc/cpu under AddressSanitizer and UndefinedBehaviorSanitizer, under ThreadSanitizer, and on processors that lack
-# AVX-512 and AVX2 (where qemu-x86_64 is installed): driver.cpp on CASES random cases, then the tests of the kernels in
-# Python with an extension built by the first two. Any report ends it.
+# csrc/cpu under AddressSanitizer and UndefinedBehaviorSanitizer, under ThreadSanitizer, without OpenMP, on processors
+# that lack AVX-512 and AVX2, and on aarch64 (the last two where qemu-user is installed): driver.cpp on CASES random
+# cases, then the tests of the kernels in Python with an extension built by the first two. Any report ends it.
 #     PYTHON=python3 CASES=6000 tests/sanitizers/run.sh
 #     tests/sanitizers/run.sh --self-test       # plants a bug of each kind into a copy, and expects each to be reported
 set -euo pipefail
@@ -67,6 +67,18 @@ if command -v qemu-x86_64 >/dev/null; then
 else
     echo "not run: qemu-x86_64 is not installed (apt-get install qemu-user)"
 fi
+
+echo "== aarch64"
+if command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-g++ >/dev/null; then
+    aarch64-linux-gnu-g++ "${flags[@]}" "${kernels[@]}" "$root/tests/sanitizers/driver.cpp" -o "$work/aarch64"
+    qemu-aarch64 -L /usr/aarch64-linux-gnu "$work/aarch64" "$((cases / 10))"
+else
+    echo "not run: qemu-aarch64 or its compiler is not installed (apt-get install qemu-user g++-aarch64-linux-gnu)"
+fi
+
+echo "== Without OpenMP"
+g++ "${flags[@]}" -fno-openmp "${kernels[@]}" "$root/tests/sanitizers/driver.cpp" -o "$work/one_thread"
+"$work/one_thread" "$cases"
 
 echo "== The tests of the kernels with the sanitized extension"
 mkdir "$work/tree" "$work/build"

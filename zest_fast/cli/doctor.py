@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from zest_fast import _native
 from zest_fast.kernels import cuda, triton_kernels
 from zest_fast.kernels.availability import Availability
 from zest_fast.kernels.collector import best_backend
@@ -30,7 +31,7 @@ def examine() -> dict[str, Any]:
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     return {
         "backends": {
-            "cpu": {"on": True, "why": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"},
+            "cpu": {"on": True, "why": f"{torch.backends.cpu.get_cpu_capability()}, {_cpu_threads()}"},
             "triton": _state(triton_kernels.availability()),
             "cuda": _state(cuda.availability()),
             "reference": {"on": True, "why": "float64 in plain torch: right everywhere, slow"},
@@ -44,6 +45,10 @@ def examine() -> dict[str, Any]:
         },
         "optional": {name: _version(name) or f"not installed ({what})" for name, what in _OPTIONAL.items()},
     }
+
+
+def _cpu_threads() -> str:
+    return f"{torch.get_num_threads()} threads" if _native.has_openmp else "1 thread (built without OpenMP)"
 
 
 def _state(able: Availability) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from torch import Tensor
 from zest_fast import kernels
 from zest_fast.benchmarking import torch_reductions as reductions
 from zest_fast.benchmarking.accuracy import Verdict, judge, judge_products, statistics_of
-from zest_fast.kernels import Collector, by_channel, reference
+from zest_fast.kernels import Collector, reference
+from zest_fast.kernels.channels import by_channel
 
 SIGNATURES = {
     "moments": "moments(x) -> mean, std, abs_mean, abs_std",

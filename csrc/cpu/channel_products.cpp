@@ -28,7 +28,7 @@ ZEST_INLINE double dot(const T* y, const T* g, int64_t n) {
     constexpr int64_t step = 2 * V::lanes;
     double sum = 0;
     int64_t i = 0;
-    if (n >= step) {
+    if (n >= V::lanes) {
         V a = zero<C, bytes>(), b = a, y0, y1, g0, g1;
         for (; i + step <= n; i += step) {
             load_pair(y0, y1, y + i), load_pair(g0, g1, g + i);
@@ -39,6 +39,10 @@ ZEST_INLINE double dot(const T* y, const T* g, int64_t n) {
                 __builtin_prefetch(g + i + prefetch_ahead + V::lanes);
             }
             multiply_add(a, y0, g0), multiply_add(b, y1, g1);
+        }
+        if (i + V::lanes <= n) {
+            load(y0, y + i), load(g0, g + i);
+            multiply_add(a, y0, g0), i += V::lanes;
         }
         double lanes[V::lanes] = {};
         add_lanes(a, lanes), add_lanes(b, lanes);

@@ -54,6 +54,13 @@ ZEST_INLINE void store(const Vector<C, bytes>& v, C* p) {
     for (int i = 0; i < v.parts; ++i) std::memcpy(p + i * v.lanes_of_part, &v.part[i], bytes);
 }
 
+template <int bytes>
+ZEST_INLINE void load(Vector<float, bytes>& v, const bfloat16* p) {
+    float wide[Vector<float, bytes>::lanes];
+    for (int i = 0; i < v.lanes; ++i) wide[i] = widen(p[i]);
+    load(v, wide);
+}
+
 // 2 * lanes elements. Of bfloat16 those at even and at odd places: a shift and a mask of 64 bytes, no shuffle.
 template <class C, int bytes>
 ZEST_INLINE void load_pair(Vector<C, bytes>& first, Vector<C, bytes>& second, const C* p) {

@@ -10,6 +10,7 @@ import copy
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ import zest_fast
 FEW, MANY = range(1), range(1, 40)
 BOTH_SIDES = 2 * TOLERANCE  # either profile may be off by TOLERANCE
 FACTORS = (-3.0, 0.25, 7.0)
+ON_REQUEST = ("grasp", "synflow", "agree_dot", "agree_sign", "agree_cos")
 SIGNED = ("weight_mean", "act_mean", "grad_mean", "plain")
 Row = Mapping[str, float]
 
@@ -322,6 +324,59 @@ def layer_in_parts(made: Case, chance: random.Random) -> None:
     assert_row(after["head"], before["head"], before.info["head"]["numel"])
 
 
+# --- what takes passes of its own ------------------------------------------------------------------------------------
+
+
+def assert_on_request(made: Case, other: Case, powers: Mapping[str, int], c: float = 1.0, **options: object) -> None:
+    """Every metric on request of ``other`` is that of ``made`` times a power of c. Float64, since sums may cancel.
+
+    The cosine with a gradient of nothing (a recurrent weight in a sequence of one) is NaN in both.
+    """
+    before, after = of(made, metrics=ON_REQUEST), of(other, metrics=ON_REQUEST, **options)
+    for metric in ON_REQUEST:
+        expected = before.column(metric) * abs(c) ** powers.get(metric, 0)
+        assert after.column(metric) == pytest.approx(expected, rel=1e-6, abs=1e-12, nan_ok=True), metric
+
+
+def scale_of_the_loss_on_request(made: Case, chance: random.Random) -> None:
+    c, made = chance.choice(FACTORS), converted(made, torch.float64)
+    powers = {"grasp": 2, "agree_dot": 2, "agree_sign": 1}
+    assert_on_request(made, made, powers, c, loss_fn=lambda output, target: c * F.cross_entropy(output, target))
+
+
+def the_batch_twice_on_request(made: Case, chance: random.Random) -> None:
+    """Both halves are there twice, since their number of samples is even; R of synflow is a sum over samples."""
+    made = converted(made, torch.float64)
+    x, target = (torch.cat([t, t]) for t in (made.x, made.target))
+    assert_on_request(made, replace(made, x=x, target=target), {"synflow": 1}, 2.0)
+
+
+def order_of_samples_on_request(made: Case, chance: random.Random) -> None:
+    """Within the halves, and which of them comes first."""
+    made = converted(made, torch.float64)
+    halves = [chance.sample(range(first, SAMPLES, 2), SAMPLES // 2) for first in chance.sample((0, 1), 2)]
+    order = torch.tensor(halves).t().flatten()
+    assert_on_request(made, replace(made, x=made.x[order], target=made.target[order]), {})
+
+
+def scale_of_a_weight_on_request(made: Case, chance: random.Random) -> None:
+    """Of each row, profiled alone, since grasp follows the gradient of all rows that are profiled."""
+    c, made = abs(chance.choice(FACTORS)), converted(made, torch.float64)
+    scaled = converted(made, torch.float64)
+    names = rescaled(scaled, made.entered or made.left, c)
+    scaled.model.before, scaled.model.after = (1 / c, 1.0) if made.entered else (1.0, 1 / c)
+    rows = [row for row, info in of(made).info.items() if info["parameter"] in names]
+    powers = {"grasp": -2, "agree_dot": -2, "agree_sign": -1}
+    for row in rows:
+        before, after = (
+            zest_fast.profile(each.model, (each.x, each.target), layers=[row], metrics=ON_REQUEST)[row]
+            for each in (made, scaled)
+        )
+        for metric in ON_REQUEST:
+            expected = before[metric] * c ** powers.get(metric, 0)
+            assert after[metric] == pytest.approx(expected, rel=1e-6), metric
+
+
 RELATIONS: list[Callable[[Case, random.Random], None]] = [
     scale_of_the_loss,
     scale_of_a_weight_that_the_input_undoes,
@@ -339,6 +394,12 @@ RELATIONS: list[Callable[[Case, random.Random], None]] = [
     bfloat16_is_no_worse_than_autograd,
     layer_in_parts,
 ]
+RELATIONS_ON_REQUEST = [
+    scale_of_the_loss_on_request,
+    the_batch_twice_on_request,
+    order_of_samples_on_request,
+    scale_of_a_weight_on_request,
+]
 
 
 def check(relation: Callable[[Case, random.Random], None], kind: str, seed: int) -> None:
@@ -348,14 +409,14 @@ def check(relation: Callable[[Case, random.Random], None], kind: str, seed: int)
 
 @pytest.mark.parametrize("seed", FEW)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.parametrize("relation", RELATIONS + RELATIONS_ON_REQUEST)
 def test_relation(relation: Callable[[Case, random.Random], None], kind: str, seed: int) -> None:
     check(relation, kind, seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.parametrize("relation", RELATIONS + RELATIONS_ON_REQUEST)
 def test_relation_of_many(relation: Callable[[Case, random.Random], None], kind: str) -> None:
     for seed in MANY:
         check(relation, kind, seed)

@@ -14,15 +14,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from metamorphic_models import CLASSES, KINDS, SAMPLES, Case, Probed, called, case
-from oracle import METRICS, TOLERANCE, compare_rounded, measure, relative_error
+from metamorphic_models import CLASSES, KINDS, SAMPLES, Case, Probed, assert_row, called, case
+from oracle import METRICS, compare_rounded, measure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zest_fast
 
 FEW, MANY = range(1), range(1, 40)
-BOTH_SIDES = 2 * TOLERANCE  # either profile may be off by TOLERANCE
 FACTORS = (-3.0, 0.25, 7.0)
 ON_REQUEST = ("grasp", "synflow", "agree_dot", "agree_sign", "agree_cos")
 SIGNED = ("weight_mean", "act_mean", "grad_mean", "plain")
@@ -35,15 +34,6 @@ def profiled(model: nn.Module, x: object, target: Tensor, **options: object) -> 
 
 def of(made: Case, **options: object) -> zest_fast.LayerProfile:
     return profiled(made.model, made.x, made.target, **options)
-
-
-def assert_row(found: Row, expected: Row, numel: int, metrics: Sequence[str] = METRICS) -> None:
-    wrong = {
-        metric: (found[metric], expected[metric])
-        for metric in metrics
-        if relative_error(metric, found[metric], expected, numel) > BOTH_SIDES
-    }
-    assert not wrong
 
 
 def assert_rows(

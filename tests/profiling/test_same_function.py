@@ -6,19 +6,18 @@ up first, an attention's output layer never fires a hook.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
-from metamorphic_models import CLASSES, SAMPLES, Probed
-from oracle import METRICS, TOLERANCE, relative_error
+from metamorphic_models import BOTH_SIDES, CLASSES, SAMPLES, Probed, assert_row
+from oracle import METRICS
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import zest_fast
 
-BOTH_SIDES = 2 * TOLERANCE  # either profile may be off by TOLERANCE
 OF_THE_WEIGHT = [metric for metric in METRICS if metric.split("_")[0] not in ("act", "fisher")]
 
 
@@ -136,12 +135,6 @@ def profiles(a: nn.Module, b: nn.Module, x: Tensor) -> tuple[zest_fast.LayerProf
     torch.testing.assert_close(first(x), second(x))
     batch = x, torch.randint(CLASSES, (SAMPLES,))
     return zest_fast.profile(first, batch, layers=".*"), zest_fast.profile(second, batch, layers=".*")
-
-
-def assert_row(found: dict[str, float], expected: dict[str, float], numel: int, metrics: Sequence[str]) -> None:
-    for metric in metrics:
-        error = relative_error(metric, found[metric], expected, numel)
-        assert error <= BOTH_SIDES, (metric, found[metric], expected[metric])
 
 
 @pytest.mark.parametrize("pair", PAIRS)

@@ -1,15 +1,19 @@
-"""A small model around one layer of random sizes, for tests of what its profile has to answer when it is changed."""
+"""A small model around one layer of random sizes, for tests of what its profile has to answer when it is changed; and a
+comparison of two rows.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from oracle import METRICS, TOLERANCE, relative_error
 from torch import Tensor, nn
 
 SAMPLES, CLASSES = 6, 3
+BOTH_SIDES = 2 * TOLERANCE  # either profile may be off by TOLERANCE
 
 
 class Probed(nn.Module):
@@ -132,3 +136,15 @@ def case(kind: str, key: str) -> Case:
     torch.manual_seed(chance.getrandbits(32))
     layer, x, entered, left = KINDS[kind](chance)
     return Case(Probed(layer, x), x, torch.randint(CLASSES, (len(x),)), entered, left)
+
+
+def assert_row(
+    found: Mapping[str, float], expected: Mapping[str, float], numel: int, metrics: Sequence[str] = METRICS
+) -> None:
+    """Two rows of a layer with a weight of so many entries agree, each metric in the unit of its error."""
+    wrong = {
+        metric: (found[metric], expected[metric])
+        for metric in metrics
+        if relative_error(metric, found[metric], expected, numel) > BOTH_SIDES
+    }
+    assert not wrong

@@ -5,40 +5,15 @@ tests/sanitizers/driver.cpp does the same below Python; its run.sh runs this fil
 
 from __future__ import annotations
 
-import math
 import random
 
 import pytest
-import torch
-from test_kernels import DTYPES, RELATIVE, assert_close, assert_gradient_close
-from torch import Tensor
+from awkward_tensors import view
+from test_kernels import RELATIVE, assert_close, assert_gradient_close
 
 from zest_fast import kernels
 
-SPECIALS = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40)
 FEW, MANY = range(100), range(100, 6_100)
-
-
-def entries(chance: random.Random, count: int, special: bool) -> Tensor:
-    values = torch.randn(count, generator=torch.Generator().manual_seed(chance.getrandbits(32)))
-    if special:
-        for _ in range(1 + count // 200):
-            values[chance.randrange(count)] = chance.choice(SPECIALS)
-    return values
-
-
-def view(chance: random.Random, shape: list[int], special: bool = False) -> Tensor:
-    """A tensor of a shape whose memory is permuted, stepped, padded and offset, and ends with its last entry."""
-    order = chance.sample(range(len(shape)), len(shape))
-    strides, step = [0] * len(shape), chance.choice((1, 1, 1, 2, 3))
-    for dimension in order:
-        strides[dimension] = step
-        step *= max(1, shape[dimension])
-        step += chance.choice((0, 0, 1, 5))
-    offset = chance.choice((0, 0, 1, 3, 16))
-    reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if 0 not in shape else -1
-    memory = entries(chance, offset + reach + 1, special) if offset + reach + 1 else torch.empty(0)
-    return memory.to(chance.choice(DTYPES)).as_strided(shape, strides, offset)
 
 
 def shape(chance: random.Random, dimensions: int) -> list[int]:

@@ -94,5 +94,5 @@ cd "$root"
 LD_PRELOAD="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so):$(g++ -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$work/tree" "$python" -m pytest -n 0 -q -p no:cacheprovider \
     -o "pythonpath=$work/tree tests/support tests/support/zoo" -W ignore \
-    tests/kernels/test_kernels.py tests/kernels/test_kernels_fuzz.py tests/kernels/test_bits_kernel.py \
-    tests/kernels/test_gated_kernel.py tests/kernels/test_storage.py -k "not subprocess and not openmp" "$@"
+    tests/kernels/test_kernels.py tests/kernels/test_kernels_fuzz.py tests/kernels/test_kernels_metamorphic.py \
+    tests/kernels/test_bits_kernel.py tests/kernels/test_gated_kernel.py tests/kernels/test_storage.py -k "not subprocess and not openmp" "$@"

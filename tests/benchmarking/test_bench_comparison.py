@@ -56,6 +56,11 @@ def test_the_answer_follows_from_the_intervals(a, b, answer):
     assert answer_of(interval(*b), interval(*a)) == other_way
 
 
+def test_too_few_rounds_tell_nothing():
+    once = Median(1.0, 1.0, 1.0, 0.0, 1)
+    assert answer_of(once, interval(2.0, 2.1)) == answer_of(interval(2.0, 2.1), once) == "ambiguous"
+
+
 def test_only_what_is_judged_makes_it_worse():
     same = compare(result(), result())
     assert [line.answer for line in same.lines] == ["same", "same"] and not same.is_worse and same.notes == ()
@@ -149,6 +154,11 @@ def test_a_torn_file_and_impossible_seconds_are_refused(tmp_path):
         Result.load(path)
     path.write_text(text.replace('"low": 1.0,', '"low": 0.0,'))
     with pytest.raises(ValueError, match=r"seconds.low"):
+        Result.load(path)
+    path.write_text(text.replace('"low": 1.0,', '"low": 5.0,'))
+    with pytest.raises(
+        ValueError, match=r"a\.json is no result .*: seconds of 'zest_fast': 1\.005 is not from 5\.0 to"
+    ):
         Result.load(path)
 
 

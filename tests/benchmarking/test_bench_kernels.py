@@ -167,6 +167,41 @@ def test_a_kernel_that_keeps_its_first_result_is_found_out():
     assert found.why.startswith("wrong: ") and "on another input, after it was timed" in found.why
 
 
+def test_a_kernel_that_keeps_results_by_address_is_found_out():
+    kept = {}
+
+    def keeps(x):
+        if x.data_ptr() not in kept:
+            kept[x.data_ptr()] = x, separate_moments(x)  # no other tensor gets the address of this one
+        return kept[x.data_ptr()][1]
+
+    found = measured_with(keeps)["mine"]
+    assert found.seconds is None and "on another input, after it was timed" in found.why
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["the first half", "the second half"])
+def test_a_kernel_that_reads_a_part_of_a_large_input_is_wrong(place):
+    problem = problem_of("moments", 8 << 20, "float32")
+    ours, *_ = candidates_of(problem, CPU)
+    half = own_candidate("mine", lambda x: separate_moments(x.chunk(2)[place]))
+    own = measure_kernel(problem, [ours, half], site()).measured[1]
+    assert own.seconds is None and own.why.startswith("wrong: ")
+
+
+def test_a_kernel_that_changes_the_threads_later_has_no_figure():
+    calls = []
+
+    def changes(x):
+        calls.append(1)
+        if len(calls) > 4:
+            torch.set_num_threads(3)
+        return separate_moments(x)
+
+    found = measured_with(changes)
+    assert found["mine"].seconds is None and found["mine"].why.endswith("threads to 3 (while it was timed)")
+    assert found["zest_fast"].seconds is not None and torch.get_num_threads() == 1
+
+
 def test_inputs_rotate_and_the_cache_is_flushed_unless_warm():
     seen, flushed = set(), []
     timer = CpuTimer(lambda: flushed.append(1))

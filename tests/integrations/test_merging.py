@@ -19,6 +19,7 @@ from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.integrations import merging
 from zest_fast.integrations.differences import TensorFiles, differences
 from zest_fast.integrations.merging import apply_to_folder, load_base, merge_folder, settings_of
+from zest_fast.streaming.packing import pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LLAMA_LAYERS = ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
@@ -272,6 +273,40 @@ def test_what_is_there_is_not_replaced_and_links_are_not_written_through(llama, 
     assert cache.read_bytes() == before
     merge_folder(str(llama), delta, tmp_path / "merged")
     assert not (tmp_path / "merged" / "model.safetensors").is_symlink()
+
+
+def test_links_that_lead_out_of_a_folder_are_not_copied(llama, tmp_path):
+    """A folder from elsewhere may hold one to any file of the user's; the hub's cache is made of links to its own."""
+    _, delta = tuned(llama, LLAMA_LAYERS, tmp_path / "d.safetensors")
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    (secrets / "id_rsa").write_text("a secret")
+    templates = llama / "additional_chat_templates"
+    (llama / "notes.txt").symlink_to(secrets / "id_rsa")
+    with pytest.raises(ValueError, match=r"notes\.txt' is a link to '.*id_rsa', outside of the folder"):
+        merge_folder(str(llama), delta, tmp_path / "merged")
+    with pytest.raises(ValueError, match=r"notes\.txt' is a link to '.*id_rsa', outside of the folder"):
+        pack(llama, tmp_path / "merged", frozen="int8")
+    (llama / "notes.txt").unlink()
+    templates.symlink_to(secrets)
+    with pytest.raises(ValueError, match="additional_chat_templates' is a link to"):
+        merge_folder(str(llama), delta, tmp_path / "merged")
+    templates.unlink()
+    templates.mkdir()
+    (templates / "more").symlink_to(secrets)  # which copytree would follow
+    with pytest.raises(ValueError, match="additional_chat_templates/more' is a link to"):
+        merge_folder(str(llama), delta, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    (templates / "more").unlink()
+    snapshot, blobs = (tmp_path / "models--a--b" / name for name in ("snapshots/0123", "blobs"))
+    snapshot.parent.mkdir(parents=True)
+    blobs.mkdir()
+    llama.rename(snapshot)
+    (snapshot / "config.json").rename(blobs / "1")
+    (snapshot / "config.json").symlink_to("../../blobs/1")
+    (tmp_path / "mine").symlink_to(snapshot)
+    merge_folder(str(tmp_path / "mine"), delta, tmp_path / "merged")
+    assert (tmp_path / "merged" / "config.json").read_bytes() == (blobs / "1").read_bytes()
 
 
 @pytest.mark.parametrize(

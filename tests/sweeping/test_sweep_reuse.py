@@ -7,6 +7,7 @@ import signal
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas
@@ -26,6 +27,7 @@ from reuse_models import (
     Encoder,
     Forgiving,
     Images,
+    LooksAsideInLargeBatches,
     LooksBack,
     LooksBackByBranch,
     LooksBackForgivingly,
@@ -265,8 +267,21 @@ def test_the_layers_together_are_compared_on_every_sample(tmp_path, monkeypatch)
     sweep(model, splits, out=tmp_path / "records.jsonl", recipe=RECIPE)
     scored = compared[len(splits["score"][1])]
     assert len(scored) == 6  # all but the stem, below which nothing lies; once for both seeds
-    assert all(len(rows) == COMPARED for rows in scored)
-    assert set.union(*scored) == set(range(len(splits["score"][1])))
+    assert all(len(rows) == COMPARED for rows in scored[1:])  # of the first a whole chunk
+    assert set.union(*scored[1:]) == set(range(len(splits["score"][1])))
+
+
+def test_what_a_model_does_to_larger_batches_alone_is_noticed(tmp_path) -> None:
+    torch.manual_seed(0)
+    splits = {name: (torch.randn(64, 5), torch.arange(64) % 3) for name in ("head", "train", "score")}
+    recipe = replace(LOUD, batch_size=16)
+    for size in (16, 64):  # of training, of scoring alone
+        make = partial(LooksAsideInLargeBatches, size)
+        plain = swept(make, splits, tmp_path / f"plain{size}.jsonl", recipe=recipe, reuse=False)
+        with pytest.warns(UserWarning, match="beside those of the full pass") as caught:
+            reused = swept(make, splits, tmp_path / f"reused{size}.jsonl", recipe=recipe)
+        assert len(caught) == 3
+        pandas.testing.assert_frame_equal(reused, plain, rtol=0, atol=BOUND)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -2,7 +2,8 @@
 
 The rule. Of each candidate a file has a median with a 95 % interval. The time in b relative to that in a then lies from
 b.low / a.high to b.high / a.low. "same" where all of that is within the margin around 1; else "faster" where it ends
-below 1, "slower" where it begins above; else "ambiguous": measure with more rounds, or on a machine at rest. What
+below 1, "slower" where it begins above; else, and where there were too few rounds for an interval of 95 %,
+"ambiguous": measure with more rounds, or on a machine at rest. What
 differs between two runs but not within one (a clock, a neighbour) is in no interval: look at the peers, whose code is
 the same in both.
 """
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zest_fast.benchmarking.results import Case, Measured, Result
-from zest_fast.benchmarking.timing import Median
+from zest_fast.benchmarking.timing import CONFIDENCE, Median
 from zest_fast.foundation.nearest import some
 
 MARGIN = 0.05
@@ -88,6 +89,8 @@ def _line(case: str, a: Measured, b: Measured, margin: float) -> Line:
 
 def answer_of(a: Median, b: Median, margin: float = MARGIN) -> str:
     """By the rule above."""
+    if min(a.coverage, b.coverage) < CONFIDENCE:
+        return "ambiguous"
     low, high = b.low / a.high, b.high / a.low
     if 1 - margin <= low and high <= 1 + margin:
         return "same"

@@ -137,10 +137,14 @@ def _outputs(numel: int, layout: str) -> tuple[int, ...]:
 
 
 def random_numbers(*shape: int, dtype: torch.dtype, seed: int = 0, offset: float = 0.0) -> Tensor:
-    """Normal numbers around `offset`, a million different ones repeated."""
-    numel = math.prod(shape)
-    drawn = torch.randn(min(numel, _DRAWN), generator=torch.Generator().manual_seed(seed)).add_(offset).to(dtype)
-    return drawn.repeat(-(-numel // max(1, len(drawn))))[:numel].view(shape)
+    """Normal numbers around `offset`, a million different ones repeated, each time on another scale: who leaves out a
+    part, or reads one twice, finds other statistics."""
+    found = torch.empty(math.prod(shape), dtype=dtype)
+    drawn = torch.randn(min(len(found), _DRAWN), generator=torch.Generator().manual_seed(seed)).add_(offset)
+    parts = found.split(_DRAWN)
+    for part, scale in zip(parts, torch.linspace(1, 2, len(parts)).tolist(), strict=True):
+        part.copy_(drawn[: len(part)] * scale)
+    return found.view(shape)
 
 
 class Compiled:

@@ -88,12 +88,12 @@ class _Checked:
         self.match: bool | None = None
         self.why = ""
 
-    def check(self, tensors: Sequence[Tensor], when: str = "") -> None:
+    def check(self, tensors: Sequence[Tensor], when: str = "", given: Sequence[Tensor] | None = None) -> None:
         """Call it on copies, and compare its result with the reference and the copies with what they were.
 
-        when: for the message. Whatever it raises is the finding, since it is somebody's code.
+        when: for the message. given: the copies. Whatever it raises is the finding, since it is somebody's code.
         """
-        given, threads = [x.clone() for x in tensors], torch.get_num_threads()
+        given, threads = given or [x.clone() for x in tensors], torch.get_num_threads()
         try:
             result = self.candidate.call(*given)
             changed = [place for place, (x, y) in enumerate(zip(given, tensors, strict=True), 1) if not _equal(x, y)]
@@ -121,6 +121,7 @@ class _Checked:
 
     def guarded(self, inputs: Iterator[tuple[Tensor, ...]], calls: int) -> Run:
         """A window of calls; the first error ends them, and is kept."""
+        threads = torch.get_num_threads()
 
         def window() -> None:
             if self.why:
@@ -132,6 +133,9 @@ class _Checked:
                 if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                     raise  # a graph that cannot be, not a kernel that cannot
                 self._refuse(_raised(error) + " (while it was timed)")
+            if (now := torch.get_num_threads()) != threads:  # the others would be timed on as many
+                torch.set_num_threads(threads)
+                self._refuse(f"changes the number of torch's threads to {now} (while it was timed)")
 
         return window
 
@@ -164,11 +168,12 @@ def measure_kernel(problem: Problem, candidates: Sequence[Candidate], site: Site
 
 def _look_again(checked: Sequence[_Checked], tensors: tuple[Tensor, ...]) -> None:
     """At an input that none of them has seen, where the one that they were timed on lies."""
-    for x in tensors:
-        x.copy_(x.roll(1) * -0.75)
+    changed = [x.roll(1) * -0.75 for x in tensors]
     for one in checked:
         if not one.why:
-            one.check(tensors, " (on another input, after it was timed)")
+            for x, y in zip(tensors, changed, strict=True):
+                x.copy_(y)
+            one.check(changed, " (on another input, after it was timed)", given=tensors)
 
 
 def _rounds(runs: Mapping[str, Callable[[int], Run]], site: Site) -> tuple[dict[str, list[float]], dict[str, str]]:
@@ -187,11 +192,6 @@ def _rounds(runs: Mapping[str, Callable[[int], Run]], site: Site) -> tuple[dict[
     assert site.timer is not None
     how = {name: site.timer.how(window) for name, window in windows.items()}
     return {name: [t / calls[name] for t in values] for name, values in raw.items()}, how
-
-
-def _calls(once: Run) -> int:
-    """How many fill a window."""
-    return max(1, min(_MOST_CALLS, round(_WINDOW / seconds_of_one(once))))
 
 
 def _roofs(problem: Problem, site: Site) -> dict[str, Callable[[int], Run]]:

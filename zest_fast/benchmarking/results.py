@@ -96,10 +96,11 @@ class Result:
             if isinstance(document, Mapping) and isinstance(newer := document.get("version"), int) and newer > VERSION:
                 raise ValueError(f"it is of format {newer}, and {VERSION} is the newest known here; update zest_fast")
             _DOCUMENT.check(document, "")
+            cases = tuple(_case(one) for one in document["cases"])
         except ValueError as error:
             raise ValueError(f"{Path(path)} is no result of `zest-fast bench`: {error}") from error
         fields = {key: value for key, value in document.items() if key not in ("format", "version")}
-        return cls(**{**fields, "cases": tuple(_case(one) for one in document["cases"])})
+        return cls(**{**fields, "cases": cases})
 
 
 def result_of(command: str, settings: Mapping[str, Any], cases: list[Case], device: torch.device) -> Result:
@@ -115,6 +116,9 @@ def _case(found: Mapping[str, Any]) -> Case:
 
 def _measured(found: Mapping[str, Any]) -> Measured:
     medians = {name: None if found[name] is None else Median(**found[name]) for name in ("seconds", "ratio")}
+    for name, one in medians.items():
+        if one is not None and not one.low <= one.median <= one.high:
+            raise ValueError(f"{name} of {found['name']!r}: {one.median} is not from {one.low} to {one.high}")
     return Measured(**{**found, **medians})
 
 

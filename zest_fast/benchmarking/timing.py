@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 Run = Callable[..., object]
+CONFIDENCE = 0.95  #: of an interval
 ROUNDS_OF_AN_INTERVAL = 6  #: of fewer no interval of order statistics covers the median with 95 %
 
 
@@ -116,7 +117,7 @@ class Median:
         return asdict(self)
 
 
-def median(values: list[float], confidence: float = 0.95) -> Median:
+def median(values: list[float], confidence: float = CONFIDENCE) -> Median:
     """Median and the narrowest [x_(k), x_(n+1-k)] that covers the true median with `confidence` (all of them if n is
     too small).
 

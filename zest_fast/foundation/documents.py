@@ -15,6 +15,7 @@ import stat
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from zest_fast.foundation.nearest import nearest
@@ -61,6 +62,23 @@ def check_stored(path: str | os.PathLike[str]) -> None:
         unfolded = sum(one.file_size for one in archive.infolist())
     if unfolded > (size := os.path.getsize(path)):
         raise ValueError(f"{size:,} bytes unfold to {unfolded:,}, and torch.save compresses nothing")
+
+
+def check_links(folder: Path, entries: Iterable[Path], taken: str) -> None:
+    """Raises ValueError where one of the entries of a folder leads out of it; the cache of the hub may link to its own.
+
+    Of a folder from elsewhere a link may lead to any file of the user's. taken: what would become of it, for the
+    message.
+    """
+    home = folder.resolve()
+    inside = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
+    for entry in entries:
+        target = entry.resolve()
+        if not any(target.is_relative_to(one) for one in inside):
+            raise ValueError(
+                f"{os.fspath(entry)!r} is a link to {os.fspath(target)!r}, outside of the folder, which would be "
+                f"{taken}: remove it, or put a copy in its place"
+            )
 
 
 def text_of(contents: bytes, encoding: str = "utf-8") -> str:

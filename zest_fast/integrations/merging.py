@@ -34,7 +34,7 @@ from zest_fast.finetuning.delta_use import (
 from zest_fast.finetuning.digests import digest, hash_of, saved_buffers
 from zest_fast.finetuning.quantised_formats import FORMATS
 from zest_fast.finetuning.selective_backward import SelectiveBackward
-from zest_fast.foundation.documents import parse_json, whole_file
+from zest_fast.foundation.documents import check_links, parse_json, whole_file
 from zest_fast.foundation.interrupts import HeldInterrupts
 from zest_fast.foundation.replacing import new_folder, replacing
 from zest_fast.integrations.pretrained import TASKS, LoadedModel, find_task, load_model
@@ -158,8 +158,8 @@ def merge_folder(
     cast: the weights keep the dtype that they have in the files, and what was trained is rounded to it; else they are
     written as they were while it trained. max_shard_size: of the files; None = shards stay as they are, or as
     save_pretrained makes them. trust_remote_code: as for load_model; the model is then loaded.
-    Raises ValueError where the delta is torn, foreign or does not fit, OSError where `out` cannot be written; nothing
-    is left then.
+    Raises ValueError where the delta is torn, foreign or does not fit, and where a file beside the weights is a link
+    that leads out of the folder, OSError where `out` cannot be written; nothing is left then.
     """
     delta = read_delta(path)
     _check_cast(delta, cast)
@@ -279,11 +279,12 @@ class _Patch:
         return [self.folder / name for name in self.pieces]
 
     def write(self, out: Path) -> None:
-        """The whole folder, with the pieces in it."""
-        for file in sorted(self.folder.iterdir()):
-            if file.is_file() and _belongs(file.name):
-                shutil.copyfile(file, out / file.name)
+        """The whole folder, with the pieces in it. Raises ValueError where one of its files leads out of it."""
+        beside = [file for file in sorted(self.folder.iterdir()) if file.is_file() and _belongs(file.name)]
         templates = self.folder / "additional_chat_templates"
+        check_links(self.folder, (*beside, templates, *templates.rglob("*")), "copied")
+        for file in beside:
+            shutil.copyfile(file, out / file.name)
         if templates.is_dir():
             shutil.copytree(templates, out / templates.name)
         for name in self.all_files:

@@ -14,6 +14,7 @@ from torch import Tensor
 from zest_fast.finetuning.digests import digest
 from zest_fast.finetuning.quantised_formats import BLOCK, FORMATS
 from zest_fast.finetuning.quantised_weights import frozen_linears, head_name
+from zest_fast.foundation.documents import check_links
 from zest_fast.foundation.nearest import some
 from zest_fast.foundation.options import Frozen
 from zest_fast.foundation.replacing import new_folder
@@ -41,7 +42,7 @@ def pack(source: str | os.PathLike[str], out: str | os.PathLike[str], *, frozen:
 
     Raises:
         ValueError: an unknown format; a source that is missing, torn, packed already or has no layer to pack, a weight
-            that is not finite.
+            that is not finite; a file beside them that is a link out of the folder.
         OSError: `out` exists, or cannot be written.
         ImportError: no transformers, or no bitsandbytes for nf4.
         NotImplementedError: another system than Linux.
@@ -64,6 +65,7 @@ def pack(source: str | os.PathLike[str], out: str | os.PathLike[str], *, frozen:
         raise ValueError(f"{os.fspath(source)!r} is packed already; name the folder that it was packed from")
     checkpoint = plain_checkpoint(folder)
     layers = _packed_layers(folder, checkpoint, frozen)
+    check_links(folder, _beside(folder), "copied")
     with new_folder(out) as temporary:
         _write(folder, temporary, checkpoint, layers, frozen)
     return Path(out)
@@ -139,12 +141,17 @@ def _write(source: Path, folder: Path, checkpoint: Checkpoint, layers: Mapping[s
                     shard.write(name, tensor.dtype, tensor.shape, [tensor.detach()])
                 if pages is not None:
                     pages.drop()
-    for beside in sorted(source.iterdir()):
-        if beside.is_file() and beside.suffix in _BESIDE and beside.name not in (INDEX, DOCUMENT):
-            shutil.copyfile(beside, folder / beside.name)
+    for beside in _beside(source):
+        shutil.copyfile(beside, folder / beside.name)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
     source_sizes = {file: (source / file).stat().st_size for file in files}
     (folder / DOCUMENT).write_text(document(format, sizes, source, source_sizes, documented), encoding="utf-8")
+
+
+def _beside(source: Path) -> list[Path]:
+    """What is copied as it is."""
+    files = (file for file in sorted(source.iterdir()) if file.is_file() and file.name not in (INDEX, DOCUMENT))
+    return [file for file in files if file.suffix in _BESIDE]
 
 
 def _parts(name: str) -> list[str]:

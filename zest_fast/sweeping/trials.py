@@ -22,7 +22,8 @@ from zest_fast.sweeping.recipe import Recipe
 from zest_fast.sweeping.reused_prefix import ReusedPrefix
 
 COMPARED = 8
-"""Samples of each split on which a layer's passes are compared with full ones, before training and after it."""
+"""Scored samples on which a layer's passes are compared with full ones after training, once those of another layer were
+right for a whole chunk. Before it, a whole batch is compared: what a model does may depend on its size."""
 
 
 class Trial(NamedTuple):
@@ -116,7 +117,7 @@ class Trials:
             self._train(part, trial.seed, train, check)
             if check:
                 with torch.no_grad():
-                    score.check(self._compared(trial.layer, torch.arange(len(score))))
+                    score.check(self._compared(trial.layer, len(score)))
             return evaluate(score, self.score[1])
 
     def _caches_at(self, boundary: Boundary) -> tuple[ReusedPrefix, ReusedPrefix]:
@@ -134,10 +135,12 @@ class Trials:
         )
         return train, score
 
-    def _compared(self, layer: str, rows: Tensor) -> Tensor:
-        """Those of these samples that a layer's pass is compared on: the next few with every layer."""
+    def _compared(self, layer: str, samples: int) -> Tensor:
+        """The scored samples that a layer's pass is compared on: the next few with every layer, whole chunks until one
+        layer has passed and after one has failed."""
         first = COMPARED * list(self.tasks).index(layer)
-        return rows.roll(-first)[:COMPARED]
+        size = COMPARED if self._checked and not self._plain else self.score[1].chunk
+        return torch.arange(samples).roll(-first)[:size]
 
     def _train(self, part: Part, seed: int, cache: ReusedPrefix, check: bool = False) -> None:
         recipe, objective = self.recipe, self.train[1]
@@ -158,7 +161,7 @@ class Trials:
                     for group, rate in zip(optimizer.param_groups, rates, strict=True):
                         group["lr"] = rate * recipe.learning_rate_scale(step)
                     if check and step == 0:
-                        cache.check(self._compared(part.name, batch))
+                        cache.check(batch)
                     loss = objective.loss(cache.run(batch), batch)
                     optimizer.zero_grad()
                     loss.backward()

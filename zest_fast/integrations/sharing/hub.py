@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from zest_fast.finetuning.delta_files import FORMAT
+from zest_fast.foundation.documents import check_links
 from zest_fast.foundation.nearest import some
 from zest_fast.integrations.sharing.lora import read_export
 from zest_fast.integrations.sharing.model_cards import model_card
@@ -51,7 +52,7 @@ def push(
     source = Path(path)
     files = _files(source)
     if source.is_dir():
-        _check_links(source, files)
+        check_links(source, (source / file for file in files), "published")
     weights = [file for file in files if file.endswith(_WEIGHTS)]
     if not weights:
         raise ValueError(f"{os.fspath(path)!r} holds no weights: name the file of a delta, or a folder of weights")
@@ -88,20 +89,6 @@ def _files(source: Path) -> list[str]:
         raise ValueError(f"{os.fspath(source)!r} does not exist: name the file of a delta, or a folder of weights")
     names = (file.relative_to(source) for file in sorted(source.rglob("*")) if file.is_file())
     return [name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)]
-
-
-def _check_links(source: Path, files: Collection[str]) -> None:
-    """Of a folder from elsewhere, a link may lead to any file of the user's, which would be published."""
-    inside = [source.resolve()]
-    if source.absolute().parent.name == "snapshots":  # the hub's cache: links to the files of its own
-        inside.append(source.resolve().parents[1] / "blobs")
-    for file in files:
-        target = _at(source, file).resolve()
-        if not any(target.is_relative_to(folder) for folder in inside):
-            raise ValueError(
-                f"{os.fspath(_at(source, file))!r} is a link to {os.fspath(target)!r}, outside of the folder, which "
-                "would be published: remove it, or put a copy in its place"
-            )
 
 
 def _at(source: Path, file: str) -> Path:

@@ -186,7 +186,7 @@ class Taps(AbstractContextManager["Taps"]):
         self._arrivals: dict[Layer, int] = {}
         self._arrived_at: set[Layer] = set()  # in the backward pass that runs
         self.last_arrived: Layer | None = None
-        """Whose gradient came last, of its output or its weight."""
+        """Whose gradient came last, of its output or its weight; None again when the backward pass is through."""
         self._passes_with: dict[Layer, int] = {}
         self._out_of_the_graph: set[Layer] = set()
         self.order: dict[nn.Module, int] = {}
@@ -306,6 +306,7 @@ class Taps(AbstractContextManager["Taps"]):
             raise
         finally:
             self.end_backward()
+        self.last_arrived = None
         if self._disturbed:
             raise RuntimeError(
                 "another thread ran a backward pass over the model during its profile, and gradients of the two cannot "

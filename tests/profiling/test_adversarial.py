@@ -428,6 +428,23 @@ def test_jagged_input() -> None:
         assert found["grad_norm"].tolist() == pytest.approx(expected["grad_norm"].tolist(), rel=1e-5)
 
 
+def test_jagged_output_that_is_written_through_its_data() -> None:
+    """As the same samples in a dense tensor, whose case the zoo has."""
+    dense = torch.randn(5, 2, 8, generator=torch.Generator().manual_seed(7))
+    jagged = torch.nested.nested_tensor(list(dense), layout=torch.jagged)
+    torch.manual_seed(0)
+    first, second = model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3))
+
+    def loss(x: Tensor) -> Tensor:
+        y = first(x)
+        y.data.mul_(2)
+        y = second(torch.tanh(y))
+        return (y.values() if y.is_nested else y).square().mean()
+
+    expected, found = (zest_fast.profile(model, closure=lambda x=x: loss(x)).values for x in (dense, jagged))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-8)
+
+
 def test_weight_that_is_a_negated_view() -> None:
     def make() -> nn.Sequential:
         model = linears()

@@ -5,7 +5,8 @@
 // is one dot product over blocks of 2,048, channel after channel as they lie in memory. Dense bfloat16 is widened in
 // registers; any other stride, and float16, is gathered into dense blocks first. Every (n, tile) is one
 // task; tasks belong to at most 256 chunks and chunks add up in order, so the result does not depend on the thread count.
-// A task whose sums are so small that float32 products may have underflowed is done again in float64.
+// A task whose sums are so small that float32 products may have underflowed, or are not finite, since they may have
+// overflowed, is done again in float64.
 #include <cmath>
 
 #include "cpu/kernels.h"
@@ -209,7 +210,7 @@ double sum_of_squares(const double* row, int64_t count) {
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-// Calls use(offset into S, count, row of S) for every task of one chunk.
+// Calls use(offset into S, count, row of S, sum of its squares) for every task of one chunk.
 template <class C, class Use>
 void for_each_task(const Problem& p, int64_t chunk, int64_t chunks, const Use& use) {
     const int64_t tiles = (p.channels + channel_tile - 1) / channel_tile, tasks = p.samples * tiles;
@@ -218,8 +219,12 @@ void for_each_task(const Problem& p, int64_t chunk, int64_t chunks, const Use& u
         const int64_t count = std::min(channel_tile, p.channels - first);
         double row[channel_tile];
         one_task<C>(p, n, first, count, row);
-        if (sizeof(C) == 4 && may_have_underflowed(row, count)) one_task<double>(p, n, first, count, row);
-        use(n * p.channels + first, count, row);
+        double squares = sum_of_squares(row, count);
+        if (sizeof(C) == 4 && (!std::isfinite(squares) || may_have_underflowed(row, count))) {
+            one_task<double>(p, n, first, count, row);
+            squares = sum_of_squares(row, count);
+        }
+        use(n * p.channels + first, count, row, squares);
     }
 }
 
@@ -232,9 +237,9 @@ double products(const Problem& p, double* out, int threads) {
     if (threads > 1 && p.samples * p.positions * p.channels >= serial_below)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         double sum = 0;
-        for_each_task<C>(p, chunk, chunks, [&](int64_t at, int64_t count, const double* row) {
+        for_each_task<C>(p, chunk, chunks, [&](int64_t at, int64_t count, const double* row, double squares) {
             if (out != nullptr) std::copy(row, row + count, out + at);
-            sum += sum_of_squares(row, count);
+            sum += squares;
         });
         squares[chunk] = sum;
     }

@@ -101,6 +101,23 @@ def test_the_command_says_it_in_its_line(monkeypatch, tmp_path) -> None:
     assert "memory ended in the model's own forward" in line and "take a smaller batch" in line
 
 
+def test_memory_that_ends_after_the_pass_names_no_layer_of_it() -> None:
+    losses = []
+
+    def loss(output, target):
+        losses.append(nn.functional.cross_entropy(output, target))
+        if len(losses) > 1:  # of a pass that grasp takes
+            torch.empty(2**58)
+        return losses[-1]
+
+    with pytest.raises(RuntimeError) as caught:
+        zest_fast.profile(
+            Mlp(), (torch.randn(3, 4), torch.zeros(3, dtype=torch.long)), loss_fn=loss, metrics=["snip", "grasp"]
+        )
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"memory ended outside of any layer, which wanted {2**60} bytes more")
+
+
 def test_other_errors_get_no_note() -> None:
     class Fails(Mlp):
         def forward(self, x):

@@ -278,6 +278,19 @@ def test_channel_products_below_the_range_of_float32(dim: int) -> None:
     assert bool((found != 0).all())
 
 
+@pytest.mark.parametrize("dim", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channel_products_beyond_the_range_of_float32(dtype: torch.dtype, dim: int) -> None:
+    torch.manual_seed(0)
+    y, g = (torch.randn(3, 8, 5, 6) * 1e22).to(dtype), (torch.randn(3, 8, 5, 6) * 1e20).to(dtype)
+    y[0, 0, 0, 0] = math.inf
+    found = kernels.channel_products(y, g, channel_dim=dim)
+    torch.testing.assert_close(found, kernels.channel_products(y, g, channel_dim=dim, backend="reference"))
+    assert int(found.isinf().sum()) == 1
+    squares = kernels.squared_channel_products(y[1:], g[1:], channel_dim=dim)
+    assert squares == pytest.approx(float(found[1:].square().sum()))
+
+
 def test_moments_of_parts_merge() -> None:
     x, w = torch.randn(10_000) + 3, torch.randn(10_000)
     parts = kernels.moments([x[:1], x[1:4_000], x[4_000:4_000], x[4_000:]])

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -368,6 +369,34 @@ def test_forward_that_clears_hooks() -> None:
         assert "first" in profile.names or "no gradient reached it" not in profile.uncovered["first.weight"]
 
 
+def learner_of(module: nn.Module, factor: float) -> nn.Module:
+    """A clone as meta-learning makes it (learn2learn): weights of its own, and the hooks of the module."""
+    clone = module.__new__(type(module))
+    vars(clone).update(vars(module))
+    clone._parameters = {name: factor * p for name, p in module._parameters.items()}
+    clone._modules = {name: learner_of(child, factor) for name, child in module._modules.items()}
+    return clone
+
+
+@pytest.mark.parametrize("make", [linears, convolutions])
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, lambda module: learner_of(module, 3.0), lambda module: learner_of(module, 1.0)],
+    ids=["shallow", "other weights", "the same weights"],
+)
+@pytest.mark.parametrize("beside", [0.0, 1.0], ids=["alone", "beside the model"])
+def test_outputs_of_copies_are_not_those_of_the_model(make: Callable, copied: Callable, beside: float) -> None:
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        of_model, of_copies = x, x
+        for module in model:
+            of_model = module(of_model) if beside else of_model
+            of_copies = copied(module)(of_copies)
+        return of_copies.square().mean() + beside * of_model.square().mean()
+
+    model = make()
+    require_exact(zest_fast.profile(model, closure=lambda: loss(model, data())), make, loss)
+
+
 # Shapes and storage
 
 
@@ -397,6 +426,23 @@ def test_jagged_input() -> None:
         expected = zest_fast.profile(model, closure=lambda: squares(model, data()))
         found, expected = profile.to_pandas(), expected.to_pandas()
         assert found["grad_norm"].tolist() == pytest.approx(expected["grad_norm"].tolist(), rel=1e-5)
+
+
+def test_jagged_output_that_is_written_through_its_data() -> None:
+    """As the same samples in a dense tensor, whose case the zoo has."""
+    dense = torch.randn(5, 2, 8, generator=torch.Generator().manual_seed(7))
+    jagged = torch.nested.nested_tensor(list(dense), layout=torch.jagged)
+    torch.manual_seed(0)
+    first, second = model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3))
+
+    def loss(x: Tensor) -> Tensor:
+        y = first(x)
+        y.data.mul_(2)
+        y = second(torch.tanh(y))
+        return (y.values() if y.is_nested else y).square().mean()
+
+    expected, found = (zest_fast.profile(model, closure=lambda x=x: loss(x)).values for x in (dense, jagged))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-8)
 
 
 def test_weight_that_is_a_negated_view() -> None:
@@ -452,6 +498,30 @@ def test_one_layer_alone_has_its_row(name: str) -> None:
 
 
 # Threads and interruptions
+
+
+class TwoWeights(nn.Module):
+    """Two matrices and one output, which is that of neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.randn(8, 8) / 3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.first) @ self.second
+
+
+def test_a_module_without_an_output_of_its_own_on_another_thread() -> None:
+    def make() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(TwoWeights(), nn.Tanh(), nn.Linear(8, 3))
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return model[1:](pool.submit(model[0], x).result()).square().mean()
+
+    model = make()
+    require_exact(zest_fast.profile(model, closure=lambda: loss(model, data())), make, loss)
 
 
 def test_another_thread_that_runs_the_model_does_not_count() -> None:

@@ -81,9 +81,7 @@ class Statistics:
         return None
 
     def _output_moments(self, y: Tensor) -> Callable[[], Moments]:
-        if y.is_nested:
-            y = layer_rules.jagged_rows(y)[0]
-        return self.collector.moments_of(y, _OUTPUT_NAME)
+        return self.collector.moments_of(_entries(y), _OUTPUT_NAME)
 
     @naming_the_layer
     def linear(self, layer: Layer, x: Tensor, g: Tensor) -> None:
@@ -125,8 +123,8 @@ class Statistics:
 
     def _require_as_returned(self, layer: Layer, y: Tensor) -> None:
         """Notes what tells, once results are there, whether Y is still what the layer returned (see ``finish``)."""
-        if not y.is_nested and self._may_be_written(y):
-            found = self.collector.moments_of(y, _OUTPUT_NAME)
+        if self._may_be_written(_entries(y)):
+            found = self._output_moments(y)
             self._outputs_again.setdefault(layer, []).append((found, _AGAIN if y.is_cpu else _AGAIN_ON_A_GPU))
 
     def end_pass(self) -> None:
@@ -195,6 +193,11 @@ class Statistics:
             if not math.isfinite(s.fisher):
                 s.fisher = math.nan
         return s, int(nonfinite)
+
+
+def _entries(y: Tensor) -> Tensor:
+    """All of them, in the memory where they lie: the rows of a jagged tensor."""
+    return layer_rules.jagged_rows(y)[0] if y.is_nested else y
 
 
 def _alike(a: Moments, b: Moments, rel: float) -> bool:

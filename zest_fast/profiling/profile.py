@@ -306,7 +306,7 @@ class _Pass:
 
     @property
     def arrived(self) -> Layer | None:
-        """Whose gradient came last."""
+        """Whose gradient came last in the backward pass that runs, or failed."""
         return None if self._running is None else self._running.last_arrived
 
     def _taps(self, routes: Routes) -> Taps:

@@ -186,7 +186,7 @@ class Taps(AbstractContextManager["Taps"]):
         self._arrivals: dict[Layer, int] = {}
         self._arrived_at: set[Layer] = set()  # in the backward pass that runs
         self.last_arrived: Layer | None = None
-        """Whose gradient came last, of its output or its weight."""
+        """Whose gradient came last, of its output or its weight; None again when the backward pass is through."""
         self._passes_with: dict[Layer, int] = {}
         self._out_of_the_graph: set[Layer] = set()
         self.order: dict[nn.Module, int] = {}
@@ -306,6 +306,7 @@ class Taps(AbstractContextManager["Taps"]):
             raise
         finally:
             self.end_backward()
+        self.last_arrived = None
         if self._disturbed:
             raise RuntimeError(
                 "another thread ran a backward pass over the model during its profile, and gradients of the two cannot "
@@ -473,15 +474,16 @@ class Taps(AbstractContextManager["Taps"]):
             self.uses[module] = self.uses.get(module, 0) + 1
 
     def _after(
-        self, module: nn.Module, layers: list[Layer], tiled: _Counts | None, counts_calls: bool
+        self, owner: nn.Module, layers: list[Layer], tiled: _Counts | None, counts_calls: bool
     ) -> Callable[..., Tensor | None]:
-        """counts_calls: whether no hook before the call does."""
+        """owner: who gets the hook. counts_calls: whether no hook before the call does."""
         places = [_place(layer) for layer in layers]
-        observed = [layer for layer in layers if layer.output_module is module]
+        of_owner = [layer for layer in layers if layer.output_module is owner]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
             if is_unwatched():
                 return None
+            observed = of_owner if module is owner else []  # a copy of it, with its hooks, has outputs of its own
             if not self._is_own_call():
                 return self._elsewhere(observed, tiled, first_input(args, kwargs), output)
             if counts_calls:
@@ -538,7 +540,13 @@ class Taps(AbstractContextManager["Taps"]):
         before = tiled.seen_elsewhere.pop(threading.get_ident(), tiled.freezes) if tiled is not None else 0
         if tiled is not None and grad and tiled.freezes != before:
             tiled.not_by_tiles = True  # frozen by us while it was used there
-        if not grad or not isinstance(output, Tensor) or output.dtype not in DTYPES or is_transformed(output):
+        if (
+            not layers
+            or not grad
+            or not isinstance(output, Tensor)
+            or output.dtype not in DTYPES
+            or is_transformed(output)
+        ):
             return None
         if self.routes.threads.issuperset(layers):
             own = all(stands_for(holder.get(name), parameter) for holder, name, parameter in map(_place, layers))
@@ -633,8 +641,8 @@ class Taps(AbstractContextManager["Taps"]):
             for tell in told:
                 tell()
             self._arrived_at.update(layers)
-            self.last_arrived = layers[0]
             for layer in layers:
+                self.last_arrived = layer
                 self._arrivals[layer] = self._arrivals.get(layer, 0) + 1
             held_x, held_y = state["x"], state["y"]
             state.clear()  # frees X and Y as soon as this layer is done
@@ -700,10 +708,11 @@ class Taps(AbstractContextManager["Taps"]):
             if tiled is None or x is None:
                 return
             tiled.tile_firings += 1
+            (layer_of_weight,) = tiled.weight.layers  # also where a copy of its module was called, which is no layer
             if tiled.calls == 1:
-                self._observer.linear(layers[0], x, g)
+                self._observer.linear(layer_of_weight, x, g)
             else:
-                dw = linear_gradient(layers[0].module, x, g)
+                dw = linear_gradient(layer_of_weight.module, x, g)
                 tiled.dense = dw if tiled.dense is None else tiled.dense.add_(dw)
         except Overwritten:
             self._overwritten.update(layers)

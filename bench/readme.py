@@ -153,7 +153,8 @@ def where_table(document: dict) -> str:
 
 
 def _failure(result: dict, name: str) -> str:
-    return "does not run" if name in result["failed"] else ""
+    why = result["failed"].get(name, "")
+    return "not installed" if why.startswith("ModuleNotFoundError") else "does not run" if why else ""
 
 
 def _interval(value: dict) -> str:
@@ -310,6 +311,7 @@ _METHODS = {"memory_table.json": "python -m bench.memory_table --check"}
 BLOCKS: dict[str, tuple[dict[str, str], Callable[..., str]]] = {
     "landing": ({**_FINETUNE, **_METHODS}, landing_text),
     "profile": (_PROFILE, profile_table),
+    "profile_epyc": ({"profile_epyc.json": "python -m bench.profile --no-large"}, profile_table),
     "profile_where": ({"profile_where.json": "python -m bench.profile --where"}, where_table),
     "memory": (_PROFILE, memory_table),
     "kernels": ({"kernels.json": "python -m bench.kernels"}, kernels_table),

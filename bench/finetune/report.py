@@ -164,7 +164,9 @@ def finetune_table(document: dict) -> str:
         there = [arm for arm in arms if arm]
         accuracy, *costs = means(there)
         if len(there) < len(pairs):
-            accuracy = f"({len(there)} pairs)"  # a mean over others than the rest of the column
+            accuracy = (
+                "(1 pair)" if len(there) == 1 else f"({len(there)} pairs)"
+            )  # a mean over others than the rest of the column
         rows.append([name, *(_accuracy(arm) if arm else "–" for arm in arms), accuracy, *costs])
     return markdown_table(head, rows)
 

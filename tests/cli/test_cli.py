@@ -458,7 +458,11 @@ def test_what_profile_refuses_is_one_line(run, words, parts):
         (("--layers", "bert.pooler.dens"), ["bert.pooler.dens", "'bert.pooler.dense'"]),
         (("--head", "clasifier"), ["clasifier", "'classifier'"]),
         (("--prefer", "cheap"), ["cheap", "'cheap-cut'"]),
-        (("--max-memory", "1KB"), ["--max-memory '1KB'", "no way to save memory makes a step of these layers fit"]),
+        (("--max-memory", "1KB"), ["--max-memory '1KB'", "a profile of the whole model", "--layers"]),
+        (
+            ("--max-memory", "1KB", "--layers", "bert.pooler.dense"),
+            ["--max-memory '1KB'", "no way to save memory makes a step of these layers fit"],
+        ),
         (("--layers", "bert.pooler.dense", "--prefer", "cheap-cut"), ["--layers", "--prefer"]),
         (("--frozen", "int3"), ["int3", "int8"]),
         (("--probe", "much"), ["--probe 'much'", "5% or 0.05"]),

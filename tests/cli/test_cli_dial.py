@@ -207,7 +207,7 @@ def test_a_profile_beyond_the_budget_is_refused_before_it_runs(run, home, monkey
     )
     result = run(*words, "180KiB")
     refused(
-        result, "--max-memory 180KiB: to rank the layers takes a profile of the whole model, which holds", "--layers"
+        result, "--max-memory '180KiB': to rank the layers takes a profile of the whole model, which holds", "--layers"
     )
     assert not profiled
     done(run(*words, "180KiB", "--by", "weight_std", "--frozen", "int8", "--checkpoint", "above-cut"))

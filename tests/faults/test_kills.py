@@ -63,6 +63,7 @@ def lines_of(path: Path) -> list[str]:
 # What goes on from what is there
 
 
+@pytest.mark.slow  # starts many processes
 def test_sweeps_with_workers(tmp_path, kills) -> None:
     recipe, layers = replace(RECIPE, steps=2), ["stem", "blocks.0.first", "blocks.2.second"]
 
@@ -178,6 +179,7 @@ def noisy():
 """
 
 
+@pytest.mark.slow  # starts many processes
 def test_the_command_finetune(tmp_path, monkeypatch, kills) -> None:
     (tmp_path / "zest_kills_user.py").write_text(USER_MODULE)
     monkeypatch.chdir(tmp_path)

@@ -66,9 +66,9 @@ def _check_profile(job: Job, batch: Any, by: str | None, limit: str) -> None:
     allowed = memory_bytes(limit)
     if needs > (allowed if job.device.type == "cpu" else tensors_within(allowed)):
         raise ValueError(
-            f"--max-memory {limit!r}: to rank the layers takes a profile of the whole model, which holds {sized(needs)}; "
-            "name them by --layers, of a profile that was made elsewhere, say, or rank --by weight_std, which runs "
-            "nothing"
+            f"--max-memory {limit!r}: to rank the layers takes a profile of the whole model, which holds "
+            f"{sized(needs)}; name them by --layers, of a profile that was made elsewhere, say, or rank --by "
+            "weight_std, which runs nothing"
         )
 
 

@@ -72,6 +72,10 @@ class Site:
         assert self.cache is not None
         return 1 if self.warm else max(2, min(_MOST_COPIES, -(-2 * self.cache // max(1, size))))
 
+    def read_at_once(self, size: int) -> int:
+        """Bytes of the buffers by which the read bandwidth is measured, for a case of this many."""
+        return size if self.warm else max(size, _READ_AT_ONCE)
+
     def seconds(self, window: Run) -> float:
         assert self.timer is not None
         return self.timer.seconds(window)
@@ -196,7 +200,7 @@ def _rounds(runs: Mapping[str, Callable[[int], Run]], site: Site) -> tuple[dict[
 
 def _roofs(problem: Problem, site: Site) -> dict[str, Callable[[int], Run]]:
     """What nothing can be faster than, by name: passes over memory, and for products a square torch.mm."""
-    size = problem.bytes if site.warm else max(problem.bytes, _READ_AT_ONCE)
+    size = site.read_at_once(problem.bytes)
     buffers = [random_numbers(size // 4, dtype=torch.float32).to(site.device) for _ in range(site.copies(size))]
     found: dict[str, Callable[[int], Run]] = {
         name: partial(_window, read, itertools.cycle([(x,) for x in buffers])) for name, read in _READERS.items()
@@ -236,7 +240,7 @@ def _case(
     how: Mapping[str, str],
     site: Site,
 ) -> Case:
-    size = problem.bytes if site.warm else max(problem.bytes, _READ_AT_ONCE)
+    size = site.read_at_once(problem.bytes)
     fastest = [min(reads) for reads in zip(*(times[name] for name in _READERS), strict=True)]
     figures = {"read_gb_per_s": size // 4 * 4 / median(fastest).median / _GB}
     if problem.flop:

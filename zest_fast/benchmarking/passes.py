@@ -27,6 +27,7 @@ from zest_fast.benchmarking.timing import Run, interleave, median, ratio
 from zest_fast.finetuning.selective_backward import SelectiveBackward
 from zest_fast.foundation.text_table import first_line
 from zest_fast.planning.counted_memory import peak_bytes
+from zest_fast.profiling.borrowing.training_modes import in_eval_mode
 from zest_fast.profiling.layer_profile import LayerProfile
 from zest_fast.profiling.loss import loss_of
 from zest_fast.profiling.profile import profile
@@ -144,16 +145,13 @@ def _float64_gradients(model: nn.Module, batch: Any, names: Sequence[str]) -> tu
 
 def _gradients(model: nn.Module, batch: Any, names: Sequence[str]) -> dict[str, Tensor]:
     """In eval mode, in which dropout and batch norm do not depend on chance; gradients are None afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        loss_of(model, batch, None, None)().backward()
-        parameters = dict(model.named_parameters())
-        found = {name: gradient.clone() for name in names if (gradient := parameters[name].grad) is not None}
-    finally:
-        model.zero_grad(set_to_none=True)
-        for module, mode in modes.items():
-            module.training = mode
+    with in_eval_mode(model):
+        try:
+            loss_of(model, batch, None, None)().backward()
+            parameters = dict(model.named_parameters())
+            found = {name: gradient.clone() for name in names if (gradient := parameters[name].grad) is not None}
+        finally:
+            model.zero_grad(set_to_none=True)
     return {name: found.get(name, torch.zeros(())) for name in names}
 
 

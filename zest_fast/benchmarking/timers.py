@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from zest_fast.benchmarking.timing import Run
+from zest_fast.benchmarking.timing import Run, seconds_of
 
 _WARM_UP = 3  # calls on a side stream before a graph is captured, as torch asks for
 
@@ -37,9 +37,7 @@ class CpuTimer:
     def seconds(self, window: Run) -> float:
         if self._flush is not None:
             self._flush()
-        start = self._clock()
-        window()
-        return self._clock() - start
+        return seconds_of(window, self._clock)
 
     def how(self, window: Run) -> str:
         return "clock"

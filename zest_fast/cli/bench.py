@@ -14,6 +14,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from zest_fast.benchmarking.timing import ROUNDS_OF_AN_INTERVAL
 from zest_fast.cli import show
 from zest_fast.cli.app import app
 from zest_fast.cli.checks import check_options
@@ -49,13 +50,14 @@ bench = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 
-_FEWEST_ROUNDS = 6  # with which an interval of 95 % can be had
 _FEWEST_BYTES, _MOST_BYTES = 4 << 10, 16 << 30
 KERNELS = ("moments", "gradient_moments", "linear_gradient_moments", "channel_products")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SETS = ("tiny", "small", "standard")
 
-Rounds = Annotated[int, typer.Option(min=_FEWEST_ROUNDS, help="Interleaved rounds: six are the fewest of an interval.")]
+Rounds = Annotated[
+    int, typer.Option(min=ROUNDS_OF_AN_INTERVAL, help="Interleaved rounds: six are the fewest of an interval.")
+]
 Threads = Annotated[str | None, typer.Option(help="1,2: numbers of threads; by default as many as torch takes.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Where to save the result, for `bench compare`.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown.")]
